@@ -1,0 +1,67 @@
+"""Which tokens of a sample are text and which come from a picture (or another modality)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TEXT, VISUAL, AUDIO = "text", "visual", "audio"
+MIXED = "mixed"  # rows that cannot be told apart, e.g. after an expert's routing
+
+_TOKEN_IDS = {
+    VISUAL: ("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
+    AUDIO: ("audio_token_id", "audio_token_index"),
+}
+
+
+@dataclass(frozen=True)
+class TokenModalities:
+    """Modality of every token of one sample.
+
+    Attributes:
+        names: the modalities, text first.
+        labels: int64 [tokens], index into ``names``.
+    """
+
+    names: tuple[str, ...]
+    labels: Tensor
+
+    def count(self, name: str) -> int:
+        """Tokens of a modality; 0 where it is absent."""
+        return int((self.labels == self.names.index(name)).sum()) if name in self.names else 0
+
+
+def model_modalities(config: Any) -> tuple[str, ...]:
+    """The modalities a model's tokens can have: text, and those it has placeholder token ids for."""
+    return (TEXT, *(m for m in _TOKEN_IDS if _placeholder_ids(config, m)))
+
+
+def token_modalities(inputs: Mapping[str, Any], config: Any) -> TokenModalities:
+    """Read the modalities off a sample's model inputs.
+
+    The model's own image, video and audio placeholder ids decide; where the config has none, the processor's
+    ``mm_token_type_ids`` (non-zero = visual) do. A sample without either is text.
+    """
+    ids = inputs.get("input_ids")
+    if ids is None:
+        return TokenModalities((TEXT,), torch.zeros(0, dtype=torch.int64))
+    ids = ids.flatten().cpu()
+    labels = torch.zeros(ids.numel(), dtype=torch.int64)
+    names = model_modalities(config)
+    for index, modality in enumerate(names[1:], start=1):
+        wanted = torch.tensor(_placeholder_ids(config, modality))
+        labels[torch.isin(ids, wanted)] = index
+    types = inputs.get("mm_token_type_ids")
+    if len(names) == 1 and types is not None:
+        names = (TEXT, VISUAL)
+        labels[types.flatten().cpu() != 0] = 1
+    return TokenModalities(names, labels)
+
+
+def _placeholder_ids(config: Any, modality: str) -> list[int]:
+    found = (getattr(config, name, None) for name in _TOKEN_IDS[modality])
+    return [value for value in found if isinstance(value, int)]

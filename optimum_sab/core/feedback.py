@@ -1,0 +1,78 @@
+"""Error feedback: fix the signs of a block and pass the error on to the columns not yet binarized."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_sab.core.planes import BlockFit, sign_combinations
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass
+class LevelPicker:
+    """Nearest level of one column at a time, for rows with levels ``c_j · Σ_p ±a_p``.
+
+    Args:
+        row_scale: a [planes, out] of the block.
+        base_planes: how many planes every column has.
+    """
+
+    row_scale: Float[Tensor, "planes out"]
+    base_planes: int
+
+    def __post_init__(self) -> None:
+        planes = self.row_scale.shape[0]
+        self._combos = {p: sign_combinations(p, self.row_scale.device) for p in {self.base_planes, planes}}
+        self._levels = {p: c @ self.row_scale[:p] for p, c in self._combos.items()}  # [2**p, out]
+
+    def pick(
+        self, column: Float[Tensor, " out"], column_scale: Tensor, salient: bool
+    ) -> tuple[Float[Tensor, "active out"], Float[Tensor, " out"]]:
+        """Signs ±1 [active planes, out] and the value [out] nearest to ``column``."""
+        planes = self.row_scale.shape[0] if salient else self.base_planes
+        if planes == 1:
+            scale = self.row_scale[0] * column_scale
+            sign = torch.where(column * scale >= 0, 1.0, -1.0)
+            return sign[None], sign * scale
+        levels = self._levels[planes] * column_scale
+        choice = (levels - column).abs_().argmin(0)
+        return self._combos[planes][choice].T, levels.gather(0, choice[None])[0]
+
+
+def column_feedback(
+    weight: Float[Tensor, "out width"],
+    fit: BlockFit,
+    inverse_factor: Float[Tensor, "width width"],
+    base_planes: int,
+) -> Float[Tensor, "out width"]:
+    """Binarize column by column; each error moves the block's later columns (GPTQ's rule with fixed levels).
+
+    Signs of ``fit`` are replaced. Returns the scaled errors ``(w_j − q_j) / U_jj`` [out, width] for the columns
+    beyond the block.
+    """
+    picker = LevelPicker(fit.row_scale, base_planes)
+    columns = weight.T.contiguous()
+    errors = torch.empty_like(columns)
+    salient = fit.salient.tolist()
+    diagonal = inverse_factor.diagonal().tolist()
+    for j in range(columns.shape[0]):
+        signs, value = picker.pick(columns[j], fit.column_scale[j], salient[j])
+        fit.sign[: signs.shape[0], :, j] = signs
+        error = (columns[j] - value) / diagonal[j]
+        errors[j] = error
+        if j + 1 < columns.shape[0]:
+            columns[j + 1 :].addr_(inverse_factor[j, j + 1 :], error, alpha=-1.0)
+    return errors.T
+
+
+def block_feedback(
+    weight: Float[Tensor, "out width"], fit: BlockFit, inverse_factor: Float[Tensor, "width width"]
+) -> Float[Tensor, "out width"]:
+    """The lineage's rule (BiLLM, ARB-LLM): keep the fitted signs, scale the block's errors by U's diagonal only."""
+    return (weight - fit.dequantize()) / inverse_factor.diagonal()

@@ -1,0 +1,125 @@
+"""Settings of one layer's binarization, validated once and used by every stage of the solver."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from optimum_sab.errors import ConfigError
+
+SIGNIFICANCE = ("modality", "hessian", "uniform")
+FEEDBACK = ("column", "block")
+ROW_SCALE = ("fp8", "fp16")
+MAX_PLANES = 4
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one linear is binarized.
+
+    Args:
+        block_size: input columns per block; a multiple of 32. Row scales are per block.
+        base_planes: sign planes on every column (1 to 4).
+        residual_planes: further sign planes on the salient columns only (0 to 4 with ``base_planes``).
+        salient_fraction: share of a block's columns that carry the residual planes, in (0, 1).
+        iterations: rounds of the alternating fit (method.md section 5; the paper uses 15).
+        significance: error weight of the alternating fit: ``"modality"`` is the paper's map squared,
+            ``"hessian"`` the Hessian's diagonal, ``"uniform"`` is ARB-LLM_RC.
+        feedback: ``"column"`` passes every column's error on inside the block as well, ``"block"`` only
+            between blocks, as the lineage does.
+        refit: solve all row scales of a row jointly under the full Hessian once the signs are fixed.
+        sweeps: rounds of coordinate descent over the signs under the full Hessian, each followed by a refit.
+            Needs ``refit``.
+        row_scale: storage of the row scales, ``"fp8"`` (e4m3 and a power of two per row) or ``"fp16"``.
+        damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
+        propagation: α of the propagated target in [0, 1]; 0 aims every linear at its own dense weight.
+
+    Raises:
+        ConfigError: a value is out of range; the message names it and the remedy.
+    """
+
+    block_size: int = 128
+    base_planes: int = 1
+    residual_planes: int = 1
+    salient_fraction: float = 0.125
+    iterations: int = 10
+    significance: str = "hessian"
+    feedback: str = "column"
+    refit: bool = True
+    sweeps: int = 1
+    row_scale: str = "fp8"
+    damping: float = 0.01
+    propagation: float = 0.3
+
+    def __post_init__(self) -> None:
+        _integer("block_size", self.block_size, 32, 4096)
+        if self.block_size % 32:
+            raise ConfigError(
+                f"block_size={self.block_size} must be a multiple of 32; 128 is what the kernels are tuned for."
+            )
+        _integer("base_planes", self.base_planes, 1, MAX_PLANES)
+        _integer("residual_planes", self.residual_planes, 0, MAX_PLANES - 1)
+        if self.planes > MAX_PLANES:
+            raise ConfigError(
+                f"base_planes={self.base_planes} + residual_planes={self.residual_planes} is more than {MAX_PLANES} "
+                "planes; use fewer planes, or a 4-bit quantizer."
+            )
+        _number("salient_fraction", self.salient_fraction)
+        if self.residual_planes and not 0.0 < self.salient_fraction < 1.0:
+            raise ConfigError(
+                f"salient_fraction={self.salient_fraction} must lie strictly between 0 and 1 with residual_planes="
+                f"{self.residual_planes}; use residual_planes=0 for none, or one more base plane for all columns."
+            )
+        if self.residual_planes and round(self.salient_fraction * self.block_size) < 1:
+            raise ConfigError(
+                f"salient_fraction={self.salient_fraction} leaves no salient column in a block of {self.block_size}; "
+                f"use at least {1 / self.block_size:g}, or residual_planes=0."
+            )
+        _integer("iterations", self.iterations, 1, 1000)
+        _choice("significance", self.significance, SIGNIFICANCE)
+        _choice("feedback", self.feedback, FEEDBACK)
+        _choice("row_scale", self.row_scale, ROW_SCALE)
+        if not isinstance(self.refit, bool):
+            raise ConfigError(f"refit={self.refit!r} must be true or false.")
+        _integer("sweeps", self.sweeps, 0, 100)
+        if self.sweeps and not self.refit:
+            raise ConfigError(f"sweeps={self.sweeps} needs refit=True; set sweeps=0 to keep the scales as fitted.")
+        _number("damping", self.damping)
+        if not 0.0 < self.damping <= 1.0:
+            raise ConfigError(f"damping={self.damping} must lie in (0, 1]; 0.01 is the usual value.")
+        _number("propagation", self.propagation)
+        if not 0.0 <= self.propagation <= 1.0:
+            raise ConfigError(f"propagation={self.propagation} must lie in [0, 1]; 0 switches the propagated target off.")
+
+    @property
+    def planes(self) -> int:
+        """Base and residual planes together."""
+        return self.base_planes + self.residual_planes
+
+    def salient_columns(self, width: int) -> int:
+        """Number of salient columns in a block that is ``width`` columns wide (the last one may be narrower)."""
+        return round(self.salient_fraction * width) if self.residual_planes else 0
+
+    def replace(self, **changes: Any) -> LayerSettings:
+        """A copy with some settings changed; unknown names raise `ConfigError`."""
+        names = {f.name for f in fields(self)}
+        unknown = sorted(set(changes) - names)
+        if unknown:
+            raise ConfigError(f"unknown layer setting {unknown[0]!r}; the settings are {', '.join(sorted(names))}.")
+        return LayerSettings(**{**asdict(self), **changes})
+
+
+def _integer(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name}={value!r} must be an integer from {low} to {high}.")
+
+
+def _number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigError(f"{name}={value!r} must be a finite number.")
+
+
+def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}.")

@@ -1,0 +1,150 @@
+"""Binarize one weight: significance, block fits with error feedback, then refit and sign descent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_sab.core.descent import descend_signs
+from optimum_sab.core.feedback import block_feedback, column_feedback
+from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
+from optimum_sab.core.planes import BinaryPlanes, block_bounds, fit_block
+from optimum_sab.core.refit import refit_row_scale
+from optimum_sab.core.row_scale import round_column_scale, round_row_scale
+from optimum_sab.core.saliency import saliency, salient_mask
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.significance import Significance, significance_map
+from optimum_sab.core.target import propagated_target
+from optimum_sab.errors import NonFiniteError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What `solve` found.
+
+    Attributes:
+        planes: the binary planes, every scale already rounded to its stored precision.
+        error: ``tr((W*−Q) H (W*−Q)ᵀ) / tr(W* H W*ᵀ)``, relative to the target, on the calibration inputs.
+        significance: Λ and its parts, or None where the setting is not "modality".
+    """
+
+    planes: BinaryPlanes
+    error: float
+    significance: Significance | None
+
+
+def output_error(
+    weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
+) -> float:
+    """Relative output error ``tr((W−Q) H (W−Q)ᵀ) / tr(W H Wᵀ)``; 0 where the layer's output is zero."""
+    below = float(((weight @ hessian) * weight).sum())
+    difference = weight - approximation
+    above = float(((difference @ hessian) * difference).sum())
+    return above / below if below > 0 else 0.0
+
+
+def solve(
+    weight: Float[Tensor, "out in"],
+    statistics: InputStatistics,
+    settings: LayerSettings,
+    name: str = "the layer",
+) -> Solution:
+    """Binarize ``weight``.
+
+    Args:
+        weight: W, any float dtype; computed in fp32 on the statistics' device.
+        statistics: the inputs' second moments.
+        settings: see `LayerSettings`.
+        name: the module's name, for messages.
+
+    Raises:
+        NonFiniteError: W or the Hessian holds NaN or inf.
+        SingularHessianError: see `factor_hessian`.
+    """
+    W = weight.detach().to(statistics.hessian.device, torch.float32)
+    if not bool(torch.isfinite(W).all()):
+        raise NonFiniteError(f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16.")
+    factored = factor_hessian(statistics.hessian, settings.damping, name)
+    target = W
+    if settings.propagation and statistics.drift is not None:
+        target = propagated_target(W, factored.inverse, statistics.drift, settings.propagation)
+    target = target.masked_fill(factored.dead, 0.0)
+    significance = None
+    if settings.significance == "modality":
+        inverse = [factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()]
+        significance = significance_map(W, torch.stack(inverse))
+    signs, salient, row_scale, column_scale = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings)
+    if settings.refit:
+        for sweep in range(settings.sweeps + 1):
+            if sweep:
+                descend_signs(
+                    signs, salient, row_scale, column_scale, target, factored.hessian, settings.block_size, settings.base_planes
+                )
+            row_scale = refit_row_scale(signs, column_scale, target, factored.hessian, settings.block_size)
+            row_scale = round_row_scale(row_scale, settings.row_scale)
+    columns = salient.nonzero()[:, 0]
+    base, residual = signs[: settings.base_planes], signs[settings.base_planes :]
+    planes = BinaryPlanes(
+        base_sign=torch.stack([s > 0 for s in base]),
+        residual_sign=torch.stack([s[:, columns] > 0 for s in residual])
+        if residual
+        else torch.zeros(0, W.shape[0], 0, dtype=torch.bool, device=W.device),
+        residual_index=columns,
+        row_scale=row_scale,
+        column_scale=column_scale,
+        block_size=settings.block_size,
+    )
+    return Solution(planes, output_error(target, planes.dequantize(), statistics.hessian), significance)
+
+
+def _error_weight(settings: LayerSettings, factored: FactoredHessian, significance: Significance | None) -> Tensor:
+    """Error weight Λ² of the alternating fit, [in]; dead columns weigh nothing."""
+    if significance is not None:
+        weight = significance.map.square()
+    elif settings.significance == "hessian":
+        weight = factored.hessian.diagonal().clone()
+    else:
+        weight = torch.ones_like(factored.hessian.diagonal())
+    return weight.masked_fill(factored.dead, 0.0)
+
+
+def _forward_pass(
+    target: Tensor, factored: FactoredHessian, error_weight: Tensor, settings: LayerSettings
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Fit block after block, each on what the error feedback of the earlier ones made of it."""
+    out, width = target.shape
+    bounds = block_bounds(width, settings.block_size)
+    device = target.device
+    signs = [torch.zeros(out, width, device=device) for _ in range(settings.planes)]
+    salient = torch.zeros(width, dtype=torch.bool, device=device)
+    row_scale = torch.zeros(settings.planes, len(bounds), out, device=device)
+    column_scale = torch.zeros(width, device=device)
+    U = factored.inverse_factor
+    rest = target.clone()
+    for k, (start, end) in enumerate(bounds):
+        block = rest[:, start:end].masked_fill(factored.dead[start:end], 0.0)
+        score = saliency(block, U.diagonal()[start:end]).sum(0)
+        salient[start:end] = salient_mask(score, settings.salient_columns(end - start))
+        weight = error_weight[start:end]
+        if not bool((weight > 0).any()):
+            weight = (~factored.dead[start:end]).float()
+        fit = fit_block(block, weight[None], salient[start:end], settings)
+        fit.column_scale = round_column_scale(fit.column_scale.masked_fill(factored.dead[start:end], 0.0))
+        fit.row_scale = round_row_scale(fit.row_scale[:, None], settings.row_scale)[:, 0]
+        corner = U[start:end, start:end]
+        if settings.feedback == "column":
+            errors = column_feedback(block, fit, corner, settings.base_planes)
+        else:
+            errors = block_feedback(block, fit, corner)
+        if end < width:
+            rest[:, end:] -= errors @ U[start:end, end:]
+        for p in range(settings.planes):
+            signs[p][:, start:end] = fit.sign[p]
+        row_scale[:, k], column_scale[start:end] = fit.row_scale, fit.column_scale
+    return signs, salient, row_scale, column_scale

@@ -1,0 +1,78 @@
+"""The built-in calibration set: drawn scenes and documents with questions and answers, and passages of our own.
+
+Nothing is downloaded, and equal seeds give equal samples. Half of the samples show a picture, because a model whose
+Hessians never saw image tokens is binarized for text alone.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from optimum_sab.data import documents, scenes
+from optimum_sab.data.passages import text_samples
+from optimum_sab.data.questions import SCENE_TASKS, Turn, scene_turns
+from optimum_sab.errors import ConfigError
+
+Message = dict[str, Any]
+IMAGE_SIZE = 336
+
+
+def builtin_samples(
+    count: int, seed: int = 0, visual: bool = True, image_size: int = IMAGE_SIZE, words: int = 400
+) -> list[str | list[Message]]:
+    """Calibration samples in a fixed rotation: a scene, a text, a document, a text.
+
+    Args:
+        count: number of samples.
+        seed: seed of every choice.
+        visual: whether the model reads pictures; without, all samples are texts.
+        image_size: side of the pictures in pixels, before the model's own processor resizes them.
+        words: about how long a text is.
+
+    Returns:
+        Plain strings and chat conversations in the processors' message format.
+
+    Raises:
+        ConfigError: ``count`` is not positive.
+    """
+    if count < 1:
+        raise ConfigError(f"calibration_samples={count} must be at least 1.")
+    texts = iter(text_samples(count, seed=seed, words=words))
+    if not visual:
+        return list(texts)
+    rng = random.Random(f"built-in calibration {seed}")
+    samples: list[str | list[Message]] = []
+    for index in range(count):
+        if index % 2:
+            samples.append(next(texts))
+        elif index % 4 == 0:
+            samples.append(_scene_chat(rng, image_size))
+        else:
+            samples.append(_document_chat(rng, image_size))
+    return samples
+
+
+def _scene_chat(rng: random.Random, size: int) -> list[Message]:
+    scene = scenes.random_scene(rng)
+    turns = [turn for task in SCENE_TASKS for turn in scene_turns(task, scene)]
+    rng.shuffle(turns)
+    return _chat(scenes.render(scene, size), [*turns[:5], Turn("Describe the picture.", scenes.describe_scene(scene))])
+
+
+def _document_chat(rng: random.Random, size: int) -> list[Message]:
+    document = documents.random_document(rng)
+    turns = [Turn(q.prompt, q.answer) for q in document.questions]
+    rng.shuffle(turns)
+    return _chat(documents.render(document, size), [*turns[:4], Turn("Read everything.", document.text)])
+
+
+def _chat(image: object, turns: list[Turn]) -> list[Message]:
+    messages: list[Message] = []
+    for turn in turns:
+        content: list[Message] = [{"type": "text", "text": turn.prompt}]
+        if not messages:
+            content.insert(0, {"type": "image", "image": image})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    return messages

@@ -1,0 +1,9 @@
+"""The embedded example: a trained, tiny vision-language model, its tasks and the script that trained it."""
+
+import importlib.resources
+import pathlib
+
+
+def checkpoint_path() -> pathlib.Path:
+    """Folder of the shipped checkpoint, ready for `from_pretrained`."""
+    return pathlib.Path(str(importlib.resources.files(__name__) / "checkpoint"))

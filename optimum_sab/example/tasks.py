@@ -1,0 +1,276 @@
+"""The six tasks of the embedded example and their questions.
+
+Held out means never trained on. Every question hangs on a key that says what is in it: the layout of a scene (which
+shape of which colour in which cell), the number on a sign, the facts of a text. Keys whose checksum is a multiple of
+`RESERVED_MODULUS` are reserved; `held_out_questions` draws only those, `training_conversation` never does. A held-out
+question is thus a new combination of known parts: its layout, number or facts occur in no training example.
+"""
+
+import random
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from PIL import Image
+
+from optimum_sab.data.documents import number_sign
+from optimum_sab.data.documents import render as render_document
+from optimum_sab.data.scenes import GRID, Scene, Shape, random_scene
+from optimum_sab.data.scenes import render as render_scene
+from optimum_sab.errors import ConfigError
+
+Drawn = TypeVar("Drawn")
+
+TASKS: tuple[str, ...] = ("colour", "shape", "counting", "position", "reading", "text")
+SCENE_TASKS: tuple[str, ...] = ("colour", "shape", "counting", "position")
+SUBJECTS: tuple[str, ...] = ("scene", "sign", "text")
+IMAGE_SIZE = 112
+RESERVED_MODULUS = 10
+
+NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe", "Max", "Ivy", "Dan", "Amy", "Jon", "Kim", "Ned", "Sue")
+THINGS = (
+    "ball", "key", "book", "cup", "hat", "map", "pen", "bag", "coin", "lamp",
+    "rope", "drum", "ring", "box", "bell", "fork", "kite", "shoe", "card", "comb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question and the only answer that counts as right.
+
+    Attributes:
+        task: one of `TASKS`.
+        image: the picture asked about, None for the `text` task.
+        prompt: what the user says.
+        answer: what the model must answer, exactly.
+        key: what the question is about; reserved or not, see `is_reserved`.
+    """
+
+    task: str
+    image: Image.Image | None
+    prompt: str
+    answer: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A prompt and its answer inside a conversation."""
+
+    prompt: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Several turns, about one picture if there is one; what the example model is trained on."""
+
+    image: Image.Image | None
+    turns: tuple[Turn, ...]
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A short text whose statements answer questions.
+
+    Attributes:
+        passage: the sentences that come before the question.
+        key: what is stated, whatever will be asked.
+        turns: the questions it can answer, without the passage.
+    """
+
+    passage: str
+    key: str
+    turns: tuple[Turn, ...]
+
+
+def is_reserved(key: str) -> bool:
+    """Whether questions with this key are kept for evaluation."""
+    return zlib.crc32(key.encode()) % RESERVED_MODULUS == 0
+
+
+def held_out_questions(task: str, count: int, seed: int) -> list[Question]:
+    """Questions that training never draws; equal seeds give equal questions.
+
+    Args:
+        task: one of `TASKS`.
+        count: number of questions.
+        seed: seed of the generator.
+
+    Raises:
+        ConfigError: if the task is unknown or `count` is not positive.
+    """
+    return _questions(task, count, random.Random(f"held out {task} {seed}"), reserved=True)
+
+
+def training_questions(task: str, count: int, seed: int) -> list[Question]:
+    """Single questions from the part that training draws from, for calibration and for comparison.
+
+    Args:
+        task: one of `TASKS`.
+        count: number of questions.
+        seed: seed of the generator.
+
+    Raises:
+        ConfigError: if the task is unknown or `count` is not positive.
+    """
+    return _questions(task, count, random.Random(f"training {task} {seed}"), reserved=False)
+
+
+def training_conversation(rng: random.Random, about: str) -> Conversation:
+    """Draw a training conversation: the tasks' questions in random order, then one question that asks for everything.
+
+    That last turn, which half of the scenes and every text have, belongs to no task. It has the model spell out every
+    cell of the scene, or repeat a list, and teaches where things are much sooner than the tasks' short answers do.
+    Coming last, it gives none of them away.
+
+    Args:
+        rng: source of every random choice.
+        about: what it is about, one of `SUBJECTS`: "scene" asks about one scene, "sign" about one sign and a text,
+            "text" about three texts without a picture.
+
+    Raises:
+        ConfigError: if `about` is unknown.
+    """
+    if about not in SUBJECTS:
+        raise ConfigError(f"about={about!r} is unknown; choose one of {', '.join(SUBJECTS)}.")
+    if about == "scene":
+        scene = training_scene(rng)
+        turns = [turn for task in SCENE_TASKS for turn in _sample(rng, scene_turns(task, scene), 2)]
+        rng.shuffle(turns)
+        turns = [*turns[:4], inventory(scene)] if rng.random() < 0.5 else turns[:6]
+        return Conversation(render_scene(scene, IMAGE_SIZE), tuple(turns), (scene.layout,))
+    facts = [_draw(rng, random_facts, lambda facts: facts.key, reserved=False) for _ in range(3)]
+    turns = [_posed(each, rng.choice(each.turns)) for each in facts]
+    keys = tuple(each.key for each in facts)
+    if about == "text":
+        words = " ".join(rng.sample(THINGS, 8))
+        return Conversation(None, (*turns, Turn(f"Repeat: {words}", words)), keys)
+    number = training_number(rng)
+    sign = number_sign(number, rng)
+    turns = [turns[0], *(Turn(each.prompt, each.answer) for each in sign.questions)]
+    rng.shuffle(turns)
+    return Conversation(render_document(sign, IMAGE_SIZE), tuple(turns), (str(number), keys[0]))
+
+
+def training_scene(rng: random.Random) -> Scene:
+    """Draw a scene from the part that training may see."""
+    return _draw(rng, random_scene, lambda scene: scene.layout, reserved=False)
+
+
+def training_number(rng: random.Random) -> int:
+    """Draw the number of a sign from the part that training may see."""
+    return _draw(rng, _random_number, str, reserved=False)
+
+
+def scene_turns(task: str, scene: Scene) -> list[Turn]:
+    """Every question of a task that the scene answers unambiguously; empty if there is none.
+
+    Raises:
+        ConfigError: if the task is not about scenes.
+    """
+    if task == "colour":
+        return [Turn(f"What colour is the {each.kind}?", each.colour) for each in _unique(scene, lambda s: s.kind)]
+    if task == "shape":
+        return [Turn(f"What shape is {each.colour}?", each.kind) for each in _unique(scene, lambda s: s.colour)]
+    if task == "counting":
+        return [Turn("How many shapes are there?", str(len(scene.shapes)))]
+    if task == "position":
+        subjects = _unique(scene, lambda s: (s.colour, s.kind))
+        return [Turn(f"Where is the {each.colour} {each.kind}?", each.place) for each in subjects]
+    raise ConfigError(f"task={task!r} is not about scenes; choose one of {', '.join(SCENE_TASKS)}.")
+
+
+def inventory(scene: Scene) -> Turn:
+    """The question for all nine cells in reading order."""
+    cells = {(shape.row, shape.column): f"{shape.colour} {shape.kind}" for shape in scene.shapes}
+    places = [(row, column) for row in range(GRID) for column in range(GRID)]
+    return Turn("List the cells.", " ".join(cells.get(place, "none") for place in places))
+
+
+def random_facts(rng: random.Random) -> Facts:
+    """Draw a text that states who has what, or lists things in order."""
+    if rng.random() < 0.5:
+        count = rng.choice((2, 2, 3))
+        names, things = rng.sample(NAMES, count), rng.sample(THINGS, count)
+        passage = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
+        turns = [Turn(f"Who has the {thing}?", name) for name, thing in zip(names, things, strict=True)]
+        turns += [Turn(f"What does {name} have?", thing) for name, thing in zip(names, things, strict=True)]
+    else:
+        things = rng.sample(THINGS, rng.randint(3, 5))
+        passage = f"List: {', '.join(things)}."
+        turns = [Turn("What is the first word of the list?", things[0])]
+        turns += [Turn("What is the last word of the list?", things[-1])]
+        turns += [Turn(f"What comes after {before}?", after) for before, after in zip(things, things[1:])]
+    return Facts(passage=passage, key=passage, turns=tuple(turns))
+
+
+def _questions(task: str, count: int, rng: random.Random, reserved: bool) -> list[Question]:
+    if task not in _ASK:
+        raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(TASKS)}.")
+    if count < 1:
+        raise ConfigError(f"count={count} must be at least 1.")
+    return [_ASK[task](rng, reserved) for _ in range(count)]
+
+
+def _ask_about_scene(task: str) -> Callable[[random.Random, bool], Question]:
+    def ask(rng: random.Random, reserved: bool) -> Question:
+        scene = _draw(rng, random_scene, lambda scene: scene.layout, reserved)
+        while not (turns := scene_turns(task, scene)):
+            scene = _draw(rng, random_scene, lambda scene: scene.layout, reserved)
+        turn = rng.choice(turns)
+        return Question(task, render_scene(scene, IMAGE_SIZE), turn.prompt, turn.answer, scene.layout)
+
+    return ask
+
+
+def _ask_to_read(rng: random.Random, reserved: bool) -> Question:
+    number = _draw(rng, _random_number, str, reserved)
+    sign = number_sign(number, rng)
+    asked = sign.questions[0]
+    return Question("reading", render_document(sign, IMAGE_SIZE), asked.prompt, asked.answer, str(number))
+
+
+def _ask_about_text(rng: random.Random, reserved: bool) -> Question:
+    facts = _draw(rng, random_facts, lambda facts: facts.key, reserved)
+    turn = _posed(facts, rng.choice(facts.turns))
+    return Question("text", None, turn.prompt, turn.answer, facts.key)
+
+
+_ASK: dict[str, Callable[[random.Random, bool], Question]] = {
+    **{task: _ask_about_scene(task) for task in SCENE_TASKS},
+    "reading": _ask_to_read,
+    "text": _ask_about_text,
+}
+
+
+def _draw(
+    rng: random.Random,
+    generate: Callable[[random.Random], Drawn],
+    key: Callable[[Drawn], str],
+    reserved: bool,
+) -> Drawn:
+    """Draw until the key falls on the wanted side of the split."""
+    while is_reserved(key(drawn := generate(rng))) != reserved:
+        pass
+    return drawn
+
+
+def _sample(rng: random.Random, turns: list[Turn], count: int) -> list[Turn]:
+    return rng.sample(turns, min(count, len(turns)))
+
+
+def _posed(facts: Facts, turn: Turn) -> Turn:
+    return Turn(f"{facts.passage} {turn.prompt}", turn.answer)
+
+
+def _random_number(rng: random.Random) -> int:
+    return rng.randint(10, 999)
+
+
+def _unique(scene: Scene, feature: Callable[[Shape], object]) -> list[Shape]:
+    """The shapes whose feature no other shape of the scene shares."""
+    values = [feature(shape) for shape in scene.shapes]
+    return [shape for shape, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]

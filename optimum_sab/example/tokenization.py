@@ -1,0 +1,126 @@
+"""The embedded example's tokenizer and picture preprocessing, and the texts the tokenizer is trained on."""
+
+import json
+import pathlib
+import pydoc_data.topics
+import random
+from collections.abc import Iterator
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from optimum_sab.example.architecture import (
+    END_OF_TEXT,
+    MERGE_SIZE,
+    PATCH_SIZE,
+    SPECIAL_TOKENS,
+    TEMPORAL_PATCH_SIZE,
+    TURN_END,
+    VOCABULARY_SIZE,
+)
+from optimum_sab.example.tasks import IMAGE_SIZE, SUBJECTS, training_conversation
+
+PRE_TOKENIZATION = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['content'] is string %}
+{{- message['content'] }}
+{%- else %}
+{%- for part in message['content'] %}
+{%- if part['type'] == 'image' %}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+{%- elif part['type'] == 'video' %}
+{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+{%- elif part['type'] == 'text' %}
+{{- part['text'] }}
+{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+def write_processor(folder: pathlib.Path, texts: Iterator[str]) -> None:
+    """Train the tokenizer on `texts` and write every file of the processor.
+
+    Bytes are the smallest tokens, so any Unicode text can be encoded; digits never merge.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRE_TOKENIZATION), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE,
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "model_max_length": 2048,
+            "eos_token": TURN_END,
+            "pad_token": END_OF_TEXT,
+            "unk_token": None,
+            "bos_token": None,
+            "add_prefix_space": False,
+            "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+            "clean_up_tokenization_spaces": False,
+            "split_special_tokens": False,
+            "errors": "replace",
+        },
+    )
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "min_pixels": (2 * PATCH_SIZE * MERGE_SIZE) ** 2,
+            "max_pixels": IMAGE_SIZE**2,
+            "patch_size": PATCH_SIZE,
+            "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+            "merge_size": MERGE_SIZE,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+        },
+    )
+
+
+def prose_passages(rng: random.Random, length: int = 300) -> Iterator[str]:
+    """Endless passages of `length` characters from the reference documentation inside Python."""
+    text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
+    while True:
+        start = rng.randrange(len(text) - length)
+        yield text[start : start + length]
+
+
+def tokenizer_texts(seed: int) -> Iterator[str]:
+    """What the tokenizer is trained on: conversations and prose, about equal in size."""
+    rng = random.Random(f"tokenizer {seed}")
+    passages = prose_passages(rng)
+    for _ in range(3000):
+        for turn in training_conversation(rng, rng.choice(SUBJECTS)).turns:
+            yield f"user\n{turn.prompt}"
+            yield f"assistant\n{turn.answer}"
+        yield next(passages)
+
+
+def _write_json(path: pathlib.Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,7 @@
+"""`AutoModelForVision2Seq` under both lines: Transformers 5 renamed it to `AutoModelForImageTextToText`."""
+
+from __future__ import annotations
+
+import transformers
+
+AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", None) or transformers.AutoModelForImageTextToText

@@ -1,0 +1,225 @@
+"""`SABConfig`: every setting of a binarization, as Transformers passes and stores it."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError, FormatVersionError
+from optimum_sab.format.layout import FORMAT_VERSION
+
+QUANT_METHOD = "sab"
+PROGRESS = ("bar", "lines", "none")
+
+_LAYER = tuple(f.name for f in fields(LayerSettings))
+_TRANSIENT = ("processor", "progress", "dequantize")  # of one call, not of the checkpoint
+
+
+class SABConfig(QuantizationConfigMixin):
+    """Settings for binarizing a model, and the record stored with a packed checkpoint.
+
+    The first twelve are the settings of a layer; see `optimum_sab.core.settings.LayerSettings` for their meaning.
+    The defaults are the default preset: one base plane, a residual plane on an eighth of the columns, fp8 row scales.
+
+    Args:
+        modules_to_not_convert: module rules to keep dense, in addition to the defaults (everything outside the
+            decoder blocks): dotted name parts such as "down_proj" or "layers.0.mlp", or regular expressions behind
+            ``re:``.
+        dynamic: regular expression → layer settings for the modules it is found in, e.g.
+            ``{"layers\\.0\\.": {"base_planes": 2}}``.
+        calibration: the data; see `optimum_sab.calibration.samples.read_samples`. None is the built-in set.
+        calibration_samples: how many samples to use at most.
+        sequence_length: calibration texts are cut to this many tokens.
+        seed: seed of the built-in set and of a dataset's order.
+        calibration_pass: a registered calibration pass.
+        calibration_device: device on which blocks are worked on, e.g. "cuda"; None leaves each where it is.
+        processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own. Not
+            stored.
+        progress: "bar", "lines" (one line per block) or "none". Not stored.
+        dequantize: when loading a packed checkpoint, give back a dense model. Not stored.
+        format_version: of the packed tensors; written by `save_pretrained`.
+        measured: what was measured when the checkpoint was made; written by the quantizer.
+
+    Raises:
+        ConfigError: an unknown setting or a value out of range, by name.
+        FormatVersionError: ``format_version`` is not one this release reads.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 128,
+        base_planes: int = 1,
+        residual_planes: int = 1,
+        salient_fraction: float = 0.125,
+        iterations: int = LayerSettings.iterations,
+        significance: str = LayerSettings.significance,
+        feedback: str = "column",
+        refit: bool = True,
+        sweeps: int = LayerSettings.sweeps,
+        row_scale: str = "fp8",
+        damping: float = LayerSettings.damping,
+        propagation: float = LayerSettings.propagation,
+        modules_to_not_convert: Sequence[str] | None = None,
+        dynamic: Mapping[str, Mapping[str, Any]] | None = None,
+        calibration: Any = None,
+        calibration_samples: int = 128,
+        sequence_length: int = 512,
+        seed: int = 0,
+        calibration_pass: str = "hessian",
+        calibration_device: str | None = None,
+        processor: Any = None,
+        progress: str = "bar",
+        dequantize: bool = False,
+        format_version: int = FORMAT_VERSION,
+        measured: dict[str, Any] | None = None,
+        quant_method: str = QUANT_METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise _unknown(next(iter(unknown)))
+        if quant_method != QUANT_METHOD:
+            raise ConfigError(f"quant_method={quant_method!r} is not {QUANT_METHOD!r}; this is not a SAB configuration.")
+        self.quant_method: Any = QUANT_METHOD
+        self.block_size = block_size
+        self.base_planes = base_planes
+        self.residual_planes = residual_planes
+        self.salient_fraction = salient_fraction
+        self.iterations = iterations
+        self.significance = significance
+        self.feedback = feedback
+        self.refit = refit
+        self.sweeps = sweeps
+        self.row_scale = row_scale
+        self.damping = damping
+        self.propagation = propagation
+        self.modules_to_not_convert = _rules(modules_to_not_convert)
+        self.dynamic = {pattern: dict(changes) for pattern, changes in (dynamic or {}).items()}
+        self.calibration = calibration
+        self.calibration_samples = calibration_samples
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.calibration_pass = calibration_pass
+        self.calibration_device = calibration_device
+        self.processor = processor
+        self.progress = progress
+        self.dequantize = dequantize
+        self.format_version = format_version
+        self.measured = measured
+        self.validate()
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SABConfig:
+        """SAB-LVLM as published: its map Λ, 15 rounds, block-wise compensation, two base planes and a residual one.
+
+        Its row scales are fp16 and nothing is refit or propagated. This is the baseline, not the recommendation.
+        """
+        published: dict[str, Any] = {
+            "base_planes": 2,
+            "residual_planes": 1,
+            "salient_fraction": 0.125,
+            "iterations": 15,
+            "significance": "modality",
+            "feedback": "block",
+            "refit": False,
+            "sweeps": 0,
+            "row_scale": "fp16",
+            "propagation": 0.0,
+        }
+        return cls(**{**published, **changes})
+
+    @property
+    def layer_settings(self) -> LayerSettings:
+        """The settings of a layer without a ``dynamic`` override."""
+        return LayerSettings(**{name: getattr(self, name) for name in _LAYER})
+
+    def validate(self) -> None:
+        """Check every value; raises as the class says."""
+        if self.format_version != FORMAT_VERSION:
+            raise FormatVersionError(
+                f"format_version={self.format_version!r} cannot be read; this release reads {FORMAT_VERSION}. Upgrade "
+                "optimum-sab, or quantize the model again."
+            )
+        settings = self.layer_settings
+        for pattern, changes in self.dynamic.items():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ConfigError(f"dynamic has the rule {pattern!r}, which is no regular expression: {error}.") from error
+            settings.replace(**changes)
+        for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
+        if self.progress not in PROGRESS:
+            raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
+        if not isinstance(self.dequantize, bool):
+            raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From a dictionary such as config.json's ``quantization_config``; unknown keys raise `ConfigError`."""
+        own = {k: kwargs.pop(k) for k in list(kwargs) if k in _PARAMETERS}
+        config = cls(**{**config_dict, **own})
+        return (config, kwargs) if return_unused_kwargs else config
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: everything but what belongs to one call (processor, progress, dequantize).
+
+        Calibration samples given as objects are stored as their number only.
+        """
+        state = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in (*_TRANSIENT, "calibration")}
+        state["calibration"] = describe_calibration(self.calibration)
+        return state
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """`to_dict` without the values that are the defaults."""
+        plain = SABConfig().to_dict()
+        kept = ("quant_method", "format_version")
+        return {k: v for k, v in self.to_dict().items() if k in kept or v != plain.get(k)}
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What may be given again when a packed checkpoint is loaded."""
+        return {"dequantize": self.dequantize}
+
+    def __iter__(self) -> Any:
+        return iter(self.to_dict().items())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SABConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def describe_calibration(calibration: Any) -> Any:
+    """How calibration data is recorded: a name or path as it is, samples as ``{"samples": count}``."""
+    if calibration is None or isinstance(calibration, (str, dict)):
+        return calibration
+    if isinstance(calibration, Path):
+        return str(calibration)
+    return {"samples": len(calibration)}
+
+
+_PARAMETERS = tuple(p for p in inspect.signature(SABConfig.__init__).parameters if p not in ("self", "unknown"))
+
+
+def _rules(rules: Sequence[str] | str | None) -> list[str]:
+    if isinstance(rules, str):
+        raise ConfigError(f"modules_to_not_convert={rules!r} must be a list; write [{rules!r}].")
+    return list(rules or [])
+
+
+def _unknown(name: str) -> ConfigError:
+    close = difflib.get_close_matches(name, _PARAMETERS, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; the settings are {', '.join(_PARAMETERS)}."
+    return ConfigError(f"unknown setting {name!r}{hint}")

@@ -1,0 +1,144 @@
+"""`SABHfQuantizer`: what `from_pretrained` and `save_pretrained` call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.quantizers.base import HfQuantizer
+
+from optimum_sab.errors import ConfigError, FormatError
+from optimum_sab.hf.checkpoint import check_files, local_files
+from optimum_sab.hf.config import SABConfig
+from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.selection import Selection, replace_with_skeletons, select_linears, set_module
+
+
+class SABHfQuantizer(HfQuantizer):
+    """Binarizes a dense checkpoint after it is loaded, or prepares the packed layers a packed checkpoint fills.
+
+    Attributes:
+        report: the `BinarizationReport` of the model this quantizer made; None for a loaded one.
+    """
+
+    requires_calibration = False  # True would refuse dense checkpoints, which is the main job
+    requires_parameters_quantization = False  # Transformers 4.57
+    required_packages = None
+
+    def __init__(self, quantization_config: SABConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.report: Any = None
+
+    # -- loading ---------------------------------------------------------------------------------------------------
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+        if not self.pre_quantized and "disk" in places:
+            raise ConfigError(
+                "device_map sends modules to disk, where they cannot be binarized; load on the CPU (device_map='cpu') "
+                "and name the accelerator in SABConfig(calibration_device=...)."
+            )
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        selection = self._select(model, strict=not self.pre_quantized)  # a bad rule stops here, before any download
+        if self.pre_quantized:
+            replace_with_skeletons(model, selection)
+            files = kwargs.get("checkpoint_files") or local_files(_source(model))
+            check_files(model, selection.prefix, [f for f in files if str(f).endswith(".safetensors")])
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if not self.pre_quantized:
+            self._binarize(model)
+        else:
+            for name, module in model.named_modules():
+                if isinstance(module, SABLinear) and module.weight.device.type != "meta":
+                    module.packed.validate(name)
+            if self.quantization_config.dequantize:
+                self._dequantize(model)
+                self.remove_quantization_config(model)
+                return model
+        model.config.quantization_config = self.quantization_config
+        return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""
+        if self.pre_quantized:
+            for key in missing_keys:
+                stem, _, tensor = key.rpartition(".")
+                owner = _submodule(model, stem)
+                if isinstance(owner, SABLinear) and tensor != "bias":
+                    raise FormatError(f"{stem}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again.")
+        return missing_keys
+
+    # -- what Transformers asks ------------------------------------------------------------------------------------
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        return safe_serialization is not False
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on top: gradients reach the inputs of packed layers."""
+        return True
+
+    # -- work ------------------------------------------------------------------------------------------------------
+
+    def _select(self, model: nn.Module, strict: bool) -> Selection:
+        config = self.quantization_config
+        rules = list(config.modules_to_not_convert)
+        if not strict:
+            rules += (config.measured or {}).get("left_dense", [])
+        return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
+
+    def _binarize(self, model: nn.Module) -> None:
+        from optimum_sab.calibration.modality import model_modalities
+        from optimum_sab.calibration.pipeline import binarize
+        from optimum_sab.calibration.samples import encode_samples, read_samples
+        from optimum_sab.hf.processor import find_processor
+        from optimum_sab.hf.progress import block_progress
+
+        config = self.quantization_config
+        selection = self._select(model, strict=True)
+        visual = "visual" in model_modalities(model.config)
+        samples = read_samples(config.calibration, config.calibration_samples, config.seed, visual)
+        processor = find_processor(config.processor, _source(model), visual)
+        inputs = encode_samples(samples, processor, config.sequence_length)
+        device = None if config.calibration_device is None else torch.device(config.calibration_device)
+        with block_progress(config.progress) as on_block:
+            self.report = binarize(model, selection, inputs, config.calibration_pass, device, on_block)
+        config.calibration = config.calibration if isinstance(config.calibration, str) else (
+            None if config.calibration is None else {"samples": len(samples)}
+        )
+        config.processor = None
+        config.measured = {
+            "bits_per_weight": round(self.report.bits_per_weight, 6),
+            "calibration_tokens": self.report.tokens,
+            "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
+        }
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Packed layers become dense linears in ``dtype`` (default: the model's)."""
+        dtype = dtype or getattr(model.config, "dtype", None) or getattr(model, "dtype", None)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, SABLinear):
+                if module.weight.device.type == "meta":
+                    raise ConfigError(f"{name} is offloaded; load the model without offload to dequantize it.")
+                set_module(model, name, module.dequantize(dtype))
+        return model
+
+
+def _source(model: nn.Module) -> str:
+    return getattr(model.config, "_name_or_path", "") or getattr(model.config, "name_or_path", "") or ""
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(name)
+
+
+def _below_blocks(name: str, prefix: str) -> str:
+    """The name from the block list's last part on, which holds whatever prefix the model is loaded under."""
+    return name[len(prefix) - len(prefix.rpartition(".")[2]) :]
+
+

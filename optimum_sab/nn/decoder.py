@@ -1,0 +1,59 @@
+"""Where a model's decoder blocks are: asked of the model, not looked up in a list of architectures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from optimum_sab.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DecoderBlocks:
+    """The language model's blocks.
+
+    Attributes:
+        prefix: dotted name of the block list in the model, e.g. ``model.language_model.layers``.
+        blocks: the blocks in order.
+    """
+
+    prefix: str
+    blocks: tuple[nn.Module, ...]
+
+
+def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
+    """The block list of the model's text decoder.
+
+    The decoder is what ``model.get_decoder()`` returns (Transformers' own accessor; vision-language models answer
+    with their language model), else the model itself. Its block list is the `nn.ModuleList` that holds the most
+    linear weights.
+
+    Raises:
+        ConfigError: there is no list of blocks with linears in it.
+    """
+    accessor = getattr(model, "get_decoder", None)
+    decoder = accessor() if callable(accessor) else model
+    if not isinstance(decoder, nn.Module):
+        decoder = model
+    candidates = [
+        module
+        for _, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and _linear_weights(module)
+    ]
+    if not candidates:
+        raise ConfigError(
+            f"{type(model).__name__} has no list of decoder blocks with linear layers; SAB binarizes decoder models."
+        )
+    chosen = max(candidates, key=_linear_weights)
+    prefix = next(name for name, module in model.named_modules() if module is chosen)
+    return DecoderBlocks(prefix, tuple(chosen))
+
+
+def _linear_weights(module: nn.Module) -> int:
+    # in_features rather than weight.numel(): packed layers count like dense ones, so a reloaded model is read alike
+    return sum(
+        m.in_features * m.out_features
+        for m in module.modules()
+        if isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)
+    )

@@ -1,0 +1,149 @@
+"""Which linears of a model are binarized, and with which settings."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.nn.decoder import find_decoder_blocks
+from optimum_sab.nn.linear import SABLinear
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of the rules on one model.
+
+    Attributes:
+        prefix: dotted name of the decoder's block list.
+        settings: per selected linear, by dotted name, in the model's order.
+        left_dense: linears inside the decoder blocks that a rule or a tied weight keeps dense.
+    """
+
+    prefix: str
+    settings: dict[str, LayerSettings]
+    left_dense: tuple[str, ...]
+
+
+def name_matches(rule: str, name: str) -> bool:
+    """Whether a module rule covers ``name``.
+
+    A rule is a run of whole dotted parts anywhere in the name ("down_proj", "layers.0", the full name), or a regular
+    expression behind ``re:`` that is searched in the name.
+    """
+    if rule.startswith("re:"):
+        return re.search(rule[3:], name) is not None
+    return f".{rule}." in f".{name}."
+
+
+def select_linears(
+    model: nn.Module,
+    defaults: LayerSettings,
+    modules_to_not_convert: Sequence[str] = (),
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None,
+    strict: bool = True,
+) -> Selection:
+    """Every linear in the decoder blocks, less the rules.
+
+    The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
+    linear whose weight is shared with another module. ``modules_to_not_convert`` adds to that, it replaces nothing.
+
+    Args:
+        model: dense, or a skeleton on meta.
+        defaults: settings of a module without an override.
+        modules_to_not_convert: rules as in `name_matches`.
+        dynamic: regular expression → settings to override; searched in the module's name, all that match apply in
+            order.
+        strict: whether a rule that matches nothing is an error (when quantizing) or passed over (when loading).
+
+    Raises:
+        ConfigError: a rule matches no module, or nothing is left to binarize.
+    """
+    decoder = find_decoder_blocks(model)
+    shared = _shared_parameters(model)
+    used_rules: set[str] = set()
+    settings: dict[str, LayerSettings] = {}
+    left_dense: list[str] = []
+    for name, module in model.named_modules():
+        for rule in modules_to_not_convert:
+            if name and name_matches(rule, name):
+                used_rules.add(rule)
+        inside = name.startswith(decoder.prefix + ".") if decoder.prefix else True
+        if not inside or not isinstance(module, (nn.Linear, SABLinear)):
+            continue
+        if id(module.weight) in shared or any(name_matches(rule, name) for rule in modules_to_not_convert):
+            left_dense.append(name)
+            continue
+        own = defaults
+        for pattern, changes in (dynamic or {}).items():
+            if re.search(pattern, name):
+                used_rules.add(pattern)
+                own = own.replace(**changes)
+        settings[name] = own
+    unused = [r for r in [*modules_to_not_convert, *(dynamic or {})] if r not in used_rules]
+    if strict and unused:
+        example = next(iter(settings), "none")
+        raise ConfigError(
+            f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
+        )
+    if not settings:
+        raise ConfigError(f"nothing is left to binarize in {type(model).__name__}; loosen modules_to_not_convert.")
+    if strict:
+        _warn_fused(model, decoder.prefix)
+    return Selection(decoder.prefix, settings, tuple(left_dense))
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """ids of parameters that more than one module holds."""
+    seen: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+def _warn_fused(model: nn.Module, prefix: str) -> None:
+    fused = [
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith(prefix + ".") and parameter.dim() == 3 and parameter.dtype.is_floating_point
+    ]
+    if fused:
+        share = sum(model.get_parameter(n).numel() for n in fused) / sum(p.numel() for p in model.parameters())
+        warnings.warn(
+            f"{len(fused)} fused expert tensors, such as {fused[0]!r}, are not nn.Linear and stay dense: "
+            f"{share:.0%} of the model's parameters. Mixture-of-experts models gain little yet.",
+            SABWarning,
+            stacklevel=3,
+        )
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule at a dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def replace_with_skeletons(model: nn.Module, selection: Selection) -> None:
+    """Swap every selected `nn.Linear` for an empty `SABLinear` on the same device, for a loader to fill."""
+    for name, settings in selection.settings.items():
+        dense = model.get_submodule(name)
+        assert isinstance(dense, nn.Linear)
+        set_module(
+            model,
+            name,
+            SABLinear(
+                dense.in_features,
+                dense.out_features,
+                settings,
+                dense.bias is not None,
+                device=dense.weight.device,
+                dtype=dense.weight.dtype,
+            ),
+        )

@@ -1,0 +1,98 @@
+import dataclasses
+
+import pytest
+import torch
+
+from optimum_sab.example import checkpoint_path
+from optimum_sab.example.architecture import build_model, model_config
+from optimum_sab.example.processor import load_processor
+from optimum_sab.example.training import (
+    TrainingSettings,
+    answer_mask,
+    batches,
+    schedule,
+    weighted_loss,
+)
+
+SMALL = TrainingSettings(steps=10, scenes=2, signs=1, texts=1, prose=1, warmup=4)
+
+acceleration = pytest.importorskip("optimum_sab.example.acceleration", reason="training needs Transformers 5")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(checkpoint_path())
+
+
+@pytest.fixture(scope="module")
+def batch(processor):
+    return next(batches(processor, SMALL))
+
+
+def test_answer_mask_marks_answers_and_their_closing_tokens_only(processor):
+    text = (
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAnn<|im_end|>\n"
+        "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\ntop left<|im_end|>\n"
+    )
+    ids = torch.tensor([processor.tokenizer.encode(text)])
+    marked = ids[answer_mask(ids, processor)]
+    assert processor.tokenizer.decode(marked) == "Ann<|im_end|>top left<|im_end|>"
+
+
+def test_answer_mask_is_empty_without_an_answer(processor):
+    text = "<|im_start|>user\nWho?<|im_end|>\nplain prose, nothing else at all"
+    ids = torch.tensor([processor.tokenizer.encode(text)])
+    assert not answer_mask(ids, processor).any()
+
+
+def test_batches_are_determined_by_the_seed(processor, batch):
+    again = next(batches(processor, SMALL))
+    assert all(torch.equal(batch.inputs[name], again.inputs[name]) for name in batch.inputs)
+    other = next(batches(processor, dataclasses.replace(SMALL, seed=1)))
+    assert not torch.equal(batch.inputs["input_ids"], other.inputs["input_ids"])
+
+
+def test_batches_weigh_answers_prose_and_nothing_else(batch):
+    weight = batch.loss_weight
+    assert set(weight[:4].unique().tolist()) == {0.0, 1.0}
+    assert weight[4][batch.inputs["attention_mask"][4] == 1].unique().tolist() == pytest.approx([SMALL.prose_weight])
+    assert not weight[batch.inputs["attention_mask"] == 0].any()
+
+
+def test_weighted_loss_ignores_targets_without_weight(batch):
+    torch.manual_seed(0)
+    model = build_model()
+    ids = batch.inputs["input_ids"].clone()
+    last = batch.loss_weight[0].nonzero().max().item()
+    ids[0, last + 1] = 300
+    changed = dataclasses.replace(batch, inputs={**batch.inputs, "input_ids": ids})
+    torch.testing.assert_close(weighted_loss(model, changed), weighted_loss(model, batch))
+
+
+def test_acceleration_changes_neither_loss_nor_gradient(batch):
+    torch.manual_seed(0)
+    plain = build_model()
+    torch.manual_seed(0)
+    fast = build_model()
+    acceleration.accelerate(fast, compiled=False)
+    losses = [weighted_loss(model, batch) for model in (plain, fast)]
+    torch.testing.assert_close(losses[1], losses[0])
+    for loss in losses:
+        loss.backward()
+    named = dict(plain.named_parameters())
+    for name, parameter in fast.named_parameters():
+        error = (parameter.grad - named[name].grad).norm() / named[name].grad.norm()
+        assert error < 1e-4, name
+
+
+def test_schedule_warms_up_and_decays_to_a_hundredth():
+    factors = [schedule(step, SMALL) for step in range(1, SMALL.steps + 1)]
+    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert factors[-1] == pytest.approx(0.01)
+    assert all(later < earlier for earlier, later in zip(factors[3:], factors[4:]))
+
+
+def test_model_config_matches_the_vocabulary_and_the_picture_features():
+    config = model_config()
+    assert config["text_config"]["hidden_size"] == config["vision_config"]["out_hidden_size"]
+    assert build_model().get_input_embeddings().num_embeddings == config["text_config"]["vocab_size"]
