@@ -50,6 +50,10 @@ class _Pause:
     kind: str
     key: int | str
     payload: Any = None
+    state: _TorchState | None = None  # the coroutine's own, to run its block in its place
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.key}".strip()
 
 
 @dataclass
@@ -120,7 +124,7 @@ class Lockstep:
             self._state = _TorchState.capture()
             self._workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
             self._greenlets = [greenlet.greenlet(self._forward) for _ in self._workers]
-            self._identity = {g: w for g, w in zip(self._greenlets, self._workers, strict=True)}
+            self._identity = dict(zip(self._greenlets, self._workers, strict=True))
             try:
                 waiting = {w: g.switch(w[0]) for w, g in zip(self._workers, self._greenlets, strict=True)}
                 for index in range(len(self.blocks)):
@@ -139,7 +143,7 @@ class Lockstep:
         for worker, pause in waiting.items():
             if pause.kind != "block" or pause.key != index:
                 raise LockstepError(
-                    f"sample {worker[0]} is at {pause.kind} {pause.key} while the others enter decoder block {index}: "
+                    f"sample {worker[0]} is at {pause} while the others enter decoder block {index}: "
                     "every sample must go through every block once, in order. Remove the sample, or report the model."
                 )
         visitor.enter(index)
@@ -147,7 +151,7 @@ class Lockstep:
         block, home = self.blocks[index], _device_of(self.blocks[index])
         if self.device is not None and home is not None and home != self.device:
             block.to(self.device)
-        self._groups = self._probe(index, waiting[self._workers[0]].payload)
+        self._groups = self._probe(index, waiting[self._workers[0]])
         waiting = self._resume(waiting)
         while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
             group, here = self._next_group(index, at_linear, len(waiting))
@@ -168,15 +172,18 @@ class Lockstep:
             block.to(home)
         return self._resume(waiting) if index + 1 < len(self.blocks) else waiting
 
-    def _probe(self, index: int, call: tuple[tuple[Any, ...], dict[str, Any]]) -> dict[str, _Group]:
+    def _probe(self, index: int, pause: _Pause) -> dict[str, _Group]:
         """Run the block once on one sample to see which linears are given the same tensor, and in which order."""
         self._recording = []
-        args, kwargs = self._to_device(call)
+        args, kwargs = self._to_device(pause.payload)
         try:
+            if pause.state is not None:
+                pause.state.restore()
             self._block_forwards[index](*args, **kwargs)
             records = self._recording
         finally:
             self._recording = None
+            self._state.restore()
         groups: list[tuple[Tensor, list[str]]] = []
         seen: set[str] = set()
         for name, tensor in records:
@@ -223,7 +230,7 @@ class Lockstep:
         return _Pause("end of the forward", "")
 
     def _pause(self, pause: _Pause) -> None:
-        state = _TorchState.capture()
+        pause.state = state = _TorchState.capture()
         self._state.restore()
         self._main.switch(pause)
         state.restore()
@@ -267,17 +274,17 @@ class Lockstep:
         return forward
 
     def _wrap_linear(self, name: str, linear: nn.Linear, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(inputs: Tensor) -> Any:
+        def forward(input: Tensor) -> Any:  # the name it has in nn.Linear, for models that pass it by keyword
             if self._recording is not None:
-                self._recording.append((name, inputs))
-                return original(inputs)
+                self._recording.append((name, input))
+                return original(input)
             worker = self._identity[self._current()]
             group = self._groups.get(name)
             if group is None or worker not in group.seen:
-                self._pause(_Pause("linear", name, inputs))
+                self._pause(_Pause("linear", name, input))
             if worker[1] == DENSE:
-                return original(inputs)
-            return nn.functional.linear(inputs, self._weights[name], linear.bias)
+                return original(input)
+            return nn.functional.linear(input, self._weights[name], linear.bias)
 
         return forward
 
@@ -288,7 +295,8 @@ class Lockstep:
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+    # empty tensors all have the data pointer 0: experts that no token chose do not share an input
+    return a is b or (a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

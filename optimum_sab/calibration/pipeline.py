@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
-from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.nn.decoder import find_decoder_blocks
+from optimum_sab.nn.decoder import DecoderBlocks, find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, set_module
 
@@ -104,7 +103,7 @@ def binarize(
         raise SampleError("no calibration samples; give at least one text or chat message, or calibration='builtin'.")
     collector = calibration_pass(pass_name)()
     decoder = find_decoder_blocks(model)
-    blocks, linears = _targets(model, decoder.prefix, decoder.blocks, selection)
+    positions, linears = _targets(model, decoder, selection)
     _check_weights(model, selection)
     config = getattr(model, "config", None)
     modalities = [token_modalities(sample, config) for sample in samples]
@@ -115,9 +114,10 @@ def binarize(
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    worker = _Binarizer(model, selection, linears, modalities, collector, device, on_block)
+    worker = _Binarizer(model, selection, positions, linears, modalities, collector, device, on_block)
     two_streams = any(s.propagation > 0 for s in selection.settings.values())
     try:
+        blocks = [decoder.blocks[position] for position in positions]
         Lockstep(model, blocks, linears, moved, two_streams, device).run(worker)
     finally:
         model.train(was_training)
@@ -130,6 +130,7 @@ class _Binarizer:
 
     model: nn.Module
     selection: Selection
+    positions: Sequence[int]
     linears: Sequence[Mapping[str, nn.Linear]]
     modalities: Sequence[TokenModalities]
     collector: CalibrationPass
@@ -140,7 +141,7 @@ class _Binarizer:
     def enter(self, index: int) -> None:
         self._started = time.perf_counter()
         self._packed: dict[str, PackedWeight] = {}
-        self._layers: dict[str, LayerReport] = {}
+        self._error: dict[str, float] = {}
         self._index = index
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
@@ -159,50 +160,54 @@ class _Binarizer:
                 packed = PackedWeight.pack(planes, settings)
                 self._packed[name] = packed
                 weights[name] = packed.dequantize().to(dense.weight.device, dense.weight.dtype)
-                self._layers[name] = LayerReport(
-                    name, solution.error, packed.bits_per_weight, dense.in_features * dense.out_features
-                )
+                self._error[name] = solution.error
         return weights
 
     def leave(self, index: int, drift: float | None) -> None:
+        layers: list[LayerReport] = []
         for name, dense in self.linears[index].items():
-            bias = None if dense.bias is None else dense.bias
-            layer = SABLinear.from_packed(self._packed[name], bias).to(dense.weight.device)
+            layer = SABLinear.from_packed(self._packed[name], dense.bias).to(dense.weight.device)
             layer.train(dense.training)
             set_module(self.model, name, layer)
             dense._parameters["weight"] = None  # the lockstep still refers to the module; its weight can go
-        layers = tuple(self._layers[name] for name in self.linears[index])
-        report = BlockReport(index, layers, drift, time.perf_counter() - self._started)
+            weights = layer.in_features * layer.out_features
+            layers.append(LayerReport(name, self._error[name], layer.bits_per_weight, weights))
+        seconds = time.perf_counter() - self._started
+        report = BlockReport(self.positions[index], tuple(layers), drift, seconds)
         self.reports.append(report)
         if self.on_block is not None:
             self.on_block(report, len(self.linears))
 
 
 def _targets(
-    model: nn.Module, prefix: str, blocks: Sequence[nn.Module], selection: Selection
-) -> tuple[list[nn.Module], list[dict[str, nn.Linear]]]:
-    """The decoder blocks that hold selected linears, and those linears by dotted name."""
-    chosen: list[nn.Module] = []
+    model: nn.Module, decoder: DecoderBlocks, selection: Selection
+) -> tuple[list[int], list[dict[str, nn.Linear]]]:
+    """The places of the decoder blocks that hold selected linears, and those linears by dotted name."""
+    positions: list[int] = []
     linears: list[dict[str, nn.Linear]] = []
-    for index, block in enumerate(blocks):
-        start = f"{prefix}.{index}." if prefix else f"{index}."
+    for index in range(len(decoder.blocks)):
+        start = f"{decoder.prefix}.{index}." if decoder.prefix else f"{index}."
         inside: dict[str, nn.Linear] = {}
         for name in selection.settings:
             if name.startswith(start):
-                module = model.get_submodule(name)
-                if not isinstance(module, nn.Linear):
-                    raise CalibrationError(f"{name} is a {type(module).__name__}; only nn.Linear can be binarized.")
-                inside[name] = module
+                inside[name] = _linear(model, name)
         if inside:
-            chosen.append(block)
+            positions.append(index)
             linears.append(inside)
-    return chosen, linears
+    return positions, linears
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise CalibrationError(f"{name} is a {type(module).__name__}; only nn.Linear can be binarized.")
+    return module
 
 
 def _check_weights(model: nn.Module, selection: Selection) -> None:
     """Stop before hours of work: every target weight must be real and finite."""
     for name in selection.settings:
-        weight = model.get_submodule(name).weight
+        weight = _linear(model, name).weight
         if weight.device.type == "meta":
             raise CalibrationError(
                 f"the weight of {name} is offloaded; load the model on the CPU for binarization (device_map='cpu') and "
@@ -230,8 +235,7 @@ def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[st
 
 
 def _warn_few_tokens(tokens: int, model: nn.Module, selection: Selection) -> None:
-    widest = max(selection.settings, key=lambda n: model.get_submodule(n).in_features)
-    width = model.get_submodule(widest).in_features
+    width, widest = max((_linear(model, name).in_features, name) for name in selection.settings)
     if tokens < width:
         warnings.warn(
             f"{tokens} calibration tokens are fewer than the {width} input features of {widest}: its Hessian is "

@@ -115,7 +115,7 @@ def _checked(sample: Any, label: str) -> Sample:
         sample = sample["messages"]
     if not _is_chat(sample):
         raise SampleError(
-            f"{label} is a {type(sample).__name__}; a sample is a text, or a list of messages with 'role' and 'content'."
+            f"{label} is a {type(sample).__name__}; give a text, or a list of messages with 'role' and 'content'."
         )
     return list(sample)
 
@@ -243,4 +243,6 @@ def _read_row(row: Mapping[str, Any], label: str) -> Sample:
         raise SampleError(f"{label} has columns {', '.join(row)}; one of 'messages', 'text', 'question' is needed.")
     if not images:
         return str(text)
-    return [{"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}]
+    return [
+        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
+    ]

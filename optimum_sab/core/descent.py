@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from optimum_sab.core.feedback import LevelPicker
 from optimum_sab.core.planes import block_bounds
 
@@ -51,9 +53,9 @@ def descend_signs(
 
 
 def _dense(signs: list[Tensor], row_scale: Tensor, block_size: int) -> Tensor:
-    total = None
-    width = signs[0].shape[1]
+    total = torch.zeros_like(signs[0])
+    width = total.shape[1]
     for sign, scale in zip(signs, row_scale, strict=True):
         spread = scale.T.repeat_interleave(block_size, dim=1)[:, :width]
-        total = sign * spread if total is None else total.addcmul_(sign, spread)
+        total.addcmul_(sign, spread)
     return total

@@ -64,12 +64,7 @@ class InputMoments:
         """
         if quantized.shape[0] == 0:
             return
-        x = quantized.to(self.device, torch.float32)
-        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
-            raise NonFiniteError(
-                f"the input of {self.name} holds NaN or inf for {modality} tokens; load the model in float32 or "
-                "bfloat16 instead of float16, or leave the module dense with modules_to_not_convert."
-            )
+        x = self._finite(modality, quantized)
         moments = self.by_modality.get(modality)
         if moments is None:
             shape = (self.in_features, self.in_features)
@@ -82,8 +77,17 @@ class InputMoments:
         if moments.drift is not None:
             if dense is None:
                 raise CalibrationError(f"{self.name}: two streams were announced and the dense one is missing.")
-            moments.drift.addmm_((dense.to(self.device, torch.float32) - x).T, x)
+            moments.drift.addmm_((self._finite(modality, dense) - x).T, x)
         moments.tokens += x.shape[0]
+
+    def _finite(self, modality: str, inputs: Tensor) -> Tensor:
+        x = inputs.to(self.device, torch.float32)
+        if not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+            raise NonFiniteError(
+                f"the input of {self.name} holds NaN or inf for {modality} tokens; load the model in float32 or "
+                "bfloat16 instead of float16, or leave the module dense with modules_to_not_convert."
+            )
+        return x
 
     def statistics(self) -> InputStatistics:
         """Freeze the sums: ``H_μ = 2/N_μ Σ x xᵀ`` per modality, and their trace-balanced mean.

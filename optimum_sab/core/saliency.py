@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def saliency(
-    weight: Float[Tensor, "out in"], inverse_diagonal: Float[Tensor, " in"]
-) -> Float[Tensor, "out in"]:
+def saliency(weight: Float[Tensor, "out in"], inverse_diagonal: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
     """``S[i,j] = W[i,j]² / ([H⁻¹]_jj)²`` (BiLLM's sensitivity, method.md section 2)."""
     return weight.square() / inverse_diagonal.square()
 

@@ -90,7 +90,9 @@ class LayerSettings:
             raise ConfigError(f"damping={self.damping} must lie in (0, 1]; 0.01 is the usual value.")
         _number("propagation", self.propagation)
         if not 0.0 <= self.propagation <= 1.0:
-            raise ConfigError(f"propagation={self.propagation} must lie in [0, 1]; 0 switches the propagated target off.")
+            raise ConfigError(
+                f"propagation={self.propagation} must lie in [0, 1]; 0 switches the propagated target off."
+            )
 
     @property
     def planes(self) -> int:

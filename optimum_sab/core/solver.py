@@ -69,7 +69,9 @@ def solve(
     """
     W = weight.detach().to(statistics.hessian.device, torch.float32)
     if not bool(torch.isfinite(W).all()):
-        raise NonFiniteError(f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16.")
+        raise NonFiniteError(
+            f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16."
+        )
     factored = factor_hessian(statistics.hessian, settings.damping, name)
     target = W
     if settings.propagation and statistics.drift is not None:
@@ -77,14 +79,25 @@ def solve(
     target = target.masked_fill(factored.dead, 0.0)
     significance = None
     if settings.significance == "modality":
-        inverse = [factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()]
+        inverse = [
+            factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
+        ]
         significance = significance_map(W, torch.stack(inverse))
-    signs, salient, row_scale, column_scale = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings)
+    signs, salient, row_scale, column_scale = _forward_pass(
+        target, factored, _error_weight(settings, factored, significance), settings
+    )
     if settings.refit:
         for sweep in range(settings.sweeps + 1):
             if sweep:
                 descend_signs(
-                    signs, salient, row_scale, column_scale, target, factored.hessian, settings.block_size, settings.base_planes
+                    signs,
+                    salient,
+                    row_scale,
+                    column_scale,
+                    target,
+                    factored.hessian,
+                    settings.block_size,
+                    settings.base_planes,
                 )
             row_scale = refit_row_scale(signs, column_scale, target, factored.hessian, settings.block_size)
             row_scale = round_row_scale(row_scale, settings.row_scale)

@@ -23,8 +23,7 @@ SPECIAL_TOKENS = (
 def model_config() -> dict[str, object]:
     """The example's config.json, in the layout of Transformers 4, which 5 reads as well but not the other way round.
 
-    The decoder's widths are multiples of 128, the block size of binarization. One rotary period must cover the few
-    hundred positions of a conversation while neighbouring image rows stay apart, hence the small `rope_theta`.
+    The decoder's widths are multiples of 128, the block size of binarization.
     """
     tokens = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
     ends = {"bos_token_id": tokens[END_OF_TEXT], "eos_token_id": tokens[TURN_END], "pad_token_id": tokens[END_OF_TEXT]}
@@ -53,7 +52,7 @@ def model_config() -> dict[str, object]:
             "initializer_range": 0.04,
             "use_sliding_window": False,
             "tie_word_embeddings": True,
-            "rope_theta": 10.0,
+            "rope_theta": 10000.0,
             "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
             **ends,
         },

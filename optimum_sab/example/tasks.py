@@ -27,6 +27,7 @@ SCENE_TASKS: tuple[str, ...] = ("colour", "shape", "counting", "position")
 SUBJECTS: tuple[str, ...] = ("scene", "sign", "text")
 IMAGE_SIZE = 112
 RESERVED_MODULUS = 10
+NOTHING = "none"
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe", "Max", "Ivy", "Dan", "Amy", "Jon", "Kim", "Ned", "Sue")
 THINGS = (
@@ -140,7 +141,7 @@ def training_conversation(rng: random.Random, about: str) -> Conversation:
         scene = training_scene(rng)
         turns = [turn for task in SCENE_TASKS for turn in _sample(rng, scene_turns(task, scene), 2)]
         rng.shuffle(turns)
-        turns = [*turns[:4], inventory(scene)] if rng.random() < 0.5 else turns[:6]
+        turns = [*turns[:3], inventory(scene)] if rng.random() < 0.5 else turns[:5]
         return Conversation(render_scene(scene, IMAGE_SIZE), tuple(turns), (scene.layout,))
     facts = [_draw(rng, random_facts, lambda facts: facts.key, reserved=False) for _ in range(3)]
     turns = [_posed(each, rng.choice(each.turns)) for each in facts]
@@ -187,7 +188,7 @@ def inventory(scene: Scene) -> Turn:
     """The question for all nine cells in reading order."""
     cells = {(shape.row, shape.column): f"{shape.colour} {shape.kind}" for shape in scene.shapes}
     places = [(row, column) for row in range(GRID) for column in range(GRID)]
-    return Turn("List the cells.", " ".join(cells.get(place, "none") for place in places))
+    return Turn("List the cells.", " ".join(cells.get(place, NOTHING) for place in places))
 
 
 def random_facts(rng: random.Random) -> Facts:

@@ -18,10 +18,10 @@ from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration
 
 from optimum_sab.example.acceleration import accelerate
 from optimum_sab.example.architecture import TURN_END, TURN_START, build_model, save_model
-from optimum_sab.example.processor import load_processor
 from optimum_sab.example.sight import SightSettings, teach_sight
 from optimum_sab.example.tasks import Conversation, training_conversation
 from optimum_sab.example.tokenization import prose_passages, tokenizer_texts, write_processor
+from optimum_sab.hf.processor import load_processor
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class TrainingSettings:
         seed: seed of weights and data.
     """
 
-    steps: int = 3000
-    scenes: int = 14
+    steps: int = 1500
+    scenes: int = 12
     signs: int = 8
-    texts: int = 12
-    prose: int = 2
-    length: int = 128
+    texts: int = 8
+    prose: int = 1
+    length: int = 112
     prose_weight: float = 0.1
     learning_rate: float = 1.2e-3
     warmup: int = 100

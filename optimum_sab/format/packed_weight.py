@@ -55,14 +55,14 @@ class PackedWeight:
             tensors["residual_index"] = offset.to(torch.uint8 if settings.block_size <= 256 else torch.int16)
         if settings.row_scale == "fp8":
             exponent = row_exponent(planes.row_scale)
-            tensors["row_scale"] = (planes.row_scale / torch.exp2(exponent.float())).to(torch.float8_e4m3fn).view(torch.uint8)
+            tensors["row_scale"] = (
+                (planes.row_scale / torch.exp2(exponent.float())).to(torch.float8_e4m3fn).view(torch.uint8)
+            )
             tensors["row_exponent"] = exponent
         else:
             tensors["row_scale"] = planes.row_scale.half().view(torch.int16)
         tensors["col_scale"] = planes.column_scale.half().view(torch.int16)
-        packed = cls(
-            {name: t.contiguous() for name, t in tensors.items()}, planes.out_features, width, settings
-        )
+        packed = cls({name: t.contiguous() for name, t in tensors.items()}, planes.out_features, width, settings)
         for name, stored, wanted in (
             ("row", packed.row_scale(), planes.row_scale),
             ("column", packed.column_scale(), planes.column_scale),
@@ -149,4 +149,6 @@ class PackedWeight:
             raise FormatError(f"{name}: a stored scale is NaN or inf; the checkpoint is damaged, fetch it again.")
         columns = self.salient_columns()
         if columns.numel() and not bool((columns[1:] > columns[:-1]).all() and columns[-1] < self.in_features):
-            raise FormatError(f"{name}: 'residual_index' is not ascending within its blocks; the checkpoint is damaged.")
+            raise FormatError(
+                f"{name}: 'residual_index' is not ascending within its blocks; the checkpoint is damaged."
+            )

@@ -4,4 +4,6 @@ from __future__ import annotations
 
 import transformers
 
-AutoModelForVision2Seq = getattr(transformers, "AutoModelForVision2Seq", None) or transformers.AutoModelForImageTextToText
+AutoModelForVision2Seq = (
+    getattr(transformers, "AutoModelForVision2Seq", None) or transformers.AutoModelForImageTextToText
+)

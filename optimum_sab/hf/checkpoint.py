@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,12 @@ from optimum_sab.format.layout import tensor_specs
 from optimum_sab.nn.linear import SABLinear
 
 _DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
+_ITEM_BYTES = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
 _MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
 
 
@@ -38,7 +46,7 @@ def check_files(model: nn.Module, prefix: str, files: Sequence[str]) -> None:
     Raises:
         FormatError: a file is truncated, or a tensor is missing or misshapen.
     """
-    stored = _headers(files)
+    stored = stored_tensors(files)
     packed_stems: dict[str, list[str]] = {}
     for key in stored:
         stem, _, tensor = key.rpartition(".")
@@ -56,11 +64,13 @@ def check_files(model: nn.Module, prefix: str, files: Sequence[str]) -> None:
         for tensor, spec in tensor_specs(module.out_features, module.in_features, module.settings).items():
             found = stored.get(f"{stems[0]}.{tensor}")
             if found is None:
-                raise FormatError(f"{name}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again.")
-            if found != (spec.shape, _DTYPES[spec.dtype]):
                 raise FormatError(
-                    f"{name}: tensor {tensor!r} is {found[1]} {found[0]}, expected {_DTYPES[spec.dtype]} {spec.shape}; "
-                    "the checkpoint and its quantization_config do not belong together."
+                    f"{name}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again."
+                )
+            if (found.shape, found.dtype) != (spec.shape, _DTYPES[spec.dtype]):
+                raise FormatError(
+                    f"{name}: tensor {tensor!r} is {found.dtype} {found.shape}, expected {_DTYPES[spec.dtype]} "
+                    f"{spec.shape}; the checkpoint and its quantization_config do not belong together."
                 )
 
 
@@ -71,15 +81,34 @@ def _from_blocks(name: str, prefix: str) -> str:
     return ".".join(parts[parts.index(last) :]) if last in parts else name
 
 
-def _headers(files: Sequence[str]) -> Mapping[str, tuple[tuple[int, ...], str]]:
-    stored: dict[str, tuple[tuple[int, ...], str]] = {}
+@dataclass(frozen=True)
+class StoredTensor:
+    """Header entry of one tensor: its shape, and its dtype in safetensors' spelling."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+def stored_tensors(files: Sequence[str]) -> dict[str, StoredTensor]:
+    """Every tensor in the files, from their headers.
+
+    Raises:
+        FormatError: a file is truncated or damaged.
+    """
+    stored: dict[str, StoredTensor] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
                 opened: Any = handle
                 for key in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                     entry = opened.get_slice(key)
-                    stored[key] = (tuple(entry.get_shape()), entry.get_dtype())
+                    stored[key] = StoredTensor(tuple(entry.get_shape()), entry.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise FormatError(f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again.") from error
+            raise FormatError(
+                f"{file} cannot be read ({error}); it is truncated or damaged, fetch it again."
+            ) from error
     return stored

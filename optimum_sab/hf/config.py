@@ -87,7 +87,9 @@ class SABConfig(QuantizationConfigMixin):
         if unknown:
             raise _unknown(next(iter(unknown)))
         if quant_method != QUANT_METHOD:
-            raise ConfigError(f"quant_method={quant_method!r} is not {QUANT_METHOD!r}; this is not a SAB configuration.")
+            raise ConfigError(
+                f"quant_method={quant_method!r} is not {QUANT_METHOD!r}; this is not a SAB configuration."
+            )
         self.quant_method: Any = QUANT_METHOD
         self.block_size = block_size
         self.base_planes = base_planes
@@ -153,7 +155,9 @@ class SABConfig(QuantizationConfigMixin):
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"dynamic has the rule {pattern!r}, which is no regular expression: {error}.") from error
+                raise ConfigError(
+                    f"dynamic has the rule {pattern!r}, which is no regular expression: {error}."
+                ) from error
             settings.replace(**changes)
         for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
             value = getattr(self, name)
@@ -165,9 +169,7 @@ class SABConfig(QuantizationConfigMixin):
             raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
 
     @classmethod
-    def from_dict(
-        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
+    def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a dictionary such as config.json's ``quantization_config``; unknown keys raise `ConfigError`."""
         own = {k: kwargs.pop(k) for k in list(kwargs) if k in _PARAMETERS}
         config = cls(**{**config_dict, **own})

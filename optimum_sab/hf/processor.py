@@ -36,7 +36,7 @@ class PictureProcessor(Qwen2_5_VLProcessor):
         self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
         """Save the parts, so that the folder reads as an ordinary Qwen2.5-VL checkpoint, videos included."""
         self.image_processor.save_pretrained(save_directory)
         self.tokenizer.save_pretrained(save_directory)
@@ -75,7 +75,7 @@ def find_processor(given: Any, source: str, visual: bool) -> Any:
     path = str(given or source)
     try:
         return load_processor(path) if visual else AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise SampleError(
             f"no processor can be loaded from {path!r} ({error}); give one as SABConfig(processor=...)."
         ) from error

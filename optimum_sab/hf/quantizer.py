@@ -60,7 +60,8 @@ class SABHfQuantizer(HfQuantizer):
                 self._dequantize(model)
                 self.remove_quantization_config(model)
                 return model
-        model.config.quantization_config = self.quantization_config
+        config: Any = model.config
+        config.quantization_config = self.quantization_config
         return model
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
@@ -70,8 +71,13 @@ class SABHfQuantizer(HfQuantizer):
                 stem, _, tensor = key.rpartition(".")
                 owner = _submodule(model, stem)
                 if isinstance(owner, SABLinear) and tensor != "bias":
-                    raise FormatError(f"{stem}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again.")
+                    raise FormatError(
+                        f"{stem}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again."
+                    )
         return missing_keys
+
+    def _convert_model_for_quantization(self, model: nn.Module) -> None:
+        """Nothing to convert; Transformers 4.57 would import accelerate here, which loading does not need."""
 
     # -- what Transformers asks ------------------------------------------------------------------------------------
 
@@ -108,8 +114,10 @@ class SABHfQuantizer(HfQuantizer):
         device = None if config.calibration_device is None else torch.device(config.calibration_device)
         with block_progress(config.progress) as on_block:
             self.report = binarize(model, selection, inputs, config.calibration_pass, device, on_block)
-        config.calibration = config.calibration if isinstance(config.calibration, str) else (
-            None if config.calibration is None else {"samples": len(samples)}
+        config.calibration = (
+            config.calibration
+            if isinstance(config.calibration, str)
+            else (None if config.calibration is None else {"samples": len(samples)})
         )
         config.processor = None
         config.measured = {
@@ -140,5 +148,3 @@ def _submodule(model: nn.Module, name: str) -> nn.Module | None:
 def _below_blocks(name: str, prefix: str) -> str:
     """The name from the block list's last part on, which holds whatever prefix the model is loaded under."""
     return name[len(prefix) - len(prefix.rpartition(".")[2]) :]
-
-

@@ -52,8 +52,9 @@ def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
 
 def _linear_weights(module: nn.Module) -> int:
     # in_features rather than weight.numel(): packed layers count like dense ones, so a reloaded model is read alike
-    return sum(
-        m.in_features * m.out_features
-        for m in module.modules()
-        if isinstance(getattr(m, "in_features", None), int) and isinstance(getattr(m, "out_features", None), int)
-    )
+    total = 0
+    for m in module.modules():
+        width, height = getattr(m, "in_features", None), getattr(m, "out_features", None)
+        if isinstance(width, int) and isinstance(height, int):
+            total += width * height
+    return total

@@ -14,8 +14,8 @@ from optimum_sab.ops.reference import binary_linear
 class SABLinear(nn.Module):
     """Drop-in for `torch.nn.Linear` at inference: ``y = x Ŵᵀ + b``, gradients to x only.
 
-    The packed base signs are the parameter ``weight`` (int32); the other stored tensors are buffers under the names
-    of docs/format.md. All are integers, so ``.half()`` and ``.to(dtype)`` change nothing but the bias.
+    The stored tensors are parameters without gradients under the names of docs/format.md; ``weight`` holds the packed
+    base signs. All are integers, so ``.half()`` and ``.to(dtype)`` change nothing but the bias.
 
     Args:
         in_features: columns of the weight.
@@ -60,10 +60,8 @@ class SABLinear(nn.Module):
         return layer
 
     def _store(self, name: str, tensor: Tensor) -> None:
-        if name == "weight":
-            self.weight = nn.Parameter(tensor, requires_grad=False)
-        else:
-            self.register_buffer(name, tensor)
+        # parameters, all of them: loaders that offload to disk bring back parameters only
+        self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
     def packed(self) -> PackedWeight:

@@ -7,8 +7,8 @@ from transformers import AutoModelForImageTextToText
 
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.evaluation import evaluate
-from optimum_sab.example.processor import load_processor
 from optimum_sab.example.tasks import TASKS, held_out_questions
+from optimum_sab.hf.processor import load_processor
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from transformers import AutoModelForImageTextToText
 from optimum_sab.errors import ConfigError
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.evaluation import answer, evaluate, question_messages
-from optimum_sab.example.processor import load_processor
 from optimum_sab.example.tasks import TASKS, held_out_questions
+from optimum_sab.hf.processor import load_processor
 
 
 @pytest.fixture(scope="module")

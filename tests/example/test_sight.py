@@ -1,49 +1,60 @@
 import pytest
 import torch
 
-from optimum_sab.data.scenes import COLOURS, KINDS, PALETTE, Scene, Shape
+from optimum_sab.data.scenes import PALETTE, PLACES, Scene, Shape
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.architecture import build_model
-from optimum_sab.example.processor import load_processor
 from optimum_sab.example.sight import (
-    IGNORED,
-    MAX_DIGITS,
-    SCENE_SLOTS,
+    CELL_TOKENS,
     SightSettings,
-    digit_slots,
-    scene_slots,
+    number_words,
+    scene_words,
     sight_batches,
     teach_sight,
 )
+from optimum_sab.hf.processor import load_processor
 
 
-def test_scene_slots_name_colour_and_kind_of_every_cell():
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(checkpoint_path())
+
+
+def test_scene_words_name_what_is_in_every_cell_and_where_it_is():
     shape = Shape("star", "blue", 1, 2, (0.8, 0.5), radius=0.13, angle=0.0, tint=PALETTE["blue"])
-    expected = [0] * SCENE_SLOTS
-    expected[2 * 5 : 2 * 5 + 2] = [1 + COLOURS.index("blue"), 1 + KINDS.index("star")]
-    assert scene_slots(Scene((150,) * 3, (shape,))) == expected
+    expected = [["none", place] for row in PLACES for place in row]
+    expected[5] = ["blue", "star", "right"]
+    assert scene_words(Scene((150,) * 3, (shape,))) == expected
 
 
-@pytest.mark.parametrize(("number", "slots"), [(407, [5, 1, 8]), (10, [2, 1, 0])])
-def test_digit_slots_count_from_the_left(number, slots):
-    assert digit_slots(number) == slots
+@pytest.mark.parametrize(("number", "row"), [(407, ["4", "0", "7"]), (10, ["1", "0", "none"])])
+def test_number_words_spell_the_digits_in_every_row(number, row):
+    assert number_words(number) == [[word] for word in row] * 3
 
 
-def test_sight_batches_ask_scenes_for_cells_and_signs_for_digits():
-    batch = next(sight_batches(load_processor(checkpoint_path()), SightSettings(scenes=2, signs=3)))
-    assert batch.targets.shape == (5, SCENE_SLOTS + MAX_DIGITS)
+def test_sight_batches_give_every_cell_a_distribution_over_its_words(processor):
+    batch = next(sight_batches(processor, SightSettings(scenes=2, signs=3)))
     assert batch.image_grid_thw.tolist() == [[1, 8, 8]] * 5
-    assert (batch.targets == IGNORED).tolist() == [[False] * SCENE_SLOTS + [True] * MAX_DIGITS] * 2 + [
-        [True] * SCENE_SLOTS + [False] * MAX_DIGITS
-    ] * 3
+    assert batch.words.shape == (5, len(CELL_TOKENS), len(processor.tokenizer))
+    torch.testing.assert_close(batch.words.sum(-1), torch.ones(5, len(CELL_TOKENS)))
+    digits = processor.tokenizer.decode(batch.words[2, :2].argmax(-1))
+    assert digits.isdigit()
 
 
-def test_teach_sight_changes_the_tower_and_nothing_else():
+def test_teach_sight_changes_the_tower_and_nothing_else(processor):
     torch.manual_seed(0)
     model = build_model()
     before = {name: each.clone() for name, each in model.named_parameters()}
-    lines = []
-    teach_sight(model, load_processor(checkpoint_path()), SightSettings(steps=4, scenes=1, signs=1), lines.append)
+    teach_sight(model, processor, SightSettings(steps=4, scenes=1, signs=1), report=print)
     changed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
     assert changed == {name for name in before if name.startswith("model.visual.")}
-    assert lines == []
+
+
+def test_teach_sight_lowers_its_loss(processor):
+    torch.manual_seed(0)
+    model = build_model()
+    lines = []
+    teach_sight(model, processor, SightSettings(steps=100, scenes=4, signs=2), report=lines.append)
+    losses = [float(line.split()[3]) for line in lines]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] - 0.5

@@ -5,7 +5,6 @@ import torch
 
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.architecture import build_model, model_config
-from optimum_sab.example.processor import load_processor
 from optimum_sab.example.training import (
     TrainingSettings,
     answer_mask,
@@ -13,6 +12,7 @@ from optimum_sab.example.training import (
     schedule,
     weighted_loss,
 )
+from optimum_sab.hf.processor import load_processor
 
 SMALL = TrainingSettings(steps=10, scenes=2, signs=1, texts=1, prose=1, warmup=4)
 

@@ -1,0 +1,1 @@
+"""Command line: `optimum-sab …` and the same as `optimum-cli sab …`."""

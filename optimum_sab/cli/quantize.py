@@ -1,0 +1,66 @@
+"""`optimum-sab quantize MODEL --output DIR`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from optimum_sab.cli.settings import add_settings, read_settings
+from optimum_sab.errors import ConfigError
+from optimum_sab.hf.load import auto_class, check_output, reads_pictures, save_packed
+from optimum_sab.hf.processor import find_processor
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def add_command(commands: Any) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
+    parser.add_argument("model", help="checkpoint folder or Hub repository")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the packed checkpoint goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
+    parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_settings(parser)
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Quantize and save; nothing is written when anything fails."""
+    config = read_settings(options, progress="lines")
+    check_output(options.output, options.overwrite)
+    started = time.perf_counter()
+    factory = auto_class(options.model)
+    source = AutoConfig.from_pretrained(options.model)
+    if getattr(source, "quantization_config", None) is not None:
+        raise ConfigError(f"{options.model!r} is quantized already; start from the dense checkpoint.")
+    processor = find_processor(None, options.model, reads_pictures(source))
+    config.processor = processor
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    model = factory.from_pretrained(
+        options.model, dtype=dtype, quantization_config=config, device_map=options.device_map
+    )
+    save_packed(model, processor, options.output, options.overwrite)
+    report = model.hf_quantizer.report
+    summary = {
+        "output": str(options.output),
+        "bits_per_weight": report.bits_per_weight,
+        "bytes": sum(p.stat().st_size for p in options.output.glob("*.safetensors")),
+        "calibration_tokens": report.tokens,
+        "seconds": time.perf_counter() - started,
+        "blocks": [{"index": b.index, "error": b.error, "drift": b.drift, "seconds": b.seconds} for b in report.blocks],
+    }
+    if options.json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"{options.output}: {summary['bits_per_weight']:.3f} bits per weight in the binarized linears, "
+            f"{summary['bytes'] / 1e6:.1f} MB in all, {summary['seconds']:.0f} s"
+        )

@@ -1,0 +1,75 @@
+"""`SABConfig` settings as command-line options: one option per setting, names and defaults taken from the class."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from typing import Any
+
+from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
+from optimum_sab.errors import ConfigError
+from optimum_sab.hf.config import SABConfig
+
+PRESETS = {"default": SABConfig, "paper": SABConfig.paper}
+
+_CHOICES = {"significance": SIGNIFICANCE, "feedback": FEEDBACK, "row_scale": ROW_SCALE}
+_HELP = {
+    "block_size": "input columns per block",
+    "base_planes": "sign planes on every column",
+    "residual_planes": "further sign planes on the salient columns",
+    "salient_fraction": "share of the columns that carry the residual planes",
+    "iterations": "rounds of the alternating fit",
+    "significance": "error weight of the fit",
+    "feedback": "how errors are passed on",
+    "refit": "joint refit of the row scales",
+    "sweeps": "rounds of sign descent after the refit",
+    "row_scale": "storage of the row scales",
+    "damping": "share of the Hessian's mean diagonal added to it",
+    "propagation": "strength of the propagated target, 0 to 1",
+    "calibration": "'builtin', a .jsonl file, or a Hub dataset as owner/name[:split]",
+    "calibration_samples": "how many samples to use at most",
+    "sequence_length": "calibration texts are cut to this many tokens",
+    "seed": "seed of the built-in set and of a dataset's order",
+    "calibration_pass": "a registered calibration pass",
+    "calibration_device": "device on which blocks are worked on, e.g. cuda",
+}
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add ``--preset`` and one option per setting; an option that is not given leaves the preset's value."""
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="settings to start from")
+    group = parser.add_argument_group("settings")
+    defaults = inspect.signature(SABConfig.__init__).parameters
+    for name, text in _HELP.items():
+        default = defaults[name].default
+        flag = "--" + name.replace("_", "-")
+        options: dict[str, Any] = {"default": None, "help": f"{text} (default: {default})", "dest": name}
+        if isinstance(default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            options["type"] = str if default is None else type(default)
+            group.add_argument(flag, choices=_CHOICES.get(name), metavar=None if name in _CHOICES else "X", **options)
+    group.add_argument(
+        "--keep-dense", action="append", default=[], metavar="RULE", help="module rule to leave dense; may be repeated"
+    )
+    group.add_argument(
+        "--dynamic", metavar="JSON", help='overrides per module, e.g. \'{"down_proj": {"base_planes": 2}}\''
+    )
+
+
+def read_settings(options: argparse.Namespace, progress: str) -> SABConfig:
+    """The `SABConfig` these options ask for.
+
+    Raises:
+        ConfigError: a value is out of range, or ``--dynamic`` is not a JSON object.
+    """
+    given = {name: getattr(options, name) for name in _HELP if getattr(options, name) is not None}
+    if options.dynamic:
+        try:
+            given["dynamic"] = json.loads(options.dynamic)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--dynamic {options.dynamic!r} is not JSON: {error}.") from error
+        if not isinstance(given["dynamic"], dict) or not all(isinstance(v, dict) for v in given["dynamic"].values()):
+            raise ConfigError(f"--dynamic {options.dynamic!r} must be an object of objects: rule to settings.")
+    return PRESETS[options.preset](**given, modules_to_not_convert=options.keep_dense, progress=progress)

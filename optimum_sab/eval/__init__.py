@@ -1,0 +1,1 @@
+"""Quality: baselines and measures to compare with."""

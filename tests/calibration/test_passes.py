@@ -1,0 +1,212 @@
+import pytest
+import torch
+
+from optimum_sab.calibration import passes
+from optimum_sab.calibration.lockstep import DENSE, QUANTIZED, Arrival
+from optimum_sab.calibration.modality import TokenModalities
+from optimum_sab.calibration.passes import (
+    CalibrationPass,
+    HessianPass,
+    PairedInputs,
+    calibration_pass,
+    pair_streams,
+    register_pass,
+)
+from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError
+
+CPU = torch.device("cpu")
+WIDTH = 6
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(passes, "PASSES", dict(passes.PASSES))
+
+
+def rows(count, seed=0, scale=1.0):
+    return scale * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def modalities(*labels, names=("text", "visual")):
+    return TokenModalities(names, torch.tensor(labels))
+
+
+def collect(*inputs):
+    return HessianPass().collect("the.linear", inputs, CPU)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    return True
+
+
+# -- registry -----------------------------------------------------------------------------------------------------
+
+
+def test_registered_pass_is_found_by_its_name():
+    class Mine(CalibrationPass):
+        def collect(self, name, inputs, device): ...
+
+    assert register_pass("mine")(Mine) is Mine
+    assert calibration_pass("mine") is Mine
+    assert calibration_pass("hessian") is HessianPass
+
+
+def test_registering_the_same_class_again_does_nothing():
+    register_pass("hessian")(HessianPass)
+    assert calibration_pass("hessian") is HessianPass
+
+
+def test_registering_a_redefined_class_takes_the_new_one():
+    def define():
+        class Mine(CalibrationPass):
+            def collect(self, name, inputs, device): ...
+
+        return Mine
+
+    first, second = define(), define()
+    register_pass("mine")(first)
+    register_pass("mine")(second)  # a notebook cell that is run again
+    assert calibration_pass("mine") is second
+
+
+def test_taken_name_is_refused_and_stays_with_its_owner():
+    class Other(CalibrationPass):
+        def collect(self, name, inputs, device): ...
+
+    with pytest.raises(ConfigError, match=r"'hessian' is registered already \(HessianPass\)"):
+        register_pass("hessian")(Other)
+    assert calibration_pass("hessian") is HessianPass
+
+
+def test_unknown_pass_names_the_known_ones():
+    with pytest.raises(ConfigError, match="calibration_pass='hesian' is not registered; known are hessian"):
+        calibration_pass("hesian")
+
+
+# -- pairing ------------------------------------------------------------------------------------------------------
+
+
+def test_pairing_brings_the_streams_of_a_sample_together():
+    x = [rows(3, seed=i) for i in range(4)]
+    arrivals = [
+        Arrival(1, QUANTIZED, x[0][None]),
+        Arrival(0, DENSE, x[1][None]),
+        Arrival(1, DENSE, x[2][None]),
+        Arrival(0, QUANTIZED, x[3][None]),
+    ]
+    each = [modalities(0, 0, 1), modalities(1, 1, 1)]
+    pairs = pair_streams(arrivals, each)
+    assert [(p.quantized is not None, p.modalities) for p in pairs] == [(True, each[1]), (True, each[0])]
+    assert torch.equal(pairs[0].quantized, x[0])
+    assert torch.equal(pairs[0].dense, x[2])
+    assert torch.equal(pairs[1].quantized, x[3])
+    assert torch.equal(pairs[1].dense, x[1])
+
+
+@pytest.mark.parametrize(
+    "dense",
+    [
+        [],
+        [Arrival(0, DENSE, rows(3))],
+        [Arrival(0, DENSE, rows(3)), Arrival(1, DENSE, rows(5))],
+    ],
+    ids=["one stream", "one sample routed elsewhere", "another number of tokens"],
+)
+def test_pairing_drops_the_dense_stream_of_all_samples_where_routes_differ(dense):
+    arrivals = [Arrival(0, QUANTIZED, rows(3)), Arrival(1, QUANTIZED, rows(4)), *dense]
+    assert [p.dense for p in pair_streams(arrivals, [modalities(0), modalities(0)])] == [None, None]
+
+
+# -- statistics ---------------------------------------------------------------------------------------------------
+
+
+def test_hessian_is_the_second_moment_of_each_modality():
+    x, y = rows(5), rows(3, seed=1)
+    statistics = collect(
+        PairedInputs(x, None, modalities(0, 1, 1, 0, 1)),
+        PairedInputs(y, None, modalities(0, 0, 0)),
+    )
+    text, visual = torch.cat([x[[0, 3]], y]), x[[1, 2, 4]]
+    assert statistics.tokens == {"text": 5, "visual": 3}
+    assert close(statistics.by_modality["text"], 2 / 5 * text.T @ text)
+    assert close(statistics.by_modality["visual"], 2 / 3 * visual.T @ visual)
+    assert statistics.drift is None
+
+
+def test_hessian_weighs_modalities_alike_however_many_tokens_they_have():
+    x = torch.cat([rows(40, scale=9.0), rows(4, seed=1)])
+    statistics = collect(PairedInputs(x, None, modalities(*[1] * 40, *[0] * 4)))
+    parts = [statistics.by_modality[m] / statistics.by_modality[m].trace() for m in ("text", "visual")]
+    assert close(statistics.hessian, WIDTH / 2 * (parts[0] + parts[1]))
+
+
+def test_drift_is_what_the_dense_stream_has_more_in_the_scale_of_the_hessian():
+    quantized, dense = rows(6), rows(6, seed=1)
+    labels = (0, 0, 1, 1, 1, 1)
+    statistics = collect(PairedInputs(quantized, dense, modalities(*labels)))
+    expected = torch.zeros(WIDTH, WIDTH)
+    for index, name in enumerate(("text", "visual")):
+        here = torch.tensor(labels) == index
+        weight = WIDTH / 2 / statistics.by_modality[name].trace()
+        expected += weight * 2 / int(here.sum()) * (dense - quantized)[here].T @ quantized[here]
+    assert close(statistics.drift, expected)
+
+
+def test_drift_is_left_out_without_a_dense_stream():
+    pairs = [PairedInputs(rows(3), rows(3, seed=1), modalities(0, 0, 0)), PairedInputs(rows(2), None, modalities(0, 0))]
+    assert collect(*pairs).drift is None
+
+
+def test_statistics_of_many_rows_equal_those_of_one_product():
+    x, y = rows(3000), rows(3000, seed=2)  # more than one batch, and not a whole number of them
+    z, dense = rows(700, seed=3), rows(3000, seed=4)
+    pairs = [
+        PairedInputs(x, dense, modalities(*[0, 1] * 1500)),
+        PairedInputs(y, y, modalities(*[0] * 3000)),
+        PairedInputs(z, z, modalities(*[1] * 700)),
+    ]
+    text, visual = torch.cat([x[0::2], y]), torch.cat([x[1::2], z])
+    statistics = collect(*pairs)
+    assert statistics.tokens == {"text": 4500, "visual": 2200}
+    assert close(statistics.by_modality["text"], 2 / 4500 * text.T @ text)
+    assert close(statistics.by_modality["visual"], 2 / 2200 * visual.T @ visual)
+
+
+def test_rows_that_do_not_match_the_tokens_are_mixed():
+    pairs = [PairedInputs(rows(2), None, modalities(0, 1, 1)), PairedInputs(rows(3, seed=1), None, modalities(0, 0, 0))]
+    statistics = collect(*pairs)
+    assert statistics.tokens == {"mixed": 2, "text": 3}
+
+
+def test_rows_that_do_not_match_the_tokens_are_text_in_a_language_model():
+    assert collect(PairedInputs(rows(2), None, modalities(0, 0, 0, names=("text",)))).tokens == {"text": 2}
+
+
+def test_half_precision_inputs_are_summed_in_float32():
+    x = rows(300).half()
+    expected = 2 / 300 * x.double().T @ x.double()
+    statistics = collect(PairedInputs(x, None, modalities(*[0] * 300)))
+    assert statistics.by_modality["text"].dtype == torch.float32
+    torch.testing.assert_close(statistics.by_modality["text"].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_input_that_is_not_finite_names_the_linear_and_the_modality(value):
+    x = rows(3)
+    x[1, 2] = value
+    with pytest.raises(NonFiniteError, match=r"the input of the\.linear holds NaN or inf for visual tokens"):
+        collect(PairedInputs(x, None, modalities(0, 1, 0)))
+
+
+def test_dense_input_that_is_not_finite_names_the_linear():
+    x, dense = rows(3), rows(3)
+    dense[0, 0] = float("inf")  # the dense stream alone may overflow in float16
+    with pytest.raises(NonFiniteError, match=r"the\.linear"):
+        collect(PairedInputs(x, dense, modalities(0, 0, 0)))
+
+
+@pytest.mark.parametrize("inputs", [(), (PairedInputs(torch.zeros(0, WIDTH), None, modalities()),)])
+def test_linear_without_tokens_is_named(inputs):
+    with pytest.raises(CalibrationError, match=r"reached the\.linear.*modules_to_not_convert"):
+        collect(*inputs)

@@ -1,0 +1,434 @@
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_sab.calibration import passes
+from optimum_sab.calibration.passes import HessianPass, register_pass
+from optimum_sab.calibration.pipeline import binarize
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.solver import solve
+from optimum_sab.errors import CalibrationError, ConfigError, LockstepError, NonFiniteError, SABWarning, SampleError
+from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.selection import select_linears
+
+QUICK = LayerSettings(block_size=32, iterations=2)
+QKV = tuple(f"self_attn.{n}_proj" for n in "qkv")
+GROUPS = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+
+pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
+
+
+@pytest.fixture
+def llama(build):
+    return build("llama")
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """A registered pass "watched" that is the Hessian pass and keeps what it was given and what it made of it."""
+    monkeypatch.setattr(passes, "PASSES", dict(passes.PASSES))
+    seen = {}
+
+    @register_pass("watched")
+    class Watched(HessianPass):
+        def collect(self, name, inputs, device):
+            seen[name] = (list(inputs), statistics := super().collect(name, inputs, device))
+            return statistics
+
+    return seen
+
+
+def quantize(subject, settings=QUICK, dense=(), dynamic=None, **options):
+    selection = select_linears(subject.model, settings, dense, dynamic)
+    return binarize(subject.model, selection, subject.samples, **options)
+
+
+def packed_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, SABLinear)}
+
+
+@torch.no_grad()
+def plain_inputs(subject, names):
+    """Input rows of these modules, all samples in a row, in an ordinary forward."""
+    found = {name: [] for name in names}
+    handles = [
+        subject.model.get_submodule(name).register_forward_pre_hook(lambda m, args, n=name: found[n].append(args[0][0]))
+        for name in names
+    ]
+    for sample in subject.samples:
+        subject.model(**sample, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(rows) for name, rows in found.items()}
+
+
+@torch.no_grad()
+def last_hidden(subject):
+    """Outputs of the last block, all samples in a row."""
+    rows = []
+    handle = subject.blocks[-1].register_forward_hook(
+        lambda m, args, out: rows.append((out[0] if isinstance(out, tuple) else out)[0])
+    )
+    for sample in subject.samples:
+        subject.model(**sample, use_cache=False)
+    handle.remove()
+    return torch.cat(rows)
+
+
+# -- what is replaced ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compat
+def test_binarize_replaces_the_selected_linears_and_nothing_else(subject):
+    names = [name for block in subject.linears for name in block]
+    state = {k: v.clone() for k, v in subject.model.state_dict().items()}
+    kinds = {name: type(module) for name, module in subject.model.named_modules()}
+    quantize(subject)
+    assert list(packed_layers(subject.model)) == names
+    left = {name: type(module) for name, module in subject.model.named_modules() if name not in names}
+    assert left == {name: kind for name, kind in kinds.items() if name not in names}
+    for key, tensor in subject.model.state_dict().items():
+        if key.rpartition(".")[0] not in names:
+            assert torch.equal(tensor, state[key])
+    for name, layer in packed_layers(subject.model).items():
+        layer.packed.validate(name)
+        assert (layer.out_features, layer.in_features) == tuple(state[f"{name}.weight"].shape)
+        assert layer.settings == QUICK
+
+
+def test_binarize_keeps_what_a_rule_leaves_dense(llama):
+    before = {n: m.weight.clone() for n, m in llama.model.named_modules() if n.endswith("down_proj")}
+    quantize(llama, dense=["down_proj"])
+    assert len(packed_layers(llama.model)) == 12
+    for name, weight in before.items():
+        assert torch.equal(llama.model.get_submodule(name).weight, weight)
+
+
+def test_binarize_keeps_every_bias(llama):
+    biases = {k: v.clone() for k, v in llama.model.state_dict().items() if k.endswith("bias")}
+    quantize(llama)
+    assert len(biases) == 8
+    assert all(torch.equal(llama.model.get_parameter(name), bias) for name, bias in biases.items())
+    assert llama.model.model.layers[0].mlp.up_proj.bias is None
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_binarize_gives_the_training_flag_back(llama, training):
+    llama.model.train(training)
+    quantize(llama)
+    assert {module.training for module in llama.model.modules()} == {training}
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_binarize_gives_the_training_flag_back_after_an_error(llama, training):
+    llama.model.train(training)
+
+    def stop(report, blocks):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        quantize(llama, on_block=stop)
+    assert {module.training for module in llama.model.modules()} == {training}
+
+
+def test_binarize_twice_refuses_packed_layers(llama):
+    quantize(llama)
+    with pytest.raises(CalibrationError, match=r"layers\.0\.self_attn\.q_proj is a SABLinear"):
+        quantize(llama)
+
+
+# -- what the layers hold -----------------------------------------------------------------------------------------
+
+
+def packed_tensors(model):
+    return {f"{n}/{k}": t for n, layer in packed_layers(model).items() for k, t in layer.packed.tensors.items()}
+
+
+def test_linears_with_one_input_are_solved_as_one_stack_in_calling_order(llama, watched):
+    dense = copy.deepcopy(llama.model)
+    quantize(llama, pass_name="watched")
+    for block in range(2):
+        for group in GROUPS:
+            names = [f"model.layers.{block}.{n}" for n in group]
+            members = [dense.get_submodule(n) for n in names]
+            _, statistics = watched[names[0]]
+            solution = solve(torch.cat([m.weight for m in members]), statistics, QUICK)
+            for name, planes in zip(names, solution.planes.split([m.out_features for m in members]), strict=True):
+                found = llama.model.get_submodule(name).packed
+                expected = PackedWeight.pack(planes, QUICK)
+                assert all(torch.equal(found.tensors[k], t) for k, t in expected.tensors.items())
+    assert len(watched) == 8
+
+
+def test_linears_with_one_input_share_their_columns(llama):
+    quantize(llama)
+    for group in GROUPS:
+        layers = [llama.model.get_submodule(f"model.layers.1.{n}") for n in group]
+        for other in layers[1:]:
+            assert torch.equal(layers[0].col_scale, other.col_scale)
+            assert torch.equal(layers[0].residual_index, other.residual_index)
+    q, gate = (llama.model.get_submodule(f"model.layers.1.{n}") for n in ("self_attn.q_proj", "mlp.gate_proj"))
+    assert not torch.equal(q.col_scale, gate.col_scale)
+
+
+def test_layer_of_a_stack_approximates_its_own_weight(llama):
+    dense = {n: m.weight.clone() for block in llama.linears for n, m in block.items()}
+    quantize(llama, LayerSettings(block_size=32, base_planes=2, residual_planes=0, propagation=0.0))
+    for name, layer in packed_layers(llama.model).items():
+        error = (layer.packed.dequantize() - dense[name]).square().sum() / dense[name].square().sum()
+        assert error < 0.35  # 1 for zeros, about 2 for another layer's weight
+
+
+def test_different_settings_inside_one_group_are_both_honoured(llama, watched):
+    dense = copy.deepcopy(llama.model)
+    quantize(llama, dynamic={"v_proj": {"base_planes": 2}}, pass_name="watched")
+    two = QUICK.replace(base_planes=2)
+    stem = "model.layers.0.self_attn"
+    q, k, v = (llama.model.get_submodule(f"{stem}.{n}_proj") for n in "qkv")
+    assert (q.settings, k.settings, v.settings) == (QUICK, QUICK, two)
+    assert torch.equal(q.col_scale, k.col_scale)
+    _, statistics = watched[f"{stem}.q_proj"]
+    alone = solve(dense.get_submodule(f"{stem}.v_proj").weight, statistics, two).planes
+    expected = PackedWeight.pack(alone, two).tensors
+    assert all(torch.equal(v.packed.tensors[key], tensor) for key, tensor in expected.items())
+
+
+def test_binarize_is_deterministic(build):
+    runs = []
+    for _ in range(2):
+        subject = build("qwen2_5_vl")
+        report = quantize(subject)
+        runs.append((packed_tensors(subject.model), [la.error for b in report.blocks for la in b.layers]))
+    assert runs[0][1] == runs[1][1]
+    assert runs[0][0].keys() == runs[1][0].keys()
+    assert all(torch.equal(tensor, runs[1][0][key]) for key, tensor in runs[0][0].items())
+
+
+@pytest.mark.compat
+def test_packed_model_is_the_quantized_stream(subject, watched):
+    """Every packed layer's input in an ordinary forward is what the layer was calibrated on."""
+    before = last_hidden(subject)
+    report = quantize(subject, pass_name="watched")
+    found = plain_inputs(subject, watched)
+    for name, (inputs, _) in watched.items():
+        torch.testing.assert_close(torch.cat([p.quantized for p in inputs]), found[name], rtol=1e-4, atol=1e-4)
+    after = last_hidden(subject)
+    drift = (before - after).square().sum() / before.square().sum()
+    assert report.blocks[-1].drift == pytest.approx(float(drift), rel=1e-3)
+
+
+def test_dense_stream_is_the_model_as_it_was(llama, watched):
+    expected = plain_inputs(llama, [f"model.layers.{b}.{group[0]}" for b in range(2) for group in GROUPS])
+    quantize(llama, pass_name="watched")
+    for name, rows in expected.items():
+        assert torch.equal(torch.cat([p.dense for p in watched[name][0]]), rows)
+
+
+@pytest.mark.parametrize(("propagation", "streams"), [(0.0, 1), (0.3, 2)])
+def test_dense_stream_runs_only_for_propagation(llama, watched, propagation, streams):
+    calls = []
+    llama.model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
+    report = quantize(llama, QUICK.replace(propagation=propagation), pass_name="watched")
+    assert len(calls) == streams * len(llama.samples)
+    assert all((p.dense is not None) == (streams == 2) for inputs, _ in watched.values() for p in inputs)
+    assert all((block.drift is not None) == (streams == 2) for block in report.blocks)
+
+
+def test_modalities_reach_the_statistics(build, watched):
+    subject = build("qwen2_5_vl")
+    report = quantize(subject, pass_name="watched")
+    images = sum(int((s["input_ids"] == 60).sum()) for s in subject.samples)
+    total = sum(s["input_ids"].numel() for s in subject.samples)
+    assert report.tokens == {"text": total - images, "visual": images}
+    assert all(statistics.tokens == report.tokens for _, statistics in watched.values())
+    (inputs, statistics), ids = watched["model.language_model.layers.0.self_attn.q_proj"], [
+        s["input_ids"][0] for s in subject.samples
+    ]
+    visual = torch.cat([p.quantized[i == 60] for p, i in zip(inputs, ids, strict=True)])
+    torch.testing.assert_close(statistics.by_modality["visual"], 2 / images * visual.T @ visual, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_as_separate_linears_are_binarized_on_their_own_tokens(watched):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x):
+            choice = x[0, :, 0].gt(0).long() + x[0, :, 1].gt(0).long()
+            mixed = x.clone()
+            for index, expert in enumerate(self.experts):
+                here = choice == index
+                if bool(here.any()):
+                    mixed[0, here] += expert(x[0, here])
+            return mixed
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(500, 32)
+            self.layers = nn.ModuleList([Experts(), Experts()])
+
+        def forward(self, input_ids, use_cache):
+            x = self.embed(input_ids)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    samples = [{"input_ids": torch.randint(0, 500, (1, n))} for n in (40, 60, 50)]
+    report = binarize(model, select_linears(model, QUICK), samples, pass_name="watched")
+    assert len(packed_layers(model)) == 6
+    for index in range(2):
+        seen = [sum(watched[f"layers.{index}.experts.{e}"][1].tokens.values()) for e in range(3)]
+        assert sum(seen) == 150
+        assert min(seen) > 0
+    assert report.tokens == {"text": 150}
+
+
+# -- report -------------------------------------------------------------------------------------------------------
+
+
+def test_report_describes_every_block_and_layer(llama):
+    told = []
+    report = quantize(llama, on_block=lambda block, blocks: told.append((block, blocks)))
+    assert told == [(block, 2) for block in report.blocks]
+    assert [block.index for block in report.blocks] == [0, 1]
+    names = [[f"model.layers.{b}.{n}" for group in GROUPS for n in group] for b in range(2)]
+    assert [[layer.name for layer in block.layers] for block in report.blocks] == names
+    assert report.tokens == {"text": 15}
+    layers = [layer for block in report.blocks for layer in block.layers]
+    for layer in layers:
+        module = llama.model.get_submodule(layer.name)
+        assert layer.weights == module.in_features * module.out_features
+        assert layer.bits_per_weight == module.bits_per_weight
+        assert 0.0 < layer.error < 1.0
+    bits = sum(m.bits_per_weight * m.in_features * m.out_features for m in packed_layers(llama.model).values())
+    assert report.bits_per_weight == pytest.approx(bits / sum(layer.weights for layer in layers))
+    assert report.blocks[0].error == pytest.approx(sum(la.error for la in report.blocks[0].layers) / 7)
+    assert all(block.drift > 0 and block.seconds > 0 for block in report.blocks)
+    assert report.seconds >= sum(block.seconds for block in report.blocks)
+
+
+def test_report_counts_blocks_by_their_place_in_the_decoder(build):
+    subject = build("qwen3_vl")
+    report = quantize(subject, dense=["layers.1"])
+    assert [block.index for block in report.blocks] == [0, 2]
+    assert report.blocks[1].layers[0].name.startswith("model.language_model.layers.2.")
+
+
+def test_error_of_a_layer_is_that_of_its_output(llama, watched):
+    """Without propagation the target is the weight itself, so that the report can be checked by hand."""
+    dense = copy.deepcopy(llama.model).requires_grad_(False)
+    report = quantize(llama, QUICK.replace(propagation=0.0), pass_name="watched")
+    for block in report.blocks:
+        for layer in block.layers:
+            group = next(g for g in GROUPS if layer.name.endswith(g))
+            stem = layer.name.split(".self_attn")[0].split(".mlp")[0]
+            names = [f"{stem}.{n}" for n in group]
+            hessian = watched[names[0]][1].hessian
+            weight = torch.cat([dense.get_submodule(n).weight for n in names])
+            difference = weight - torch.cat([llama.model.get_submodule(n).packed.dequantize() for n in names])
+            expected = (difference @ hessian * difference).sum() / (weight @ hessian * weight).sum()
+            assert layer.error == pytest.approx(float(expected), rel=1e-4)
+
+
+# -- passes by name -----------------------------------------------------------------------------------------------
+
+
+def test_binarize_uses_the_registered_pass(llama, watched):
+    quantize(llama, pass_name="watched")
+    assert list(watched) == [f"model.layers.{b}.{group[0]}" for b in range(2) for group in GROUPS]
+
+
+def test_binarize_refuses_an_unknown_pass_before_any_work(llama):
+    with pytest.raises(ConfigError, match="calibration_pass='unknown'"):
+        quantize(llama, pass_name="unknown")
+    assert packed_layers(llama.model) == {}
+
+
+# -- bad input ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weight_that_is_not_finite_is_named_before_any_work(llama, value):
+    with torch.no_grad():
+        llama.model.model.layers[1].mlp.down_proj.weight[3, 4] = value
+    with pytest.raises(NonFiniteError, match=r"the weight of model\.layers\.1\.mlp\.down_proj holds NaN or inf"):
+        quantize(llama)
+    assert packed_layers(llama.model) == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activation_that_is_not_finite_names_the_linear(llama, value):
+    with torch.no_grad():
+        llama.model.model.layers[1].post_attention_layernorm.weight[2] = value
+    with pytest.raises(NonFiniteError, match=r"the input of model\.layers\.1\.mlp\.gate_proj holds NaN or inf"):
+        quantize(llama)
+
+
+def test_offloaded_weight_is_named_with_the_remedy(llama):
+    llama.model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(CalibrationError, match=r"model\.layers\.1\.mlp\.up_proj is offloaded.*calibration_device"):
+        quantize(llama)
+
+
+def test_no_samples_is_an_error(llama):
+    llama.samples = []
+    with pytest.raises(SampleError, match="no calibration samples.*calibration='builtin'"):
+        quantize(llama)
+
+
+def test_sample_that_a_linear_never_sees_is_an_error_and_not_a_wrong_model():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32)) for _ in range(2))
+            self.layers[1].add_module("idle", nn.Identity())
+            self.layers[1].idle.spare = nn.Linear(32, 32)
+
+        def forward(self, x, use_cache):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model = Model()
+    selection = select_linears(model, QUICK)
+    with pytest.raises(LockstepError, match=r"no calibration token reached layers\.1\.idle\.spare"):
+        binarize(model, selection, [{"x": torch.randn(1, 40, 32)}])
+
+
+def warned(subject):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantize(subject)
+    return [str(w.message) for w in caught if issubclass(w.category, SABWarning)]
+
+
+def test_fewer_tokens_than_inputs_is_warned_of(llama):
+    messages = warned(llama)
+    assert len(messages) == 1
+    assert messages[0].startswith("15 calibration tokens are fewer than the 96 input features of")
+    assert "down_proj" in messages[0]
+
+
+def test_enough_tokens_are_not_warned_of(llama):
+    llama.samples = [{"input_ids": torch.randint(2, 60, (1, 96), generator=torch.Generator().manual_seed(0))}]
+    assert warned(llama) == []
+
+
+def test_missing_modality_is_warned_of_by_name(build):
+    subject = build("qwen2_5_vl")
+    subject.samples = [{"input_ids": torch.randint(2, 60, (1, 96), generator=torch.Generator().manual_seed(0))}]
+    messages = warned(subject)
+    assert len(messages) == 1
+    assert messages[0].startswith("no calibration sample has visual tokens")
+
+
+def test_samples_with_pictures_are_not_warned_of(build):
+    assert not any("visual tokens" in message for message in warned(build("qwen2_5_vl")))

@@ -1,0 +1,231 @@
+import math
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+
+from optimum_sab.core.hessian import InputMoments, accumulate_hessian, damped, factor_hessian
+from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessianError
+
+bounded = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+CPU = torch.device("cpu")
+
+
+def naive_moment(left, right):
+    """Σ over tokens of l rᵀ, in double precision."""
+    total = np.zeros((left.shape[1], right.shape[1]))
+    for token in range(left.shape[0]):
+        for i in range(left.shape[1]):
+            for j in range(right.shape[1]):
+                total[i, j] += float(left[token, i]) * float(right[token, j])
+    return total
+
+
+def tokens(count, width, seed=0, offset=0.0):
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) + offset
+
+
+def positive(width, seed=0):
+    mixing = tokens(width + 5, width, seed)
+    return mixing.T @ mixing / (width + 5)
+
+
+def test_accumulate_hessian_adds_the_outer_product_of_every_token():
+    inputs = tokens(7, 4)
+    hessian = torch.zeros(4, 4)
+    accumulate_hessian(hessian, inputs[:3])
+    accumulate_hessian(hessian, inputs[3:])
+    np.testing.assert_allclose(hessian.numpy(), naive_moment(inputs, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_hold_the_mean_second_moment_of_every_modality():
+    text, visual = tokens(9, 4, 0), tokens(30, 4, 1, offset=0.5)
+    moments = InputMoments(4, CPU, False, "layer")
+    moments.add("text", text[:4])
+    moments.add("visual", visual)
+    moments.add("text", text[4:])
+    found = moments.statistics()
+    assert found.tokens == {"text": 9, "visual": 30}
+    assert found.drift is None
+    for name, inputs in (("text", text), ("visual", visual)):
+        expected = 2 / len(inputs) * naive_moment(inputs, inputs)
+        np.testing.assert_allclose(found.by_modality[name].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_balance_the_modalities_by_their_traces(statistics_of):
+    text, visual = tokens(9, 4, 0), 100 * tokens(30, 4, 1, offset=0.5)
+    found = statistics_of(text=text, visual=visual)
+    each = [naive_moment(x, x) for x in (text, visual)]
+    expected = sum(H / np.trace(H) for H in each) * 4 / 2
+    np.testing.assert_allclose(found.hessian.numpy(), expected, rtol=1e-5, atol=1e-6)
+    assert float(found.hessian.diagonal().mean()) == pytest.approx(1.0)
+
+
+@bounded
+@hypothesis.given(st.integers(0, 10**6), st.integers(2, 5))
+def test_statistics_do_not_change_when_one_modality_s_tokens_are_repeated(seed, times):
+    moments, repeated = (InputMoments(5, CPU, True, "layer") for _ in range(2))
+    for modality, count in (("text", times), ("visual", 1)):
+        quantized, dense = tokens(6, 5, seed), tokens(6, 5, seed + 1)
+        moments.add(modality, quantized, dense)
+        for _ in range(count):
+            repeated.add(modality, quantized, dense)
+        seed += 2
+    first, second = moments.statistics(), repeated.statistics()
+    assert second.tokens == {"text": 6 * times, "visual": 6}
+    torch.testing.assert_close(second.hessian, first.hessian, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(second.drift, first.drift, rtol=1e-5, atol=1e-5)
+    for modality in ("text", "visual"):
+        torch.testing.assert_close(second.by_modality[modality], first.by_modality[modality], rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_do_not_change_with_the_magnitude_of_one_modality(statistics_of):
+    text, visual = tokens(9, 4, 0), tokens(30, 4, 1, offset=0.5)
+    torch.testing.assert_close(
+        statistics_of(text=text, visual=8 * visual).hessian, statistics_of(text=text, visual=visual).hessian
+    )
+
+
+def test_statistics_of_one_modality_hold_the_drift_in_the_hessian_s_scale(statistics_of):
+    quantized, dense = tokens(9, 3, 0), tokens(9, 3, 1)
+    found = statistics_of(dense={"text": dense}, text=quantized)
+    scale = 3 / np.trace(naive_moment(quantized, quantized))
+    np.testing.assert_allclose(found.drift.numpy(), scale * naive_moment(dense - quantized, quantized), atol=1e-5)
+
+
+def test_statistics_hold_the_drift_of_several_modalities_in_the_hessian_s_scale(statistics_of):
+    quantized = {"text": tokens(9, 3, 0), "visual": tokens(20, 3, 1)}
+    dense = {"text": tokens(9, 3, 2), "visual": tokens(20, 3, 3)}
+    found = statistics_of(dense=dense, **quantized)
+    expected = np.zeros((3, 3))
+    for name, x in quantized.items():
+        expected += 3 / 2 / np.trace(naive_moment(x, x)) * naive_moment(dense[name] - x, x)
+    np.testing.assert_allclose(found.drift.numpy(), expected, atol=1e-5)
+
+
+def test_statistics_leave_out_a_modality_without_tokens_or_with_zero_inputs():
+    moments = InputMoments(4, CPU, False, "layer")
+    moments.add("text", tokens(9, 4))
+    alone = moments.statistics()
+    moments.add("visual", torch.zeros(5, 4))
+    moments.add("audio", torch.zeros(0, 4))
+    found = moments.statistics()
+    assert list(found.by_modality) == ["text"]
+    assert found.tokens == {"text": 9, "visual": 5}
+    assert torch.equal(found.hessian, alone.hessian)
+
+
+def test_statistics_accept_half_precision_inputs():
+    moments = InputMoments(4, CPU, False, "layer")
+    inputs = tokens(9, 4).to(torch.bfloat16)
+    moments.add("text", inputs)
+    assert moments.statistics().hessian.dtype == torch.float32
+    expected = 2 / 9 * naive_moment(inputs, inputs)
+    np.testing.assert_allclose(moments.statistics().by_modality["text"].numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("inputs", [[], [("text", torch.zeros(0, 4))], [("text", torch.zeros(3, 4))]])
+def test_statistics_without_a_live_token_name_the_module(inputs):
+    moments = InputMoments(4, CPU, False, "model.layers.3.q_proj")
+    for modality, x in inputs:
+        moments.add(modality, x)
+    with pytest.raises(CalibrationError, match=r"model\.layers\.3\.q_proj"):
+        moments.statistics()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_moments_refuse_an_input_that_is_not_finite_and_name_the_module(bad):
+    moments = InputMoments(4, CPU, False, "model.layers.3.q_proj")
+    inputs = tokens(5, 4)
+    inputs[2, 1] = bad
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.3\.q_proj.*visual"):
+        moments.add("visual", inputs)
+
+
+def test_moments_refuse_infinities_that_cancel():
+    moments = InputMoments(2, CPU, False, "layer")
+    with pytest.raises(NonFiniteError, match="layer"):
+        moments.add("text", torch.tensor([[math.inf, -math.inf]]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_moments_refuse_a_dense_input_that_is_not_finite_and_name_the_module(bad):
+    moments = InputMoments(4, CPU, True, "model.layers.3.q_proj")
+    dense = tokens(5, 4)
+    dense[2, 1] = bad
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.3\.q_proj"):
+        moments.add("text", tokens(5, 4, 1), dense)
+
+
+def test_moments_refuse_a_missing_dense_stream_that_was_announced():
+    moments = InputMoments(4, CPU, True, "model.layers.3.q_proj")
+    with pytest.raises(CalibrationError, match=r"model\.layers\.3\.q_proj"):
+        moments.add("text", tokens(5, 4))
+
+
+def test_moments_of_finite_inputs_that_overflow_are_refused_by_the_factorization():
+    moments = InputMoments(3, CPU, False, "layer")
+    moments.add("text", torch.full((4, 3), 3e38))  # their sum is inf, they are not
+    with pytest.raises(NonFiniteError, match="layer"):
+        factor_hessian(moments.statistics().hessian, 0.01, "layer")
+
+
+def test_damped_adds_a_share_of_the_mean_diagonal_to_the_diagonal():
+    hessian = torch.tensor([[1.0, 0.5], [0.5, 3.0]])
+    assert torch.equal(damped(hessian, 0.25), torch.tensor([[1.5, 0.5], [0.5, 3.5]]))
+    assert torch.equal(hessian, torch.tensor([[1.0, 0.5], [0.5, 3.0]]))
+
+
+@bounded
+@hypothesis.given(st.integers(0, 10**6), st.integers(1, 12))
+def test_factor_hessian_holds_the_inverse_and_its_upper_factor(seed, width):
+    hessian = positive(width, seed)
+    factored = factor_hessian(hessian, 0.05)
+    expected = np.linalg.inv(damped(hessian, 0.05).double().numpy())
+    np.testing.assert_allclose(factored.inverse.numpy(), expected, rtol=1e-3, atol=1e-4)
+    upper = factored.inverse_factor.double().numpy()
+    np.testing.assert_allclose(upper.T @ upper, expected, rtol=1e-3, atol=1e-4)
+    assert np.array_equal(upper, np.triu(upper))
+    assert (np.diag(upper) > 0).all()
+    assert torch.equal(factored.hessian, damped(hessian, 0.05))
+
+
+def test_factor_hessian_marks_the_columns_that_were_always_zero():
+    inputs = tokens(20, 5)
+    inputs[:, [1, 4]] = 0
+    factored = factor_hessian(inputs.T @ inputs, 0.01)
+    assert factored.dead.tolist() == [False, True, False, False, True]
+    off = factored.inverse_factor.clone().fill_diagonal_(0)
+    assert not off[[1, 4]].any()
+    assert not off[:, [1, 4]].any()
+
+
+def test_factor_hessian_of_constant_inputs_succeeds():
+    inputs = torch.ones(50, 1) * torch.arange(1.0, 9.0)
+    factored = factor_hessian(inputs.T @ inputs, 0.01)
+    assert factored.inverse.isfinite().all()
+    product = factored.inverse.double() @ factored.hessian.double()
+    torch.testing.assert_close(product, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("least", "raised"), [(0.5, 1.0), (-0.05, 10.0), (-0.5, 100.0)])
+def test_factor_hessian_raises_the_damping_tenfold_until_a_factor_exists(least, raised):
+    diagonal = torch.tensor([least, 1.0, 1.0, 2.0 - least])  # mean 1, so that the damping is an absolute number
+    factored = factor_hessian(torch.diag(diagonal), 0.01)
+    torch.testing.assert_close(factored.hessian.diagonal(), diagonal + 0.01 * raised)
+
+
+def test_factor_hessian_gives_up_at_a_hundred_times_the_damping():
+    hessian = torch.diag(torch.tensor([-1.5, 1.0, 1.0, 3.5]))  # mean 1; 100 · 0.01 does not lift −1.5 above 0
+    with pytest.raises(SingularHessianError, match=r"model\.layers\.3\.q_proj.*damping=1;"):
+        factor_hessian(hessian, 0.01, "model.layers.3.q_proj")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_factor_hessian_refuses_what_is_not_finite(bad):
+    hessian = torch.eye(3)
+    hessian[0, 1] = bad
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.3\.q_proj"):
+        factor_hessian(hessian, 0.01, "model.layers.3.q_proj")

@@ -1,0 +1,109 @@
+"""SABConfig: round trips, and every bad value rejected by name."""
+
+import json
+
+import pytest
+
+from optimum_sab import SABConfig
+from optimum_sab.errors import ConfigError, FormatVersionError
+from optimum_sab.hf.config import describe_calibration
+
+CHANGED = {
+    "block_size": 64,
+    "base_planes": 2,
+    "dynamic": {r"layers\.0\.": {"sweeps": 3}},
+    "modules_to_not_convert": ["down_proj"],
+    "calibration": "data.jsonl",
+    "seed": 7,
+}
+
+
+@pytest.mark.parametrize("changes", [{}, CHANGED], ids=["defaults", "changed"])
+def test_config_survives_dict_and_json(changes, tmp_path):
+    config = SABConfig(**changes)
+    assert SABConfig.from_dict(config.to_dict()) == config
+    config.to_json_file(tmp_path / "c.json")
+    assert SABConfig.from_dict(json.loads((tmp_path / "c.json").read_text())) == config
+    assert SABConfig(**config.to_diff_dict()) == config
+
+
+def test_diff_dict_holds_only_what_differs():
+    assert set(SABConfig().to_diff_dict()) == {"quant_method", "format_version"}
+    assert set(SABConfig(seed=3).to_diff_dict()) == {"quant_method", "format_version", "seed"}
+
+
+def test_paper_preset_is_the_published_method():
+    config = SABConfig.paper()
+    assert (config.significance, config.feedback, config.refit, config.iterations) == ("modality", "block", False, 15)
+    assert (config.base_planes, config.residual_planes, config.block_size) == (2, 1, 128)
+    assert SABConfig.paper(seed=5).seed == 5
+
+
+def test_unknown_setting_is_named_with_the_nearest_known_one():
+    with pytest.raises(ConfigError, match="'blok_size'; did you mean 'block_size'"):
+        SABConfig(blok_size=64)
+    with pytest.raises(ConfigError, match="'wibble'"):
+        SABConfig.from_dict({"quant_method": "sab", "wibble": 1})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("block_size", 100),
+        ("block_size", "128"),
+        ("base_planes", 0),
+        ("base_planes", 4),
+        ("residual_planes", -1),
+        ("salient_fraction", 1.0),
+        ("salient_fraction", 0.001),
+        ("iterations", 0),
+        ("significance", "magic"),
+        ("feedback", "row"),
+        ("refit", 1),
+        ("row_scale", "int4"),
+        ("damping", 0.0),
+        ("propagation", 1.5),
+        ("propagation", float("nan")),
+        ("calibration_samples", 0),
+        ("sequence_length", 0),
+        ("seed", -1),
+        ("progress", "loud"),
+        ("dequantize", "yes"),
+        ("modules_to_not_convert", "down_proj"),
+    ],
+)
+def test_bad_value_is_named(setting, value):
+    with pytest.raises(ConfigError, match=setting):
+        SABConfig(**{setting: value})
+
+
+def test_sweeps_without_refit_is_refused():
+    with pytest.raises(ConfigError, match="sweeps=2 needs refit=True"):
+        SABConfig(refit=False, sweeps=2)
+
+
+def test_bad_dynamic_rules_are_named():
+    with pytest.raises(ConfigError, match="no regular expression"):
+        SABConfig(dynamic={"layers[": {"sweeps": 1}})
+    with pytest.raises(ConfigError, match="'sweps'"):
+        SABConfig(dynamic={"layers": {"sweps": 1}})
+    with pytest.raises(ConfigError, match="block_size=7"):
+        SABConfig(dynamic={"layers": {"block_size": 7}})
+
+
+def test_other_format_version_is_refused():
+    with pytest.raises(FormatVersionError, match="format_version=99"):
+        SABConfig.from_dict({"quant_method": "sab", "format_version": 99})
+
+
+def test_other_quant_method_is_refused():
+    with pytest.raises(ConfigError, match="'gptq'"):
+        SABConfig(quant_method="gptq")
+
+
+def test_sample_objects_are_stored_as_their_number(tmp_path):
+    config = SABConfig(calibration=["a text", [{"role": "user", "content": "hi"}]], processor=object())
+    assert config.to_dict()["calibration"] == {"samples": 2}
+    assert "processor" not in config.to_dict()
+    assert describe_calibration(tmp_path) == str(tmp_path)
+    json.dumps(config.to_dict())
