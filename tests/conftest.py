@@ -8,6 +8,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+
 
 def pytest_collection_modifyitems(items):
     """Tests marked gpu are skipped, by name and reason, where there is no CUDA device."""

@@ -296,7 +296,9 @@ class Lockstep:
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     # empty tensors all have the data pointer 0: experts that no token chose do not share an input
-    return a is b or (a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+    return a is b or (
+        a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )
 
 
 def _device_of(module: nn.Module) -> torch.device | None:

@@ -79,16 +79,21 @@ def _encode(sample: Sample, processor: Any, sequence_length: int, label: str) ->
         template_owner = processor if getattr(processor, "chat_template", None) else tokenizer
         if getattr(template_owner, "chat_template", None) is None:
             raise SampleError(f"{label} is a chat and the processor has no chat template; give plain texts instead.")
-        pictures = _check_pictures(sample, processor, label)
-        if pictures and template_owner is tokenizer:
-            raise SampleError(f"{label} holds a picture and the model's processor takes text only.")
-        messages = sample if template_owner is processor else _text_only(sample)
+        chat = [{**message, "content": _parts(message["content"], label)} for message in sample]
+        pictures = _check_pictures(chat, processor, label)
+        if template_owner is tokenizer and any(part["type"] != "text" for m in chat for part in m["content"]):
+            raise SampleError(f"{label} holds more than text and the model's processor takes text only; remove it.")
+        messages = _text_only(chat) if template_owner is tokenizer else chat
         try:
             inputs = dict(
                 template_owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
             )
-        except (OSError, ValueError) as error:
+        except ImportError:
+            raise  # names the package to install
+        except Exception as error:  # a template or a picture can fail in any way, and it is this sample's doing
             raise SampleError(f"{label} cannot be prepared by the model's processor: {error}") from error
+        if pictures and set(inputs) <= set(_PER_TOKEN):
+            raise SampleError(f"{label} holds a picture and the model's processor passed it over; remove the sample.")
         if not pictures:
             inputs = {k: v[:, :sequence_length] if k in _PER_TOKEN else v for k, v in inputs.items()}
     if inputs["input_ids"].shape[-1] == 0:
@@ -124,21 +129,38 @@ def _check_pictures(chat: list[dict[str, Any]], processor: Any, label: str) -> i
     """Number of pictures in a chat; every picture entry must bring its picture and no text may stand in for one."""
     pictures = 0
     for message in chat:
-        content = message["content"]
-        if isinstance(content, str):
-            _refuse_placeholder(content, processor, label)
-            continue
-        for part in content:
-            kind = part.get("type")
+        for part in message["content"]:
+            kind = part["type"]
             if kind == "text":
-                _refuse_placeholder(part.get("text", ""), processor, label)
-            elif kind in ("image", "video", "image_url"):
+                _refuse_placeholder(part["text"], processor, label)
+            elif kind in ("image", "video"):
                 if all(part.get(key) is None for key in (*_PICTURE_KEYS, kind)):
                     raise SampleError(
-                        f"{label} announces an {kind} without one; add it as {{'type': {kind!r}, {kind!r}: ...}}."
+                        f"{label} has a part of type {kind!r} without one; give {{'type': {kind!r}, {kind!r}: ...}}."
                     )
+                if kind == "video" and getattr(processor, "video_processor", None) is None:
+                    raise SampleError(f"{label} holds a video and the model's processor reads none; give pictures.")
                 pictures += 1
     return pictures
+
+
+def _parts(content: Any, label: str) -> list[dict[str, Any]]:
+    """A message's content as a list of parts, spelled as the processors of both Transformers lines read it."""
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    parts = []
+    for given in content if isinstance(content, (list, tuple)) else [content]:
+        part = {k: v for k, v in given.items() if v is not None} if isinstance(given, Mapping) else {}
+        if not isinstance(part.get("type"), str) or (part["type"] == "text" and not isinstance(part.get("text"), str)):
+            raise SampleError(
+                f"{label} has a message with the content {str(content)[:80]!r}; give a text, or a list of parts such "
+                "as {'type': 'text', 'text': ...} and {'type': 'image', 'image': ...}."
+            )
+        if part["type"] == "image_url":  # OpenAI's; Transformers 4.57 would pass it over in silence
+            url = part.get("image_url")
+            part = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
+        parts.append(part)
+    return parts
 
 
 def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
@@ -153,11 +175,7 @@ def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
 
 def _text_only(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Message contents as plain strings, which tokenizers' templates expect."""
-
-    def flat(content: Any) -> str:
-        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
-
-    return [{**message, "content": flat(message["content"])} for message in chat]
+    return [{**m, "content": "".join(part["text"] for part in m["content"])} for m in chat]
 
 
 def _read_jsonl(path: Path) -> list[Sample]:
@@ -167,8 +185,12 @@ def _read_jsonl(path: Path) -> list[Sample]:
     """
     if not path.is_file():
         raise SampleError(f"the calibration file {str(path)!r} does not exist.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SampleError(f"the calibration file {str(path)!r} is not UTF-8: {error}") from error
     samples: list[Sample] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also split inside JSON strings
         if not line.strip():
             continue
         label = f"{path.name} line {number}"
@@ -184,18 +206,23 @@ def _read_record(record: Any, folder: Path, label: str) -> Sample:
     if isinstance(record, str):
         return record
     if isinstance(record, dict) and "messages" in record:
-        chat = _checked(record["messages"], label)
-        assert not isinstance(chat, str)  # a str has no "messages"
+        chat = record["messages"]
+        if not _is_chat(chat):
+            raise SampleError(f"{label}: 'messages' must be a list of messages with 'role' and 'content'.")
         for message in chat:
             for part in message["content"] if isinstance(message["content"], list) else []:
+                if not isinstance(part, dict) or part.get("type") != "image":
+                    continue
                 for key in ("image", "path"):
                     if isinstance(part.get(key), str):
                         part["image"] = _open_picture(part.pop(key), folder, label)
-        return chat
+        return list(chat)
     if isinstance(record, dict) and isinstance(record.get("text"), str):
-        names = record.get("images", [record["image"]] if "image" in record else [])
+        names = record.get("images") or [n for n in [record.get("image")] if n is not None]
         if not names:
             return str(record["text"])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise SampleError(f"{label}: 'image' must be a path, and 'images' a list of paths.")
         pictures = [{"type": "image", "image": _open_picture(name, folder, label)} for name in names]
         text = re.sub(r"<image>\s*", "", record["text"])
         return [{"role": "user", "content": [*pictures, {"type": "text", "text": text}]}]
@@ -226,11 +253,12 @@ def _read_dataset(source: str, count: int, seed: int) -> list[Sample]:
             f"calibration={source!r} names a Hub dataset and the datasets package is missing: pip install datasets."
         ) from error
     name, _, split = source.partition(":")
-    rows = datasets.load_dataset(name, split=split or "train", streaming=True).shuffle(seed=seed, buffer_size=1000)
-    samples: list[Sample] = []
-    for row in rows.take(count):
-        samples.append(_read_row(row, f"{name} row {len(samples)}"))
-    return samples
+    try:
+        rows = datasets.load_dataset(name, split=split or "train", streaming=True)
+        taken = list(rows.shuffle(seed=seed, buffer_size=1000).take(count))
+    except (OSError, ValueError) as error:
+        raise SampleError(f"calibration={source!r} cannot be read as a Hub dataset: {error}") from error
+    return [_read_row(row, f"{name} row {i}") for i, row in enumerate(taken)]
 
 
 def _read_row(row: Mapping[str, Any], label: str) -> Sample:

@@ -8,6 +8,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 VOCABULARY_SIZE = 1024
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 14, 2, 2
+EMBEDDING_SCALE = 0.25
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIAL_TOKENS = (
     END_OF_TEXT,
@@ -49,7 +50,7 @@ def model_config() -> dict[str, object]:
             "hidden_act": "silu",
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-6,
-            "initializer_range": 0.04,
+            "initializer_range": 0.06,
             "use_sliding_window": False,
             "tie_word_embeddings": True,
             "rope_theta": 10000.0,
@@ -78,10 +79,23 @@ def model_config() -> dict[str, object]:
 
 
 def build_model() -> Qwen2_5_VLForConditionalGeneration:
-    """The untrained model in float32; its weights depend on torch's seed."""
+    """The untrained model in float32; its weights depend on torch's seed.
+
+    Embeddings start large enough, and what a layer adds small enough, that a token is still recognizable behind the
+    last layer; the last norm makes up for it, as embeddings are also the output layer. Small models learn to copy and
+    to compare tokens much sooner from there.
+    """
     config = Qwen2_5_VLConfig(**model_config())
     config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32
-    return Qwen2_5_VLForConditionalGeneration(config).float()
+    model = Qwen2_5_VLForConditionalGeneration(config).float()
+    decoder = model.model.language_model
+    with torch.no_grad():
+        decoder.embed_tokens.weight.normal_(std=EMBEDDING_SCALE)
+        decoder.norm.weight.fill_(1 / (EMBEDDING_SCALE * config.text_config.hidden_size**0.5))
+        for layer in decoder.layers:
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.mul_((2 * len(decoder.layers)) ** -0.5)
+    return model
 
 
 def save_model(model: Qwen2_5_VLForConditionalGeneration, folder: pathlib.Path) -> None:

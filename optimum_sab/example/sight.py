@@ -60,7 +60,7 @@ def teach_sight(
         report: called with a line of progress every fifty steps.
     """
     visual = model.model.visual
-    embeddings = model.get_input_embeddings().weight.detach()
+    directions = nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
     optimizer = torch.optim.AdamW(visual.parameters(), lr=settings.learning_rate, weight_decay=0.05, fused=True)
     warmup = min(100, settings.steps // 4)
     began, running = time.monotonic(), 0.0
@@ -70,7 +70,7 @@ def teach_sight(
         with torch.autocast("cpu", dtype=torch.bfloat16):
             tokens = torch.stack(model.get_image_features(batch.pixel_values, batch.image_grid_thw).pooler_output)
         seen = nn.functional.rms_norm(tokens[:, CELL_TOKENS].float(), tokens.shape[-1:])
-        logits = seen @ embeddings.T
+        logits = seen @ directions.T
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.words.flatten(0, 1))
         optimizer.zero_grad()
         loss.backward()
@@ -81,6 +81,7 @@ def teach_sight(
             share, elapsed = right[settings.scenes :].float().mean(), time.monotonic() - began
             report(f"sight {step:5d}  loss {running / 50:.4f}  digits {share:.2f}  {elapsed:6.0f} s")
             running = 0.0
+    _match_scale(model, tokens.detach().float())
 
 
 def sight_batches(processor: ProcessorMixin, settings: SightSettings) -> Iterator[SightBatch]:
@@ -110,6 +111,15 @@ def number_words(number: int) -> list[list[str]]:
     """The words of every cell of a sign: the digits from the left, the same in each row of cells."""
     digits = [[digit] for digit in str(number)]
     return (digits + [[NOTHING]] * (GRID - len(digits))) * GRID
+
+
+@torch.no_grad()
+def _match_scale(model: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> None:
+    """Scale the tower's output to that of the embeddings, which the loss above leaves open."""
+    factor = model.get_input_embeddings().weight.square().mean().sqrt() / tokens.square().mean().sqrt()
+    last = model.model.visual.merger.mlp[-1]
+    last.weight.mul_(factor)
+    last.bias.mul_(factor)
 
 
 def _distributions(cells: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> Tensor:

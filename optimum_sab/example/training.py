@@ -42,7 +42,7 @@ class TrainingSettings:
         seed: seed of weights and data.
     """
 
-    steps: int = 1500
+    steps: int = 2500
     scenes: int = 12
     signs: int = 8
     texts: int = 8

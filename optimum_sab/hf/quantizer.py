@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.hf.checkpoint import check_files, local_files
+from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, replace_with_skeletons, select_linears, set_module
@@ -34,8 +36,17 @@ class SABHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
-        places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-        if not self.pre_quantized and "disk" in places:
+        self._refuse_disk(device_map if isinstance(device_map, dict) else {})
+
+    def _refuse_disk(self, device_map: Mapping[str, Any]) -> None:
+        if "disk" not in device_map.values():
+            return
+        if self.pre_quantized and not OFFLOADS_INTEGERS:
+            raise ConfigError(
+                "device_map sends modules to disk, and this version of Transformers turns packed tensors into noise "
+                "there; use Transformers 5, or a device_map without 'disk'."
+            )
+        if not self.pre_quantized:
             raise ConfigError(
                 "device_map sends modules to disk, where they cannot be binarized; load on the CPU (device_map='cpu') "
                 "and name the accelerator in SABConfig(calibration_device=...)."
@@ -50,6 +61,7 @@ class SABHfQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
         if not self.pre_quantized:
             self._binarize(model)
         else:

@@ -245,9 +245,10 @@ def test_modalities_reach_the_statistics(build, watched):
     total = sum(s["input_ids"].numel() for s in subject.samples)
     assert report.tokens == {"text": total - images, "visual": images}
     assert all(statistics.tokens == report.tokens for _, statistics in watched.values())
-    (inputs, statistics), ids = watched["model.language_model.layers.0.self_attn.q_proj"], [
-        s["input_ids"][0] for s in subject.samples
-    ]
+    (inputs, statistics), ids = (
+        watched["model.language_model.layers.0.self_attn.q_proj"],
+        [s["input_ids"][0] for s in subject.samples],
+    )
     visual = torch.cat([p.quantized[i == 60] for p, i in zip(inputs, ids, strict=True)])
     torch.testing.assert_close(statistics.by_modality["visual"], 2 / images * visual.T @ visual, rtol=1e-4, atol=1e-5)
 
@@ -380,7 +381,7 @@ def test_offloaded_weight_is_named_with_the_remedy(llama):
 
 def test_no_samples_is_an_error(llama):
     llama.samples = []
-    with pytest.raises(SampleError, match="no calibration samples.*calibration='builtin'"):
+    with pytest.raises(SampleError, match=r"no calibration samples.*calibration='builtin'"):
         quantize(llama)
 
 

@@ -107,9 +107,7 @@ def test_descent_is_not_disturbed_by_a_dead_column(correlated_inputs):
     column[32], target[:, 32] = 0, 0
     without = [sign[:, :32].clone() for sign in signs]
     descend_signs(signs, salient, row_scale, column, target, hessian, BLOCK, 1)
-    descend_signs(
-        without, salient[:32], row_scale[:, :1], column[:32], target[:, :32], hessian[:32, :32], BLOCK, 1
-    )
+    descend_signs(without, salient[:32], row_scale[:, :1], column[:32], target[:, :32], hessian[:32, :32], BLOCK, 1)
     for found, expected in zip(signs, without):
         assert torch.equal(found[:, :32], expected)
         assert found.isfinite().all()

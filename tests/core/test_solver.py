@@ -221,7 +221,9 @@ def tiny(correlated_inputs, statistics_of):
     [
         pytest.param(SMALL, id="default"),
         pytest.param(PAPER, id="paper"),
-        pytest.param(SMALL.replace(significance="modality", base_planes=2, sweeps=2, propagation=0.0), id="two-and-one"),
+        pytest.param(
+            SMALL.replace(significance="modality", base_planes=2, sweeps=2, propagation=0.0), id="two-and-one"
+        ),
         pytest.param(SMALL.replace(residual_planes=0, row_scale="fp16", significance="uniform"), id="one"),
         pytest.param(SMALL.replace(feedback="block", salient_fraction=0.3, damping=0.1), id="block-feedback"),
     ],

@@ -1,0 +1,3 @@
+"""Triton kernels for weights packed as binary planes."""
+
+from .dequantize import dequantize as dequantize

@@ -1,0 +1,307 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.selection import name_matches, replace_with_skeletons, select_linears, set_module
+
+SMALL = LayerSettings(block_size=32)
+PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.q_proj = nn.Linear(width, width)
+        self.o_proj = nn.Linear(width, width, bias=False)
+
+
+class Mlp(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up_proj = nn.Linear(width, 2 * width, bias=False)
+        self.down_proj = nn.Linear(2 * width, width, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.self_attn = Attention(width)
+        self.mlp = Mlp(width)
+
+
+class Tower(nn.Module):
+    def __init__(self, count, width):
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width) for _ in range(count))
+
+
+class Language(Tower):
+    def __init__(self, count, width):
+        super().__init__(count, width)
+        self.embed_tokens = nn.Embedding(20, width)
+
+
+class VisionLanguage(nn.Module):
+    """Qwen2.5-VL's names: model.visual, model.language_model.layers, a projector, and a tied lm_head."""
+
+    def __init__(self, prefix="language_model", width=16, vision=(4, 64)):
+        super().__init__()
+        self.model = nn.Module()
+        self.model.visual = Tower(*vision)  # larger than the language model on purpose
+        self.model.projector = nn.Sequential(nn.Linear(vision[1], width), nn.GELU(), nn.Linear(width, width))
+        setattr(self.model, prefix, Language(2, width))
+        self.prefix = prefix
+        self.lm_head = nn.Linear(width, 20, bias=False)
+        self.lm_head.weight = self.get_decoder().embed_tokens.weight
+
+    def get_decoder(self):
+        return getattr(self.model, self.prefix)
+
+
+class Text(nn.Module):
+    """A model without vision and without an accessor: model.layers."""
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.model = Language(3, width)
+        self.lm_head = nn.Linear(width, 20, bias=False)
+
+
+def names(prefix, count):
+    return [f"{prefix}.{i}.{part}" for i in range(count) for part in PARTS]
+
+
+# --- rules ---
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "expected"),
+    [
+        ("down_proj", "model.layers.0.mlp.down_proj", True),
+        ("mlp.down_proj", "model.layers.0.mlp.down_proj", True),
+        ("layers.0", "model.layers.0.mlp.down_proj", True),
+        ("model.layers.0.mlp.down_proj", "model.layers.0.mlp.down_proj", True),
+        ("model", "model.layers.0.mlp.down_proj", True),
+        ("lm_head", "lm_head", True),
+        ("layers.1", "model.layers.10.mlp.down_proj", False),
+        ("down", "model.layers.0.mlp.down_proj", False),
+        ("proj", "model.layers.0.mlp.down_proj", False),
+        ("layers.down_proj", "model.layers.0.mlp.down_proj", False),
+        ("layers.*.mlp", "model.layers.0.mlp.down_proj", False),
+        ("layersx0", "model.layers.0", False),
+        ("", "model.layers.0", False),
+        (r"re:layers\.\d+\.mlp", "model.layers.10.mlp.down_proj", True),
+        ("re:down", "model.layers.0.mlp.down_proj", True),
+        ("re:^down", "model.layers.0.mlp.down_proj", False),
+        (r"re:layers\.1\.", "model.layers.10.mlp", False),
+    ],
+)
+def test_name_matches_whole_dotted_parts_or_a_regular_expression(rule, name, expected):
+    assert name_matches(rule, name) is expected
+
+
+# --- defaults ---
+
+
+@pytest.mark.parametrize("prefix", ["language_model", "model"])
+def test_selection_holds_the_linears_of_the_decoder_blocks_and_nothing_else(prefix):
+    """Not the vision tower with its own list of layers, the projector, the embedding or the tied lm_head."""
+    model = VisionLanguage(prefix)
+    found = select_linears(model, SMALL)
+    assert found.prefix == f"model.{prefix}.layers"
+    assert list(found.settings) == names(f"model.{prefix}.layers", 2)
+    assert set(found.settings.values()) == {SMALL}
+    assert found.left_dense == ()
+
+
+def test_selection_of_a_text_model_holds_its_layers():
+    found = select_linears(Text(), SMALL)
+    assert list(found.settings) == names("model.layers", 3)
+
+
+def test_selection_of_a_bare_list_of_blocks_holds_its_linears():
+    found = select_linears(Text().model.layers, SMALL)
+    assert found.prefix == ""
+    assert list(found.settings) == [name.removeprefix("model.layers.") for name in names("model.layers", 3)]
+
+
+def test_selection_of_a_skeleton_on_meta_is_that_of_the_model():
+    with torch.device("meta"):
+        skeleton = VisionLanguage()
+    assert select_linears(skeleton, SMALL) == select_linears(VisionLanguage(), SMALL)
+
+
+# --- modules_to_not_convert ---
+
+
+def test_rules_add_to_the_defaults():
+    found = select_linears(VisionLanguage(), SMALL, ["down_proj", r"re:layers\.1\..*o_proj"])
+    dense = ["0.mlp.down_proj", "1.self_attn.o_proj", "1.mlp.down_proj"]
+    assert list(found.left_dense) == [f"model.language_model.layers.{name}" for name in dense]
+    assert list(found.settings) == [n for n in names("model.language_model.layers", 2) if n not in found.left_dense]
+
+
+@pytest.mark.parametrize("rule", ["lm_head", "visual", "projector", "embed_tokens", "re:visual"])
+def test_a_rule_for_what_is_dense_anyway_counts_as_matched(rule):
+    assert select_linears(VisionLanguage(), SMALL, [rule]) == select_linears(VisionLanguage(), SMALL)
+
+
+def test_a_rule_for_a_whole_block_covers_its_linears():
+    found = select_linears(VisionLanguage(), SMALL, ["language_model.layers.1"])
+    assert list(found.left_dense) == names("model.language_model.layers", 2)[4:]
+
+
+@pytest.mark.parametrize("rule", ["gate_proj", "down", "layers.7", "re:layers[.]7", ""])
+def test_a_rule_that_matches_nothing_is_refused_by_name(rule):
+    with pytest.raises(ConfigError) as caught:
+        select_linears(VisionLanguage(), SMALL, ["o_proj", rule])
+    assert repr(rule) in str(caught.value)
+    assert "VisionLanguage" in str(caught.value)
+    assert "model.language_model.layers.0.self_attn.q_proj" in str(caught.value)
+
+
+def test_a_rule_that_matches_nothing_passes_where_rules_are_not_strict():
+    found = select_linears(VisionLanguage(), SMALL, ["gate_proj", "o_proj"], {"gate": {"base_planes": 2}}, strict=False)
+    assert len(found.left_dense) == 2
+    assert set(found.settings.values()) == {SMALL}
+
+
+def test_a_rule_that_is_no_regular_expression_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"re:\("):
+        select_linears(VisionLanguage(), SMALL, ["re:("])
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_rules_that_leave_nothing_are_refused(strict):
+    with pytest.raises(ConfigError, match="VisionLanguage"):
+        select_linears(VisionLanguage(), SMALL, ["language_model"], strict=strict)
+
+
+# --- dynamic ---
+
+
+def test_dynamic_overrides_apply_in_their_order():
+    dynamic = {
+        "down_proj": {"base_planes": 2, "block_size": 64},
+        r"layers\.1\.": {"base_planes": 3},
+        "q_proj": {"residual_planes": 0},
+    }
+    found = select_linears(VisionLanguage(), SMALL, dynamic=dynamic).settings
+    prefix = "model.language_model.layers"
+    assert found[f"{prefix}.0.mlp.down_proj"] == SMALL.replace(base_planes=2, block_size=64)
+    assert found[f"{prefix}.1.mlp.down_proj"] == SMALL.replace(base_planes=3, block_size=64)
+    assert found[f"{prefix}.0.self_attn.q_proj"] == SMALL.replace(residual_planes=0)
+    assert found[f"{prefix}.1.self_attn.q_proj"] == SMALL.replace(base_planes=3, residual_planes=0)
+    assert found[f"{prefix}.0.mlp.up_proj"] == SMALL
+    backwards = dict(reversed(dynamic.items()))
+    turned = select_linears(VisionLanguage(), SMALL, dynamic=backwards).settings
+    assert turned[f"{prefix}.1.mlp.down_proj"] == SMALL.replace(base_planes=2, block_size=64)
+
+
+def test_a_dynamic_rule_that_matches_nothing_is_refused_by_name():
+    with pytest.raises(ConfigError, match="gate_proj"):
+        select_linears(VisionLanguage(), SMALL, dynamic={"gate_proj": {"base_planes": 2}})
+
+
+def test_a_dynamic_rule_for_what_stays_dense_is_refused():
+    with pytest.raises(ConfigError, match="visual"):
+        select_linears(VisionLanguage(), SMALL, dynamic={"visual": {"base_planes": 2}})
+
+
+def test_a_dynamic_rule_with_a_bad_setting_is_refused():
+    with pytest.raises(ConfigError, match="blocksize"):
+        select_linears(VisionLanguage(), SMALL, dynamic={"q_proj": {"blocksize": 64}})
+
+
+# --- shared and fused weights ---
+
+
+def test_linears_that_share_a_parameter_stay_dense():
+    model = VisionLanguage()
+    layers = model.model.language_model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    layers[0].self_attn.o_proj.weight = model.model.visual.layers[0].self_attn.o_proj.weight
+    found = select_linears(model, SMALL)
+    prefix = "model.language_model.layers"
+    assert list(found.left_dense) == [
+        f"{prefix}.0.self_attn.o_proj",
+        f"{prefix}.0.mlp.up_proj",
+        f"{prefix}.1.mlp.up_proj",
+    ]
+    assert not set(found.left_dense) & set(found.settings)
+
+
+def test_fused_experts_are_warned_of():
+    model = VisionLanguage()
+    mlp = model.model.language_model.layers[1].mlp
+    mlp.experts = nn.Module()
+    mlp.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 16, 32))
+    with pytest.warns(SABWarning, match=r"1 fused .*model\.language_model\.layers\.1\.mlp\.experts\.gate_up_proj"):
+        select_linears(model, SMALL)
+
+
+def test_nothing_is_warned_of_without_fused_experts_or_when_loading():
+    model = VisionLanguage()
+    model.model.visual.patches = nn.Parameter(torch.zeros(3, 4, 4))  # outside the decoder
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        select_linears(model, SMALL)
+        model.model.language_model.layers[1].experts = nn.Parameter(torch.zeros(4, 16, 32))
+        select_linears(model, SMALL, strict=False)
+
+
+def test_a_convolution_is_not_taken_for_fused_experts():
+    """Hybrid decoders (LFM2, Mamba layers) have one in a block; its kernel has three dimensions."""
+    model = VisionLanguage()
+    model.model.language_model.layers[0].conv = nn.Conv1d(16, 16, 4, groups=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        select_linears(model, SMALL)
+
+
+def test_a_packed_model_is_not_warned_of_and_selects_the_same_names():
+    model = VisionLanguage()
+    selection = select_linears(model, SMALL, ["o_proj"])
+    replace_with_skeletons(model, selection)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert select_linears(model, SMALL, ["o_proj"]) == selection
+
+
+def test_a_model_without_decoder_blocks_is_refused():
+    with pytest.raises(ConfigError, match="Sequential"):
+        select_linears(nn.Sequential(nn.Linear(4, 4)), SMALL)
+
+
+# --- replacing ---
+
+
+def test_set_module_replaces_a_module_at_any_depth():
+    model = VisionLanguage()
+    for name in ("lm_head", "model.language_model.layers.1.mlp.up_proj"):
+        new = nn.Identity()
+        set_module(model, name, new)
+        assert model.get_submodule(name) is new
+
+
+def test_replace_with_skeletons_swaps_the_selected_linears_only():
+    with torch.device("meta"):
+        model = VisionLanguage().to(torch.bfloat16)
+    settings = {"down_proj": {"base_planes": 2}}
+    selection = select_linears(model, SMALL, ["o_proj"], settings)
+    replace_with_skeletons(model, selection)
+    packed = {name: m for name, m in model.named_modules() if isinstance(m, SABLinear)}
+    assert list(packed) == list(selection.settings)
+    for name, layer in packed.items():
+        assert layer.settings == selection.settings[name]
+        assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
+        assert (layer.bias is not None) == name.endswith("q_proj")
+        assert layer.bias is None or layer.bias.dtype == torch.bfloat16
+    down = packed["model.language_model.layers.0.mlp.down_proj"]
+    assert (down.in_features, down.out_features) == (32, 16)
