@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -26,6 +27,9 @@ def block_progress(style: str) -> Iterator[OnBlock | None]:
             bar.update()
             if style == "lines":
                 drift = "" if report.drift is None else f"   drift {report.drift:.4f}"
-                bar.write(f"block {report.index:3d}   error {report.error:.4f}{drift}   {report.seconds:.1f} s")
+                bar.write(
+                    f"block {report.index:3d}   error {report.error:.4f}{drift}   {report.seconds:.1f} s",
+                    file=sys.stderr,
+                )
 
         yield on_block

@@ -1,0 +1,161 @@
+"""The command line in one process: what it prints, what it writes, and what it refuses."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimum_sab.cli.main import main
+from optimum_sab.example import checkpoint_path
+from optimum_sab.version import __version__
+
+QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations", "2"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "example-sab"
+    assert main(["quantize", str(checkpoint_path()), "--output", str(folder), *QUICK]) == 0
+    return folder
+
+
+def json_of(capsys):
+    return json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+
+
+def test_quantize_writes_a_whole_checkpoint(packed):
+    names = {p.name for p in packed.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
+    assert [p.name for p in packed.parent.iterdir()] == [packed.name]  # no partial folder is left
+
+
+def test_quantize_reports_blocks_and_json(tmp_path, capsys):
+    code = main(["quantize", str(checkpoint_path()), "--output", str(tmp_path / "out"), "--json", *QUICK])
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)  # nothing but the object on standard output
+    assert code == 0
+    assert [b["index"] for b in report["blocks"]] == list(range(len(report["blocks"])))
+    assert all(b["error"] > 0 and b["seconds"] > 0 for b in report["blocks"])
+    assert 1.0 < report["bits_per_weight"] < 1.5
+    for block in report["blocks"]:
+        assert f"block {block['index']:3d}" in captured.err
+
+
+def test_quantize_refuses_a_folder_with_files(packed, capsys):
+    before = {p: p.stat().st_mtime_ns for p in packed.iterdir()}
+    assert main(["quantize", str(checkpoint_path()), "--output", str(packed), *QUICK]) == 1
+    assert "not empty" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in packed.iterdir()} == before
+
+
+def test_quantize_overwrites_when_asked(tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    assert main(["quantize", str(checkpoint_path()), "--output", str(folder), "--overwrite", *QUICK]) == 0
+    assert (folder / "config.json").exists()
+    assert not (folder / "old.txt").exists()
+
+
+def test_quantize_leaves_nothing_behind_when_it_fails(tmp_path, capsys):
+    command = ["quantize", str(checkpoint_path()), "--output", str(tmp_path / "out"), "--keep-dense", "nothing_like_it"]
+    assert main([*command, *QUICK]) == 1
+    assert "'nothing_like_it'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--block-size", "100"], "block_size=100"),
+        (["--dynamic", "{"], "not JSON"),
+        (["--dynamic", "[1]"], "object of objects"),
+        (["--calibration", "missing.jsonl"], "missing.jsonl"),
+        (["--calibration-pass", "none"], "calibration_pass='none'"),
+    ],
+)
+def test_quantize_names_bad_values(tmp_path, capsys, arguments, message):
+    command = ["quantize", str(checkpoint_path()), "--output", str(tmp_path / "out"), *QUICK, *arguments]
+    assert main(command) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_quantize_refuses_what_is_no_model_or_packed_already(packed, tmp_path, capsys):
+    assert main(["quantize", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert "no model can be read" in capsys.readouterr().err
+    assert main(["quantize", str(packed), "--output", str(tmp_path / "out")]) == 1
+    assert "quantized already" in capsys.readouterr().err
+
+
+def test_inspect_counts_every_byte(packed, capsys):
+    assert main(["inspect", str(packed), "--json"]) == 0
+    found = json_of(capsys)
+    header = 8 + int.from_bytes((packed / "model.safetensors").read_bytes()[:8], "little")
+    assert found["bytes_packed"] + found["bytes_dense"] + header == (packed / "model.safetensors").stat().st_size
+    bits = sum(8 * m["bytes"] for m in found["modules"]) / sum(
+        m["out_features"] * m["in_features"] for m in found["modules"]
+    )
+    assert found["bits_per_weight"] == pytest.approx(bits)
+    assert found["format_version"] == 1
+    assert found["settings"]["iterations"] == 2
+
+
+def test_inspect_prints_modules_and_settings(packed, capsys):
+    assert main(["inspect", str(packed)]) == 0
+    text = capsys.readouterr().out
+    assert "up_proj" in text
+    assert "iterations: 2" in text
+    assert "format version 1" in text
+
+
+def test_inspect_refuses_a_dense_checkpoint(capsys):
+    assert main(["inspect", str(checkpoint_path())]) == 1
+    assert "not a packed SAB checkpoint" in capsys.readouterr().err
+
+
+def test_demo_reports_what_the_issue_asks_for(capsys):
+    assert main(["demo", "--questions", "4", "--json", *QUICK]) == 0
+    found = json_of(capsys)
+    assert set(found["tasks"]) == {"colour", "shape", "counting", "position", "reading", "text"}
+    assert all(0 <= score[side] <= 1 for score in found["tasks"].values() for side in ("dense", "packed"))
+    assert found["reload_identical"] is True
+    assert found["bytes_packed"] < found["bytes_dense"]
+    assert found["linear_bytes_packed"] < 0.1 * found["linear_bytes_dense"]
+    assert found["seconds"] > 0
+    assert 1.0 < found["bits_per_weight"] < 1.5
+
+
+def test_wrong_call_exits_with_two(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["quantize"])
+    assert stopped.value.code == 2
+    assert "--output" in capsys.readouterr().err
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert __version__ in capsys.readouterr().out
+
+
+def installed():
+    try:
+        importlib.metadata.distribution("optimum-sab")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not installed(), reason="the package is not installed, only on the path")
+def test_optimum_cli_runs_the_same_commands(packed):
+    pytest.importorskip("optimum.commands")
+    tool = Path(sys.executable).with_name("optimum-cli")
+    done = subprocess.run([tool, "sab", "inspect", str(packed), "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["format_version"] == 1
+    bad = subprocess.run([tool, "sab", "inspect", "nowhere"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 1
+    assert "nowhere" in bad.stderr
