@@ -16,14 +16,14 @@ from PIL import Image
 
 from optimum_sab.data.documents import number_sign
 from optimum_sab.data.documents import render as render_document
-from optimum_sab.data.scenes import GRID, Scene, Shape, random_scene
+from optimum_sab.data.questions import SCENE_TASKS, Turn, scene_turns
+from optimum_sab.data.scenes import GRID, Scene, random_scene
 from optimum_sab.data.scenes import render as render_scene
 from optimum_sab.errors import ConfigError
 
 Drawn = TypeVar("Drawn")
 
 TASKS: tuple[str, ...] = ("colour", "shape", "counting", "position", "reading", "text")
-SCENE_TASKS: tuple[str, ...] = ("colour", "shape", "counting", "position")
 SUBJECTS: tuple[str, ...] = ("scene", "sign", "text")
 IMAGE_SIZE = 112
 RESERVED_MODULUS = 10
@@ -53,14 +53,6 @@ class Question:
     prompt: str
     answer: str
     key: str
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A prompt and its answer inside a conversation."""
-
-    prompt: str
-    answer: str
 
 
 @dataclass(frozen=True)
@@ -123,14 +115,14 @@ def training_questions(task: str, count: int, seed: int) -> list[Question]:
 def training_conversation(rng: random.Random, about: str) -> Conversation:
     """Draw a training conversation: the tasks' questions in random order, then one question that asks for everything.
 
-    That last turn, which half of the scenes and every text have, belongs to no task. It has the model spell out every
+    That last turn, which some scenes and every text have, belongs to no task. It has the model spell out every
     cell of the scene, or repeat a list, and teaches where things are much sooner than the tasks' short answers do.
     Coming last, it gives none of them away.
 
     Args:
         rng: source of every random choice.
-        about: what it is about, one of `SUBJECTS`: "scene" asks about one scene, "sign" about one sign and a text,
-            "text" about three texts without a picture.
+        about: what it is about, one of `SUBJECTS`: "scene" asks about one scene, "sign" about one sign and
+            a text, "text" about three texts without a picture.
 
     Raises:
         ConfigError: if `about` is unknown.
@@ -139,21 +131,21 @@ def training_conversation(rng: random.Random, about: str) -> Conversation:
         raise ConfigError(f"about={about!r} is unknown; choose one of {', '.join(SUBJECTS)}.")
     if about == "scene":
         scene = training_scene(rng)
-        turns = [turn for task in SCENE_TASKS for turn in _sample(rng, scene_turns(task, scene), 2)]
+        turns = [turn for task in SCENE_TASKS for turn in scene_turns(task, scene)]
         rng.shuffle(turns)
-        turns = [*turns[:3], inventory(scene)] if rng.random() < 0.5 else turns[:5]
+        turns = [*turns[:7], inventory(scene)] if rng.random() < 0.3 else turns[:9]
         return Conversation(render_scene(scene, IMAGE_SIZE), tuple(turns), (scene.layout,))
     facts = [_draw(rng, random_facts, lambda facts: facts.key, reserved=False) for _ in range(3)]
-    turns = [_posed(each, rng.choice(each.turns)) for each in facts]
+    turns = [turn for each in facts for turn in _discussed(each, rng, questions=3)]
     keys = tuple(each.key for each in facts)
     if about == "text":
-        words = " ".join(rng.sample(THINGS, 8))
+        words = " ".join(rng.sample(THINGS, rng.randint(3, 12)))
         return Conversation(None, (*turns, Turn(f"Repeat: {words}", words)), keys)
     number = training_number(rng)
     sign = number_sign(number, rng)
-    turns = [turns[0], *(Turn(each.prompt, each.answer) for each in sign.questions)]
-    rng.shuffle(turns)
-    return Conversation(render_document(sign, IMAGE_SIZE), tuple(turns), (str(number), keys[0]))
+    asked = [Turn(each.prompt, each.answer) for each in sign.questions]
+    rng.shuffle(asked)
+    return Conversation(render_document(sign, IMAGE_SIZE), (*asked, *turns[:3]), (str(number), keys[0]))
 
 
 def training_scene(rng: random.Random) -> Scene:
@@ -166,24 +158,6 @@ def training_number(rng: random.Random) -> int:
     return _draw(rng, _random_number, str, reserved=False)
 
 
-def scene_turns(task: str, scene: Scene) -> list[Turn]:
-    """Every question of a task that the scene answers unambiguously; empty if there is none.
-
-    Raises:
-        ConfigError: if the task is not about scenes.
-    """
-    if task == "colour":
-        return [Turn(f"What colour is the {each.kind}?", each.colour) for each in _unique(scene, lambda s: s.kind)]
-    if task == "shape":
-        return [Turn(f"What shape is {each.colour}?", each.kind) for each in _unique(scene, lambda s: s.colour)]
-    if task == "counting":
-        return [Turn("How many shapes are there?", str(len(scene.shapes)))]
-    if task == "position":
-        subjects = _unique(scene, lambda s: (s.colour, s.kind))
-        return [Turn(f"Where is the {each.colour} {each.kind}?", each.place) for each in subjects]
-    raise ConfigError(f"task={task!r} is not about scenes; choose one of {', '.join(SCENE_TASKS)}.")
-
-
 def inventory(scene: Scene) -> Turn:
     """The question for all nine cells in reading order."""
     cells = {(shape.row, shape.column): f"{shape.colour} {shape.kind}" for shape in scene.shapes}
@@ -192,19 +166,28 @@ def inventory(scene: Scene) -> Turn:
 
 
 def random_facts(rng: random.Random) -> Facts:
-    """Draw a text that states who has what, or lists things in order."""
+    """Draw a text that states who has what, or lists things in order; what training draws from."""
     if rng.random() < 0.5:
-        count = rng.choice((2, 2, 3))
-        names, things = rng.sample(NAMES, count), rng.sample(THINGS, count)
-        passage = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
-        turns = [Turn(f"Who has the {thing}?", name) for name, thing in zip(names, things, strict=True)]
-        turns += [Turn(f"What does {name} have?", thing) for name, thing in zip(names, things, strict=True)]
-    else:
-        things = rng.sample(THINGS, rng.randint(3, 5))
-        passage = f"List: {', '.join(things)}."
-        turns = [Turn("What is the first word of the list?", things[0])]
-        turns += [Turn("What is the last word of the list?", things[-1])]
-        turns += [Turn(f"What comes after {before}?", after) for before, after in zip(things, things[1:])]
+        return random_list(rng)
+    count = rng.choice((2, 2, 3))
+    names, things = rng.sample(NAMES, count), rng.sample(THINGS, count)
+    passage = " ".join(f"{name} has the {thing}." for name, thing in zip(names, things, strict=True))
+    turns = [Turn(f"Who has the {thing}?", name) for name, thing in zip(names, things, strict=True)]
+    turns += [Turn(f"What does {name} have?", thing) for name, thing in zip(names, things, strict=True)]
+    return Facts(passage=passage, key=passage, turns=tuple(turns))
+
+
+def random_list(rng: random.Random) -> Facts:
+    """Draw a list of three to five things; its first two questions ask for the first and the last.
+
+    Those two are the `text` task. The others, and who has what, are trained on too, but a model of this size answers
+    them little better than by chance, so the task does not ask them.
+    """
+    things = rng.sample(THINGS, rng.randint(3, 5))
+    turns = [Turn("What is the first word of the list?", things[0])]
+    turns += [Turn("What is the last word of the list?", things[-1])]
+    turns += [Turn(f"What comes after {before}?", after) for before, after in zip(things, things[1:], strict=False)]
+    passage = f"List: {', '.join(things)}."
     return Facts(passage=passage, key=passage, turns=tuple(turns))
 
 
@@ -235,8 +218,8 @@ def _ask_to_read(rng: random.Random, reserved: bool) -> Question:
 
 
 def _ask_about_text(rng: random.Random, reserved: bool) -> Question:
-    facts = _draw(rng, random_facts, lambda facts: facts.key, reserved)
-    turn = _posed(facts, rng.choice(facts.turns))
+    facts = _draw(rng, random_list, lambda facts: facts.key, reserved)
+    turn = _posed(facts, rng.choice(facts.turns[:2]))
     return Question("text", None, turn.prompt, turn.answer, facts.key)
 
 
@@ -259,8 +242,10 @@ def _draw(
     return drawn
 
 
-def _sample(rng: random.Random, turns: list[Turn], count: int) -> list[Turn]:
-    return rng.sample(turns, min(count, len(turns)))
+def _discussed(facts: Facts, rng: random.Random, questions: int) -> list[Turn]:
+    """Several questions about the same facts, which are stated with the first one."""
+    first, *others = rng.sample(facts.turns, questions)
+    return [_posed(facts, first), *others]
 
 
 def _posed(facts: Facts, turn: Turn) -> Turn:
@@ -269,9 +254,3 @@ def _posed(facts: Facts, turn: Turn) -> Turn:
 
 def _random_number(rng: random.Random) -> int:
     return rng.randint(10, 999)
-
-
-def _unique(scene: Scene, feature: Callable[[Shape], object]) -> list[Shape]:
-    """The shapes whose feature no other shape of the scene shares."""
-    values = [feature(shape) for shape in scene.shapes]
-    return [shape for shape, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]

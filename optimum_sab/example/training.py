@@ -8,6 +8,7 @@ import argparse
 import math
 import pathlib
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration
 
 from optimum_sab.example.acceleration import accelerate
 from optimum_sab.example.architecture import TURN_END, TURN_START, build_model, save_model
+from optimum_sab.example.optimization import make_optimizers, set_learning_rate
 from optimum_sab.example.sight import SightSettings, teach_sight
 from optimum_sab.example.tasks import Conversation, training_conversation
 from optimum_sab.example.tokenization import prose_passages, tokenizer_texts, write_processor
@@ -38,18 +40,18 @@ class TrainingSettings:
         prose_weight: weight of a token of prose in the loss; a token of an answer weighs 1.
         learning_rate: peak of the cosine schedule.
         warmup: steps of linear warm-up.
-        weight_decay: AdamW's, on matrices only.
+        weight_decay: Muon's, on the matrices inside the layers.
         seed: seed of weights and data.
     """
 
-    steps: int = 2500
-    scenes: int = 12
-    signs: int = 8
-    texts: int = 8
+    steps: int = 1600
+    scenes: int = 8
+    signs: int = 4
+    texts: int = 11
     prose: int = 1
-    length: int = 112
+    length: int = 176
     prose_weight: float = 0.1
-    learning_rate: float = 1.2e-3
+    learning_rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.05
     seed: int = 0
@@ -135,26 +137,31 @@ def train(
     output: pathlib.Path,
     save_every: int,
 ) -> None:
-    """Train in bfloat16 arithmetic on float32 weights, saving to `output` every `save_every` steps and at the end."""
-    matrices = [each for each in model.parameters() if each.ndim > 1]
-    vectors = [each for each in model.parameters() if each.ndim == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    """Train the decoder in bfloat16 arithmetic on float32 weights.
+
+    The vision tower stays as the first stage left it: while the decoder cannot read the pictures yet, its gradients are
+    noise that would undo what the tower has learnt.
+
+    Args:
+        model: the model, its tower taught by `teach_sight`.
+        processor: its processor.
+        settings: how long, how fast and on what.
+        output: folder of the checkpoint.
+        save_every: steps between saves; the last step saves as well.
+    """
+    model.model.visual.requires_grad_(False)
+    optimizers = make_optimizers(model, settings.learning_rate, settings.weight_decay)
     stream = batches(processor, settings)
     began, running = time.monotonic(), 0.0
     for step in range(1, settings.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(step, settings)
+        set_learning_rate(optimizers, settings.learning_rate * schedule(step, settings))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = weighted_loss(model, next(stream))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         running += loss.item()
         if step % 50 == 0:
             print(f"step {step:5d}  loss {running / 50:.4f}  {time.monotonic() - began:6.0f} s", flush=True)
@@ -185,11 +192,13 @@ def main() -> None:
     settings = TrainingSettings(seed=arguments.seed, steps=arguments.steps, learning_rate=arguments.learning_rate)
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)
-    write_processor(arguments.output, tokenizer_texts(settings.seed))
-    processor = load_processor(arguments.output)
     model = build_model()
-    if arguments.initial is not None:
+    if arguments.initial is None:
+        write_processor(arguments.output, tokenizer_texts(settings.seed))
+    else:
+        shutil.copytree(arguments.initial, arguments.output, dirs_exist_ok=True)
         model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.initial).state_dict())
+    processor = load_processor(arguments.output)
     model.train()
     accelerate(model)
     print(f"{sum(each.numel() for each in model.parameters()):,} parameters", flush=True)

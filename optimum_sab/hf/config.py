@@ -56,16 +56,16 @@ class SABConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        block_size: int = 128,
-        base_planes: int = 1,
-        residual_planes: int = 1,
-        salient_fraction: float = 0.125,
+        block_size: int = LayerSettings.block_size,
+        base_planes: int = LayerSettings.base_planes,
+        residual_planes: int = LayerSettings.residual_planes,
+        salient_fraction: float = LayerSettings.salient_fraction,
         iterations: int = LayerSettings.iterations,
         significance: str = LayerSettings.significance,
-        feedback: str = "column",
-        refit: bool = True,
+        feedback: str = LayerSettings.feedback,
+        refit: bool = LayerSettings.refit,
         sweeps: int = LayerSettings.sweeps,
-        row_scale: str = "fp8",
+        row_scale: str = LayerSettings.row_scale,
         damping: float = LayerSettings.damping,
         propagation: float = LayerSettings.propagation,
         modules_to_not_convert: Sequence[str] | None = None,
@@ -193,6 +193,13 @@ class SABConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may be given again when a packed checkpoint is loaded."""
         return {"dequantize": self.dequantize}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SABConfig:
+        """Transformers copies configs; samples and processor are shared, not copied."""
+        shared = {id(v): v for v in (self.calibration, self.processor) if v is not None}
+        twin = copy.copy(self)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, {**memo, **shared}))
+        return twin
 
     def __iter__(self) -> Any:
         return iter(self.to_dict().items())

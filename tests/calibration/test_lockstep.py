@@ -221,6 +221,18 @@ def test_lockstep_is_not_disturbed_by_a_model_that_collects_hidden_states(build)
     assert len(states) == len(subject.blocks) + 1
 
 
+def test_lockstep_brings_each_block_to_the_device_and_back_once(build, monkeypatch):
+    subject = build("llava")
+    moves = []
+    for index, block in enumerate(subject.blocks):
+        monkeypatch.setattr(block, "to", lambda device, index=index: moves.append((index, str(device))))
+    expected = plain_inputs(subject)
+    # not equal to the parameters' "cpu", and yet the same place: what comes back can be compared bit for bit
+    recorder = run_pass(subject, Recorder(dense_weights(subject)), device=torch.device("cpu:0"))
+    assert same(of_stream(recorder, QUANTIZED), expected)
+    assert moves == [(0, "cpu:0"), (0, "cpu"), (1, "cpu:0"), (1, "cpu")]
+
+
 @pytest.mark.gpu
 def test_lockstep_moves_one_block_at_a_time_to_the_device(build):
     subject = build("qwen3_vl")
@@ -402,6 +414,19 @@ def test_error_of_the_model_comes_through_and_ends_every_coroutine():
     assert not any("forward" in module.__dict__ for module in subject.model.modules())
 
 
+def test_autocast_that_a_failing_model_set_by_hand_is_taken_back():
+    class Breaking(Toy):
+        def route(self, x):
+            x = self.layers[0](x)
+            torch.set_autocast_enabled("cpu", True)
+            raise ZeroDivisionError
+
+    subject = toy(Breaking(Block(), Block()))
+    with pytest.raises(ZeroDivisionError):
+        run_pass(subject, Recorder(dense_weights(subject)))
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_pass_ends_every_coroutine_when_all_is_well():
     subject = toy()
     run_pass(subject, Recorder(dense_weights(subject)))
@@ -436,6 +461,23 @@ def test_linear_called_by_keyword_is_paused_at_as_well():
     subject = toy(Toy(Keyword(), Keyword()))
     recorder = run_pass(subject, Recorder(dense_weights(subject)))
     assert len(recorder.groups) == 4
+
+
+def test_views_of_one_tensor_are_different_inputs():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.all, self.few, self.turned, self.again = (nn.Linear(8, 8) for _ in range(4))
+
+        def forward(self, x):
+            few = self.few(x[:, :3]).sum(1, keepdim=True)
+            return self.all(x) + few + self.turned(x.transpose(1, 2)) + self.again(x.view(1, 8, 8))
+
+    subject = toy(Toy(Views()), tokens=(8, 8))
+    recorder = run_pass(subject, Recorder(dense_weights(subject)))
+    assert recorder.groups == [("layers.0.few",), ("layers.0.all", "layers.0.again"), ("layers.0.turned",)]
+    expected = plain_inputs(subject)
+    assert same(of_stream(recorder, DENSE), expected)
 
 
 class Skipping(Toy):

@@ -158,19 +158,24 @@ def test_drift_is_left_out_without_a_dense_stream():
     assert collect(*pairs).drift is None
 
 
-def test_statistics_of_many_rows_equal_those_of_one_product():
-    x, y = rows(3000), rows(3000, seed=2)  # more than one batch, and not a whole number of them
-    z, dense = rows(700, seed=3), rows(3000, seed=4)
-    pairs = [
-        PairedInputs(x, dense, modalities(*[0, 1] * 1500)),
-        PairedInputs(y, y, modalities(*[0] * 3000)),
-        PairedInputs(z, z, modalities(*[1] * 700)),
-    ]
-    text, visual = torch.cat([x[0::2], y]), torch.cat([x[1::2], z])
-    statistics = collect(*pairs)
-    assert statistics.tokens == {"text": 4500, "visual": 2200}
-    assert close(statistics.by_modality["text"], 2 / 4500 * text.T @ text)
-    assert close(statistics.by_modality["visual"], 2 / 2200 * visual.T @ visual)
+def test_statistics_of_many_samples_are_summed_in_a_few_bounded_products(monkeypatch):
+    sizes = []
+    add = passes.InputMoments.add
+
+    def spy(self, modality, quantized, dense=None):
+        sizes.append(quantized.shape[0])
+        add(self, modality, quantized, dense)
+
+    monkeypatch.setattr(passes.InputMoments, "add", spy)
+    x = [rows(2000, seed=i) for i in range(10)]
+    y = [rows(2000, seed=100 + i) for i in range(10)]
+    statistics = collect(*(PairedInputs(a, b, modalities(*[0, 1, 1, 1] * 500)) for a, b in zip(x, y, strict=True)))
+    text, visual = (torch.cat([a.view(500, 4, WIDTH)[:, s].flatten(0, 1) for a in x]) for s in (slice(1), slice(1, 4)))
+    assert statistics.tokens == {"text": 5000, "visual": 15000}
+    assert close(statistics.by_modality["text"], 2 / 5000 * text.T @ text)
+    assert close(statistics.by_modality["visual"], 2 / 15000 * visual.T @ visual)
+    assert len(sizes) < 10  # of 20 pieces
+    assert max(sizes) < 4096 + 1500  # a batch ends with the sample that fills it
 
 
 def test_rows_that_do_not_match_the_tokens_are_mixed():

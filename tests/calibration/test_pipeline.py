@@ -1,5 +1,6 @@
 import copy
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -133,6 +134,25 @@ def test_binarize_gives_the_training_flag_back_after_an_error(llama, training):
     with pytest.raises(ZeroDivisionError):
         quantize(llama, on_block=stop)
     assert {module.training for module in llama.model.modules()} == {training}
+
+
+def test_binarize_switches_dropout_off(build):
+    tensors = []
+    for training in (False, True):
+        subject = build("llama")
+        for block in subject.blocks:
+            block.self_attn.attention_dropout = 0.5
+        subject.model.train(training)
+        quantize(subject)
+        tensors.append(packed_tensors(subject.model))
+    assert all(torch.equal(tensor, tensors[1][key]) for key, tensor in tensors[0].items())
+
+
+def test_dense_weights_of_a_block_are_freed_when_it_is_done(llama):
+    weights = [[weakref.ref(m.weight) for m in block.values()] for block in llama.linears]
+    alive = []
+    quantize(llama, on_block=lambda *_: alive.append([sum(w() is not None for w in block) for block in weights]))
+    assert alive == [[0, 7], [0, 0]]
 
 
 def test_binarize_twice_refuses_packed_layers(llama):

@@ -90,6 +90,19 @@ def test_hoyer_sparsity_lies_in_the_unit_interval_and_ignores_scale_and_order(se
     torch.testing.assert_close(hoyer_sparsity(maps.flip(0)), rho, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("z", [2, 3, 5])
+def test_hoyer_sparsity_of_equal_modalities_is_zero_and_never_less(z):
+    rho = hoyer_sparsity(random_maps(0, (1, 1000)).expand(z, -1))
+    assert (rho >= 0).all()
+    assert (rho < 1e-5).all()
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-20, 1e20, 1e30])
+def test_hoyer_sparsity_does_not_overflow(magnitude):
+    found = hoyer_sparsity(torch.tensor([[3.0, 1.0, 2.0], [4.0, 0.0, 2.0]]) * magnitude)
+    assert found.tolist() == pytest.approx([0.0343146, 1.0, 0.0], abs=2e-6)
+
+
 # ΣS sums to 40. 0.4 of the 10 entries are salient: 10, 9, 8, 7, in the columns 0, 1, 0, 1 with ρ .9, .1, .9, .1.
 TOTAL = torch.tensor([[10.0, 9.0, 1.0, 1.0, 1.0], [8.0, 7.0, 1.0, 1.0, 1.0]])
 SPATIAL = torch.tensor([0.9, 0.1, 1.0, 1.0, 1.0])

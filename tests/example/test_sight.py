@@ -8,6 +8,7 @@ from optimum_sab.example.sight import (
     CELL_TOKENS,
     SightSettings,
     number_words,
+    recognized,
     scene_words,
     sight_batches,
     teach_sight,
@@ -30,6 +31,12 @@ def test_scene_words_name_what_is_in_every_cell_and_where_it_is():
 @pytest.mark.parametrize(("number", "row"), [(407, ["4", "0", "7"]), (10, ["1", "0", "none"])])
 def test_number_words_spell_the_digits_in_every_row(number, row):
     assert number_words(number) == [[word] for word in row] * 3
+
+
+def test_recognized_wants_all_words_of_a_cell_before_any_other():
+    words = torch.tensor([True, True, False])
+    logits = torch.tensor([[2.0, 3.0, 1.0], [2.0, 0.0, 1.0], [2.0, 3.0, 4.0]])
+    assert recognized(logits, words.expand(3, 3)).tolist() == [True, False, False]
 
 
 def test_sight_batches_give_every_cell_a_distribution_over_its_words(processor):

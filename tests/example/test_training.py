@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.architecture import build_model, model_config
@@ -10,6 +11,7 @@ from optimum_sab.example.training import (
     answer_mask,
     batches,
     schedule,
+    train,
     weighted_loss,
 )
 from optimum_sab.hf.processor import load_processor
@@ -83,6 +85,20 @@ def test_acceleration_changes_neither_loss_nor_gradient(batch):
     for name, parameter in fast.named_parameters():
         error = (parameter.grad - named[name].grad).norm() / named[name].grad.norm()
         assert error < 1e-4, name
+
+
+def test_train_saves_a_changed_decoder_and_leaves_the_tower_alone(processor, tmp_path):
+    torch.manual_seed(0)
+    model = build_model()
+    before = {name: each.clone() for name, each in model.named_parameters()}
+    train(model, processor, dataclasses.replace(SMALL, steps=2), tmp_path, save_every=100)
+    changed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
+    assert changed == {name for name in before if not name.startswith("model.visual.")}
+    saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    for name, each in saved.named_parameters():
+        torch.testing.assert_close(
+            each, dict(model.named_parameters())[name].to(torch.bfloat16).float(), rtol=0, atol=0
+        )
 
 
 def test_schedule_warms_up_and_decays_to_a_hundredth():

@@ -1,5 +1,6 @@
 """SABConfig: round trips, and every bad value rejected by name."""
 
+import copy
 import json
 
 import pytest
@@ -99,6 +100,16 @@ def test_other_format_version_is_refused():
 def test_other_quant_method_is_refused():
     with pytest.raises(ConfigError, match="'gptq'"):
         SABConfig(quant_method="gptq")
+
+
+def test_deep_copy_shares_samples_and_copies_settings():
+    config = SABConfig(calibration=[["not", "copied"]], processor=object(), dynamic={"a": {"sweeps": 2}})
+    twin = copy.deepcopy(config)
+    assert twin == config
+    assert twin.calibration is config.calibration
+    assert twin.processor is config.processor
+    twin.dynamic["a"]["sweeps"] = 3
+    assert config.dynamic["a"]["sweeps"] == 2
 
 
 def test_sample_objects_are_stored_as_their_number(tmp_path):
