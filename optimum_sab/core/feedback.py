@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.planes import BlockFit, sign_combinations
+from optimum_sab.core.planes import BlockFit, sign_combinations, sign_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +38,7 @@ class LevelPicker:
         planes = self.row_scale.shape[0] if salient else self.base_planes
         if planes == 1:
             scale = self.row_scale[0] * column_scale
-            sign = torch.where(column * scale >= 0, 1.0, -1.0)
+            sign = sign_of(column * scale)
             return sign[None], sign * scale
         levels = self._levels[planes] * column_scale
         choice = (levels - column).abs_().argmin(0)

@@ -69,8 +69,8 @@ class InputMoments:
         if moments is None:
             shape = (self.in_features, self.in_features)
             moments = ModalityMoments(
-                torch.zeros(shape, device=self.device),
-                torch.zeros(shape, device=self.device) if self.two_streams else None,
+                torch.zeros(shape, dtype=torch.float32, device=self.device),
+                torch.zeros(shape, dtype=torch.float32, device=self.device) if self.two_streams else None,
             )
             self.by_modality[modality] = moments
         accumulate_hessian(moments.hessian, x)

@@ -25,6 +25,11 @@ def sign_combinations(planes: int, device: torch.device | None = None) -> Float[
     return (codes & 1).float() * 2.0 - 1.0
 
 
+def sign_of(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """−1 or +1 in the dtype of ``values``; zero counts as positive."""
+    return (values >= 0).to(values.dtype) * 2.0 - 1.0
+
+
 @dataclass(frozen=True)
 class BinaryPlanes:
     """A weight as binary planes (docs/format.md)::
@@ -59,7 +64,7 @@ class BinaryPlanes:
         """The dense fp32 weight these planes stand for."""
         scale = self.row_scale
         widths = torch.tensor([e - s for s, e in block_bounds(self.in_features, self.block_size)], device=scale.device)
-        dense = torch.zeros(self.out_features, self.in_features, device=scale.device)
+        dense = torch.zeros(self.out_features, self.in_features, dtype=scale.dtype, device=scale.device)
         for p in range(self.base_sign.shape[0]):
             spread = scale[p].T.repeat_interleave(widths, dim=1)
             dense += torch.where(self.base_sign[p], spread, -spread)
@@ -139,7 +144,7 @@ def _start(weight: Tensor, significance: Tensor, salient: Tensor, settings: Laye
     scales, signs = [], []
     for p in range(settings.planes):
         support = torch.ones_like(column) if p < settings.base_planes else salient.float()
-        sign = torch.where(rest >= 0, 1.0, -1.0) * support
+        sign = sign_of(rest) * support
         scale = (rest.abs() * support).sum(1) / support.sum().clamp_min(1.0)
         rest = rest - scale[:, None] * sign
         scales.append(scale)
@@ -174,7 +179,7 @@ def _update_row_scale(weight: Tensor, significance: Tensor, fit: BlockFit, base_
 def _solve_small(gram: Tensor, right: Tensor) -> Tensor:
     """Least squares ``gram · x = right`` per row [n, P]; a vanishing ridge picks a solution where planes coincide."""
     ridge = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(gram.dtype).tiny * 1e8) * 1e-7
-    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], device=gram.device)
+    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     return torch.linalg.solve(gram, right[:, :, None])[:, :, 0]
 
 
@@ -194,7 +199,7 @@ def _update_sign(weight: Tensor, fit: BlockFit, base_planes: int) -> None:
         target = weight if cols is None else weight[:, cols]
         scale = fit.column_scale if cols is None else fit.column_scale[cols]
         if active == 1:
-            sign = torch.where(target * (fit.row_scale[0][:, None] * scale) >= 0, 1.0, -1.0)[None]
+            sign = sign_of(target * (fit.row_scale[0][:, None] * scale))[None]
         else:
             combos = sign_combinations(active, weight.device)
             levels = fit.row_scale[:active].T @ combos.T  # [out, 2**active]

@@ -40,8 +40,8 @@ def refit_row_scale(
     bounds = block_bounds(width, block_size)
     planes, blocks = len(signs), len(bounds)
     K = planes * blocks
-    rows = max(1, min(out, GRAM_BYTES // (4 * K * (K + 2 * width))))
-    result = torch.empty(out, K, device=target.device)
+    rows = max(1, min(out, GRAM_BYTES // (4 * (K * K + 6 * width))))
+    result = target.new_empty(out, K)
     for first in range(0, out, rows):
         part = slice(first, min(first + rows, out))
         basis = [sign[part] * column_scale for sign in signs]

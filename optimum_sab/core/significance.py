@@ -45,6 +45,7 @@ def hoyer_sparsity(sensitivities: Float[Tensor, "modalities ..."]) -> Float[Tens
     z = sensitivities.shape[0]
     if z == 1:
         return torch.zeros_like(sensitivities[0])
+    sensitivities = sensitivities / sensitivities.amax(0).clamp_min(torch.finfo(sensitivities.dtype).tiny)
     l1 = sensitivities.sum(0)
     l2 = sensitivities.square().sum(0).sqrt()
     rho = (math.sqrt(z) - l1 / l2) / (math.sqrt(z) - 1.0)
@@ -90,7 +91,7 @@ def significance_map(
     column = inverse_diagonals.square().reciprocal()  # S_μ[i,j] = W[i,j]² · column[μ,j]
     energy = weight.square().mean(0)
     mean = (column * energy).mean(1, keepdim=True)
-    column = column / mean.clamp_min(torch.finfo(column.dtype).tiny)
+    column = torch.where(mean > 0, column / mean, torch.zeros_like(column))
     spatial = hoyer_sparsity(column)
     ratio = unimodal_ratio(weight.square() * column.sum(0), spatial)
     return Significance(spatial, ratio, ratio * spatial + (1.0 - ratio) * (1.0 - spatial))

@@ -134,10 +134,10 @@ def _forward_pass(
     out, width = target.shape
     bounds = block_bounds(width, settings.block_size)
     device = target.device
-    signs = [torch.zeros(out, width, device=device) for _ in range(settings.planes)]
+    signs = [torch.zeros(out, width, dtype=target.dtype, device=device) for _ in range(settings.planes)]
     salient = torch.zeros(width, dtype=torch.bool, device=device)
-    row_scale = torch.zeros(settings.planes, len(bounds), out, device=device)
-    column_scale = torch.zeros(width, device=device)
+    row_scale = torch.zeros(settings.planes, len(bounds), out, dtype=target.dtype, device=device)
+    column_scale = torch.zeros(width, dtype=target.dtype, device=device)
     U = factored.inverse_factor
     rest = target.clone()
     for k, (start, end) in enumerate(bounds):

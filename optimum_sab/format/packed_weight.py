@@ -43,6 +43,12 @@ class PackedWeight:
                 the salient columns are not the number per block that the settings say.
         """
         width = planes.in_features
+        shape = (planes.base_sign.shape[0], planes.residual_sign.shape[0], planes.block_size)
+        if shape != (settings.base_planes, settings.residual_planes, settings.block_size):
+            raise FormatError(
+                f"base planes, residual planes and block size are {shape}, the settings ask for "
+                f"{(settings.base_planes, settings.residual_planes, settings.block_size)}."
+            )
         tensors = {"weight": pack_bits(planes.base_sign, 4).view(torch.int32)}
         if settings.residual_planes:
             block = planes.residual_index // settings.block_size
@@ -73,6 +79,7 @@ class PackedWeight:
                     f"a {name} scale is not representable in its stored type (off by {worst:g}); round the scales "
                     "before packing."
                 )
+        packed.validate()
         return packed
 
     def row_scale(self) -> Tensor:
@@ -147,8 +154,13 @@ class PackedWeight:
             raise FormatError(f"{name}: unexpected tensor {extra[0]!r}; the format has {', '.join(specs)}.")
         if not bool(torch.isfinite(self.row_scale()).all() and torch.isfinite(self.column_scale()).all()):
             raise FormatError(f"{name}: a stored scale is NaN or inf; the checkpoint is damaged, fetch it again.")
-        columns = self.salient_columns()
-        if columns.numel() and not bool((columns[1:] > columns[:-1]).all() and columns[-1] < self.in_features):
+        if self.settings.residual_planes:
+            columns = self.salient_columns()
+            ascending = bool((columns[1:] > columns[:-1]).all() and (columns < self.in_features).all())
+            inside = torch.equal(columns % self.settings.block_size, self.tensors["residual_index"].long())
+        else:
+            ascending = inside = True
+        if not (ascending and inside):
             raise FormatError(
                 f"{name}: 'residual_index' is not ascending within its blocks; the checkpoint is damaged."
             )

@@ -38,7 +38,10 @@ def name_matches(rule: str, name: str) -> bool:
     expression behind ``re:`` that is searched in the name.
     """
     if rule.startswith("re:"):
-        return re.search(rule[3:], name) is not None
+        try:
+            return re.search(rule[3:], name) is not None
+        except re.error as error:
+            raise ConfigError(f"the module rule {rule!r} is no regular expression: {error}.") from error
     return f".{rule}." in f".{name}."
 
 
@@ -100,19 +103,23 @@ def select_linears(
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """ids of parameters that more than one module holds."""
+    """ids of parameters that more than one module holds, or one module that stands in several places."""
     seen: dict[int, int] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return {key for key, count in seen.items() if count > 1}
 
 
 def _warn_fused(model: nn.Module, prefix: str) -> None:
+    start = prefix + "." if prefix else ""
     fused = [
         name
         for name, parameter in model.named_parameters()
-        if name.startswith(prefix + ".") and parameter.dim() == 3 and parameter.dtype.is_floating_point
+        if name.startswith(start)
+        and parameter.dim() == 3
+        and parameter.dtype.is_floating_point
+        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
     ]
     if fused:
         share = sum(model.get_parameter(n).numel() for n in fused) / sum(p.numel() for p in model.parameters())

@@ -1,7 +1,7 @@
 """A checkpoint packed under one line of Transformers, read under another. `.ci/run` calls this twice:
 
-    python tests/compat/cross_line.py write FOLDER    # under 4.57
-    python tests/compat/cross_line.py check FOLDER    # under 5
+python tests/compat/cross_line.py write FOLDER    # under 4.57
+python tests/compat/cross_line.py check FOLDER    # under 5
 """
 
 import sys
@@ -41,7 +41,9 @@ def main(action: str, folder: Path) -> None:
             if not torch.equal(tensor, found["packed"][name][key]):
                 raise SystemExit(f"{name}.{key} differs")
     torch.testing.assert_close(found["logits"], written["logits"], rtol=1e-4, atol=1e-4)
-    sys.stdout.write(f"{len(written['packed'])} packed layers read alike under transformers {transformers.__version__}\n")
+    sys.stdout.write(
+        f"{len(written['packed'])} packed layers read alike under transformers {transformers.__version__}\n"
+    )
 
 
 if __name__ == "__main__":
