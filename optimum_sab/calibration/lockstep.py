@@ -129,6 +129,7 @@ class Lockstep:
                 waiting = {w: g.switch(w[0]) for w, g in zip(self._workers, self._greenlets, strict=True)}
                 for index in range(len(self.blocks)):
                     waiting = self._visit_block(index, waiting, visitor)
+                self._finish()
             finally:
                 for g in self._greenlets:
                     if not g.dead:
@@ -136,6 +137,15 @@ class Lockstep:
                 self._state.restore()
 
     # -- one block -----------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""
+        last = self._greenlets[0].switch()
+        if last.kind != "end of the forward":
+            raise LockstepError(
+                f"a sample comes to {last} again after the last decoder block; models that use a block twice in one "
+                "forward cannot be binarized."
+            )
 
     def _visit_block(
         self, index: int, waiting: dict[tuple[int, str], _Pause], visitor: Visitor
@@ -149,8 +159,19 @@ class Lockstep:
         visitor.enter(index)
         self._weights.clear()
         block, home = self.blocks[index], _device_of(self.blocks[index])
-        if self.device is not None and home is not None and home != self.device:
+        if self.device is None or home is None or home == self.device:
+            waiting = self._work_on_block(index, waiting, visitor)
+        else:
             block.to(self.device)
+            try:
+                waiting = self._work_on_block(index, waiting, visitor)
+            finally:
+                block.to(home)
+        return self._resume(waiting) if index + 1 < len(self.blocks) else waiting
+
+    def _work_on_block(
+        self, index: int, waiting: dict[tuple[int, str], _Pause], visitor: Visitor
+    ) -> dict[tuple[int, str], _Pause]:
         self._groups = self._probe(index, waiting[self._workers[0]])
         waiting = self._resume(waiting)
         while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
@@ -160,6 +181,8 @@ class Lockstep:
             group.solved = True
             group.seen.update(here)
             del arrivals
+            for pause in here.values():
+                pause.payload = None  # frees the inputs of this group
             waiting.update(self._resume(here))
         missed = [n for n in self.linears[index] if n not in self._groups or not self._groups[n].solved]
         if missed:
@@ -168,9 +191,7 @@ class Lockstep:
                 f"varied samples, or leave it dense with modules_to_not_convert=[{missed[0]!r}]."
             )
         visitor.leave(index, _drift(waiting) if self.two_streams else None)
-        if self.device is not None and home is not None and home != self.device:
-            block.to(home)
-        return self._resume(waiting) if index + 1 < len(self.blocks) else waiting
+        return waiting
 
     def _probe(self, index: int, pause: _Pause) -> dict[str, _Group]:
         """Run the block once on one sample to see which linears are given the same tensor, and in which order."""
@@ -212,6 +233,11 @@ class Lockstep:
         order = {name: i for i, name in enumerate(self.linears[index])}
         names = {str(p.key) for p in at_linear.values()}
         for name in names:
+            if name not in order:
+                raise LockstepError(
+                    f"{name} is called inside decoder block {index}, where it does not belong; leave it dense with "
+                    f"modules_to_not_convert=[{name!r}]."
+                )
             self._groups.setdefault(name, _Group((name,)))
         groups = {id(self._groups[n]): self._groups[n] for n in names}
         if any(g.solved for g in groups.values()):

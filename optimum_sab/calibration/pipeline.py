@@ -24,7 +24,15 @@ from optimum_sab.nn.selection import Selection, set_module
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One binarized linear: its relative output error on the calibration inputs, and its stored bits per weight."""
+    """One binarized linear.
+
+    Attributes:
+        name: dotted name.
+        error: relative output error against the propagated target on the calibration inputs, of all the linears
+            that share its input together: they are solved as one stack.
+        bits_per_weight: from stored bytes, bias included.
+        weights: how many.
+    """
 
     name: str
     error: float
@@ -84,7 +92,7 @@ def binarize(
     device: torch.device | None = None,
     on_block: Callable[[BlockReport, int], None] | None = None,
 ) -> BinarizationReport:
-    """Binarize the selected linears of ``model`` in place.
+    """Binarize the selected linears of ``model`` in place. After an error the model is half binarized: discard it.
 
     Args:
         model: dense, every parameter on a real device.
@@ -151,9 +159,9 @@ class _Binarizer:
         weights: dict[str, Tensor] = {}
         for settings in dict.fromkeys(self.selection.settings[n] for n in names):
             stack = [(n, m) for n, m in members if self.selection.settings[n] == settings]
-            solution = solve(
-                torch.cat([m.weight.to(device, torch.float32) for _, m in stack]), statistics, settings, stack[0][0]
-            )
+            weight = torch.cat([m.weight.to(device, torch.float32) for _, m in stack])
+            with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
+                solution = solve(weight, statistics, settings, stack[0][0])
             for (name, dense), planes in zip(
                 stack, solution.planes.split([m.out_features for _, m in stack]), strict=True
             ):

@@ -165,7 +165,8 @@ def _parts(content: Any, label: str) -> list[dict[str, Any]]:
 
 def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
     own = getattr(processor, "image_token", None)
-    for placeholder in (own, *_PLACEHOLDERS):
+    reads_pictures = getattr(processor, "image_processor", None) is not None
+    for placeholder in (own, *(_PLACEHOLDERS if reads_pictures else ())):
         if isinstance(placeholder, str) and placeholder in text:
             raise SampleError(
                 f"{label} refers to a picture ({placeholder!r}) that it does not bring; give a chat message with "

@@ -3,9 +3,10 @@
 It builds a Qwen2.5-VL of about six million parameters and a byte-level tokenizer from nothing, draws an endless
 stream of conversations (see `tasks`), and trains on the answers only. One CPU thread is enough. Needs Transformers 5.
 
-How the shipped checkpoint came about, seed 0 throughout, in 33 minutes on one core: 1200 steps of the first stage
+How the shipped checkpoint came about, in 33 minutes on one core: from seed 0, 1200 steps of the first stage
 (sight), 1600 steps of the second with 10 scenes, 5 signs and 8 texts in a step and four unrelated texts in a
-conversation, then 1200 further steps as the script stands now (``--initial FIRST --sight-steps 0 --steps 1200``).
+conversation; then 1200 further steps as the script stands now, from other data (``--initial FIRST --sight-steps 0
+--seed 1 --steps 1200``).
 Sums in bfloat16 depend on the processor, so a rerun gives a model as good, not the same bits.
 """
 

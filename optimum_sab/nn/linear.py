@@ -45,7 +45,7 @@ class SABLinear(nn.Module):
         for name, spec in tensor_specs(out_features, in_features, settings).items():
             self._store(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         if bias:
-            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
 

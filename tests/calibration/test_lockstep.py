@@ -347,6 +347,7 @@ def test_autocast_of_one_sample_does_not_leak_into_another(order, block):
 
 def test_grad_mode_of_one_sample_does_not_leak_into_another():
     subject = toy(AutocastToy(Block(), Block()), [{"grad": True}, {"grad": False}])
+    subject.model.seen = []
     modes = []
     for block in subject.blocks:
         block.second.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
@@ -608,4 +609,24 @@ def test_missing_greenlet_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "greenlet", None)
     subject = toy()
     with pytest.raises(MissingDependencyError, match=r"pip install 'optimum-sab\[quantize\]'"):
+        run_pass(subject, Recorder(dense_weights(subject)))
+
+
+class TwiceToy(nn.Module):
+    """A model that goes through all its blocks twice."""
+
+    def __init__(self, *blocks):
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+    def forward(self, x, use_cache=False):
+        for _ in range(2):
+            for block in self.layers:
+                x = block(x)
+        return x
+
+
+def test_model_that_loops_over_its_blocks_is_an_error():
+    subject = toy(TwiceToy(Block(), Block()), [{}, {}])
+    with pytest.raises(LockstepError, match="again after the last decoder block"):
         run_pass(subject, Recorder(dense_weights(subject)))

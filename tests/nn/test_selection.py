@@ -237,6 +237,14 @@ def test_linears_that_share_a_parameter_stay_dense():
     assert not set(found.left_dense) & set(found.settings)
 
 
+def test_a_linear_that_stands_in_two_blocks_stays_dense():
+    """One module under two names: replacing it under the first would leave the second behind."""
+    model = VisionLanguage()
+    layers = model.model.language_model.layers
+    layers[1].mlp.up_proj = layers[0].mlp.up_proj
+    assert not [name for name in select_linears(model, SMALL).settings if "up_proj" in name]
+
+
 def test_fused_experts_are_warned_of():
     model = VisionLanguage()
     mlp = model.model.language_model.layers[1].mlp
