@@ -21,7 +21,7 @@ IMAGE_SIZE = 336
 def builtin_samples(
     count: int, seed: int = 0, visual: bool = True, image_size: int = IMAGE_SIZE, words: int = 400
 ) -> list[str | list[Message]]:
-    """Calibration samples in a fixed rotation: a scene, a text, a document, a text.
+    """Calibration samples in a fixed rotation: a scene, a text, a document, a chat about a text.
 
     Args:
         count: number of samples.
@@ -44,12 +44,14 @@ def builtin_samples(
     rng = random.Random(f"built-in calibration {seed}")
     samples: list[str | list[Message]] = []
     for index in range(count):
-        if index % 2:
-            samples.append(next(texts))
-        elif index % 4 == 0:
+        if index % 4 == 0:
             samples.append(_scene_chat(rng, image_size))
-        else:
+        elif index % 4 == 1:
+            samples.append(next(texts))
+        elif index % 4 == 2:
             samples.append(_document_chat(rng, image_size))
+        else:
+            samples.append(_text_chat(rng))
     return samples
 
 
@@ -67,11 +69,20 @@ def _document_chat(rng: random.Random, size: int) -> list[Message]:
     return _chat(documents.render(document, size), [*turns[:4], Turn("Read everything.", document.text)])
 
 
-def _chat(image: object, turns: list[Turn]) -> list[Message]:
+def _text_chat(rng: random.Random) -> list[Message]:
+    """Questions about what a document says, its text given instead of its picture."""
+    document = documents.random_document(rng)
+    turns = [Turn(q.prompt, q.answer) for q in document.questions]
+    rng.shuffle(turns)
+    first, *others = turns[:4]
+    return _chat(None, [Turn(f"{document.text}\n\n{first.prompt}", first.answer), *others])
+
+
+def _chat(image: object | None, turns: list[Turn]) -> list[Message]:
     messages: list[Message] = []
     for turn in turns:
         content: list[Message] = [{"type": "text", "text": turn.prompt}]
-        if not messages:
+        if image is not None and not messages:
             content.insert(0, {"type": "image", "image": image})
         messages.append({"role": "user", "content": content})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})

@@ -47,10 +47,19 @@ def test_builtin_samples_refuse_a_count_below_one(count):
         builtin_samples(count)
 
 
-def test_builtin_samples_rotate_through_scene_text_document_text():
+def test_builtin_samples_rotate_through_scene_text_document_and_chat_about_a_text():
     samples = builtin_samples(12, image_size=64)
-    kinds = ["text" if isinstance(s, str) else texts(s)[-2] for s in samples]
-    assert kinds == ["Describe the picture.", "text", "Read everything.", "text"] * 3
+    kinds = ["text" if isinstance(s, str) else texts(s)[-2] if pictures(s) else "chat" for s in samples]
+    assert kinds == ["Describe the picture.", "text", "Read everything.", "chat"] * 3
+
+
+def test_builtin_chats_about_a_text_answer_from_what_they_quote():
+    for chat in builtin_samples(40, image_size=64)[3::4]:
+        quoted = texts(chat)[0]
+        assert "\n\n" in quoted
+        answers = [message["content"][0]["text"] for message in chat if message["role"] == "assistant"]
+        assert answers
+        assert any(answer in quoted for answer in answers)
 
 
 def test_builtin_samples_without_pictures_are_all_texts():
