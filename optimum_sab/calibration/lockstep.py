@@ -125,6 +125,7 @@ class Lockstep:
             self._workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
             self._greenlets = [greenlet.greenlet(self._forward) for _ in self._workers]
             self._identity = dict(zip(self._greenlets, self._workers, strict=True))
+            self._greenlet_of = dict(zip(self._workers, self._greenlets, strict=True))
             try:
                 waiting = {w: g.switch(w[0]) for w, g in zip(self._workers, self._greenlets, strict=True)}
                 for index in range(len(self.blocks)):
@@ -175,7 +176,7 @@ class Lockstep:
         self._groups = self._probe(index, waiting[self._workers[0]])
         waiting = self._resume(waiting)
         while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
-            group, here = self._next_group(index, at_linear, len(waiting))
+            group, here = self._next_group(index, at_linear)
             arrivals = [Arrival(w[0], w[1], p.payload) for w, p in here.items()]
             self._weights.update(visitor.solve(group.names, arrivals))
             group.solved = True
@@ -223,7 +224,7 @@ class Lockstep:
         return {name: group for _, names in groups for group in [_Group(tuple(names))] for name in names}
 
     def _next_group(
-        self, index: int, at_linear: dict[tuple[int, str], _Pause], live: int
+        self, index: int, at_linear: dict[tuple[int, str], _Pause]
     ) -> tuple[_Group, dict[tuple[int, str], _Pause]]:
         """The group to solve next, and who waits there.
 
@@ -262,8 +263,7 @@ class Lockstep:
         state.restore()
 
     def _resume(self, waiting: dict[tuple[int, str], _Pause]) -> dict[tuple[int, str], _Pause]:
-        lookup = dict(zip(self._workers, self._greenlets, strict=True))
-        return {worker: lookup[worker].switch() for worker in list(waiting)}
+        return {worker: self._greenlet_of[worker].switch() for worker in list(waiting)}
 
     # -- wrapped forwards ----------------------------------------------------------------------------------------
 

@@ -49,11 +49,11 @@ def load_processor(path: str | Path) -> Any:
     video processor imports it. Pictures and text need nothing of it, and both processors prepare them alike. A
     checkpoint of a language model gives its tokenizer.
     """
-    if is_torchvision_available():
-        return AutoProcessor.from_pretrained(path)
     try:
         return AutoProcessor.from_pretrained(path)
     except ImportError:
+        if is_torchvision_available():
+            raise
         tokenizer = AutoTokenizer.from_pretrained(path)
         images = AutoImageProcessor.from_pretrained(path)
         return PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
