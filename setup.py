@@ -61,6 +61,7 @@ setup(
         "optimum_sab": ["py.typed"],
         "optimum_sab.data": ["*.txt"],
         "optimum_sab.example": ["checkpoint/*"],
+        "optimum_sab.ops.cpu": ["*.c"],
     },
     # Loading a packed checkpoint needs these and nothing else.
     install_requires=["torch>=2.6", "transformers>=4.57,<6", "safetensors>=0.4.3", "numpy>=1.24"],

@@ -1,1 +1,1 @@
-"""Measurements that docs/benchmarks.md quotes: layer errors and perplexity on real weights."""
+"""Measurements that docs/benchmarks.md quotes: quality on real weights, speed on random ones."""

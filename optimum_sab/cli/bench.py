@@ -1,4 +1,4 @@
-"""`optimum-sab bench layers MODEL` and `optimum-sab bench perplexity MODEL`."""
+"""`optimum-sab bench`: quality on real weights (layers, perplexity), speed on random ones (kernels, generate)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from optimum_sab.cli.settings import add_settings, read_settings
+from optimum_sab.cli.settings import PRESETS, add_settings, read_settings
 
 TEXTS = ("reference", "passages", "mixed")
 
 
 def add_command(commands: Any) -> None:
     """Add the command's parsers."""
-    parser = commands.add_parser("bench", help="measure quality on a language model's real weights")
+    parser = commands.add_parser("bench", help="measure quality on real weights, and speed")
     kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
 
     layers = kinds.add_parser("layers", help="held-out output error of single linears, several methods side by side")
@@ -38,6 +38,57 @@ def add_command(commands: Any) -> None:
     perplexity.add_argument("--json", action="store_true", help="print one JSON object")
     add_settings(perplexity)
     perplexity.set_defaults(run=run_perplexity)
+
+    kernels = kinds.add_parser(
+        "kernels",
+        help="time of single packed linears against a dense weight, checked and beside the memory roofline",
+        description="Random packed linears against torch.nn.functional.linear with a dense weight, in turns in one "
+        "run. Every packed result is first checked against the dequantized weight.",
+    )
+    kernels.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help="qwen2.5-vl-7b, qwen2.5-vl-72b or OUTxIN (default: both models on CUDA, 4096x4096 on the CPU)",
+    )
+    kernels.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        metavar="M",
+        help="rows of the input (default: 1 4 16 64 256 on the CPU; on CUDA also 1024 4096)",
+    )
+    kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
+    _add_speed_options(kernels, repeats=20)
+    kernels.set_defaults(run=run_kernels)
+
+    generate = kinds.add_parser(
+        "generate",
+        help="prefill and decode tokens per second of a random Qwen2.5-VL, dense against packed",
+        description="A randomly initialised Qwen2.5-VL, dense and then packed: greedy decoding of a text prompt over a "
+        "static cache.",
+    )
+    generate.add_argument("--size", metavar="SIZE", help="7b or tiny (default: 7b on CUDA, tiny on the CPU)")
+    generate.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="per sequence (default: 512)")
+    generate.add_argument("--new-tokens", type=int, default=64, metavar="N", help="per sequence (default: 64)")
+    generate.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    generate.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay the decode step as a CUDA graph (default: on CUDA)",
+    )
+    _add_speed_options(generate, repeats=3)
+    generate.set_defaults(run=run_generate)
+
+
+def _add_speed_options(parser: argparse.ArgumentParser, repeats: int) -> None:
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:0 (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="bfloat16, float16 or float32")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="of the packed linears (default: auto)")
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="settings of the packed linears")
+    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"per median (default: {repeats})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_layers(options: argparse.Namespace) -> None:
@@ -67,3 +118,99 @@ def run_perplexity(options: argparse.Namespace) -> None:
     for source, ratio in change.ratio.items():
         print(f"{source:<12} dense {change.dense[source]:.2f}   packed {change.packed[source]:.2f}   ratio {ratio:.2f}")
     print(f"{change.bits_per_weight:.3f} bits per weight, quantized in {change.seconds:.0f} s")
+
+
+def run_kernels(options: argparse.Namespace) -> None:
+    """Print one row per shape and number of tokens, as soon as it is measured."""
+    from optimum_sab.bench.environment import find_device, find_dtype
+    from optimum_sab.bench.kernels import SHAPES, TOKENS, KernelTiming, compare_kernels
+    from optimum_sab.bench.shapes import parse_shapes
+
+    device = find_device(options.device)
+
+    shown: list[KernelTiming] = []
+
+    def show(row: KernelTiming) -> None:
+        if not shown:
+            columns = "".join(f" {f'gemlite {b}b':>10}" for b in (1, 2, 4)) if options.gemlite else ""
+            print(
+                f"{'linear':<24} {'shape':>12} {'M':>5} {'bits':>6} {'us':>10} {'dense us':>10} {'speedup':>8} "
+                f"{'roofline':>9} {'MB':>8} {'error':>8}{columns}",
+                flush=True,
+            )
+        shown.append(row)
+        shape = f"{row.out_features}x{row.in_features}"
+        others = (row.gemlite_1bit_seconds, row.gemlite_2bit_seconds, row.gemlite_4bit_seconds)
+        columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in others) if options.gemlite else ""
+        print(
+            f"{row.name:<24} {shape:>12} {row.m:>5} {row.bits_per_weight:>6.3f} {1e6 * row.seconds:>10.1f} "
+            f"{1e6 * row.dense_seconds:>10.1f} {row.speedup:>8.2f} {row.roofline_fraction:>9.3f} "
+            f"{row.bytes / 1e6:>8.2f} {row.error:>8.1e}{columns}",
+            flush=True,
+        )
+
+    report = compare_kernels(
+        shapes=parse_shapes(options.shapes or SHAPES[device.type]),
+        tokens=options.tokens or TOKENS[device.type],
+        settings=PRESETS[options.preset]().layer_settings,
+        device=device,
+        dtype=find_dtype(options.dtype),
+        backend=options.backend,
+        repeats=options.repeats,
+        gemlite=options.gemlite,
+        seed=options.seed,
+        on_row=None if options.json else show,
+    )
+    if options.json:
+        print(json.dumps(asdict(report)))
+        return
+    where = report.environment
+    print(
+        f"{where.device}, backend {report.rows[0].backend}, {options.dtype}, torch {where.torch}, "
+        f"triton {where.triton or 'none'}, {where.threads} threads; copies move "
+        f"{where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
+    )
+
+
+def run_generate(options: argparse.Namespace) -> None:
+    """Print one row per model."""
+    from optimum_sab.bench.environment import find_device, find_dtype
+    from optimum_sab.bench.generate import compare_generation
+
+    device = find_device(options.device)
+    size = options.size or ("7b" if device.type == "cuda" else "tiny")
+    report = compare_generation(
+        size=size,
+        settings=PRESETS[options.preset]().layer_settings,
+        device=device,
+        dtype=find_dtype(options.dtype),
+        prompt_tokens=options.prompt_tokens,
+        new_tokens=options.new_tokens,
+        batch=options.batch,
+        cuda_graphs=options.cuda_graphs,
+        backend=options.backend,
+        repeats=options.repeats,
+        seed=options.seed,
+    )
+    if options.json:
+        asked = {name: getattr(options, name) for name in ("dtype", "prompt_tokens", "new_tokens", "batch")}
+        print(json.dumps({"size": size, **asked, **asdict(report)}))
+        return
+    print(f"{'model':<8} {'prefill tok/s':>14} {'decode tok/s':>14} {'peak GB':>9} {'weights GB':>11}")
+    for row in report.rows:
+        peak = "-" if row.peak_memory_bytes is None else f"{row.peak_memory_bytes / 1e9:.3f}"
+        print(
+            f"{row.model:<8} {row.prefill_tokens_per_second:>14.1f} {row.decode_tokens_per_second:>14.1f} {peak:>9} "
+            f"{row.weight_bytes / 1e9:>11.3f}"
+        )
+    ratio = report.ratios
+    peak = "-" if ratio["peak_memory_bytes"] is None else f"{ratio['peak_memory_bytes']:.3f}"
+    print(
+        f"{'ratio':<8} {ratio['prefill_tokens_per_second']:>14.2f} {ratio['decode_tokens_per_second']:>14.2f} "
+        f"{peak:>9} {ratio['weight_bytes']:>11.3f}"
+    )
+    graphs = "one CUDA graph per step" if report.cuda_graphs else "eager steps"
+    print(
+        f"{report.environment.device}, Qwen2.5-VL {size}, backend {report.backend}, {options.dtype}, batch "
+        f"{options.batch}, {options.prompt_tokens}+{options.new_tokens} tokens, {graphs}"
+    )

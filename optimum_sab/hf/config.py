@@ -16,12 +16,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.ops.backends import BACKENDS
 
 QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
-_TRANSIENT = ("processor", "progress", "dequantize")  # of one call, not of the checkpoint
+_TRANSIENT = ("processor", "progress", "dequantize", "backend")  # of one call, not of the checkpoint
 
 
 class SABConfig(QuantizationConfigMixin):
@@ -46,6 +47,8 @@ class SABConfig(QuantizationConfigMixin):
             stored.
         progress: "bar", "lines" (one line per block) or "none". Not stored.
         dequantize: when loading a packed checkpoint, give back a dense model. Not stored.
+        backend: what computes with packed layers (`optimum_sab.ops.backends`); None or "auto" leaves it to the device.
+            May be given when a packed checkpoint is loaded. Not stored.
         format_version: of the packed tensors; written by `save_pretrained`.
         measured: what was measured when the checkpoint was made; written by the quantizer.
 
@@ -79,6 +82,7 @@ class SABConfig(QuantizationConfigMixin):
         processor: Any = None,
         progress: str = "bar",
         dequantize: bool = False,
+        backend: str | None = None,
         format_version: int = FORMAT_VERSION,
         measured: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
@@ -114,6 +118,7 @@ class SABConfig(QuantizationConfigMixin):
         self.processor = processor
         self.progress = progress
         self.dequantize = dequantize
+        self.backend = backend
         self.format_version = format_version
         self.measured = measured
         self.validate()
@@ -165,6 +170,8 @@ class SABConfig(QuantizationConfigMixin):
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
         if self.progress not in PROGRESS:
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
+        if self.backend not in (None, "auto", *BACKENDS):
+            raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
         if not isinstance(self.dequantize, bool):
             raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
 
@@ -192,7 +199,7 @@ class SABConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may be given again when a packed checkpoint is loaded."""
-        return {"dequantize": self.dequantize}
+        return {"dequantize": self.dequantize, "backend": self.backend}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SABConfig:
         """Transformers copies configs; samples and processor are shared, not copied."""

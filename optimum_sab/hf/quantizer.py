@@ -13,6 +13,7 @@ from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.hf.checkpoint import check_files, local_files
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, replace_with_skeletons, select_linears, set_module
 
@@ -72,6 +73,7 @@ class SABHfQuantizer(HfQuantizer):
                 self._dequantize(model)
                 self.remove_quantization_config(model)
                 return model
+        self._prepare(model)
         config: Any = model.config
         config.quantization_config = self.quantization_config
         return model
@@ -137,6 +139,14 @@ class SABHfQuantizer(HfQuantizer):
             "calibration_tokens": self.report.tokens,
             "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
         }
+
+    def _prepare(self, model: nn.Module) -> None:
+        """Layers on an accelerator get the layout of its kernels, and those that share an input are grouped."""
+        for module in model.modules():
+            if isinstance(module, SABLinear):
+                module.backend = self.quantization_config.backend
+                module.prepare()
+        group_linears(model)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Packed layers become dense linears in ``dtype`` (default: the model's)."""

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.layout import tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.ops.reference import binary_linear
+from optimum_sab.ops.backends import backend_name
+from optimum_sab.ops.operator import binary_linear
+from optimum_sab.ops.shape import LayerShape
+
+if TYPE_CHECKING:
+    from optimum_sab.nn.input_group import InputGroup
 
 
 class SABLinear(nn.Module):
-    """Drop-in for `torch.nn.Linear` at inference: ``y = x Ŵᵀ + b``, gradients to x only.
+    """Drop-in for `torch.nn.Linear` at inference: ``y = x Ŵᵀ + b``, gradients to x and the bias only.
 
-    The stored tensors are parameters without gradients under the names of docs/format.md; ``weight`` holds the packed
+    The packed tensors are parameters without gradients under the names of docs/format.md; ``weight`` holds the packed
     base signs. All are integers, so ``.half()`` and ``.to(dtype)`` change nothing but the bias.
+
+    They are in one of two layouts: ``"stored"``, as in files, which the CPU computes with, or ``"kernel"``, which the
+    Triton kernels read. `to_layout` converts in place. It happens by itself: to the kernel layout when the layer comes to
+    a device on which Triton computes, and back whenever the layer is moved, saved or loaded into, so a state dict always
+    holds the stored tensors.
 
     Args:
         in_features: columns of the weight.
@@ -24,6 +37,11 @@ class SABLinear(nn.Module):
         bias: whether there is a bias.
         device: where the (uninitialised) tensors are made; "meta" for a skeleton that a loader fills.
         dtype: dtype of the bias.
+
+    Attributes:
+        backend: what computes (`optimum_sab.ops.backends`); None leaves it to the device.
+        layout: of the packed tensors.
+        group: the layers that share this one's input and are computed with it in one launch, or None.
     """
 
     weight: nn.Parameter
@@ -42,6 +60,10 @@ class SABLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.settings = settings
+        self.backend: str | None = None
+        self.layout = "stored"
+        self.group: InputGroup | None = None
+        self.shape = LayerShape.of(out_features, in_features, settings)
         for name, spec in tensor_specs(out_features, in_features, settings).items():
             self._store(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         if bias:
@@ -64,19 +86,79 @@ class SABLinear(nn.Module):
         self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The packed tensors as they are, in the order of ``self.shape.names``."""
+        return [self._parameters[name] for name in self.shape.names]  # type: ignore[misc]
+
+    @property
     def packed(self) -> PackedWeight:
-        """The stored tensors as a `PackedWeight` (views, not copies)."""
-        names = tensor_specs(self.out_features, self.in_features, self.settings)
-        tensors = {name: getattr(self, name).detach() for name in names}
-        return PackedWeight(tensors, self.out_features, self.in_features, self.settings)
+        """The stored tensors as a `PackedWeight`: views in the stored layout, copies from the kernel layout."""
+        return PackedWeight(self._stored(), self.out_features, self.in_features, self.settings)
+
+    def _stored(self) -> dict[str, Tensor]:
+        named = {name: tensor.detach() for name, tensor in zip(self.shape.names, self.tensors)}
+        if self.layout == "stored":
+            return named
+        from sab_kernels import from_kernel_layout
+
+        return from_kernel_layout(named, self.shape.geometry)
 
     @property
     def bits_per_weight(self) -> float:
         """From the bytes of every stored tensor of the layer, bias included."""
-        stored = self.packed.stored_bytes
+        specs = tensor_specs(self.out_features, self.in_features, self.settings).values()
+        stored = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
         if self.bias is not None:
             stored += self.bias.numel() * self.bias.element_size()
         return 8.0 * stored / (self.out_features * self.in_features)
+
+    # -- layouts ---------------------------------------------------------------------------------------------------
+
+    def to_layout(self, layout: str) -> SABLinear:
+        """Convert the packed tensors in place to ``"stored"`` or ``"kernel"``; exact both ways."""
+        if layout == self.layout:
+            return self
+        if layout == "stored":
+            tensors = self._stored()
+        else:
+            from sab_kernels import to_kernel_layout
+
+            tensors = to_kernel_layout(self._stored(), self.shape.geometry)
+        for name, tensor in tensors.items():
+            self._store(name, tensor)
+        self.layout = layout
+        return self
+
+    def prepare(self) -> SABLinear:
+        """Convert to the layout of what computes on the layer's device, unless its tensors are only lent to it."""
+        if self.weight.device.type != "meta" and not _offloaded(self):
+            kernel = backend_name(self.weight.device, self.backend) == "triton"
+            self.to_layout("kernel" if kernel else "stored")
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SABLinear:
+        """``.to``, ``.cuda`` and the like move stored tensors; what computes there decides their layout."""
+        prepared = self.layout == "kernel"
+        before = self.weight.device
+        self.to_layout("stored")
+        super()._apply(fn, recurse)
+        if prepared or self.weight.device != before:
+            self.prepare()
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.layout != "stored":
+            destination.update({prefix + name: tensor for name, tensor in self._stored().items()})
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        prepared = self.layout == "kernel"
+        self.to_layout("stored")
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+        if prepared:
+            self.prepare()
+
+    # -- computation -----------------------------------------------------------------------------------------------
 
     def dequantize(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """An ordinary linear with the weight Ŵ [out, in] in ``dtype`` (default float32)."""
@@ -88,8 +170,16 @@ class SABLinear(nn.Module):
         return dense
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """``x`` [..., in] → [..., out] in x's dtype."""
-        return binary_linear(inputs, self.packed, self.bias)
+        """``x`` [..., in] → [..., out] in x's dtype.
+
+        Raises:
+            ConfigError: see `optimum_sab.ops.operator.binary_linear`.
+        """
+        if self.group is not None:
+            output = self.group.output_of(self, inputs)
+            if output is not None:
+                return output
+        return binary_linear(inputs, self.tensors, self.shape, self.bias, self.layout, self.backend)
 
     def extra_repr(self) -> str:
         s = self.settings
@@ -97,3 +187,9 @@ class SABLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"planes={s.base_planes}+{s.residual_planes}, block_size={s.block_size}, row_scale={s.row_scale}"
         )
+
+
+def _offloaded(module: nn.Module) -> bool:
+    """Whether an accelerate hook brings the module's tensors for every call and takes them away again."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())) if h is not None)

@@ -1,112 +1,79 @@
-"""Packed planes to a dense weight: what a prefill does once before an ordinary matrix product."""
+"""Packed signs to a dense weight: what many tokens do once before an ordinary matrix product."""
 
-import torch
 import triton
 import triton.language as tl
+
+from .operand import scale_of_bits
+from .prepare import load_half
+
+
+@triton.jit
+def _signed(ptr, place, bit, there, scale):
+    word = tl.load(ptr + place, mask=there, other=0)
+    return tl.where(((word >> bit) & 1) != 0, scale, -scale)
 
 
 @triton.jit
 def dequantize_kernel(
-    word_ptr,  # int32 [base, rows, words]: base signs
-    byte_ptr,  # uint8 [residual, rows, bytes]: signs of the salient columns
-    slot_ptr,  # int32 [columns]: position among the salient columns, -1 where not salient
-    row_scale_ptr,  # fp32 [base + residual, blocks, rows]
-    column_scale_ptr,  # fp32 [columns]
-    out_ptr,  # float [rows, columns]
+    weight_ptr,  # int32 [row tiles, column tiles, BASE, 128]
+    residual_ptr,  # int32 [row tiles, slot tiles, RESIDUAL, 128]
+    place_ptr,  # int32 [column tiles · 128]: place of a column among the slots, or −1
+    row_scale_ptr,  # uint8 or int16 [row tiles, blocks, planes, 32]
+    row_exponent_ptr,  # int8 [row tiles · 32]
+    column_scale_ptr,  # int16 [column tiles · 128]
+    out_ptr,  # float [rows, columns], of the rows from the first row tile on
+    first_tile,
     rows,
     columns,
-    words,
-    residual_bytes,
+    column_tiles,
+    slot_tiles,
     blocks,
     BASE: tl.constexpr,
     RESIDUAL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    TILE_ROWS: tl.constexpr,
-    TILE_COLUMNS: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
 ):
-    row = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    column = tl.program_id(1) * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    inside_column = column < columns
-    inside = (row < rows)[:, None] & inside_column[None, :]
-    row64 = row.to(tl.int64)
-    block = (column // BLOCK_SIZE).to(tl.int64)
-    value = tl.zeros((TILE_ROWS, TILE_COLUMNS), dtype=tl.float32)
-    for p in tl.static_range(BASE):
-        word = tl.load(word_ptr + (row64[:, None] + p * rows) * words + (column // 32)[None, :], mask=inside, other=0)
-        scale = tl.load(row_scale_ptr + (block[None, :] + p * blocks) * rows + row64[:, None], mask=inside, other=0.0)
-        value += tl.where(((word >> (column % 32)[None, :]) & 1) != 0, scale, -scale)
+    """One tile of 32 rows by 128 columns, in the order of operations of the reference: equal to it bit by bit."""
+    PLANES: tl.constexpr = BASE + RESIDUAL
+    row_tile = (first_tile + tl.program_id(0)).to(tl.int64)
+    tile = tl.program_id(1)
+    row = tl.arange(0, 32)
+    column = tl.arange(0, 128)
+    scale_ptr = row_scale_ptr + row_tile * (blocks * (PLANES * 32)) + (row % 8 * 4 + row // 8)[:, None]
+    exponent = tl.zeros((32,), tl.int32)
+    if FP8:
+        exponent = tl.load(row_exponent_ptr + row_tile * 32 + row).to(tl.int32)
+    power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)[:, None]
+    block = (tile * 128 + column) // BLOCK_SIZE
+    known = (row >= 0)[:, None] & (block < blocks)[None, :]
+    lane = (row % 8)[:, None] * 16 + (column // 4 % 4)[None, :] * 4 + (row // 8)[:, None]
+    bit = (column // 16 % 2 * 16 + column % 4 * 4 + column // 32)[None, :]
+    tile_ptr = weight_ptr + (row_tile * column_tiles + tile) * (BASE * 128)
+    value = tl.zeros((32, 128), tl.float32)
+    for plane in tl.static_range(BASE):
+        bits = tl.load(scale_ptr + (block * PLANES + plane)[None, :] * 32, mask=known, other=0)
+        scale = scale_of_bits(bits, FP8, False, False)
+        scale *= power * (256.0 if FP8 else 1.0)
+        value += _signed(tile_ptr, lane + plane * 128, bit, known, scale)
     if RESIDUAL > 0:
-        slot = tl.load(slot_ptr + column, mask=inside_column, other=-1)
-        salient = inside & (slot >= 0)[None, :]
-        for r in tl.static_range(RESIDUAL):
-            position = (row64[:, None] + r * rows) * residual_bytes + (slot // 8)[None, :]
-            byte = tl.load(byte_ptr + position, mask=salient, other=0).to(tl.int32)
-            place = (block[None, :] + (BASE + r) * blocks) * rows + row64[:, None]
-            scale = tl.load(row_scale_ptr + place, mask=salient, other=0.0)
-            value += tl.where(((byte >> (slot % 8)[None, :]) & 1) != 0, scale, -scale)
-    column_scale = tl.load(column_scale_ptr + column, mask=inside_column, other=0.0)
-    value = value * column_scale[None, :]
-    tl.store(out_ptr + row64[:, None] * columns + column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-def dequantize(
-    weight: torch.Tensor,
-    row_scale: torch.Tensor,
-    column_scale: torch.Tensor,
-    block_size: int,
-    residual_sign: torch.Tensor | None = None,
-    salient_columns: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """The dense weight [rows, columns] that packed planes stand for.
-
-    Args:
-        weight: packed base signs, int32 [base, rows, words].
-        row_scale: a, fp32 [base + residual, blocks, rows], decoded.
-        column_scale: c, fp32 [columns], decoded.
-        block_size: columns per block.
-        residual_sign: packed residual signs, uint8 [residual, rows, bytes]; None without residual planes.
-        salient_columns: the columns they belong to, int64 [salient], ascending.
-        out: where to write; [rows, columns], contiguous. A new tensor of ``dtype`` when None.
-        dtype: of the new tensor.
-
-    Raises:
-        ValueError: shapes that do not belong together.
-    """
-    base, rows, words = weight.shape
-    columns = column_scale.numel()
-    blocks = -(-columns // block_size)
-    residual = 0 if residual_sign is None else residual_sign.shape[0]
-    if words != -(-columns // 32) or tuple(row_scale.shape) != (base + residual, blocks, rows):
-        raise ValueError(
-            f"weight {tuple(weight.shape)}, row_scale {tuple(row_scale.shape)} and {columns} column scales do not "
-            f"belong to one layer with blocks of {block_size}."
-        )
-    if out is None:
-        out = torch.empty(rows, columns, dtype=dtype, device=weight.device)
-    elif tuple(out.shape) != (rows, columns) or not out.is_contiguous():
-        raise ValueError(f"out is {tuple(out.shape)}; it must be contiguous and {(rows, columns)}.")
-    slot = torch.full((columns,), -1, dtype=torch.int32, device=weight.device)
-    if residual:
-        slot[salient_columns] = torch.arange(salient_columns.numel(), dtype=torch.int32, device=weight.device)
-    tile_rows, tile_columns = 32, 128
-    dequantize_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(columns, tile_columns))](
-        weight.contiguous(),
-        residual_sign.contiguous() if residual else weight,
-        slot,
-        row_scale.contiguous(),
-        column_scale.contiguous(),
-        out,
-        rows,
-        columns,
-        words,
-        residual_sign.shape[2] if residual else 0,
-        blocks,
-        BASE=base,
-        RESIDUAL=residual,
-        BLOCK_SIZE=block_size,
-        TILE_ROWS=tile_rows,
-        TILE_COLUMNS=tile_columns,
+        place = tl.load(place_ptr + tile * 128 + column)
+        salient = known & (place >= 0)[None, :]
+        slot = place // 16
+        lane = (row % 8)[:, None] * 16 + (place // 4 % 4)[None, :] * 4 + (row // 8)[:, None]
+        bit = (place // 16 % 2 * 16 + place % 4 * 4 + place // 32 % 4)[None, :]
+        rest_ptr = residual_ptr + row_tile * slot_tiles * (RESIDUAL * 128)
+        for plane in tl.static_range(RESIDUAL):
+            entry = (slot // SLOTS_PER_BLOCK * PLANES + BASE + plane)[None, :] * 32
+            bits = tl.load(scale_ptr + entry, mask=salient, other=0)
+            scale = scale_of_bits(bits, FP8, False, False)
+            scale *= power * (256.0 if FP8 else 1.0)
+            at = (place // 128 * RESIDUAL + plane)[None, :] * 128 + lane
+            value += _signed(rest_ptr, at, bit, salient, scale)
+    value *= load_half(column_scale_ptr + tile * 128 + column, column >= 0)[None, :]
+    out_row = tl.program_id(0).to(tl.int64) * 32 + row
+    out_column = tile * 128 + column
+    inside = (row_tile * 32 + row < rows)[:, None] & (out_column < columns)[None, :]
+    tl.store(
+        out_ptr + out_row[:, None] * columns + out_column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside
     )
-    return out

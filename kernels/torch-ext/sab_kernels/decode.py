@@ -1,0 +1,186 @@
+"""A few tokens: the packed signs go through the matrix unit as 8-bit integers.
+
+The activations of a block are integers of 15 bits under one unit, split into two 8-bit limbs that are two columns of
+the operand, so the signed sum of a block is exact; the error is that of rounding x to 15 bits, which is less than what
+bf16 loses. Weights are loaded once, in the order in which lanes hold them, and unpacked four by one instruction.
+"""
+
+import triton
+import triton.language as tl
+
+from .finish import finish
+from .operand import exponent_bias, load_byte_operands, load_limb_operand, load_row_scale
+
+
+@triton.jit
+def _signed_sums(accumulator, unit, PAIRS: tl.constexpr):
+    """Accumulators of high and low limbs to ``unit · Σ B q``, fp32 [rows, PAIRS].
+
+    The start of the low limb's accumulator carries a float's exponent (prepare.py), so the integer is read as a float
+    without a conversion. ``unit`` is a power of two: every step is exact.
+    """
+    high, low = tl.split(accumulator.reshape(accumulator.shape[0], PAIRS, 2))
+    value = (high * 128 + low).to(tl.float32, bitcast=True)
+    return value * unit[None, :] + (unit * -12582912.0)[None, :]
+
+
+@triton.jit
+def _start(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(ptr + tl.arange(0, COLUMNS))[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
+
+
+@triton.jit
+def decode_kernel(
+    weight_ptr,  # int32 [row tiles, column tiles, BASE, 128]
+    residual_ptr,  # int32 [row tiles, slot tiles, RESIDUAL, 128]
+    row_scale_ptr,  # uint8 or int16 [row tiles, blocks, planes, 32]
+    row_exponent_ptr,  # int8 [rows]
+    bias_ptr,  # float [rows]
+    base_limb_ptr,
+    base_start_ptr,
+    base_unit_ptr,
+    slot_limb_ptr,
+    slot_start_ptr,
+    slot_unit_ptr,
+    partial_ptr,  # fp32 [SPLIT, SLOT_TOKENS, rows padded]
+    counter_ptr,  # int32 [programs along rows], zero
+    out0_ptr,  # float [tokens, rows of the first of the stacked layers] (finish.py)
+    out1_ptr,
+    out2_ptr,
+    out3_ptr,
+    tokens,
+    bound1,
+    bound2,
+    bound3,
+    rows,
+    column_tiles,
+    slot_tiles,
+    blocks,
+    even,
+    pair,
+    ones,
+    BASE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STACK: tl.constexpr,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOT_TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    row_program = tl.program_id(0)
+    part = tl.program_id(1)
+    ROWS: tl.constexpr = TILES * 32
+    PLANES: tl.constexpr = BASE + RESIDUAL
+    GROUPS: tl.constexpr = 128 // SCALE_COLUMNS
+    LIMBS: tl.constexpr = 2 * TOKENS
+    row_tile = (row_program * TILES).to(tl.int64)
+    weight_stride = column_tiles * (BASE * 128)
+    weight_ptr += row_tile * weight_stride
+    scale_stride = blocks * (PLANES * 32)
+    row_scale_ptr += row_tile * scale_stride
+    token = tl.arange(0, TOKENS)
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    for tile in tl.range(part * column_tiles // SPLIT, (part + 1) * column_tiles // SPLIT, loop_unroll_factor=UNROLL):
+        limb_ptr = base_limb_ptr + tile * (128 * LIMBS)
+        x0 = load_limb_operand(limb_ptr, LIMBS)
+        x1 = load_limb_operand(limb_ptr + 32 * LIMBS, LIMBS)
+        x2 = load_limb_operand(limb_ptr + 64 * LIMBS, LIMBS)
+        x3 = load_limb_operand(limb_ptr + 96 * LIMBS, LIMBS)
+        unit = tl.load(base_unit_ptr + tile * TOKENS + token)
+        start_ptr = base_start_ptr + tile * (GROUPS * LIMBS)
+        for plane in tl.static_range(BASE):
+            w0, w1, w2, w3 = load_byte_operands(
+                weight_ptr + (tile * BASE + plane) * 128, weight_stride, even, pair, ones, TILES, ASM
+            )
+            acc = _start(start_ptr, ROWS, LIMBS)
+            for step in tl.static_range(4):
+                w = w0 if step == 0 else (w1 if step == 1 else (w2 if step == 2 else w3))
+                x = x0 if step == 0 else (x1 if step == 1 else (x2 if step == 2 else x3))
+                acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+                if (step + 1) * GROUPS % 4 == 0:  # the row scale may change here
+                    scale = load_row_scale(
+                        row_scale_ptr + plane * 32,
+                        scale_stride,
+                        tile * 128 + step * 32,
+                        blocks,
+                        PLANES * 32,
+                        BLOCK_SIZE,
+                        LIMBS,
+                        TILES,
+                        4,
+                        FP8,
+                        NATIVE_FP8,
+                        ASM,
+                    )
+                    scale = tl.broadcast_to(scale[:, None, :], (ROWS, TOKENS // 4, 4)).reshape(ROWS, TOKENS)
+                    total += _signed_sums(acc, unit, TOKENS) * scale
+                    if step < 3:
+                        acc = _start(start_ptr + (step + 1) * GROUPS // 4 * LIMBS, ROWS, LIMBS)
+    total = tl.sum(total.reshape(ROWS, TOKENS // SLOT_TOKENS, SLOT_TOKENS), axis=1)  # tokens past SLOT_TOKENS are 0
+    if RESIDUAL > 0:
+        PAIRS: tl.constexpr = 2 * SLOT_TOKENS
+        residual_stride = slot_tiles * (RESIDUAL * 128)
+        residual_ptr += row_tile * residual_stride
+        rest = tl.zeros((ROWS, PAIRS), tl.float32)
+        for tile in tl.range(part * slot_tiles // SPLIT, (part + 1) * slot_tiles // SPLIT):
+            for plane in tl.static_range(RESIDUAL):
+                w0, w1, w2, w3 = load_byte_operands(
+                    residual_ptr + (tile * RESIDUAL + plane) * 128, residual_stride, even, pair, ones, TILES, ASM
+                )
+                for step in tl.static_range(4):
+                    entry = tile * 4 + step
+                    x = load_limb_operand(slot_limb_ptr + entry * (64 * PAIRS), 2 * PAIRS)
+                    w = w0 if step == 0 else (w1 if step == 1 else (w2 if step == 2 else w3))
+                    acc = _start(slot_start_ptr + entry * (2 * PAIRS), ROWS, 2 * PAIRS)
+                    acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+                    unit = tl.load(slot_unit_ptr + entry * PAIRS + tl.arange(0, PAIRS))
+                    scale = load_row_scale(
+                        row_scale_ptr + (BASE + plane) * 32,
+                        scale_stride,
+                        entry * 2,
+                        blocks,
+                        PLANES * 32,
+                        SLOTS_PER_BLOCK,
+                        SLOT_TOKENS,
+                        TILES,
+                        PAIRS,
+                        FP8,
+                        NATIVE_FP8,
+                        ASM,
+                    )
+                    rest += _signed_sums(acc, unit, PAIRS) * scale
+        total += tl.sum(rest.reshape(ROWS, 2, SLOT_TOKENS), axis=1)
+    finish(
+        total,
+        row_program * ROWS + tl.arange(0, ROWS),
+        tl.arange(0, SLOT_TOKENS),
+        row_program,
+        0,
+        part,
+        partial_ptr,
+        counter_ptr,
+        row_exponent_ptr,
+        bias_ptr,
+        out0_ptr,
+        out1_ptr,
+        out2_ptr,
+        out3_ptr,
+        tokens,
+        bound1,
+        bound2,
+        bound3,
+        rows,
+        exponent_bias(FP8, NATIVE_FP8),
+        FP8,
+        HAS_BIAS,
+        STACK,
+        SPLIT,
+    )

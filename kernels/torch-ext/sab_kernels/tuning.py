@@ -1,0 +1,126 @@
+"""Launch settings per device: from a table in configs/, from a file the user measured, or measured on request."""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+
+CONFIGS = Path(__file__).parent / "configs"
+AUTOTUNE = "SAB_KERNELS_AUTOTUNE"  # "1": measure every new shape on its first call
+CACHE = "SAB_KERNELS_CACHE"  # folder of what was measured; default ~/.cache/sab_kernels
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How products are launched.
+
+    Args:
+        decode_tokens: up to so many tokens go through the 8-bit kernel, at most 8.
+        decode_tiles: row tiles of one of its programs, 1 or 2.
+        decode_programs: programs wanted per multiprocessor; the columns are split to get there.
+        decode_unroll: unrolling of its loop over tiles.
+        batch_warps: warps, and so row tiles, of a small-batch program: 1, 2, 4 or 8.
+        batch_tokens: tokens of one of its programs, a power of two from 16.
+        batch_programs: programs wanted per multiprocessor.
+        batch_stages: loads in flight.
+        dense_tokens: from so many tokens on, the weight is made dense first.
+        dense_bytes: largest piece of a dense weight that is held at a time.
+    """
+
+    decode_tokens: int = 8
+    decode_tiles: int = 2
+    decode_programs: int = 16
+    decode_unroll: int = 2
+    batch_warps: int = 4
+    batch_tokens: int = 64
+    batch_programs: int = 2
+    batch_stages: int = 3
+    dense_tokens: int = 257
+    dense_bytes: int = 1 << 27
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "decode_tokens": range(9),
+            "decode_tiles": (1, 2),
+            "decode_programs": range(1, 65),
+            "decode_unroll": range(1, 9),
+            "batch_warps": (1, 2, 4, 8),
+            "batch_tokens": (16, 32, 64, 128, 256),
+            "batch_programs": range(1, 65),
+            "batch_stages": range(1, 9),
+            "dense_tokens": range(1, 1 << 31),
+            "dense_bytes": range(1 << 20, 1 << 40),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"launch setting {name}={getattr(self, name)!r} is not one of {values}.")
+
+
+@cache
+def default_launch(device: torch.device) -> Launch:
+    """The table's settings for a CUDA device.
+
+    A device is looked up by the longest key of configs/devices.json that its name contains, then by its compute
+    capability, then the class defaults stand.
+    """
+    table = json.loads((CONFIGS / "devices.json").read_text(encoding="utf-8"))
+    name = torch.cuda.get_device_name(device)
+    major, minor = torch.cuda.get_device_capability(device)
+    keys = [key for key in table["names"] if key.lower() in name.lower()]
+    entry = table["names"][max(keys, key=len)] if keys else table["capabilities"].get(f"{major}.{minor}", {})
+    return Launch(**{k: v for k, v in entry.items() if k in _NAMES})
+
+
+_NAMES = frozenset(f.name for f in fields(Launch))
+
+
+class LaunchCache:
+    """Measured settings by shape, in memory and in one JSON file per device and Triton version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Launch] = {}
+        if path.is_file():
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            self.entries = {key: Launch(**value) for key, value in stored.items()}
+
+    def measured(self, key: str, candidates: Iterable[Launch], time: Callable[[Launch], float]) -> Launch:
+        """The fastest candidate for ``key``: remembered, or timed now and written to the file."""
+        if key not in self.entries:
+            self.entries[key] = min(candidates, key=time)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(f".{os.getpid()}.tmp")
+            text = json.dumps({k: asdict(v) for k, v in self.entries.items()}, indent=1)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path)  # several processes may tune at once; none may read half a file
+        return self.entries[key]
+
+
+@cache
+def launch_cache(device: torch.device) -> LaunchCache:
+    """The cache of a CUDA device."""
+    import triton
+
+    root = Path(os.environ.get(CACHE) or Path.home() / ".cache" / "sab_kernels")
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    return LaunchCache(root / f"{name}-triton-{triton.__version__}.json")
+
+
+def candidates(tokens: int, launch: Launch) -> list[Launch]:
+    """What is tried for a shape with so many tokens."""
+    if tokens <= launch.decode_tokens:
+        grid = [(t, p, u) for t in (1, 2) for p in (8, 16, 24, 32) for u in (1, 2, 4)]
+        return [replace(launch, decode_tiles=t, decode_programs=p, decode_unroll=u) for t, p, u in grid]
+    batch = [
+        replace(launch, batch_warps=w, batch_tokens=t, batch_programs=p, batch_stages=s, dense_tokens=tokens + 1)
+        for w in (2, 4, 8)
+        for t in (16, 32, 64, 128)
+        for p in (1, 2, 4)
+        for s in (2, 3, 4)
+        if t <= max(16, 2 * tokens)
+    ]
+    return [*batch, replace(launch, dense_tokens=min(tokens, launch.dense_tokens))] if tokens > 64 else batch

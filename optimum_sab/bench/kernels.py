@@ -1,0 +1,259 @@
+"""Times of a packed linear against `torch.nn.functional.linear` with a dense weight, side by side in one run."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
+from optimum_sab.bench.gemlite_linears import BITS, check_gemlite, gemlite_linear, gemlite_weight, supports
+from optimum_sab.bench.random_layers import SCALE, random_linear
+from optimum_sab.bench.shapes import LinearShape
+from optimum_sab.bench.timing import Call, median_seconds, rotation_bytes
+from optimum_sab.bench.verification import check_error, linear_error
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError
+
+TOKENS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
+SHAPES = {"cpu": ("4096x4096",), "cuda": ("qwen2.5-vl-7b", "qwen2.5-vl-72b")}
+
+
+@dataclass(frozen=True)
+class KernelTiming:
+    """One shape at one number of tokens.
+
+    Attributes:
+        name: where the shape comes from.
+        device: name of the GPU or processor.
+        backend: what the packed linear computed with.
+        dtype: of inputs, outputs and the dense weight.
+        m: tokens.
+        out_features: rows of the weight.
+        in_features: columns of the weight.
+        bits_per_weight: from the stored bytes of the packed layer.
+        bytes: what one call must move: the packed layer, input and output.
+        seconds: of the packed linear, median.
+        dense_seconds: of the dense linear, median.
+        speedup: ``dense_seconds / seconds``.
+        roofline_fraction: ``bytes / bandwidth / seconds``, with the bandwidth of a copy measured in the same run.
+        rotated_bytes: bytes of the packed layers that took turns.
+        dense_rotated_bytes: bytes of the dense weights that took turns.
+        error: against the dense product with the dequantized weight, `verification.relative_error`.
+        gemlite_1bit_seconds: of gemlite's linear, None where it was not run; likewise for 2 and 4 bits.
+        gemlite_1bit_error: as ``error``, reported and not judged; likewise for 2 and 4 bits.
+    """
+
+    name: str
+    device: str
+    backend: str
+    dtype: str
+    m: int
+    out_features: int
+    in_features: int
+    bits_per_weight: float
+    bytes: int
+    seconds: float
+    dense_seconds: float
+    speedup: float
+    roofline_fraction: float
+    rotated_bytes: int
+    dense_rotated_bytes: int
+    error: float
+    gemlite_1bit_seconds: float | None = None
+    gemlite_2bit_seconds: float | None = None
+    gemlite_4bit_seconds: float | None = None
+    gemlite_1bit_error: float | None = None
+    gemlite_2bit_error: float | None = None
+    gemlite_4bit_error: float | None = None
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """All rows of one run, and where it ran."""
+
+    environment: Environment
+    rows: tuple[KernelTiming, ...]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all shapes of a run share."""
+
+    settings: LayerSettings
+    device: torch.device
+    dtype: torch.dtype
+    backend: str
+    repeats: int
+    gemlite: bool
+    seed: int
+
+
+@dataclass
+class _Side:
+    """Copies of one linear that take turns, each x → y, and what they compute wrong, per number of tokens."""
+
+    linears: list[Callable[[Tensor], Tensor]]
+    bytes: int
+    errors: dict[int, float] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def compare_kernels(
+    shapes: Sequence[LinearShape],
+    tokens: Sequence[int],
+    settings: LayerSettings,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "auto",
+    repeats: int = 20,
+    gemlite: bool = False,
+    seed: int = 0,
+    on_row: Callable[[KernelTiming], None] | None = None,
+) -> KernelReport:
+    """Time every shape at every number of tokens, dense and packed in turns, after checking the packed result.
+
+    Weights rotate: so many copies take turns that none is still in the last-level cache when it comes again, as in a
+    model, unless memory does not suffice (``rotated_bytes`` tells). See `timing.median_seconds` for the clock.
+
+    Args:
+        shapes: the linears.
+        tokens: rows of the input, M.
+        settings: of the packed layers.
+        device: CPU or CUDA.
+        dtype: of inputs and dense weights.
+        backend: name of a backend of the packed linear, or "auto".
+        repeats: samples per median.
+        gemlite: time gemlite's 1-, 2- and 4-bit linears as well.
+        seed: of all random content.
+        on_row: is given every row as soon as it is there.
+
+    Raises:
+        ConfigError: a number is below 1.
+        MissingDependencyError: gemlite was asked for and cannot run.
+        WrongResultError: the packed linear's result is not the dense one's.
+        CaptureError: the packed linear cannot be captured in a CUDA graph.
+    """
+    for name, value in [("--repeats", repeats), *(("--tokens", m) for m in tokens)]:
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1.")
+    if gemlite:
+        check_gemlite(device, dtype)
+    rows: list[KernelTiming] = []
+    with chosen_backend(backend, device) as chosen:
+        environment = describe_environment(device)
+        run = _Run(settings, device, dtype, chosen, repeats, gemlite, seed)
+        for shape in shapes:
+            for row in _time_shape(shape, tokens, run, environment):
+                rows.append(row)
+                if on_row is not None:
+                    on_row(row)
+            _free(device)
+    return KernelReport(environment, tuple(rows))
+
+
+def _time_shape(
+    shape: LinearShape, tokens: Sequence[int], run: _Run, environment: Environment
+) -> Iterator[KernelTiming]:
+    generator = torch.Generator(run.device).manual_seed(run.seed)
+    inputs = {
+        m: torch.randn(m, shape.in_features, dtype=run.dtype, device=run.device, generator=generator) for m in tokens
+    }
+    packed, bits = _packed_side(shape, inputs, run)
+    sides = {"packed": packed, "dense": _dense_side(shape, run, generator)}
+    if run.gemlite and supports(shape):
+        sides |= {f"gemlite_{b}bit": _gemlite_side(b, shape, inputs, run) for b in BITS}
+    for m in tokens:
+        seconds = median_seconds(_calls(sides, inputs[m]), run.device, run.repeats)
+        moved = packed.bytes + m * (shape.in_features + shape.out_features) * run.dtype.itemsize
+        others: dict[str, Any] = {}
+        for name, side in sides.items():
+            if name.startswith("gemlite"):
+                others |= {f"{name}_seconds": seconds[name], f"{name}_error": side.errors[m]}
+        yield KernelTiming(
+            name=shape.name,
+            device=environment.device,
+            backend=run.backend,
+            dtype=str(run.dtype).removeprefix("torch."),
+            m=m,
+            out_features=shape.out_features,
+            in_features=shape.in_features,
+            bits_per_weight=bits,
+            bytes=moved,
+            seconds=seconds["packed"],
+            dense_seconds=seconds["dense"],
+            speedup=seconds["dense"] / seconds["packed"],
+            roofline_fraction=moved / environment.bandwidth_bytes_per_second / seconds["packed"],
+            rotated_bytes=packed.bytes * len(packed.linears),
+            dense_rotated_bytes=sides["dense"].bytes * len(sides["dense"].linears),
+            error=packed.errors[m],
+            **others,
+        )
+
+
+def _calls(sides: Mapping[str, _Side], inputs: Tensor) -> dict[str, list[Call]]:
+    return {name: [partial(linear, inputs) for linear in side.linears] for name, side in sides.items()}
+
+
+def _packed_side(shape: LinearShape, inputs: Mapping[int, Tensor], run: _Run) -> tuple[_Side, float]:
+    """The packed layers, checked, and their bits per weight as stored."""
+    layer = random_linear(shape.out_features, shape.in_features, run.settings, run.seed, run.device)
+    # both before the first call, which may convert the layer
+    stored, bits = layer.packed.stored_bytes, layer.bits_per_weight
+    weight = layer.dequantize().weight
+    side = _Side([layer], stored)
+    for m, x in inputs.items():
+        error = linear_error(layer, x, weight)
+        what = f"backend {run.backend!r}, {shape.out_features}x{shape.in_features}, {m} tokens: the result"
+        check_error(error, run.dtype, what)
+        side.errors[m] = error
+    del weight
+    _free(run.device)
+    for i in range(1, _copies(stored, run)):
+        other = random_linear(shape.out_features, shape.in_features, run.settings, run.seed + i, run.device)
+        other(inputs[min(inputs)])  # converts it
+        side.linears.append(other)
+    return side, bits
+
+
+def _dense_side(shape: LinearShape, run: _Run, generator: torch.Generator) -> _Side:
+    size = (shape.out_features, shape.in_features)
+    side = _Side([], size[0] * size[1] * run.dtype.itemsize)
+    for _ in range(_copies(side.bytes, run)):
+        weight = torch.randn(size, dtype=run.dtype, device=run.device, generator=generator).mul_(SCALE)
+        side.linears.append(partial(dense_linear, weight=weight))
+    return side
+
+
+def _gemlite_side(bits: int, shape: LinearShape, inputs: Mapping[int, Tensor], run: _Run) -> _Side:
+    side = _Side([], shape.out_features * shape.in_features * bits // 8)
+    for i in range(_copies(side.bytes, run)):
+        side.linears.append(gemlite_linear(bits, shape, run.dtype, run.device, run.seed + i))
+    weight = gemlite_weight(bits, shape, run.dtype, run.device, run.seed)
+    for m, x in inputs.items():
+        side.errors[m] = linear_error(side.linears[0], x, weight)
+    return side
+
+
+def _copies(size: int, run: _Run) -> int:
+    """How many copies take turns: enough to defeat the cache, as long as a fifth of the free memory holds them.
+
+    On the CPU a sample is one call, so that more copies than samples would not be touched.
+    """
+    wanted = -(-rotation_bytes(run.device) // size)
+    if run.device.type == "cpu":
+        return min(wanted, run.repeats)
+    free, _ = torch.cuda.mem_get_info(run.device)
+    return min(wanted, max(1, free // (5 * size)))
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

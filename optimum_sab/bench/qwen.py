@@ -1,0 +1,147 @@
+"""Randomly initialised Qwen2.5-VL models, dense or packed, made directly on the device: no checkpoint, no solver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from optimum_sab.bench.random_layers import SCALE, random_linear
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError
+from optimum_sab.nn.selection import select_linears, set_module
+
+SIZES = ("7b", "tiny")
+
+_TEXT: dict[str, dict[str, Any]] = {
+    "7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
+    "tiny": {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
+    },
+}
+_VISION: dict[str, dict[str, Any]] = {
+    "7b": {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    },
+    "tiny": {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "out_hidden_size": 256,
+        "fullatt_block_indexes": [1],
+    },
+}
+
+
+def model_config(size: str) -> Qwen2_5_VLConfig:
+    """The configuration of a size: "7b" has Qwen2.5-VL-7B's shapes, "tiny" two layers.
+
+    Raises:
+        ConfigError: the size is not one of `SIZES`.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"size={size!r} must be one of {', '.join(SIZES)}.")
+    text = {
+        "model_type": "qwen2_5_vl_text",
+        "hidden_act": "silu",
+        "max_position_embeddings": 128000,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "use_sliding_window": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **_TEXT[size],
+    }
+    vision = {
+        "model_type": "qwen2_5_vl",
+        "hidden_act": "silu",
+        "in_channels": 3,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "tokens_per_second": 2,
+        "window_size": 112,
+        **_VISION[size],
+    }
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def random_model(
+    size: str, settings: LayerSettings | None, device: torch.device, dtype: torch.dtype, seed: int = 0
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A model of this size with random weights in ``dtype`` on the device, in eval mode.
+
+    Args:
+        size: one of `SIZES`.
+        settings: of the packed linears; None leaves all dense. What is packed is what quantization would pack.
+        device: where the weights are drawn.
+        dtype: of everything that is not packed.
+        seed: of the weights.
+    """
+    with _parameters_on_meta():
+        model = Qwen2_5_VLForConditionalGeneration(model_config(size))
+    generator = torch.Generator(device).manual_seed(seed)
+    if settings is not None:
+        for index, (name, own) in enumerate(select_linears(model, settings).settings.items()):
+            dense = model.get_submodule(name)
+            assert isinstance(dense, nn.Linear)
+            bias = None if dense.bias is None else torch.zeros(dense.out_features, dtype=dtype, device=device)
+            packed = random_linear(dense.out_features, dense.in_features, own, seed + index, device, bias)
+            set_module(model, name, packed)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.is_meta:
+                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                if parameter.dim() > 1:
+                    values.normal_(std=SCALE, generator=generator)
+                else:
+                    values.fill_(0.0 if name == "bias" else 1.0)  # of a norm
+                module.register_parameter(name, nn.Parameter(values, requires_grad=False))
+    return model.to(device).eval()  # buffers are still on the CPU
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters."""
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside hold parameters without memory. Buffers are real: Transformers computes them only here."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]  # declared without result
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,130 @@
+"""Which code computes with packed weights on which device, and why: the one place that decides it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from optimum_sab.errors import ConfigError, SABWarning
+
+BACKENDS = ("triton", "cpu", "reference")
+ENVIRONMENT = "OPTIMUM_SAB_BACKEND"
+
+_forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What computes, and the reason in words."""
+
+    name: str
+    reason: str
+
+
+@contextmanager
+def force_backend(name: str | None) -> Iterator[None]:
+    """Compute with this backend inside the ``with`` block; None or "auto" leaves the choice to the device.
+
+    Raises:
+        ConfigError: there is no backend of that name.
+    """
+    token = _forced.set(_known(name, "force_backend"))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def backend_name(device: torch.device, forced: str | None = None) -> str:
+    """Name of `choose_backend`'s choice. Warns once where it is the reference for want of something better."""
+    choice = choose_backend(device, forced)
+    if choice.name == "reference" and choice.reason not in _warned and not _is_forced(forced):
+        _warned.add(choice.reason)
+        warnings.warn(
+            f"packed layers on {device.type} are computed by the slow reference: {choice.reason}.",
+            SABWarning,
+            stacklevel=2,
+        )
+    return choice.name
+
+
+def choose_backend(device: torch.device, forced: str | None = None) -> BackendChoice:
+    """The backend for packed layers on ``device``.
+
+    Triton kernels on accelerators, compiled C on the CPU, the reference elsewhere. Forced, in this order, by
+    ``forced``, `force_backend`, and the environment variable ``OPTIMUM_SAB_BACKEND``.
+
+    Raises:
+        ConfigError: the forced backend has an unknown name or cannot be used here; the message has the reason.
+    """
+    for name, origin in (
+        (_known(forced, "backend"), f"backend={forced!r}"),
+        (_forced.get(), "force_backend"),
+        (_known(os.environ.get(ENVIRONMENT), ENVIRONMENT), ENVIRONMENT),
+    ):
+        if name is not None:
+            problem = why_not(name, device)
+            if problem is not None:
+                raise ConfigError(f"{origin} asks for backend {name!r} on {device.type}, but {problem}.")
+            return BackendChoice(name, f"forced by {origin}")
+    for name in BACKENDS[:2]:
+        if name == ("cpu" if device.type == "cpu" else "triton"):
+            problem = why_not(name, device)
+            return BackendChoice("reference", problem) if problem else BackendChoice(name, _MERIT[name])
+    raise AssertionError("unreachable")
+
+
+_MERIT = {"triton": "Triton kernels run on this device and agree with the reference", "cpu": "compiled C kernels"}
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a backend cannot be used on ``device``, as the end of a sentence; None where it can."""
+    if name == "reference":
+        return None
+    return _cpu_problem(device.type) if name == "cpu" else _triton_problem(device)
+
+
+def _cpu_problem(kind: str) -> str | None:
+    if kind != "cpu":
+        return "it computes on the CPU only"
+    from optimum_sab.ops.cpu.compiler import availability
+
+    found = availability()
+    return None if found.usable else found.reason
+
+
+@cache
+def _triton_problem(device: torch.device) -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); pip install triton"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return "Triton kernels need a GPU; set TRITON_INTERPRET=1 to debug them on the CPU"
+    if device.type not in ("cuda", "xpu"):
+        return f"Triton has no kernels for {device.type} devices"
+    from optimum_sab.ops.verification import disagreement
+
+    return disagreement(device)
+
+
+def _known(name: str | None, origin: str) -> str | None:
+    if name in (None, "", "auto"):
+        return None
+    if name not in BACKENDS:
+        raise ConfigError(f"{origin}={name!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
+    return name
+
+
+def _is_forced(forced: str | None) -> bool:
+    return any(name not in (None, "", "auto") for name in (forced, _forced.get(), os.environ.get(ENVIRONMENT)))

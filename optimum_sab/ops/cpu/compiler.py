@@ -1,0 +1,223 @@
+"""Compiles `binary_linear.c` at first use with the system's compiler, once per machine, and loads it.
+
+Importing this module compiles nothing and works on every platform.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from optimum_sab.errors import MissingDependencyError
+
+SOURCE = Path(__file__).with_name("binary_linear.c")
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi")
+NATIVE = ("-march=native",)
+COMPILERS = ("cc", "gcc", "clang")
+PATHS = {2: "AVX-512", 1: "AVX2", 0: "portable code"}  # of sab_path
+TIME_LIMIT = 120
+REMEDY = "Install gcc or clang, or set $CC to one; without it packed linears run on the slower torch path."
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether the compiled kernel can be used on this machine.
+
+    Attributes:
+        usable: `load_library` gives a library.
+        reason: for people: what was compiled, or what is missing.
+    """
+
+    usable: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Build:
+    """Outcome of `compile_library`.
+
+    Attributes:
+        library: with the types of its functions set, or None.
+        reason: as in `Availability`.
+    """
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+def availability() -> Availability:
+    """Whether the kernel is usable here, compiling it if that has not been done; never raises."""
+    build = _build()
+    return Availability(build.library is not None, build.reason)
+
+
+def load_library() -> ctypes.CDLL:
+    """The compiled kernel, the same object at every call.
+
+    Raises:
+        MissingDependencyError: it cannot be compiled or loaded; the message gives the reason and the remedy.
+    """
+    build = _build()
+    if build.library is None:
+        raise MissingDependencyError(f"The CPU kernel is not available: {build.reason}. {REMEDY}")
+    return build.library
+
+
+def cache_directory() -> Path:
+    """Where compiled libraries are kept: $OPTIMUM_SAB_CACHE, or `optimum_sab` in the user's cache folder."""
+    chosen = os.environ.get("OPTIMUM_SAB_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_sab"
+
+
+@lru_cache(maxsize=1)
+def _build() -> Build:
+    """The process's one attempt."""
+    try:
+        return compile_library()
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        # A cache that cannot be written, no home folder, quotes in $CC that do not close, a compiler that hangs.
+        return Build(None, f"{type(error).__name__}: {error}")
+
+
+def compile_library(extra: tuple[str, ...] = ()) -> Build:
+    """Compile, or take from the cache, and load; `extra` flags force a path, as ``-DSAB_PATH=0`` does."""
+    if os.name != "posix":
+        return Build(None, f"{platform.system()} has no compiler that is known to work here")
+    compiler = find_compiler()
+    if compiler is None:
+        chosen = os.environ.get("CC")
+        found = f"$CC={chosen!r} is not a program" if chosen else f"none of {', '.join(COMPILERS)} is on the path"
+        return Build(None, f"no C compiler, {found}")
+    version = _run([*compiler, "--version"])
+    if version.returncode:
+        return Build(None, f"{shlex.join(compiler)} --version fails: {_first_line(version.stderr)}")
+    runtime = openmp_runtime()
+    if runtime is not None:
+        # Two OpenMP runtimes in one process would each keep all cores busy. Ours leaves OpenMP's symbols undefined and
+        # gets torch's, which only symbols opened for all to see can satisfy.
+        ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
+    # A compiler without OpenMP, or one whose OpenMP is not the runtime in this process, is tried without.
+    attempts = [(("-fopenmp",), () if runtime else ("-fopenmp",), "OpenMP"), ((), (), "one thread, without OpenMP")]
+    failure = ""
+    for compile_flags, link_flags, threading in attempts:
+        for native in (NATIVE, ()):
+            flags = [*FLAGS, *native, *compile_flags, *extra]
+            library, failure = _obtain(compiler, flags, list(link_flags), version.stdout)
+            if library is not None:
+                path = PATHS[library.sab_path()]
+                return Build(library, f"compiled with {shlex.join(compiler)} ({path}, {threading})")
+    return Build(None, failure)
+
+
+def find_compiler() -> list[str] | None:
+    """The compiler's command: $CC (which may hold arguments) if set, else the first of `COMPILERS` on the path."""
+    chosen = os.environ.get("CC")
+    for command in [shlex.split(chosen)] if chosen else [[name] for name in COMPILERS]:
+        program = shutil.which(command[0]) if command else None
+        if program:
+            return [program, *command[1:]]
+    return None
+
+
+def openmp_runtime() -> str | None:
+    """File of the OpenMP runtime that torch has loaded, torch's own copy before others; None if there is none."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    found = re.findall(r"\s(/.*/lib(?:gomp|iomp|omp)[^/]*\.so[^/\s]*)$", maps.read_text("utf-8"), re.MULTILINE)
+    home = str(Path(torch.__file__).parent)
+    return min(found, key=lambda path: not path.startswith(home), default=None)
+
+
+def _obtain(
+    compiler: list[str], flags: list[str], link_flags: list[str], version: str
+) -> tuple[ctypes.CDLL | None, str]:
+    """The library of these flags, from the cache or compiled, or why there is none."""
+    key = [SOURCE.read_text("utf-8"), *compiler, version, *flags, "link", *link_flags, _machine()]
+    name = f"binary_linear-{_digest(chr(0).join(key).encode())}"
+    path, failure = _find(name), ""
+    if path is None:
+        path, failure = _compile(compiler, flags, link_flags, name)
+    return (None, failure) if path is None else _load(path)
+
+
+def _find(name: str) -> Path | None:
+    """The library of that name in the cache, if its content is what was written.
+
+    A file's own digest is the end of its name, because mapping a damaged library can end the process.
+    """
+    for path in sorted(cache_directory().glob(f"{name}-*.so")):
+        if path.stem == f"{name}-{_digest(path.read_bytes())}":
+            return path
+    return None
+
+
+def _compile(compiler: list[str], flags: list[str], link_flags: list[str], name: str) -> tuple[Path | None, str]:
+    """The library, put in the cache in one step (several processes may do this at once), or the compiler's error."""
+    cache = cache_directory()
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        compiled, linked = Path(folder, "binary_linear.o"), Path(folder, "binary_linear.so")
+        for command in (
+            [*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
+            [*compiler, "-shared", *link_flags, str(compiled), "-o", str(linked), "-lm"],
+        ):
+            done = _run(command)
+            if done.returncode:
+                return None, f"{shlex.join(compiler)} fails: {_first_line(done.stderr)}"
+        path = cache / f"{name}-{_digest(linked.read_bytes())}.so"
+        os.replace(linked, path)
+    return path, ""
+
+
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why it cannot be loaded (as with an OpenMP that is not the one in this process)."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, str(error)
+    pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.sab_linear.argtypes = [pointer, pointer, pointer, wide, integer, integer]
+    library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
+    return library, ""
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT
+    )
+
+
+def _first_line(text: str) -> str:
+    """The first line that names an error, or the first."""
+    lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in lines if "error" in line), lines[0])
+
+
+def _machine() -> str:
+    """What -march=native and the loader look at, so that machines that share a cache share no library."""
+    cpuinfo = Path("/proc/cpuinfo")
+    found = []
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text("utf-8", errors="replace").split("\n\n")[0].splitlines():
+            if line.split("\t")[0].strip() in ("flags", "Features", "model name", "CPU part"):
+                found.append(line)
+    return "\n".join([platform.machine(), platform.processor(), *platform.libc_ver(), *found])

@@ -1,0 +1,264 @@
+"""`optimum_sab::binary_linear`: products with packed weights as PyTorch operators.
+
+With a fake for `torch.compile`, gradients to the input and the bias, and autocast. Weights are lists of tensors in the
+order of `LayerShape.names`, either as stored (``layout="stored"``) or as the Triton kernels read them (``"kernel"``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_sab.errors import ConfigError
+from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.ops.backends import backend_name
+from optimum_sab.ops.reference import binary_linear as reference_linear
+from optimum_sab.ops.shape import LayerShape
+
+LAYOUTS = ("stored", "kernel")
+
+_WEIGHT = (
+    "Tensor[] tensors, str layout, str? backend, int out_features, int in_features, int block_size, int base_planes, "
+    "int residual_planes, float salient_fraction, str row_scale"
+)
+_library = torch.library.Library("optimum_sab", "DEF")
+_library.define(f"binary_linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
+_library.define(f"stacked_linear(Tensor x, Tensor? bias, int[] sizes, {_WEIGHT}) -> Tensor[]")
+_library.define(f"binary_linear_transposed(Tensor grad, {_WEIGHT}) -> Tensor")
+
+
+def binary_linear(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    shape: LayerShape,
+    bias: Tensor | None = None,
+    layout: str = "stored",
+    backend: str | None = None,
+) -> Tensor:
+    """``y = x Ŵᵀ + b`` through the operator.
+
+    Args:
+        x: [..., in], floating.
+        tensors: the layer's, in the order of ``shape.names``.
+        shape: of the layer.
+        bias: [out] or None.
+        layout: of the tensors, ``"stored"`` or ``"kernel"``.
+        backend: what computes (ops/backends.py); None or "auto" leaves it to the device.
+
+    Returns:
+        [..., out] in x's dtype (under autocast, in its dtype).
+
+    Raises:
+        ConfigError: x is not floating, its last dimension is not ``in``, it is on another device than the weight, or
+            the weight is on meta; or the backend cannot be used.
+    """
+    return torch.ops.optimum_sab.binary_linear(x, bias, tensors, layout, backend, *shape)
+
+
+def stacked_linear(
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    shape: LayerShape,
+    sizes: Sequence[int],
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """`binary_linear` of layers stacked by rows in the kernel layout: one output [..., size] for each of ``sizes``."""
+    return torch.ops.optimum_sab.stacked_linear(x, bias, sizes, tensors, "kernel", backend, *shape)
+
+
+# -- values ------------------------------------------------------------------------------------------------------------
+
+
+def _forward(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:  # fmt: skip
+    shape = LayerShape(*numbers)
+    _check(x, tensors, shape)
+    name = _backend(x, layout, backend)
+    rows = x.reshape(-1, shape.in_features)
+    if name == "triton":
+        from sab_kernels import binary_linear as triton_linear
+
+        out = triton_linear(rows.to(_kernel_dtype(x)), _kernel_tensors(tensors, layout, shape), shape.geometry, bias)
+    elif name == "cpu":
+        from optimum_sab.ops.cpu.kernel import linear as cpu_linear
+
+        out = cpu_linear(rows.to(_kernel_dtype(x)), _packed(tensors, layout, shape))
+        if bias is not None:
+            out += bias.to(out.dtype)
+    else:
+        out = reference_linear(rows, _packed(tensors, layout, shape), bias)
+    return out.to(x.dtype).view(*x.shape[:-1], shape.out_features)
+
+
+def _stacked(x: Tensor, bias: Tensor | None, sizes: list[int], tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> list[Tensor]:  # fmt: skip
+    shape = LayerShape(*numbers)
+    _check(x, tensors, shape)
+    rows = x.reshape(-1, shape.in_features)
+    if _backend(x, layout, backend) != "triton":
+        whole = _forward(x, bias, tensors, layout, backend, *numbers)
+        return [part.contiguous() for part in whole.split(sizes, -1)]
+    from sab_kernels import stacked_linear as triton_linear
+
+    named = _kernel_tensors(tensors, layout, shape)
+    parts = triton_linear(rows.to(_kernel_dtype(x)), named, shape.geometry, tuple(sizes), bias)
+    return [part.to(x.dtype).view(*x.shape[:-1], part.shape[1]) for part in parts]
+
+
+def _transposed(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
+    shape = LayerShape(*numbers)
+    rows = grad.reshape(-1, shape.out_features)
+    name = _backend(grad, layout, backend)
+    if name == "triton":
+        from sab_kernels import dequantize as triton_dequantize
+
+        weight = triton_dequantize(_kernel_tensors(tensors, layout, shape), shape.geometry, _kernel_dtype(grad))
+    elif name == "cpu":
+        from optimum_sab.ops.cpu.kernel import dequantize as cpu_dequantize
+
+        weight = cpu_dequantize(_packed(tensors, layout, shape), torch.float32)
+    else:
+        weight = _packed(tensors, layout, shape).dequantize()
+    out = rows.to(weight.dtype) @ weight
+    return out.to(grad.dtype).view(*grad.shape[:-1], shape.in_features)
+
+
+def _backend(x: Tensor, layout: str, backend: str | None) -> str:
+    """The kernel layout is only made where Triton was chosen; there is nothing left to choose then."""
+    return "triton" if layout == "kernel" and backend in (None, "auto") else backend_name(x.device, backend)
+
+
+def _kernel_dtype(x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.float32
+
+
+def _kernel_tensors(tensors: list[Tensor], layout: str, shape: LayerShape) -> dict[str, Tensor]:
+    named = dict(zip(shape.names, tensors))
+    if layout == "kernel":
+        return named
+    from sab_kernels import to_kernel_layout  # an offloaded layer, whose tensors come and go: converted at every call
+
+    return to_kernel_layout(named, shape.geometry)
+
+
+def _packed(tensors: list[Tensor], layout: str, shape: LayerShape) -> PackedWeight:
+    named = dict(zip(shape.names, tensors))
+    if layout == "kernel":
+        from sab_kernels import from_kernel_layout
+
+        named = from_kernel_layout(named, shape.geometry)
+    return PackedWeight(named, shape.out_features, shape.in_features, shape.settings)
+
+
+def _check(x: Tensor, tensors: Sequence[Tensor], shape: LayerShape) -> None:
+    if not x.is_floating_point():
+        raise ConfigError(f"the input is {x.dtype}; a packed linear takes float32, bfloat16 or float16.")
+    if x.dim() == 0 or x.shape[-1] != shape.in_features:
+        width = x.shape[-1] if x.dim() else "missing"
+        raise ConfigError(f"the input's last dimension is {width}, the layer takes {shape.in_features}.")
+    weight = tensors[0]
+    if weight.device != x.device:
+        if weight.device.type == "meta":
+            raise ConfigError("the layer's tensors are on meta: it was never loaded, or is offloaded without a hook.")
+        raise ConfigError(f"the input is on {x.device}, the layer on {weight.device}; move one of them.")
+
+
+for _name, _function in (("binary_linear", _forward), ("stacked_linear", _stacked), ("binary_linear_transposed", _transposed)):  # fmt: skip
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+# -- shapes ------------------------------------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("optimum_sab::binary_linear")
+def _(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
+    shape = LayerShape(*numbers)
+    _check(x, tensors, shape)
+    return x.new_empty(*x.shape[:-1], shape.out_features)
+
+
+@torch.library.register_fake("optimum_sab::stacked_linear")
+def _(x: Tensor, bias: Tensor | None, sizes: list[int], tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> list[Tensor]:  # fmt: skip
+    _check(x, tensors, LayerShape(*numbers))
+    return [x.new_empty(*x.shape[:-1], size) for size in sizes]
+
+
+@torch.library.register_fake("optimum_sab::binary_linear_transposed")
+def _(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], LayerShape(*numbers).in_features)
+
+
+# -- gradients ---------------------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Nothing dense is kept: the weight is made dense again in the backward pass."""
+    x, bias, *rest = inputs
+    ctx.bias = None if bias is None else (bias.dtype, bias.requires_grad)
+    ctx.arguments = rest
+
+
+def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
+    if ctx.bias is None or not ctx.bias[1]:
+        return None
+    return grad.reshape(math.prod(grad.shape[:-1]), -1).sum(0).to(ctx.bias[0])
+
+
+def _no_gradients(arguments: Sequence[Any]) -> list[Any]:
+    """None for every argument, and a list of them for a list of tensors."""
+    lists = (isinstance(a, (list, tuple)) and isinstance(a[0], Tensor) for a in arguments)
+    return [[None] * len(a) if is_list else None for a, is_list in zip(arguments, lists)]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x_grad = torch.ops.optimum_sab.binary_linear_transposed(grad, *ctx.arguments) if ctx.needs_input_grad[0] else None
+    return x_grad, _bias_gradient(ctx, grad), *_no_gradients(ctx.arguments)
+
+
+def _stacked_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    sizes, *arguments = ctx.arguments
+    like = next(g for g in grads if g is not None)
+    filled = [like.new_zeros(*like.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes)]
+    grad = torch.cat(filled, -1)
+    x_grad = torch.ops.optimum_sab.binary_linear_transposed(grad, *arguments) if ctx.needs_input_grad[0] else None
+    return x_grad, _bias_gradient(ctx, grad), *_no_gradients(ctx.arguments)
+
+
+torch.library.register_autograd("optimum_sab::binary_linear", _backward, setup_context=_keep, lib=_library)
+torch.library.register_autograd("optimum_sab::stacked_linear", _stacked_backward, setup_context=_keep, lib=_library)
+
+
+# -- autocast ----------------------------------------------------------------------------------------------------------
+
+
+def _autocast(name: str, device_type: str) -> Any:
+    """As `torch.nn.functional.linear` under autocast: the input is cast to autocast's dtype."""
+    operator = getattr(torch.ops.optimum_sab, name)
+    keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])
+
+    def cast(x: Tensor, *arguments: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            cast_x = x.to(torch.get_autocast_dtype(device_type)) if x.is_floating_point() else x
+            return operator(cast_x, *arguments)
+
+    return cast
+
+
+_AUTOCAST_KEYS = {
+    "cpu": torch._C.DispatchKey.AutocastCPU,
+    "cuda": torch._C.DispatchKey.AutocastCUDA,
+    "xpu": torch._C.DispatchKey.AutocastXPU,
+}
+for _name in ("binary_linear", "stacked_linear"):
+    for _type, _key in _AUTOCAST_KEYS.items():
+        _library.impl(_name, _autocast(_name, _type), _key.name)
+
+
+@lru_cache(maxsize=1)
+def operator_names() -> tuple[str, ...]:
+    """Qualified names of the operators."""
+    return tuple(f"optimum_sab::{name}" for name in ("binary_linear", "stacked_linear", "binary_linear_transposed"))

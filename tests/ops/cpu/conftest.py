@@ -1,0 +1,64 @@
+"""Random packed layers, and a cache of compiled kernels that ends with the session."""
+
+import pytest
+import torch
+
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.format.layout import salient_per_block, tensor_specs
+from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.ops.cpu import compiler
+
+
+@pytest.fixture(scope="session", autouse=True)
+def kernel_cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OPTIMUM_SAB_CACHE", str(folder))
+        compiler._build.cache_clear()
+        yield folder
+    compiler._build.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def random_packed():
+    """``random_packed(out, width, seed=0, **settings)``: a valid layer of random bits.
+
+    A fifth of the fp8 scales is subnormal, about half of all scales are negative.
+    """
+
+    def build(out, width, seed=0, **changes):
+        settings = LayerSettings(**changes)
+        generator = torch.Generator().manual_seed(seed)
+        specs = tensor_specs(out, width, settings)
+
+        def bits(name, high):
+            return torch.randint(0, high, specs[name].shape, generator=generator)
+
+        words = bits("weight", 2**32)
+        if width % 32:
+            words[..., -1] &= (1 << width % 32) - 1
+        tensors = {"weight": torch.where(words < 2**31, words, words - 2**32).to(torch.int32)}
+        if settings.residual_planes:
+            tensors["residual_sign"] = bits("residual_sign", 256).to(torch.uint8)
+            salient = sum(salient_per_block(width, settings))
+            if salient % 8:
+                tensors["residual_sign"][..., -1] &= (1 << salient % 8) - 1
+            columns = []
+            for block, count in enumerate(salient_per_block(width, settings)):
+                here = min(settings.block_size, width - block * settings.block_size)
+                columns.append(torch.randperm(here, generator=generator)[:count].sort().values)
+            tensors["residual_index"] = torch.cat(columns).to(specs["residual_index"].dtype)
+        if settings.row_scale == "fp8":
+            scale = bits("row_scale", 127) | bits("row_scale", 2) << 7
+            small = torch.rand(scale.shape, generator=generator) < 0.2
+            tensors["row_scale"] = torch.where(small, scale & 0x87, scale).to(torch.uint8)
+            tensors["row_exponent"] = (bits("row_exponent", 8) - 14).to(torch.int8)
+        else:
+            scale = torch.randn(specs["row_scale"].shape, generator=generator)
+            tensors["row_scale"] = scale.half().view(torch.int16)
+        tensors["col_scale"] = (0.5 + torch.rand(width, generator=generator)).half().view(torch.int16)
+        packed = PackedWeight(tensors, out, width, settings)
+        packed.validate()
+        return packed
+
+    return build

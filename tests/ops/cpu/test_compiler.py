@@ -1,0 +1,170 @@
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optimum_sab.errors import MissingDependencyError
+from optimum_sab.ops.cpu import compiler
+
+COMPILER = next(filter(None, map(shutil.which, compiler.COMPILERS)), None)
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
+
+COMPUTE = """
+import torch
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.format.layout import tensor_specs
+from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.ops.cpu.kernel import linear
+settings = LayerSettings(residual_planes=0)
+specs = tensor_specs(600, 512, settings)
+packed = PackedWeight({n: torch.ones(s.shape, dtype=s.dtype) for n, s in specs.items()}, 600, 512, settings)
+inputs = torch.ones(2, 512)
+torch.testing.assert_close(linear(inputs, packed), inputs @ packed.dequantize().T)
+print("computed")
+"""
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch, tmp_path):
+    """A cache of its own for each test, and no memory of an earlier attempt before and after it."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(tmp_path / "cache"))
+    compiler._build.cache_clear()
+    yield tmp_path / "cache"
+    compiler._build.cache_clear()
+
+
+@pytest.fixture
+def wrapper(tmp_path, monkeypatch):
+    """``wrapper(flag)``: $CC is a compiler that refuses a flag."""
+
+    def install(flag):
+        script = tmp_path / "refusing cc"
+        script.write_text(
+            f'#!/bin/sh\nfor a in "$@"; do if [ "$a" = "{flag}" ]; then echo "note: hm" >&2; '
+            f'echo "error: unknown option \'{flag}\'" >&2; exit 1; fi; done\nexec {COMPILER} "$@"\n'
+        )
+        script.chmod(0o755)
+        monkeypatch.setenv("CC", f"'{script}'")
+
+    return install
+
+
+def start(code, cache):
+    environment = os.environ | {"OPTIMUM_SAB_CACHE": str(cache)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def openmp_runtimes():
+    return set(re.findall(r"/\S*/lib(?:gomp|iomp|omp)\S*", Path("/proc/self/maps").read_text()))
+
+
+@needs_compiler
+def test_load_library_is_compiled_once_and_kept(fresh):
+    library = compiler.load_library()
+    assert compiler.load_library() is library
+    assert compiler.availability().usable and COMPILER in compiler.availability().reason
+    [path] = fresh.iterdir()
+    written = path.stat().st_mtime_ns
+    assert compiler.compile_library().library is not None
+    assert [p.stat().st_mtime_ns for p in fresh.iterdir()] == [written]
+
+
+@pytest.mark.parametrize("command", ["/nowhere/cc", "no-such-compiler -m64"])
+def test_availability_says_which_compiler_is_missing(monkeypatch, command):
+    monkeypatch.setenv("CC", command)
+    found = compiler.availability()
+    assert not found.usable and command in found.reason
+    with pytest.raises(MissingDependencyError, match=rf"{command}.*Install gcc or clang"):
+        compiler.load_library()
+
+
+def test_availability_without_any_compiler_names_those_it_looked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = compiler.availability()
+    assert not found.usable and "cc, gcc, clang" in found.reason
+
+
+def test_availability_with_a_broken_variable_has_a_reason(monkeypatch):
+    monkeypatch.setenv("CC", "'cc")
+    assert not compiler.availability().usable
+    assert "quot" in compiler.availability().reason
+
+
+@needs_compiler
+def test_availability_with_a_cache_that_cannot_be_written_has_a_reason(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(tmp_path / "file"))
+    found = compiler.availability()
+    assert not found.usable and str(tmp_path / "file") in found.reason
+
+
+@needs_compiler
+def test_availability_gives_the_compiler_s_error(wrapper, fresh):
+    wrapper("-O3")
+    found = compiler.availability()
+    assert not found.usable and "unknown option '-O3'" in found.reason
+    assert list(fresh.iterdir()) == []
+
+
+@needs_compiler
+def test_load_library_does_without_march(wrapper):
+    wrapper("-march=native")
+    assert compiler.load_library().sab_path() in (0, 1, 2)
+
+
+@needs_compiler
+def test_availability_says_that_openmp_is_missing(wrapper):
+    wrapper("-fopenmp")
+    found = compiler.availability()
+    assert found.usable and "without OpenMP" in found.reason
+    assert compiler.load_library().sab_openmp() == 0
+
+
+@needs_compiler
+def test_load_library_forced_to_the_portable_path_is_portable():
+    assert compiler.compile_library(("-DSAB_PATH=0",)).library.sab_path() == 0
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks into /proc/self/maps")
+def test_load_library_brings_no_second_openmp_runtime():
+    before = openmp_runtimes()
+    assert compiler.openmp_runtime() in before
+    assert compiler.load_library().sab_openmp() == 1
+    assert openmp_runtimes() == before
+
+
+@needs_compiler
+@pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[:-1] + b"?", lambda _: b""])
+def test_load_library_compiles_again_what_is_damaged(monkeypatch, fresh, tmp_path, damage):
+    assert compiler.compile_library().library is not None
+    [intact] = fresh.iterdir()
+    (tmp_path / "other").mkdir()
+    broken = tmp_path / "other" / intact.name
+    broken.write_bytes(damage(intact.read_bytes()))
+    monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(broken.parent))
+    assert compiler.load_library().sab_path() in (0, 1, 2)
+    assert intact.read_bytes() in [path.read_bytes() for path in broken.parent.iterdir()]
+
+
+@needs_compiler
+def test_load_library_by_two_processes_at_once_works_in_both(tmp_path):
+    processes = [start(COMPUTE, tmp_path / "shared") for _ in range(2)]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0 and "computed" in output, output
+    assert {path.suffix for path in (tmp_path / "shared").iterdir()} == {".so"}
+
+
+def test_import_compiles_nothing(tmp_path):
+    process = start("import optimum_sab.ops.cpu.compiler, optimum_sab.ops.cpu.kernel", tmp_path / "unused")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert not (tmp_path / "unused").exists()

@@ -1,0 +1,259 @@
+import itertools
+
+import pytest
+import torch
+
+from optimum_sab.errors import ConfigError, FormatError
+from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.ops.cpu import compiler, kernel
+from optimum_sab.ops.reference import binary_linear
+
+PLANES = [(1, 0), (1, 1), (2, 1), (2, 2)]
+BLOCKS = [32, 64, 96, 128, 256]
+WIDTHS = [1, 31, 40, 75, 128, 257, 300]
+TENSORS = ["weight", "residual_sign", "residual_index", "row_scale", "row_exponent", "col_scale"]
+TOKENS = [0, 1, 2, 3, 5, 8, 17, 64]
+# Of 128 columns these make 4, 8, 16, 5 and 11 salient, of other blocks other numbers, odd ones among them.
+FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 5 / 128, 11 / 128]
+# One rounding of the result to the input's dtype, and fp32's sums, relative to the sum of the terms' sizes.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SUMS = 1e-5
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def path(request, monkeypatch):
+    """Each of the kernel's paths that this machine has."""
+    number = ["portable", "avx2", "avx512"].index(request.param)
+    build = compiler.compile_library((f"-DSAB_PATH={number}",))
+    if build.library is None or build.library.sab_path() != number:
+        pytest.skip(f"no {request.param} here: {build.reason}")
+    monkeypatch.setattr(kernel, "load_library", lambda: build.library)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Memory that the kernel allocates holds NaN until something is written."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+
+def take_route(monkeypatch, route):
+    """One way of `linear`, whatever the number of tokens; dense chunks are small so that there are several."""
+    from_tokens = 0 if route == "dense" else 2**62
+    monkeypatch.setattr(
+        kernel, "_DENSE_FROM", {key: dict.fromkeys(kernel.DTYPES, from_tokens) for key in kernel._DENSE_FROM}
+    )
+    monkeypatch.setattr(kernel, "_CHUNK_BYTES", 20_000)
+
+
+@pytest.fixture(params=["packed", "dense"])
+def route(request, monkeypatch):
+    take_route(monkeypatch, request.param)
+
+
+def random_inputs(*shape, dtype=torch.float32, seed=1):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(found, inputs, packed, rounding):
+    assert_near_slices([found], [inputs], packed, rounding)
+
+
+def assert_near_slices(found, inputs, packed, rounding):
+    """Each `found` is the linear of its `inputs`; the reference computes them all together."""
+    together = torch.cat(inputs)
+    expected = binary_linear(together.float(), packed)
+    size = together.float().abs() @ packed.dequantize().abs().T  # Σ |x| |W|: what rounding in the sums relates to
+    for y, x in zip(found, inputs, strict=True):
+        assert y.dtype == x.dtype and y.shape == (x.shape[0], packed.out_features)
+    allowed = rounding * expected.abs() + SUMS * size + 1e-7
+    worst = ((torch.cat(found).float() - expected).abs() / allowed).nan_to_num(nan=float("inf"))
+    assert worst.numel() == 0 or float(worst.max()) <= 1
+
+
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("planes", PLANES)
+def test_linear_equals_the_reference(path, random_packed, monkeypatch, planes, block_size):
+    take_route(monkeypatch, "packed")
+    rows = itertools.cycle([1, 7, 16, 33, 64, 65, 70])
+    fractions = itertools.cycle(FRACTIONS if block_size >= 64 else [1 / 8, 1 / 4, 5 / 32])
+    for seed, width in enumerate(WIDTHS):
+        packed = random_packed(
+            next(rows), width, seed, block_size=block_size, base_planes=planes[0], residual_planes=planes[1],
+            salient_fraction=next(fractions), row_scale=("fp8", "fp16")[(seed + planes[1] + block_size // 32) % 2],
+        )  # fmt: skip
+        inputs = [random_inputs(tokens, width, seed=seed) for tokens in TOKENS]
+        assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, 0.0)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("planes", PLANES)
+def test_linear_of_dense_chunks_equals_the_reference(random_packed, monkeypatch, planes, tokens):
+    take_route(monkeypatch, "dense")
+    packed = random_packed(70, 300, base_planes=planes[0], residual_planes=planes[1])
+    inputs = random_inputs(tokens, 300)
+    assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+def test_linear_chooses_a_route_by_the_number_of_tokens(path, random_packed, dtype):
+    packed = random_packed(70, 300)
+    for tokens in (1, 31, 32, 64, 200):
+        inputs = random_inputs(tokens, 300, dtype=dtype)
+        found, exact = kernel.linear(inputs, packed), binary_linear(inputs.float(), packed)
+        assert float((found.float() - exact).norm()) <= (ROUNDING[dtype] + SUMS) * float(exact.norm())
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_linear_rounds_once(path, random_packed, monkeypatch, fraction, dtype):
+    take_route(monkeypatch, "packed")
+    packed = random_packed(37, 300, salient_fraction=fraction)
+    inputs = [random_inputs(tokens, 300, dtype=dtype) for tokens in TOKENS]
+    assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_of_many_tokens_is_as_accurate_as_a_dense_layer(path, random_packed, monkeypatch, dtype):
+    take_route(monkeypatch, "dense")
+    packed, inputs = random_packed(70, 300), random_inputs(64, 300, dtype=dtype)
+    exact = inputs.double() @ packed.dequantize().double().T
+    error = (kernel.linear(inputs, packed).double() - exact).norm()
+    dense = (torch.nn.functional.linear(inputs, packed.dequantize().to(dtype)).double() - exact).norm()
+    assert error <= 1.05 * dense
+
+
+@pytest.mark.parametrize("rows", [*range(1, 71, 6), 64, 70])
+def test_linear_of_any_number_of_rows_equals_the_reference(path, random_packed, rows):
+    packed, inputs = random_packed(rows, 140, base_planes=2), random_inputs(6, 140)
+    assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
+
+
+@pytest.mark.parametrize("block_size", [512, 4096])
+def test_linear_of_wide_blocks_equals_the_reference(path, random_packed, block_size):
+    packed, inputs = random_packed(20, 4500, block_size=block_size), random_inputs(3, 4500)
+    assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
+
+
+def test_linear_is_the_same_for_any_number_of_threads(path, random_packed):
+    """The layer is large enough for several threads to be started."""
+    packed, inputs = random_packed(331, 1024), random_inputs(5, 1024)
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            found.append(kernel.linear(inputs, packed))
+        finally:
+            torch.set_num_threads(threads)
+    assert_near(found[0], inputs, packed, 0.0)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_linear_accepts_inputs_that_are_not_contiguous(route, random_packed):
+    packed = random_packed(20, 75)
+    for view in (random_inputs(75, 8).T, random_inputs(5, 150)[:, ::2], random_inputs(1, 75).expand(3, -1)):
+        assert not view.is_contiguous()
+        assert_near(kernel.linear(view, packed), view, packed, 0.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_linear_is_not_finite_where_the_reference_is_not(path, route, random_packed, value):
+    packed = random_packed(40, 300)
+    for column in (0, 127, 128, 299, int(packed.salient_columns()[3])):
+        inputs = random_inputs(5, 300)
+        inputs[2, column] = value
+        finite = binary_linear(inputs, packed).isfinite()
+        assert not finite[2].any() and finite[[0, 1, 3, 4]].all()
+        assert torch.equal(kernel.linear(inputs, packed).isfinite(), finite)
+
+
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_linear_reads_nothing_outside_its_inputs_for_a_damaged_index(path, random_packed, block_size):
+    """Whatever lies behind x and the column scales is NaN here, and would show in the result."""
+    packed = random_packed(20, 75, block_size=block_size)
+    packed.tensors["residual_index"].fill_(-1 if block_size > 256 else 255)
+    scale = torch.full((4096,), 0x7E00, dtype=torch.int16)
+    scale[:75] = packed.tensors["col_scale"]
+    packed.tensors["col_scale"] = scale[:75]
+    inputs = torch.full((70_000,), float("nan"))
+    inputs[:75] = 1.0
+    assert kernel.linear(inputs[:75].view(1, 75), packed).isfinite().all()
+
+
+def test_linear_gives_no_gradient(route, random_packed):
+    inputs = random_inputs(3, 75).requires_grad_()
+    assert not kernel.linear(inputs, random_packed(20, 75)).requires_grad
+
+
+@pytest.mark.parametrize("scale", ["fp8", "fp16"])
+@pytest.mark.parametrize("block_size", BLOCKS)
+@pytest.mark.parametrize("planes", PLANES)
+def test_dequantize_is_exact(path, random_packed, planes, block_size, scale):
+    fractions = itertools.cycle(FRACTIONS if block_size >= 64 else [1 / 8, 1 / 4, 5 / 32])
+    for seed, width in enumerate([*WIDTHS, 1000]):
+        packed = random_packed(
+            (37, 1, 64)[seed % 3], width, seed, block_size=block_size, base_planes=planes[0],
+            residual_planes=planes[1], salient_fraction=next(fractions), row_scale=scale,
+        )  # fmt: skip
+        expected = packed.dequantize()
+        for dtype in kernel.DTYPES:
+            assert torch.equal(kernel.dequantize(packed, dtype), expected.to(dtype))
+
+
+def test_dequantize_is_exact_for_every_scale_and_exponent(path, random_packed):
+    """All finite e4m3 values, and row exponents from the smallest stored to the largest."""
+    packed = random_packed(254, 64, block_size=32, residual_planes=0)
+    finite = torch.tensor([bits for bits in range(256) if bits & 0x7F != 0x7F], dtype=torch.uint8)
+    packed.tensors["row_scale"][0, 0], packed.tensors["row_scale"][0, 1] = finite, finite.flip(0)
+    for exponent in (-128, -127, -126, -100, -20, 0, 20, 119):
+        packed.tensors["row_exponent"].fill_(exponent)
+        expected = packed.dequantize()
+        for dtype in kernel.DTYPES:
+            assert torch.equal(kernel.dequantize(packed, dtype), expected.to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (torch.zeros(3, 76), "76.*75"),
+        (torch.zeros(75), r"\(75,\).*75"),
+        (torch.zeros(1, 3, 75), "1, 3, 75"),
+        (torch.zeros(3, 75, dtype=torch.float64), "float64"),
+        (torch.zeros(3, 75, dtype=torch.int32), "int32"),
+        (torch.zeros(3, 75, device="meta"), "meta"),
+    ],
+)
+def test_linear_refuses_other_inputs(random_packed, inputs, message):
+    with pytest.raises(ConfigError, match=message):
+        kernel.linear(inputs, random_packed(20, 75))
+
+
+def test_dequantize_refuses_another_dtype(random_packed):
+    with pytest.raises(ConfigError, match="float64"):
+        kernel.dequantize(random_packed(20, 75), torch.float64)
+
+
+@pytest.mark.parametrize(
+    "name", ["weight", "residual_sign", "residual_index", "row_scale", "row_exponent", "col_scale"]
+)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tensor: None,
+        lambda tensor: tensor.long(),
+        lambda tensor: tensor[..., :-1].contiguous(),
+        lambda tensor: tensor.repeat_interleave(2, -1)[..., ::2],
+        lambda tensor: tensor.to("meta"),
+    ],
+    ids=["missing", "dtype", "shape", "strides", "device"],
+)
+def test_linear_refuses_a_tensor_that_c_cannot_trust(random_packed, name, damage):
+    packed = random_packed(20, 75)
+    tensors = dict(packed.tensors)
+    tensors[name] = damage(tensors[name])
+    broken = PackedWeight({n: t for n, t in tensors.items() if t is not None}, 20, 75, packed.settings)
+    for compute in (lambda: kernel.linear(random_inputs(1, 75), broken), lambda: kernel.dequantize(broken)):
+        with pytest.raises(FormatError, match=name):
+            compute()
