@@ -173,7 +173,8 @@ def _decode(product: _Product, launch: Launch) -> None:
     tokens = product.tokens
     places = 4 if tokens <= 4 else 8  # columns of the matrix operand: two for a token
     slot_places = 2 if tokens <= 2 else places
-    tiles = launch.decode_tiles if geometry.row_tiles % launch.decode_tiles == 0 else 1
+    # with 8 tokens two row tiles do not fit in registers on every device
+    tiles = launch.decode_tiles if geometry.row_tiles % launch.decode_tiles == 0 and places == 4 else 1
     programs = geometry.row_tiles // tiles
     split = _split(programs, launch.decode_programs * device.processors, geometry.column_tiles)
     column_tiles, slot_tiles = geometry.column_tiles, product.slot_tiles
@@ -248,7 +249,9 @@ def _decode(product: _Product, launch: Launch) -> None:
 def _small_batch(product: _Product, launch: Launch) -> None:
     x, geometry, device = product.x, product.geometry, _device(product.x.device)
     tokens, warps = product.tokens, launch.batch_warps
-    places = min(launch.batch_tokens, max(16, triton.next_power_of_2(tokens)))
+    # fp32 operands are split in three and take three times the registers
+    most = 16 if x.dtype == torch.float32 else launch.batch_tokens
+    places = min(most, max(16, triton.next_power_of_2(tokens)))
     padded = ceil_div(tokens, places) * places
     row_programs, token_programs = ceil_div(geometry.row_tiles, warps), padded // places
     split = _split(row_programs * token_programs, launch.batch_programs * device.processors, geometry.column_tiles)
@@ -356,6 +359,7 @@ def _dequantize_into(out: Tensor, tensors: dict[str, Tensor], geometry: Geometry
         geometry.slot_tiles if residual else 0,
         geometry.blocks,
         **_layer_constants(geometry),
+        num_warps=8,
     )
 
 

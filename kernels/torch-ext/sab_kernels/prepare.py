@@ -44,10 +44,93 @@ def integer_limbs(x, TOKENS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.conste
 
 
 @triton.jit
+def _zero_counters(counter_ptr, program, counters, EACH: tl.constexpr):
+    mine = program * EACH + tl.arange(0, EACH)
+    tl.store(counter_ptr + mine, tl.zeros((EACH,), tl.int32), mask=mine < counters)
+
+
+@triton.jit
+def _load_scaled(x_ptr, column_scale_ptr, column, token, tokens, stride):
+    """x c [tokens, columns] in fp32; 0 where the column is negative or the token is not there."""
+    inside = column >= 0
+    x = tl.load(
+        x_ptr + token.to(tl.int64)[:, None] * stride + column[None, :],
+        mask=(token < tokens)[:, None] & inside[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    return x * load_half(column_scale_ptr + column, inside)[None, :]
+
+
+@triton.jit
+def _store_limbs(limb_ptr, tile, column, high, low, COLUMNS: tl.constexpr):
+    """Two columns of the operand [32, 2 · COLUMNS] of every step, in lane order: lane (n % 8, q), then n // 8, h, i.
+
+    Args:
+        limb_ptr: int8 [tiles, 4 steps, 64 · COLUMNS].
+        column: int32 [values, 128 or 1]: pairs of columns, below COLUMNS.
+        high, low: int32 [values, 128]: limbs of a tile's columns.
+    """
+    place = tl.arange(0, 128)[None, :]
+    lane = column % 4 * 8 + place // 4 % 4  # of the high limb; the low limb is one column, four lanes, on
+    within = column // 4 * 8 + place // 16 % 2 * 4 + place % 4
+    at = limb_ptr + (tile * 4 + place // 32) * (64 * COLUMNS) + lane * (2 * COLUMNS) + within
+    tl.store(at, high.to(tl.int8))
+    tl.store(at + 8 * COLUMNS, low.to(tl.int8))
+
+
+@triton.jit
+def _prepare_base(
+    x_ptr, column_scale_ptr, limb_ptr, start_ptr, unit_ptr, tile, tokens, columns, stride, TOKENS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    GROUPS: tl.constexpr = 128 // SCALE_COLUMNS
+    token = tl.arange(0, TOKENS)
+    place = tl.arange(0, 128)
+    column = tile * 128 + place
+    x = _load_scaled(x_ptr, column_scale_ptr, tl.where(column < columns, column, -1), token, tokens, stride)
+    high, low, total, unit = integer_limbs(x, TOKENS, GROUPS, SCALE_COLUMNS)
+    # operands hold −b for the bits of steps 0 to 2 and 1 − b for those of step 3 (operand.py): take that back
+    last = tl.where((place // 32 == 3)[None, :], 128 * high + low, 0).reshape(TOKENS, GROUPS, SCALE_COLUMNS)
+    start = (total >> 1) - tl.sum(last, axis=2)
+    entry = start_ptr + ((tile * GROUPS + tl.arange(0, GROUPS))[None, :] * TOKENS + token[:, None]) * 2
+    tl.store(entry, tl.zeros((TOKENS, GROUPS), tl.int32))
+    tl.store(entry + 1, start + FLOAT_OFFSET_BITS)
+    tl.store(unit_ptr + tile * TOKENS + token, -2.0 * unit)
+    _store_limbs(limb_ptr, tile, token[:, None], high, low, TOKENS)
+
+
+@triton.jit
+def _prepare_slots(
+    x_ptr, column_scale_ptr, index_ptr, limb_ptr, start_ptr, unit_ptr, tile, tokens, stride, TOKENS: tl.constexpr
+):
+    PAIRS: tl.constexpr = 2 * TOKENS
+    SLOTS: tl.constexpr = 8 * TOKENS
+    token = tl.arange(0, TOKENS)
+    place = tl.arange(0, 128)
+    x = _load_scaled(x_ptr, column_scale_ptr, tl.load(index_ptr + tile * 128 + place), token, tokens, stride)
+    # every slot has a unit of its own
+    high, low, total, unit = integer_limbs(x.reshape(SLOTS, 16), SLOTS, 1, 16)
+    total = total.reshape(TOKENS, 8)
+    slot = tl.arange(0, 8)[None, :]
+    start = tl.where(slot // 2 == 3, -(total >> 1), total >> 1)
+    entry = (tile * 4 + slot // 2) * PAIRS + slot % 2 * TOKENS + token[:, None]
+    tl.store(start_ptr + entry * 2, tl.zeros((TOKENS, 8), tl.int32))
+    tl.store(start_ptr + entry * 2 + 1, start + FLOAT_OFFSET_BITS)
+    tl.store(unit_ptr + entry, -2.0 * unit.reshape(TOKENS, 8))
+    # a step's 32 rows are two slots with accumulators of their own: each is zero in the columns of the other
+    high = high.reshape(TOKENS, 128)
+    low = low.reshape(TOKENS, 128)
+    half = (place // 16 % 2)[None, :]
+    zero = tl.zeros((TOKENS, 128), tl.int32)
+    _store_limbs(limb_ptr, tile, half * TOKENS + token[:, None], high, low, PAIRS)
+    _store_limbs(limb_ptr, tile, (1 - half) * TOKENS + token[:, None], zero, zero, PAIRS)
+
+
+@triton.jit
 def prepare_limbs_kernel(
     x_ptr,  # float [tokens, columns]
     column_scale_ptr,  # int16 [column tiles · 128]: fp16 bits
-    index_ptr,  # int32 [slot tiles · 128]
+    index_ptr,  # int32 [slot tiles · 128]: columns in the slots
     base_limb_ptr,  # int8 [column tiles, 4 steps, 64 · TOKENS]: matrix operands in lane order
     base_start_ptr,  # int32 [column tiles, groups, TOKENS, 2]: accumulator start of high and low limb
     base_unit_ptr,  # fp32 [column tiles, TOKENS]: −2 · unit
@@ -65,71 +148,36 @@ def prepare_limbs_kernel(
     SLOT_TOKENS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
 ):
+    """For decode.py. One program for each tile of columns, then one for each tile of slots."""
     tile = tl.program_id(0)
-    mine = tile * COUNTERS_EACH + tl.arange(0, COUNTERS_EACH)
-    tl.store(counter_ptr + mine, tl.zeros((COUNTERS_EACH,), tl.int32), mask=mine < counters)
-    place = tl.arange(0, 128)
-    step = place // 32
-    half = place // 16 % 2
-    quad = place // 4 % 4
+    _zero_counters(counter_ptr, tile, counters, COUNTERS_EACH)
     if tile < column_tiles:
-        GROUPS: tl.constexpr = 128 // SCALE_COLUMNS
-        token = tl.arange(0, TOKENS)
-        column = tile * 128 + place
-        x = tl.load(
-            x_ptr + token.to(tl.int64)[:, None] * stride + column[None, :],
-            mask=(token < tokens)[:, None] & (column < columns)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        x = x * load_half(column_scale_ptr + column, column >= 0)[None, :]
-        high, low, total, unit = integer_limbs(x, TOKENS, GROUPS, SCALE_COLUMNS)
-        # operands hold −b for the bits of steps 0 to 2 and 1 − b for those of step 3 (decode.py): take that back
-        last = tl.where((step == 3)[None, :], 128 * high + low, 0).reshape(TOKENS, GROUPS, SCALE_COLUMNS)
-        start = (total >> 1) - tl.sum(last, axis=2)
-        group = tl.arange(0, GROUPS)
-        to = base_start_ptr + ((tile * GROUPS + group)[None, :] * TOKENS + token[:, None]) * 2
-        tl.store(to, tl.zeros((TOKENS, GROUPS), tl.int32))
-        tl.store(to + 1, start + FLOAT_OFFSET_BITS)
-        tl.store(base_unit_ptr + tile * TOKENS + token, -2.0 * unit)
-        lane = (2 * (token % 4))[:, None] * 4 + quad[None, :]  # of the high limb; the low limb is 4 lanes on
-        within = (token // 4)[:, None] * 8 + (half * 4 + place % 4)[None, :]
-        at = base_limb_ptr + (tile * 4 + step)[None, :] * (64 * TOKENS) + lane * (2 * TOKENS) + within
-        tl.store(at, high.to(tl.int8))
-        tl.store(at + 8 * TOKENS, low.to(tl.int8))
+        _prepare_base(
+            x_ptr,
+            column_scale_ptr,
+            base_limb_ptr,
+            base_start_ptr,
+            base_unit_ptr,
+            tile,
+            tokens,
+            columns,
+            stride,
+            TOKENS,
+            SCALE_COLUMNS,
+        )
     else:
-        slot_tile = tile - column_tiles
-        token = tl.arange(0, SLOT_TOKENS)
-        column = tl.load(index_ptr + slot_tile * 128 + place)
-        inside = column >= 0
-        x = tl.load(
-            x_ptr + token.to(tl.int64)[:, None] * stride + column[None, :],
-            mask=(token < tokens)[:, None] & inside[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        x = x * load_half(column_scale_ptr + column, inside)[None, :]
-        # every slot has a unit of its own
-        rows: tl.constexpr = SLOT_TOKENS * 8
-        high, low, total, unit = integer_limbs(x.reshape(rows, 16), rows, 1, 16)
-        total = total.reshape(SLOT_TOKENS, 8)
-        slot = tl.arange(0, 8)
-        start = tl.where((slot // 2 == 3)[None, :], -(total >> 1), total >> 1)
-        PAIRS: tl.constexpr = 2 * SLOT_TOKENS
-        pair = (slot % 2)[None, :] * SLOT_TOKENS + token[:, None]
-        entry = (slot_tile * 4 + slot // 2)[None, :] * PAIRS + pair
-        tl.store(slot_start_ptr + entry * 2, tl.zeros((SLOT_TOKENS, 8), tl.int32))
-        tl.store(slot_start_ptr + entry * 2 + 1, start + FLOAT_OFFSET_BITS)
-        tl.store(slot_unit_ptr + entry, -2.0 * unit.reshape(SLOT_TOKENS, 8))
-        high = high.reshape(SLOT_TOKENS, 128)
-        low = low.reshape(SLOT_TOKENS, 128)
-        for other in tl.static_range(2):
-            # a step's 32 rows are two slots with accumulators of their own: each slot is zero in the other's columns
-            owner = half if other == 0 else 1 - half
-            mate = owner[None, :] * SLOT_TOKENS + token[:, None]
-            lane = (2 * (mate % 4)) * 4 + quad[None, :]
-            within = (mate // 4) * 8 + (half * 4 + place % 4)[None, :]
-            at = slot_limb_ptr + (slot_tile * 4 + step)[None, :] * (64 * PAIRS) + lane * (2 * PAIRS) + within
-            tl.store(at, high.to(tl.int8) if other == 0 else tl.zeros((SLOT_TOKENS, 128), tl.int8))
-            tl.store(at + 8 * PAIRS, low.to(tl.int8) if other == 0 else tl.zeros((SLOT_TOKENS, 128), tl.int8))
+        _prepare_slots(
+            x_ptr,
+            column_scale_ptr,
+            index_ptr,
+            slot_limb_ptr,
+            slot_start_ptr,
+            slot_unit_ptr,
+            tile - column_tiles,
+            tokens,
+            stride,
+            SLOT_TOKENS,
+        )
 
 
 @triton.jit
@@ -149,10 +197,9 @@ def prepare_floats_kernel(
     TOKENS: tl.constexpr,  # tokens of one program
     WIDE_LANES: tl.constexpr,
 ):
+    """For small_batch.py. One program for each tile of columns, then of slots, and each group of tokens."""
     tile = tl.program_id(0)
-    program = tile * tl.num_programs(1) + tl.program_id(1)
-    mine = program * COUNTERS_EACH + tl.arange(0, COUNTERS_EACH)
-    tl.store(counter_ptr + mine, tl.zeros((COUNTERS_EACH,), tl.int32), mask=mine < counters)
+    _zero_counters(counter_ptr, tile * tl.num_programs(1) + tl.program_id(1), counters, COUNTERS_EACH)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     place = tl.arange(0, 128)
     step = place // 32
@@ -163,12 +210,6 @@ def prepare_floats_kernel(
         column = tl.where(column < columns, column, -1)
     else:
         column = tl.load(index_ptr + (tile - column_tiles) * 128 + within)
-    inside = column >= 0
-    x = tl.load(
-        x_ptr + token.to(tl.int64)[:, None] * stride + column[None, :],
-        mask=(token < tokens)[:, None] & inside[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    x = x * load_half(column_scale_ptr + column, inside)[None, :]
+    x = _load_scaled(x_ptr, column_scale_ptr, column, token, tokens, stride)
     at = out_ptr + ((tile * 4 + step).to(tl.int64)[None, :] * padded + token[:, None]) * 32 + kappa[None, :]
     tl.store(at, x.to(out_ptr.dtype.element_ty), mask=(token < padded)[:, None])

@@ -13,14 +13,14 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 class SABCommand(BaseOptimumCLICommand):
     """Hands everything after `optimum-cli sab` to `optimum-sab`."""
 
-    COMMAND = CommandInfo(name="sab", help="Binarize vision-language models: quantize, inspect, demo, bench.")
+    COMMAND = CommandInfo(name="sab", help="Binarize vision-language models: quantize, inspect, demo, bench, env.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         parser.add_argument(
             "arguments",
             nargs=REMAINDER,
-            metavar="quantize|inspect|demo|bench …",
+            metavar="quantize|inspect|demo|bench|env …",
             help="as for optimum-sab; `optimum-cli sab quantize --help` shows a command's options",
         )
 

@@ -1,9 +1,9 @@
 /* A linear with a packed binary weight (docs/format.md), computed from the stored tensors as they are.
  *
- * A row's signs are bits, so four columns of one row are a number from 0 to 15, and what they contribute to an output is
- * one of 16 sums ±x0±x1±x2±x3 that every row shares. Those sums are built once per token; a row then costs one lookup
- * and one addition per four columns, and a 16-entry lookup in 16 rows at a time is one instruction of AVX-512. Rows lie
- * in the lanes of a vector, as they do in row_scale [planes, blocks, out]; nothing is summed across lanes.
+ * A row's signs are bits, so four columns of one row are a number from 0 to 15, and what they contribute to an output
+ * is one of 16 sums ±x0±x1±x2±x3 that every row shares. Those sums are built once per token; a row then costs one
+ * lookup and one addition per four columns, and a 16-entry lookup in 16 rows at a time is one instruction of AVX-512.
+ * Rows lie in the lanes of a vector, as they do in row_scale [planes, blocks, out]; nothing is summed across lanes.
  *
  * Vectors are those of GCC and Clang, which compile them for any processor; only the lookup, the transposition of sign
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
@@ -50,11 +50,11 @@ enum {
     STRIP = LANES * GROUPS, /* rows that are computed together */
     PANEL_BITS = 128,       /* columns of one transposition */
     WORDS = PANEL_BITS / 32,
-    TILE = 8,     /* tokens per pass over the weight */
-    TOKENS = 4,   /* tokens in registers */
-    PLANES = 4,   /* MAX_PLANES of core/settings.py */
-    PADDING = 64, /* floats after a row in scratch memory */
-    SMALL = 1 << 18, /* weights times tokens below which waking threads costs more than they save */
+    TILE = 8,               /* tokens per pass over the weight; 4 and 16 are slower */
+    TOKENS = 4,             /* tokens in registers */
+    PLANES = 4,             /* MAX_PLANES of core/settings.py */
+    PADDING = 64,           /* floats after a row in scratch memory */
+    SMALL = 1 << 18,        /* weights times tokens below which waking threads costs more than they save */
 };
 enum { F32 = 0, BF16 = 1, F16 = 2 };
 enum { OK = 0, NO_MEMORY = 1 };
@@ -511,7 +511,7 @@ static void multiply_strip(void *y, int dtype, const layer_t *layer, const cut_t
     int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP;
     float sum[TILE * STRIP] __attribute__((aligned(64)));
     memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
-    for (int i = 0; i < 2; i++)
+    for (int i = 0; i < 2; i++) /* base planes, then residual planes */
         add_planes(sum, layer, &cut[i], tables[i], count, row, valid);
     if (layer->row_exponent)
         for (int64_t r = 0; r < valid; r++) {
@@ -560,9 +560,12 @@ EXPORT int sab_linear(const layer_t *layer, const void *x, void *y, int64_t toke
                 build_tables(part[residual], layer, &cut[residual].pieces[k - (residual ? cut[0].piece_count : 0)],
                              residual, from, dtype, count);
             }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (int64_t i = 0; i < strips; i++)
                 multiply_strip(y, dtype, layer, cut, part, first, count, i * STRIP);
+            if (first + count < tokens) { /* the next tile's tables take the place of these */
+#pragma omp barrier
+            }
         }
     }
     free(tables);
@@ -661,7 +664,7 @@ INLINE void dequantize_block(float *out, const row_t *row, const float *a, int64
     }
 }
 
-/* One row into out[first ..], block by block; `scale` [plane, block] has the stride STRIP, `dense` is a block's room. */
+/* One row into out[first ..], block by block; `scale` [plane, block] has the stride STRIP, `dense` holds a block. */
 static void dequantize_row(void *out, int dtype, int64_t first, float *dense, const layer_t *layer, const row_t *row,
                            const float *scale) {
     const int64_t blocks = block_count(layer), base = layer->base_planes, residual = layer->residual_planes;

@@ -64,8 +64,8 @@ def _layout(rows: int, columns: int, settings: LayerSettings) -> _Layout:
 
 # Tokens from which the weight is made dense, a chunk of rows at a time, and multiplied by torch; fewer go through the
 # packed kernel. By (path, matrix unit), as the library tells them. Measured at 4096 × 4096 on two Zen 4 cores, packed
-# against dense chunks: AVX-512, bf16 5.8 and 7.6 ms at 64 tokens, 20.8 and 22.1 at 256, 82.5 and 82.2 at 1024, fp32
-# 20.5 and 49.7 at 256: never. AVX2 with torch held to AVX2 as well, one core, bf16 49 and 184 ms at 128 tokens, fp32 48
+# against dense chunks: AVX-512, bf16 5.2 and 7.6 ms at 64 tokens, 20.5 and 22.1 at 256, 81 and 82 at 1024, fp32 20.5
+# and 49.7 at 256: never. AVX2 with torch held to AVX2 as well, one core, bf16 49 and 184 ms at 128 tokens, fp32 48
 # and 52: never. The portable path, one core, fp32 10.7 and 23 ms at 16 tokens, 42 and 39 at 64; 32 leaves room for
 # processors (Arm) whose dense products are better. A bf16 matrix unit (AMX) is not measured; 32 follows from its rate.
 _NEVER = 2**62
