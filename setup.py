@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 # mapped has none either: that is why `find_packages` does not see it and it is named here.
 REGISTER_PACKAGE = "optimum.commands.register"
 
-QUANTIZE = ["accelerate>=1.0", "greenlet>=3.0", "greenlet>=3.0", "jinja2>=3.1", "pillow>=10.0", "tqdm>=4.60"]
+QUANTIZE = ["accelerate>=1.0", "greenlet>=3.0", "jinja2>=3.1", "pillow>=10.0", "tqdm>=4.60"]
 TEST = [*QUANTIZE, "hypothesis>=6.100", "optimum>=2.0", "pytest>=8.0", "triton>=3.2; platform_system == 'Linux'"]
 
 
@@ -59,6 +59,7 @@ setup(
     },
     package_data={
         "optimum_sab": ["py.typed"],
+        "sab_kernels": ["configs/*.json"],
         "optimum_sab.data": ["*.txt"],
         "optimum_sab.example": ["checkpoint/*"],
         "optimum_sab.ops.cpu": ["*.c"],

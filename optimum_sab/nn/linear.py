@@ -26,9 +26,9 @@ class SABLinear(nn.Module):
     base signs. All are integers, so ``.half()`` and ``.to(dtype)`` change nothing but the bias.
 
     They are in one of two layouts: ``"stored"``, as in files, which the CPU computes with, or ``"kernel"``, which the
-    Triton kernels read. `to_layout` converts in place. It happens by itself: to the kernel layout when the layer comes to
-    a device on which Triton computes, and back whenever the layer is moved, saved or loaded into, so a state dict always
-    holds the stored tensors.
+    Triton kernels read. `to_layout` converts in place. It happens by itself: to the kernel layout when the layer comes
+    to a device on which Triton computes, and back whenever the layer is moved, saved or loaded into, so a state dict
+    always holds the stored tensors.
 
     Args:
         in_features: columns of the weight.

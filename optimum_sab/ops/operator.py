@@ -75,10 +75,12 @@ def stacked_linear(
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def _forward(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:  # fmt: skip
+def _forward(
+    x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any
+) -> Tensor:
     shape = LayerShape(*numbers)
     _check(x, tensors, shape)
-    name = _backend(x, layout, backend)
+    name = backend_name(x.device, backend)
     rows = x.reshape(-1, shape.in_features)
     if name == "triton":
         from sab_kernels import binary_linear as triton_linear
@@ -95,13 +97,21 @@ def _forward(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str,
     return out.to(x.dtype).view(*x.shape[:-1], shape.out_features)
 
 
-def _stacked(x: Tensor, bias: Tensor | None, sizes: list[int], tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> list[Tensor]:  # fmt: skip
+def _stacked(
+    x: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    tensors: list[Tensor],
+    layout: str,
+    backend: str | None,
+    *numbers: Any,
+) -> list[Tensor]:
     shape = LayerShape(*numbers)
     _check(x, tensors, shape)
     rows = x.reshape(-1, shape.in_features)
-    if _backend(x, layout, backend) != "triton":
+    if backend_name(x.device, backend) != "triton":
         whole = _forward(x, bias, tensors, layout, backend, *numbers)
-        return [part.contiguous() for part in whole.split(sizes, -1)]
+        return [part.clone(memory_format=torch.contiguous_format) for part in whole.split(sizes, -1)]
     from sab_kernels import stacked_linear as triton_linear
 
     named = _kernel_tensors(tensors, layout, shape)
@@ -112,7 +122,7 @@ def _stacked(x: Tensor, bias: Tensor | None, sizes: list[int], tensors: list[Ten
 def _transposed(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
     shape = LayerShape(*numbers)
     rows = grad.reshape(-1, shape.out_features)
-    name = _backend(grad, layout, backend)
+    name = backend_name(grad.device, backend)
     if name == "triton":
         from sab_kernels import dequantize as triton_dequantize
 
@@ -125,11 +135,6 @@ def _transposed(grad: Tensor, tensors: list[Tensor], layout: str, backend: str |
         weight = _packed(tensors, layout, shape).dequantize()
     out = rows.to(weight.dtype) @ weight
     return out.to(grad.dtype).view(*grad.shape[:-1], shape.in_features)
-
-
-def _backend(x: Tensor, layout: str, backend: str | None) -> str:
-    """The kernel layout is only made where Triton was chosen; there is nothing left to choose then."""
-    return "triton" if layout == "kernel" and backend in (None, "auto") else backend_name(x.device, backend)
 
 
 def _kernel_dtype(x: Tensor) -> torch.dtype:
@@ -167,7 +172,11 @@ def _check(x: Tensor, tensors: Sequence[Tensor], shape: LayerShape) -> None:
         raise ConfigError(f"the input is on {x.device}, the layer on {weight.device}; move one of them.")
 
 
-for _name, _function in (("binary_linear", _forward), ("stacked_linear", _stacked), ("binary_linear_transposed", _transposed)):  # fmt: skip
+for _name, _function in (
+    ("binary_linear", _forward),
+    ("stacked_linear", _stacked),
+    ("binary_linear_transposed", _transposed),
+):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
@@ -182,7 +191,15 @@ def _(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backen
 
 
 @torch.library.register_fake("optimum_sab::stacked_linear")
-def _(x: Tensor, bias: Tensor | None, sizes: list[int], tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> list[Tensor]:  # fmt: skip
+def _(
+    x: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    tensors: list[Tensor],
+    layout: str,
+    backend: str | None,
+    *numbers: Any,
+) -> list[Tensor]:
     _check(x, tensors, LayerShape(*numbers))
     return [x.new_empty(*x.shape[:-1], size) for size in sizes]
 
@@ -197,7 +214,7 @@ def _(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *nu
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Nothing dense is kept: the weight is made dense again in the backward pass."""
-    x, bias, *rest = inputs
+    _, bias, *rest = inputs
     ctx.bias = None if bias is None else (bias.dtype, bias.requires_grad)
     ctx.arguments = rest
 

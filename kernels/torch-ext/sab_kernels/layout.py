@@ -11,13 +11,13 @@ Rows are the outermost dimension of every tensor that has them, so layers that s
 |---|---|
 | weight | int32 [row tiles, column tiles, base planes, 128 words (g, q, r)] |
 | residual_sign | int32 [row tiles, slot tiles, residual planes, 128 words] |
-| residual_index | int32 [128 · (slot tiles + column tiles)]: the column at every place of the slots, −1 where a slot is not \
-full; then the place of every column, −1 where it is not salient |
+| residual_index | int32 [128 · (slot tiles + column tiles)]: columns by place, then places by column |
 | row_scale | uint8 or int16 [row tiles, blocks, planes, 32 (g, r)] |
 | row_exponent | int8 [32 · row tiles], only with fp8 |
 | col_scale | int16 [128 · column tiles] |
 
-A block's salient columns fill whole slots of 16. Padding is zero.
+A block's salient columns fill whole slots of 16 places. Where a slot is not full, the place has column −1; a column
+that is not salient has place −1. All other padding is zero.
 """
 
 import torch

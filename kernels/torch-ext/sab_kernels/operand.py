@@ -251,8 +251,8 @@ def load_float_operands(
 def operand_column(kappa, WIDE_LANES: tl.constexpr):
     """Which of a step's 32 columns stands at place kappa of a float operand.
 
-    Lanes hold columns 16 h + 4 q + i. A matrix instruction of four warps (Hopper) takes them in the order (i, q, h); the
-    compiler orders those of one warp (q, i, h).
+    Lanes hold columns 16 h + 4 q + i. A matrix instruction of four warps (Hopper) takes them in the order (i, q, h);
+    for those of one warp the compiler chooses (q, i, h).
     """
     if WIDE_LANES:
         return kappa % 2 * 16 + kappa // 8 * 4 + kappa // 2 % 4
@@ -265,7 +265,7 @@ def _flip(words, scale, SHIFT: tl.constexpr):
     """The scale, with its sign bit inverted where a bit of the word is clear, two at a time: the bits of both halves
     are shifted to where the sign bits are."""
     return tl.inline_asm_elementwise(
-        "{ .reg .b32 t; shl.b32 t, $1, %d; lop3.b32 $0, t, 0x80008000, $2, 0xA6; }" % SHIFT,
+        "{ .reg .b32 t; shl.b32 t, $1, %d; lop3.b32 $0, t, 0x80008000, $2, 0xA6; }" % SHIFT,  # noqa: UP031 - no f-strings
         "=r,r,r",
         [words, scale],
         dtype=scale.dtype,

@@ -36,7 +36,7 @@ class Launch:
     decode_programs: int = 16
     decode_unroll: int = 2
     batch_warps: int = 4
-    batch_tokens: int = 64
+    batch_tokens: int = 32
     batch_programs: int = 2
     batch_stages: int = 3
     dense_tokens: int = 257
