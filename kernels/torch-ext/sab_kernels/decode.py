@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish
-from .operand import exponent_bias, load_byte_operands, load_limb_operand, load_row_scale
+from .operand import scale_exponent_offset, load_byte_operands, load_limb_operand, load_row_scale
 
 
 @triton.jit
@@ -178,7 +178,7 @@ def decode_kernel(
         bound2,
         bound3,
         rows,
-        exponent_bias(FP8, NATIVE_FP8),
+        scale_exponent_offset(FP8, NATIVE_FP8),
         FP8,
         HAS_BIAS,
         STACK,

@@ -3,14 +3,56 @@
 import triton
 import triton.language as tl
 
-from .operand import scale_of_bits
+from .operand import load_tile_scale, operand_column, scale_exponent_offset
 from .prepare import load_half
 
 
 @triton.jit
-def _signed(ptr, place, bit, there, scale):
-    word = tl.load(ptr + place, mask=there, other=0)
-    return tl.where(((word >> bit) & 1) != 0, scale, -scale)
+def _load_words(ptr, row_stride, tiles, TILES: tl.constexpr):
+    """Words of one tile in TILES row tiles, int32 [TILES, g, q, r]; 0 in row tiles that are not there."""
+    flat = tl.arange(0, TILES * 128)
+    words = tl.load(ptr + flat // 128 * row_stride + flat % 128, mask=flat // 128 < tiles, other=0)
+    return words.reshape(TILES, 8, 4, 4)
+
+
+@triton.jit
+def _base_values(words, scale, TILES: tl.constexpr):
+    """±scale of a plane's signs, fp32 [32 · TILES, 128]: rows as in small_batch.py, columns (s, h, i // 2, q, i % 2), as
+    lanes hold the accumulator of a matrix instruction.
+
+    Args:
+        words: int32 [TILES, g, q, r].
+        scale: fp32 [TILES, g, q, r, s].
+    """
+    s = tl.arange(0, 4)[None, None, None, None, :, None, None]
+    h = tl.arange(0, 2)[None, None, None, None, None, :, None]
+    i = tl.arange(0, 4)[None, None, None, None, None, None, :]
+    # the sign bit is the inverted bit of the word
+    flipped = (~words)[:, :, :, :, None, None, None] << (31 - (16 * h + 4 * i + s))
+    bits = scale[:, :, :, :, :, None, None].to(tl.int32, bitcast=True) ^ (flipped & -2147483648)
+    values = bits.to(tl.float32, bitcast=True).reshape(TILES, 8, 4, 2, 2, 4, 2, 2, 2)  # t g q m z s h i//2 i%2
+    return values.permute(3, 0, 4, 1, 5, 6, 7, 2, 8).reshape(TILES * 32, 128)
+
+
+@triton.jit
+def _slot_operand(words, scale, step, TILES: tl.constexpr, WIDE_LANES: tl.constexpr):
+    """±scale of two slots, fp16 [32 · TILES, 32], in the order of `operand.load_float_operands`.
+
+    Args:
+        words: int32 [TILES, g, q, r] of a tile of slots.
+        scale: fp32 [TILES, g, q, r, h].
+        step: which two slots of the tile.
+    """
+    h = tl.arange(0, 2)[None, None, None, None, :, None]
+    i = tl.arange(0, 4)[None, None, None, None, None, :]
+    bit = (words[:, :, :, :, None, None] >> (16 * h + 4 * i + step)) & 1
+    values = tl.where(bit != 0, scale[:, :, :, :, :, None], -scale[:, :, :, :, :, None]).to(tl.float16)
+    values = values.reshape(TILES, 8, 4, 2, 2, 2, 2, 2)  # t g q m z h i//2 i%2
+    if WIDE_LANES:
+        values = values.permute(3, 0, 4, 1, 2, 6, 7, 5)
+    else:
+        values = values.permute(3, 0, 4, 1, 6, 7, 2, 5)
+    return values.reshape(TILES * 32, 32)
 
 
 @triton.jit
@@ -23,7 +65,8 @@ def dequantize_kernel(
     column_scale_ptr,  # int16 [column tiles · 128]
     out_ptr,  # float [rows, columns], of the rows from the first row tile on
     first_tile,
-    rows,
+    rows,  # up to which one is written
+    row_tiles,
     columns,
     column_tiles,
     slot_tiles,
@@ -33,47 +76,89 @@ def dequantize_kernel(
     BLOCK_SIZE: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
     FP8: tl.constexpr,
+    NATIVE_FP8: tl.constexpr,
+    TILES: tl.constexpr,
+    WIDE_LANES: tl.constexpr,
+    ASM: tl.constexpr,
 ):
-    """One tile of 32 rows by 128 columns, in the order of operations of the reference: equal to it bit by bit."""
+    """TILES row tiles by one column tile.
+
+    Salient columns get their residual through the matrix unit: signs times row scales of the slots, times a matrix of
+    zeros and ones that sends every place to its column. All of it is exact in fp16 times 1 added in fp32.
+    """
     PLANES: tl.constexpr = BASE + RESIDUAL
-    row_tile = (first_tile + tl.program_id(0)).to(tl.int64)
+    first = first_tile + tl.program_id(0) * TILES
     tile = tl.program_id(1)
-    row = tl.arange(0, 32)
-    column = tl.arange(0, 128)
-    scale_ptr = row_scale_ptr + row_tile * (blocks * (PLANES * 32)) + (row % 8 * 4 + row // 8)[:, None]
-    exponent = tl.zeros((32,), tl.int32)
-    if FP8:
-        exponent = tl.load(row_exponent_ptr + row_tile * 32 + row).to(tl.int32)
-    power = ((exponent + 127) << 23).to(tl.float32, bitcast=True)[:, None]
-    block = (tile * 128 + column) // BLOCK_SIZE
-    known = (row >= 0)[:, None] & (block < blocks)[None, :]
-    lane = (row % 8)[:, None] * 16 + (column // 4 % 4)[None, :] * 4 + (row // 8)[:, None]
-    bit = (column // 16 % 2 * 16 + column % 4 * 4 + column // 32)[None, :]
-    tile_ptr = weight_ptr + (row_tile * column_tiles + tile) * (BASE * 128)
-    value = tl.zeros((32, 128), tl.float32)
+    tiles = row_tiles - first
+    weight_stride = column_tiles * (BASE * 128)
+    weight_ptr += first.to(tl.int64) * weight_stride + tile * (BASE * 128)
+    scale_stride = blocks * (PLANES * 32)
+    row_scale_ptr += first.to(tl.int64) * scale_stride
+    n = tl.arange(0, 128)  # column of the accumulator: s, h, i // 2, q, i % 2
+    column = tile * 128 + n // 32 * 32 + n // 16 % 2 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
     for plane in tl.static_range(BASE):
-        bits = tl.load(scale_ptr + (block * PLANES + plane)[None, :] * 32, mask=known, other=0)
-        scale = scale_of_bits(bits, FP8, False, False)
-        scale *= power * (256.0 if FP8 else 1.0)
-        value += _signed(tile_ptr, lane + plane * 128, bit, known, scale)
-    if RESIDUAL > 0:
-        place = tl.load(place_ptr + tile * 128 + column)
-        salient = known & (place >= 0)[None, :]
-        slot = place // 16
-        lane = (row % 8)[:, None] * 16 + (place // 4 % 4)[None, :] * 4 + (row // 8)[:, None]
-        bit = (place // 16 % 2 * 16 + place % 4 * 4 + place // 32 % 4)[None, :]
-        rest_ptr = residual_ptr + row_tile * slot_tiles * (RESIDUAL * 128)
-        for plane in tl.static_range(RESIDUAL):
-            entry = (slot // SLOTS_PER_BLOCK * PLANES + BASE + plane)[None, :] * 32
-            bits = tl.load(scale_ptr + entry, mask=salient, other=0)
-            scale = scale_of_bits(bits, FP8, False, False)
-            scale *= power * (256.0 if FP8 else 1.0)
-            at = (place // 128 * RESIDUAL + plane)[None, :] * 128 + lane
-            value += _signed(rest_ptr, at, bit, salient, scale)
-    value *= load_half(column_scale_ptr + tile * 128 + column, column >= 0)[None, :]
-    out_row = tl.program_id(0).to(tl.int64) * 32 + row
-    out_column = tile * 128 + column
-    inside = (row_tile * 32 + row < rows)[:, None] & (out_column < columns)[None, :]
-    tl.store(
-        out_ptr + out_row[:, None] * columns + out_column[None, :], value.to(out_ptr.dtype.element_ty), mask=inside
-    )
+        words = _load_words(weight_ptr + plane * 128, weight_stride, tiles, TILES)
+        low = tile * 128 // BLOCK_SIZE
+        scale_ptr = row_scale_ptr + plane * 32
+        if BLOCK_SIZE % 128 == 0:
+            scale = load_tile_scale(
+                scale_ptr, scale_stride, tiles, low, low, blocks, PLANES * 32, TILES, FP8, NATIVE_FP8, ASM
+            )
+            scale = tl.join(scale, scale).reshape(TILES, 8, 4, 4, 4)
+        else:
+            b1 = (tile * 128 + 32) // BLOCK_SIZE
+            b2 = (tile * 128 + 64) // BLOCK_SIZE
+            b3 = (tile * 128 + 96) // BLOCK_SIZE
+            lower = load_tile_scale(
+                scale_ptr, scale_stride, tiles, low, b2, blocks, PLANES * 32, TILES, FP8, NATIVE_FP8, ASM
+            )
+            upper = load_tile_scale(
+                scale_ptr, scale_stride, tiles, b1, b3, blocks, PLANES * 32, TILES, FP8, NATIVE_FP8, ASM
+            )
+            scale = tl.join(lower, upper).reshape(TILES, 8, 4, 4, 4)  # steps 0, 1, 2, 3
+        if plane == 0:
+            value = _base_values(words, scale, TILES)
+        else:
+            value += _base_values(words, scale, TILES)
+    if RESIDUAL > 0 and SLOTS_PER_BLOCK > 0:
+        residual_stride = slot_tiles * (RESIDUAL * 128)
+        residual_ptr += first.to(tl.int64) * residual_stride
+        place = tl.load(place_ptr + column)
+        kappa = tl.arange(0, 32)
+        source = operand_column(kappa, WIDE_LANES)
+        start = tile * 128 // BLOCK_SIZE * SLOTS_PER_BLOCK
+        stop = (tl.minimum(tile * 128 + 127, columns - 1) // BLOCK_SIZE + 1) * SLOTS_PER_BLOCK
+        for entry in range(start // 2, (stop + 1) // 2):
+            sends = (place[None, :] == (entry * 32 + source)[:, None]).to(tl.float16)
+            for plane in tl.static_range(RESIDUAL):
+                at = residual_ptr + (entry // 4 * RESIDUAL + plane) * 128
+                slot_words = _load_words(at, residual_stride, tiles, TILES)
+                slot_scale = load_tile_scale(
+                    row_scale_ptr + (BASE + plane) * 32,
+                    scale_stride,
+                    tiles,
+                    entry * 2 // SLOTS_PER_BLOCK,
+                    (entry * 2 + 1) // SLOTS_PER_BLOCK,
+                    blocks,
+                    PLANES * 32,
+                    TILES,
+                    FP8,
+                    NATIVE_FP8,
+                    ASM,
+                )
+                value = tl.dot(_slot_operand(slot_words, slot_scale, entry % 4, TILES, WIDE_LANES), sends, value)
+    # operand row 16 TILES m + 16 w + 8 z + g is row 32 w + 16 m + 8 z + g of the program
+    row_place = tl.arange(0, TILES * 32)
+    row = first * 32 + row_place // 16 % TILES * 32 + row_place // (16 * TILES) * 16 + row_place % 16
+    if FP8:
+        exponent = tl.load(row_exponent_ptr + row, mask=row < rows, other=0).to(tl.int32)
+        power = (exponent + (127 + scale_exponent_offset(FP8, NATIVE_FP8))) << 23
+        value *= power.to(tl.float32, bitcast=True)[:, None]
+    value *= load_half(column_scale_ptr + column, column >= 0)[None, :]
+    # to the order of memory: columns (s, h, q, i // 2, i % 2)
+    value = value.to(out_ptr.dtype.element_ty).reshape(TILES * 32, 8, 2, 4, 2)
+    value = value.permute(0, 1, 3, 2, 4).reshape(TILES * 32, 128)
+    out_row = (row - first_tile * 32).to(tl.int64)
+    out_column = tile * 128 + tl.arange(0, 128)
+    inside = (row < rows)[:, None] & (out_column < columns)[None, :]
+    tl.store(out_ptr + out_row[:, None] * columns + out_column[None, :], value, mask=inside)

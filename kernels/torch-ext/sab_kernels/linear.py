@@ -20,6 +20,7 @@ from .tuning import AUTOTUNE, Launch, candidates, default_launch, launch_cache
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_SPLIT = 16
 MAX_STACK = 4
+DENSE_WARPS = 4  # and row tiles of a program that makes the weight dense
 # tables of the byte permutation (operand.py), as signed integers: 0xFF00FF00, 0xFFFF0000, 0x01010101
 _TABLES = {"even": -16711936, "pair": -65536, "ones": 0x01010101}
 
@@ -342,24 +343,32 @@ def _layer_constants(geometry: Geometry) -> dict[str, int | bool]:
 
 
 def _dequantize_into(out: Tensor, tensors: dict[str, Tensor], geometry: Geometry, start: int, stop: int) -> None:
+    device = _device(out.device)
     residual = geometry.residual_planes
-    index = tensors["residual_index"][geometry.slot_tiles * 128 :] if residual else tensors["weight"]
-    dequantize_kernel[(ceil_div(stop - start, TILE_ROWS), geometry.column_tiles)](
+    places = tensors["residual_index"][geometry.slot_tiles * 128 :] if residual else tensors["weight"]
+    row_tiles = ceil_div(stop, TILE_ROWS)
+    first = start // TILE_ROWS
+    dequantize_kernel[(ceil_div(row_tiles - first, DENSE_WARPS), geometry.column_tiles)](
         tensors["weight"],
         tensors["residual_sign"] if residual else tensors["weight"],
-        index,
+        places,
         tensors["row_scale"],
         tensors.get("row_exponent", tensors["weight"]),
         tensors["col_scale"],
         out,
-        start // TILE_ROWS,
+        first,
         stop,
+        row_tiles,
         geometry.columns,
         geometry.column_tiles,
         geometry.slot_tiles if residual else 0,
         geometry.blocks,
-        **_layer_constants(geometry),
-        num_warps=8,
+        **{**_layer_constants(geometry), "SLOTS_PER_BLOCK": geometry.slots_per_block if residual else 0},
+        NATIVE_FP8=device.native_fp8,
+        TILES=DENSE_WARPS,
+        WIDE_LANES=not device.warpgroup,
+        ASM=device.asm,
+        num_warps=DENSE_WARPS,
     )
 
 

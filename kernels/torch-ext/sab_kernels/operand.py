@@ -132,7 +132,7 @@ def load_row_scale(
 
 @triton.jit
 def scale_of_bits(bits, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, ASM: tl.constexpr):
-    """Stored row scales as fp32. Where the device lacks e4m3 the result is 2⁻⁸ of the scale (`exponent_bias`): the
+    """Stored row scales as fp32. Where the device lacks e4m3 the result is 2⁻⁸ of the scale (`scale_exponent_offset`): the
     bits are moved to where fp16 has sign, exponent and mantissa, whose exponent bias is larger by 8."""
     if not FP8:
         scale = bits.to(tl.float16, bitcast=True)
@@ -156,7 +156,7 @@ def scale_of_bits(bits, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, ASM: tl.con
 
 
 @triton.jit
-def exponent_bias(FP8: tl.constexpr, NATIVE_FP8: tl.constexpr):
+def scale_exponent_offset(FP8: tl.constexpr, NATIVE_FP8: tl.constexpr):
     """What the power of two of a row must make good (`scale_of_bits`)."""
     return 8 if FP8 and not NATIVE_FP8 else 0
 

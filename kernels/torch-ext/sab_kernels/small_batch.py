@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish
-from .operand import exponent_bias, load_float_operands, load_tile_scale
+from .operand import scale_exponent_offset, load_float_operands, load_tile_scale
 
 
 @triton.jit
@@ -148,7 +148,7 @@ def small_batch_kernel(
         bound2,
         bound3,
         rows,
-        exponent_bias(FP8, NATIVE_FP8),
+        scale_exponent_offset(FP8, NATIVE_FP8),
         FP8,
         HAS_BIAS,
         STACK,

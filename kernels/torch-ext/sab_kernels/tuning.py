@@ -28,7 +28,7 @@ class Launch:
         batch_programs: programs wanted per multiprocessor.
         batch_stages: loads in flight.
         dense_tokens: from so many tokens on, the weight is made dense first.
-        dense_bytes: largest piece of a dense weight that is held at a time.
+        dense_bytes: largest piece of a dense weight that is held at a time; small enough, it never leaves the cache.
     """
 
     decode_tokens: int = 8
@@ -40,7 +40,7 @@ class Launch:
     batch_programs: int = 2
     batch_stages: int = 3
     dense_tokens: int = 257
-    dense_bytes: int = 1 << 27
+    dense_bytes: int = 1 << 25
 
     def __post_init__(self) -> None:
         allowed = {
@@ -123,4 +123,7 @@ def candidates(tokens: int, launch: Launch) -> list[Launch]:
         for s in (2, 3, 4)
         if t <= max(16, 2 * tokens)
     ]
-    return [*batch, replace(launch, dense_tokens=min(tokens, launch.dense_tokens))] if tokens > 64 else batch
+    dense = [
+        replace(launch, dense_tokens=min(tokens, launch.dense_tokens), dense_bytes=1 << b) for b in (24, 25, 26, 27, 29)
+    ]
+    return [*batch, *dense] if tokens > 64 else batch
