@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +18,28 @@ ROW_TILE = 32
 SHARED = ("residual_index", "col_scale")  # tensors that have no rows, and must be equal
 
 
+@dataclass(frozen=True)
+class _Pending:
+    """Outputs of members that have not been called yet, and for what."""
+
+    inputs: Tensor
+    version: int
+    mode: tuple[Any, ...]
+    outputs: tuple[Tensor | None, ...]
+
+    def without(self, index: int) -> _Pending | None:
+        """What is left when a member has taken its output; nothing when it was the last one."""
+        rest = tuple(None if i == index else o for i, o in enumerate(self.outputs))
+        return None if all(o is None for o in rest) else _Pending(self.inputs, self.version, self.mode, rest)
+
+
 class InputGroup:
     """Sibling layers that the solver fitted as one matrix, with the same column scales and salient columns.
 
-    When the first member is called, all are computed; the others, called with the same tensor, take their part. The
-    members' packed tensors are then views of stacked ones. A member that is called with another tensor computes alone,
-    and so do all where the kernel layout is not in use.
+    When the first member is called, all are computed; the others, called with the same tensor, take their part, once.
+    The members' packed tensors are then views of stacked ones. A member that is called with another tensor, or in
+    another grad or autocast mode, computes alone, and so do all where the kernel layout is not in use or a bias is
+    trained.
 
     The same tensor is the same object in the same version. `torch.compile` cannot see versions, so while it traces the
     group is used only after it has been seen to work in an ordinary call.
@@ -35,11 +52,9 @@ class InputGroup:
         self.members = tuple(members)
         self.sizes = tuple(m.out_features for m in members)
         self.proven = False
-        self._pending: tuple[Tensor, int, list[Tensor]] | None = None
-        self._hits = 0
+        self._pending: _Pending | None = None
         self._pointers: tuple[int, ...] = ()
         self._stack: list[Tensor] = []
-        self._bias: Tensor | None = None
         first = members[0]
         self.shape = LayerShape.of(sum(self.sizes), first.in_features, first.settings)
 
@@ -49,27 +64,28 @@ class InputGroup:
         if tracing and not self.proven:
             return None
         index = self._index(member)
-        pending = self._pending
         if index == 0:
-            if not tracing and not self._ready():
-                self._pending = None
-                return None
-            outputs = stacked_linear(inputs, self._stack, self.shape, self.sizes, self._bias, member.backend)
-            self._pending = (inputs, 0 if tracing else _version(inputs), outputs)
-            self._hits = 0
-            return outputs[0]
-        if pending is None or pending[0] is not inputs:
-            return None
-        if not tracing:
-            if pending[1] != _version(inputs):  # changed in place between the calls: these layers do not share an input
-                self.dissolve()
-                return None
-            self._hits += 1
-        if index == len(self.members) - 1:
             self._pending = None
-            if not tracing and self._hits == index:
-                self.proven = True
-        return pending[2][index]
+            if not tracing and not self._ready():
+                return None
+            biases = [m.bias for m in self.members if m.bias is not None]
+            if torch.is_grad_enabled() and any(b.requires_grad for b in biases):
+                return None
+            outputs = stacked_linear(inputs, self._stack, self.shape, self.sizes, biases, member.backend)
+            version = 0 if tracing else _version(inputs)
+            self._pending = _Pending(inputs, version, _mode(inputs), (None, *outputs[1:]))
+            return outputs[0]
+        pending = self._pending
+        if pending is None or pending.inputs is not inputs or pending.mode != _mode(inputs):
+            return None
+        if not tracing and pending.version != _version(inputs):
+            self.dissolve()  # changed in place between the calls: these layers do not share an input
+            return None
+        output = pending.outputs[index]
+        self._pending = pending.without(index)
+        if self._pending is None and not tracing:
+            self.proven = True  # every member took its part
+        return output
 
     def dissolve(self) -> None:
         """Members compute alone from now on."""
@@ -84,13 +100,13 @@ class InputGroup:
         raise ValueError("the layer is no member of its group")
 
     def _ready(self) -> bool:
-        """Whether the stacked tensors are those of the members; stacks them anew after the members have been moved."""
-        pointers = tuple(m.weight.data_ptr() for m in self.members)
-        if pointers == self._pointers:
+        """Whether the stacked tensors are those of the members; stacks them anew after they were moved or loaded."""
+        if tuple(m.weight.data_ptr() for m in self.members) == self._pointers:
             return True
-        if any(m.layout != "kernel" for m in self.members) or len({m.weight.device for m in self.members}) > 1:
+        if any(m.layout != "kernel" for m in self.members):
             return False
-        if len({None if m.bias is None else m.bias.dtype for m in self.members}) > 1:
+        if not all(_alike(self.members[0], m) for m in self.members[1:]):
+            self.dissolve()
             return False
         self._restack()
         return True
@@ -100,23 +116,20 @@ class InputGroup:
         from torch._dynamo import mark_static_address  # takes a second to import, and only kernels on a GPU need it
 
         self._stack = []
-        for name in self.shape.names:
-            parts = [m._parameters[name] for m in self.members]
+        for name, parts in zip(self.shape.names, zip(*(m.tensors for m in self.members))):
             if name in SHARED:
-                self._stack.append(parts[0])  # type: ignore[arg-type]
+                self._stack.append(parts[0])
                 continue
-            whole = torch.cat(parts)  # type: ignore[arg-type]
+            whole = torch.cat(parts)
             mark_static_address(whole)  # compiled CUDA graphs would copy it at every call otherwise
             self._stack.append(whole)
-            for member, view in zip(self.members, whole.split([len(p) for p in parts])):  # type: ignore[arg-type]
-                member._parameters[name] = nn.Parameter(view, requires_grad=False)
-        biases = [m.bias for m in self.members]
-        self._bias = None if biases[0] is None else torch.cat(biases)  # type: ignore[arg-type]
+            for member, view in zip(self.members, whole.split([len(p) for p in parts])):
+                member.register_parameter(name, nn.Parameter(view, requires_grad=False))
         self._pointers = tuple(m.weight.data_ptr() for m in self.members)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies stack their own tensors: they are views here, and would be copied twice."""
-        return {**self.__dict__, "_pending": None, "_pointers": (), "_stack": [], "_bias": None}
+        return {**self.__dict__, "_pending": None, "_pointers": (), "_stack": []}
 
 
 def group_linears(model: nn.Module) -> list[InputGroup]:
@@ -145,12 +158,18 @@ def group_linears(model: nn.Module) -> list[InputGroup]:
 def _alike(one: SABLinear, other: SABLinear) -> bool:
     if one.shape[1:] != other.shape[1:] or one.backend != other.backend or one.layout != other.layout:
         return False
-    if (one.bias is None) != (other.bias is None) or one.weight.device != other.weight.device:
+    if one.weight.device != other.weight.device or one.weight.device.type == "meta":
         return False
-    if one.weight.device.type == "meta":
+    if (None if one.bias is None else one.bias.dtype) != (None if other.bias is None else other.bias.dtype):
         return False
-    names = [name for name in SHARED if name in one.shape.names]
-    return all(torch.equal(one._parameters[n], other._parameters[n]) for n in names)  # type: ignore[arg-type]
+    named = zip(one.shape.names, one.tensors, other.tensors)
+    return all(torch.equal(a, b) for name, a, b in named if name in SHARED)
+
+
+def _mode(inputs: Tensor) -> tuple[Any, ...]:
+    """What else an output depends on: whether gradients are recorded, and autocast's dtype."""
+    kind = inputs.device.type
+    return torch.is_grad_enabled(), torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _version(tensor: Tensor) -> int:

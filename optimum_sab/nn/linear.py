@@ -142,7 +142,7 @@ class SABLinear(nn.Module):
         before = self.weight.device
         self.to_layout("stored")
         super()._apply(fn, recurse)
-        if prepared or self.weight.device != before:
+        if prepared or self.weight.device != before != torch.device("meta"):  # from meta comes what is yet to be filled
             self.prepare()
         return self
 
@@ -175,6 +175,8 @@ class SABLinear(nn.Module):
         Raises:
             ConfigError: see `optimum_sab.ops.operator.binary_linear`.
         """
+        if self.layout == "stored" and self.weight.device.type != "cpu" and not torch.compiler.is_compiling():
+            self.prepare()  # made or filled on the device rather than moved to it
         if self.group is not None:
             output = self.group.output_of(self, inputs)
             if output is not None:

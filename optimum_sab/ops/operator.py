@@ -28,7 +28,7 @@ _WEIGHT = (
 )
 _library = torch.library.Library("optimum_sab", "DEF")
 _library.define(f"binary_linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
-_library.define(f"stacked_linear(Tensor x, Tensor? bias, int[] sizes, {_WEIGHT}) -> Tensor[]")
+_library.define(f"stacked_linear(Tensor x, Tensor[] biases, int[] sizes, {_WEIGHT}) -> Tensor[]")
 _library.define(f"binary_linear_transposed(Tensor grad, {_WEIGHT}) -> Tensor")
 
 
@@ -65,11 +65,14 @@ def stacked_linear(
     tensors: Sequence[Tensor],
     shape: LayerShape,
     sizes: Sequence[int],
-    bias: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
     backend: str | None = None,
 ) -> list[Tensor]:
-    """`binary_linear` of layers stacked by rows in the kernel layout: one output [..., size] for each of ``sizes``."""
-    return torch.ops.optimum_sab.stacked_linear(x, bias, sizes, tensors, "kernel", backend, *shape)
+    """`binary_linear` of layers stacked by rows in the kernel layout: one output [..., size] for each of ``sizes``.
+
+    Biases get no gradient here.
+    """
+    return torch.ops.optimum_sab.stacked_linear(x, biases, sizes, tensors, "kernel", backend, *shape)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -99,7 +102,7 @@ def _forward(
 
 def _stacked(
     x: Tensor,
-    bias: Tensor | None,
+    biases: list[Tensor],
     sizes: list[int],
     tensors: list[Tensor],
     layout: str,
@@ -108,14 +111,13 @@ def _stacked(
 ) -> list[Tensor]:
     shape = LayerShape(*numbers)
     _check(x, tensors, shape)
-    rows = x.reshape(-1, shape.in_features)
     if backend_name(x.device, backend) != "triton":
-        whole = _forward(x, bias, tensors, layout, backend, *numbers)
+        whole = _forward(x, torch.cat(biases) if biases else None, tensors, layout, backend, *numbers)
         return [part.clone(memory_format=torch.contiguous_format) for part in whole.split(sizes, -1)]
     from sab_kernels import stacked_linear as triton_linear
 
-    named = _kernel_tensors(tensors, layout, shape)
-    parts = triton_linear(rows.to(_kernel_dtype(x)), named, shape.geometry, tuple(sizes), bias)
+    rows = x.reshape(-1, shape.in_features).to(_kernel_dtype(x))
+    parts = triton_linear(rows, _kernel_tensors(tensors, layout, shape), shape.geometry, tuple(sizes), biases)
     return [part.to(x.dtype).view(*x.shape[:-1], part.shape[1]) for part in parts]
 
 
@@ -193,7 +195,7 @@ def _(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backen
 @torch.library.register_fake("optimum_sab::stacked_linear")
 def _(
     x: Tensor,
-    bias: Tensor | None,
+    biases: list[Tensor],
     sizes: list[int],
     tensors: list[Tensor],
     layout: str,
@@ -214,39 +216,45 @@ def _(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *nu
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Nothing dense is kept: the weight is made dense again in the backward pass."""
-    _, bias, *rest = inputs
-    ctx.bias = None if bias is None else (bias.dtype, bias.requires_grad)
-    ctx.arguments = rest
-
-
-def _bias_gradient(ctx: Any, grad: Tensor) -> Tensor | None:
-    if ctx.bias is None or not ctx.bias[1]:
-        return None
-    return grad.reshape(math.prod(grad.shape[:-1]), -1).sum(0).to(ctx.bias[0])
-
-
-def _no_gradients(arguments: Sequence[Any]) -> list[Any]:
-    """None for every argument, and a list of them for a list of tensors."""
-    lists = (isinstance(a, (list, tuple)) and isinstance(a[0], Tensor) for a in arguments)
-    return [[None] * len(a) if is_list else None for a, is_list in zip(arguments, lists)]
+    _, bias, *ctx.arguments = inputs
+    ctx.bias_dtype = bias.dtype if isinstance(bias, Tensor) and bias.requires_grad else None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x_grad = torch.ops.optimum_sab.binary_linear_transposed(grad, *ctx.arguments) if ctx.needs_input_grad[0] else None
-    return x_grad, _bias_gradient(ctx, grad), *_no_gradients(ctx.arguments)
+    bias_grad = None
+    if ctx.bias_dtype is not None:
+        bias_grad = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return x_grad, bias_grad, *_no_gradients(ctx.arguments)
+
+
+def _keep_stacked(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, ctx.biases, *ctx.arguments = inputs
 
 
 def _stacked_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     sizes, *arguments = ctx.arguments
-    like = next(g for g in grads if g is not None)
-    filled = [like.new_zeros(*like.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes)]
-    grad = torch.cat(filled, -1)
-    x_grad = torch.ops.optimum_sab.binary_linear_transposed(grad, *arguments) if ctx.needs_input_grad[0] else None
-    return x_grad, _bias_gradient(ctx, grad), *_no_gradients(ctx.arguments)
+    x_grad = None
+    if ctx.needs_input_grad[0]:
+        like = next(g for g in grads if g is not None)
+        filled = [like.new_zeros(*like.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes)]
+        x_grad = torch.ops.optimum_sab.binary_linear_transposed(torch.cat(filled, -1), *arguments)
+    return x_grad, *_no_gradients((ctx.biases, *ctx.arguments))
+
+
+def _no_gradients(arguments: Sequence[Any]) -> list[Any]:
+    """None for every argument, and a list of them for a list of tensors."""
+    return [[None] * len(a) if _is_tensor_list(a) else None for a in arguments]
+
+
+def _is_tensor_list(argument: Any) -> bool:
+    return isinstance(argument, (list, tuple)) and all(isinstance(a, Tensor) for a in argument)
 
 
 torch.library.register_autograd("optimum_sab::binary_linear", _backward, setup_context=_keep, lib=_library)
-torch.library.register_autograd("optimum_sab::stacked_linear", _stacked_backward, setup_context=_keep, lib=_library)
+torch.library.register_autograd(
+    "optimum_sab::stacked_linear", _stacked_backward, setup_context=_keep_stacked, lib=_library
+)
 
 
 # -- autocast ----------------------------------------------------------------------------------------------------------
@@ -259,8 +267,8 @@ def _autocast(name: str, device_type: str) -> Any:
 
     def cast(x: Tensor, *arguments: Any) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            cast_x = x.to(torch.get_autocast_dtype(device_type)) if x.is_floating_point() else x
-            return operator(cast_x, *arguments)
+            eligible = x.is_floating_point() and x.dtype != torch.float64
+            return operator(x.to(torch.get_autocast_dtype(device_type)) if eligible else x, *arguments)
 
     return cast
 

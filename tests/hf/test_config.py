@@ -8,6 +8,7 @@ import pytest
 from optimum_sab import SABConfig
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.hf.config import describe_calibration
+from optimum_sab.ops.backends import BACKENDS
 
 CHANGED = {
     "block_size": 64,
@@ -70,6 +71,10 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("seed", -1),
         ("progress", "loud"),
         ("dequantize", "yes"),
+        ("backend", "gpu"),
+        ("backend", "Triton"),
+        ("backend", True),
+        ("backend", ["triton"]),
         ("modules_to_not_convert", "down_proj"),
     ],
 )
@@ -118,3 +123,22 @@ def test_sample_objects_are_stored_as_their_number(tmp_path):
     assert "processor" not in config.to_dict()
     assert describe_calibration(tmp_path) == str(tmp_path)
     json.dumps(config.to_dict())
+
+
+@pytest.mark.parametrize("backend", [None, "auto", *BACKENDS])
+def test_backend_is_of_one_call_and_not_of_the_checkpoint(backend, tmp_path):
+    config = SABConfig(backend=backend, seed=3)
+    assert config.backend == backend
+    assert copy.deepcopy(config).backend == backend
+    assert config.get_loading_attributes()["backend"] == backend
+    assert config == SABConfig(seed=3)
+    config.to_json_file(tmp_path / "c.json")
+    for stored in (config.to_dict(), config.to_diff_dict(), json.loads((tmp_path / "c.json").read_text())):
+        assert "backend" not in stored
+        assert SABConfig.from_dict(stored).backend is None
+    assert SABConfig.from_dict({"quant_method": "sab"}, backend=backend).backend == backend
+
+
+def test_bad_backend_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match="backend='gpu' is no backend; use one of auto, triton, cpu, reference"):
+        SABConfig(backend="gpu")

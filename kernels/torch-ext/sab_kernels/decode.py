@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish
-from .operand import scale_exponent_offset, load_byte_operands, load_limb_operand, load_row_scale
+from .operand import load_byte_operands, load_limb_operand, load_row_scale, scale_exponent_offset
 
 
 @triton.jit
@@ -35,7 +35,10 @@ def decode_kernel(
     residual_ptr,  # int32 [row tiles, slot tiles, RESIDUAL, 128]
     row_scale_ptr,  # uint8 or int16 [row tiles, blocks, planes, 32]
     row_exponent_ptr,  # int8 [rows]
-    bias_ptr,  # float [rows]
+    bias0_ptr,  # float [rows of the first of the stacked layers]
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
     base_limb_ptr,
     base_start_ptr,
     base_unit_ptr,
@@ -168,7 +171,10 @@ def decode_kernel(
         partial_ptr,
         counter_ptr,
         row_exponent_ptr,
-        bias_ptr,
+        bias0_ptr,
+        bias1_ptr,
+        bias2_ptr,
+        bias3_ptr,
         out0_ptr,
         out1_ptr,
         out2_ptr,

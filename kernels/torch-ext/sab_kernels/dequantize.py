@@ -16,22 +16,23 @@ def _load_words(ptr, row_stride, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def _base_values(words, scale, TILES: tl.constexpr):
-    """±scale of a plane's signs, fp32 [32 · TILES, 128]: rows as in small_batch.py, columns (s, h, i // 2, q, i % 2), as
-    lanes hold the accumulator of a matrix instruction.
+def _base_values(words, scale, first_step, TILES: tl.constexpr):
+    """±scale of a plane's signs in two steps, fp32 [32 · TILES, 64]: rows as in small_batch.py, columns (s, h, i // 2,
+    q, i % 2), which is how lanes hold the accumulator of a matrix instruction.
 
     Args:
         words: int32 [TILES, g, q, r].
         scale: fp32 [TILES, g, q, r, s].
+        first_step: 0 or 2.
     """
-    s = tl.arange(0, 4)[None, None, None, None, :, None, None]
+    s = first_step + tl.arange(0, 2)[None, None, None, None, :, None, None]
     h = tl.arange(0, 2)[None, None, None, None, None, :, None]
     i = tl.arange(0, 4)[None, None, None, None, None, None, :]
     # the sign bit is the inverted bit of the word
     flipped = (~words)[:, :, :, :, None, None, None] << (31 - (16 * h + 4 * i + s))
     bits = scale[:, :, :, :, :, None, None].to(tl.int32, bitcast=True) ^ (flipped & -2147483648)
-    values = bits.to(tl.float32, bitcast=True).reshape(TILES, 8, 4, 2, 2, 4, 2, 2, 2)  # t g q m z s h i//2 i%2
-    return values.permute(3, 0, 4, 1, 5, 6, 7, 2, 8).reshape(TILES * 32, 128)
+    values = bits.to(tl.float32, bitcast=True).reshape(TILES, 8, 4, 2, 2, 2, 2, 2, 2)  # t g q m z s h i//2 i%2
+    return values.permute(3, 0, 4, 1, 5, 6, 7, 2, 8).reshape(TILES * 32, 64)
 
 
 @triton.jit
@@ -81,53 +82,51 @@ def dequantize_kernel(
     WIDE_LANES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """TILES row tiles by one column tile.
+    """TILES row tiles by half a column tile, which is two steps.
 
     Salient columns get their residual through the matrix unit: signs times row scales of the slots, times a matrix of
     zeros and ones that sends every place to its column. All of it is exact in fp16 times 1 added in fp32.
     """
     PLANES: tl.constexpr = BASE + RESIDUAL
     first = first_tile + tl.program_id(0) * TILES
-    tile = tl.program_id(1)
+    half_tile = tl.program_id(1)
+    tile = half_tile // 2
+    first_step = half_tile % 2 * 2
+    left = half_tile * 64
     tiles = row_tiles - first
     weight_stride = column_tiles * (BASE * 128)
     weight_ptr += first.to(tl.int64) * weight_stride + tile * (BASE * 128)
     scale_stride = blocks * (PLANES * 32)
     row_scale_ptr += first.to(tl.int64) * scale_stride
-    n = tl.arange(0, 128)  # column of the accumulator: s, h, i // 2, q, i % 2
-    column = tile * 128 + n // 32 * 32 + n // 16 % 2 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
+    n = tl.arange(0, 64)  # column of the accumulator: s, h, i // 2, q, i % 2
+    column = left + n // 32 * 32 + n // 16 % 2 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
     for plane in tl.static_range(BASE):
         words = _load_words(weight_ptr + plane * 128, weight_stride, tiles, TILES)
-        low = tile * 128 // BLOCK_SIZE
-        scale_ptr = row_scale_ptr + plane * 32
-        if BLOCK_SIZE % 128 == 0:
-            scale = load_tile_scale(
-                scale_ptr, scale_stride, tiles, low, low, blocks, PLANES * 32, TILES, FP8, NATIVE_FP8, ASM
-            )
-            scale = tl.join(scale, scale).reshape(TILES, 8, 4, 4, 4)
-        else:
-            b1 = (tile * 128 + 32) // BLOCK_SIZE
-            b2 = (tile * 128 + 64) // BLOCK_SIZE
-            b3 = (tile * 128 + 96) // BLOCK_SIZE
-            lower = load_tile_scale(
-                scale_ptr, scale_stride, tiles, low, b2, blocks, PLANES * 32, TILES, FP8, NATIVE_FP8, ASM
-            )
-            upper = load_tile_scale(
-                scale_ptr, scale_stride, tiles, b1, b3, blocks, PLANES * 32, TILES, FP8, NATIVE_FP8, ASM
-            )
-            scale = tl.join(lower, upper).reshape(TILES, 8, 4, 4, 4)  # steps 0, 1, 2, 3
+        scale = load_tile_scale(
+            row_scale_ptr + plane * 32,
+            scale_stride,
+            tiles,
+            left // BLOCK_SIZE,
+            (left + 32) // BLOCK_SIZE,
+            blocks,
+            PLANES * 32,
+            TILES,
+            FP8,
+            NATIVE_FP8,
+            ASM,
+        )
         if plane == 0:
-            value = _base_values(words, scale, TILES)
+            value = _base_values(words, scale, first_step, TILES)
         else:
-            value += _base_values(words, scale, TILES)
+            value += _base_values(words, scale, first_step, TILES)
     if RESIDUAL > 0 and SLOTS_PER_BLOCK > 0:
         residual_stride = slot_tiles * (RESIDUAL * 128)
         residual_ptr += first.to(tl.int64) * residual_stride
         place = tl.load(place_ptr + column)
         kappa = tl.arange(0, 32)
         source = operand_column(kappa, WIDE_LANES)
-        start = tile * 128 // BLOCK_SIZE * SLOTS_PER_BLOCK
-        stop = (tl.minimum(tile * 128 + 127, columns - 1) // BLOCK_SIZE + 1) * SLOTS_PER_BLOCK
+        start = left // BLOCK_SIZE * SLOTS_PER_BLOCK
+        stop = (tl.minimum(left + 63, columns - 1) // BLOCK_SIZE + 1) * SLOTS_PER_BLOCK
         for entry in range(start // 2, (stop + 1) // 2):
             sends = (place[None, :] == (entry * 32 + source)[:, None]).to(tl.float16)
             for plane in tl.static_range(RESIDUAL):
@@ -156,9 +155,9 @@ def dequantize_kernel(
         value *= power.to(tl.float32, bitcast=True)[:, None]
     value *= load_half(column_scale_ptr + column, column >= 0)[None, :]
     # to the order of memory: columns (s, h, q, i // 2, i % 2)
-    value = value.to(out_ptr.dtype.element_ty).reshape(TILES * 32, 8, 2, 4, 2)
-    value = value.permute(0, 1, 3, 2, 4).reshape(TILES * 32, 128)
+    value = value.to(out_ptr.dtype.element_ty).reshape(TILES * 32, 4, 2, 4, 2)
+    value = value.permute(0, 1, 3, 2, 4).reshape(TILES * 32, 64)
     out_row = (row - first_tile * 32).to(tl.int64)
-    out_column = tile * 128 + tl.arange(0, 128)
+    out_column = left + tl.arange(0, 64)
     inside = (row < rows)[:, None] & (out_column < columns)[None, :]
     tl.store(out_ptr + out_row[:, None] * columns + out_column[None, :], value, mask=inside)

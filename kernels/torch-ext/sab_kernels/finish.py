@@ -15,7 +15,10 @@ def finish(
     partial_ptr,  # fp32 [row programs · token programs, SPLIT, TOKENS, ROWS]
     counter_ptr,  # int32 [row programs · token programs], zero
     row_exponent_ptr,  # int8 [rows]
-    bias_ptr,  # float [rows]
+    bias0_ptr,  # float [rows of the first layer]
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
     out0_ptr,  # float [tokens, rows of the first layer]
     out1_ptr,
     out2_ptr,
@@ -52,21 +55,20 @@ def finish(
     if FP8:
         exponent = tl.load(row_exponent_ptr + row, mask=there, other=0).to(tl.int32)
         total = total * ((exponent + exponent_offset + 127) << 23).to(tl.float32, bitcast=True)[:, None]
-    if HAS_BIAS:
-        total += tl.load(bias_ptr + row, mask=there, other=0.0).to(tl.float32)[:, None]
-    value = total.to(out0_ptr.dtype.element_ty)
-    _write(out0_ptr, value, row, token, 0, bound1, tokens, there)
+    _write(out0_ptr, bias0_ptr, total, row, token, 0, bound1, tokens, there, HAS_BIAS)
     if STACK > 1:
-        _write(out1_ptr, value, row, token, bound1, bound2, tokens, there)
+        _write(out1_ptr, bias1_ptr, total, row, token, bound1, bound2, tokens, there, HAS_BIAS)
     if STACK > 2:
-        _write(out2_ptr, value, row, token, bound2, bound3, tokens, there)
+        _write(out2_ptr, bias2_ptr, total, row, token, bound2, bound3, tokens, there, HAS_BIAS)
     if STACK > 3:
-        _write(out3_ptr, value, row, token, bound3, rows, tokens, there)
+        _write(out3_ptr, bias3_ptr, total, row, token, bound3, rows, tokens, there, HAS_BIAS)
 
 
 @triton.jit
-def _write(out_ptr, value, row, token, start, stop, tokens, there):
+def _write(out_ptr, bias_ptr, value, row, token, start, stop, tokens, there, HAS_BIAS: tl.constexpr):
     """The rows from start to stop, which are one layer's."""
     inside = there & (row >= start) & (row < stop)
+    if HAS_BIAS:
+        value += tl.load(bias_ptr + (row - start), mask=inside, other=0.0).to(tl.float32)[:, None]
     at = out_ptr + token.to(tl.int64)[None, :] * (stop - start) + (row - start)[:, None]
-    tl.store(at, value, mask=inside[:, None] & (token < tokens)[None, :])
+    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])

@@ -122,7 +122,8 @@ def _global_index(residual_index: Tensor, place: Tensor, geometry: Geometry) -> 
     block = place // (geometry.slots_per_block * SLOT)
     index[place] = (residual_index.long() + block * geometry.block_size).to(torch.int32)
     back = torch.full((geometry.column_tiles * TILE_COLUMNS,), -1, dtype=torch.int32, device=place.device)
-    back[index[place].long()] = place.to(torch.int32)
+    # clamped for tensors that are not filled yet (`nn.Module.to_empty`)
+    back[index[place].long().clamp(0, len(back) - 1)] = place.to(torch.int32)
     return torch.cat([index, back])
 
 

@@ -1,6 +1,7 @@
 """``y = x Ŵᵀ + b`` with a packed weight: which kernel runs for how many tokens, and its launch."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +45,7 @@ def binary_linear(
     Raises:
         ValueError: shape, dtype or device of ``x`` does not fit; the message has the value.
     """
-    return stacked_linear(x, tensors, geometry, (geometry.rows,), bias, launch)[0]
+    return stacked_linear(x, tensors, geometry, (geometry.rows,), () if bias is None else (bias,), launch)[0]
 
 
 def stacked_linear(
@@ -52,7 +53,7 @@ def stacked_linear(
     tensors: dict[str, Tensor],
     geometry: Geometry,
     sizes: tuple[int, ...],
-    bias: Tensor | None = None,
+    biases: Sequence[Tensor] = (),
     launch: Launch | None = None,
 ) -> list[Tensor]:
     """`binary_linear` of up to four layers stacked by rows, in one launch.
@@ -61,7 +62,7 @@ def stacked_linear(
         tensors: of the layers together: concatenated along the first dimension of every tensor that has rows.
         geometry: of the layers together.
         sizes: rows of every layer; all but the last a multiple of 32.
-        bias: [rows] of the layers together, or None.
+        biases: [its rows] of every layer, of one dtype, or none of any.
 
     Returns:
         One contiguous [tokens, its rows] per layer.
@@ -75,13 +76,15 @@ def stacked_linear(
             f"layers of {sizes} rows cannot be stacked to {geometry.rows}: at most {MAX_STACK}, all but the last a "
             f"multiple of {TILE_ROWS}."
         )
+    if biases and [b.numel() for b in biases] != list(sizes):
+        raise ValueError(f"biases of {[b.numel() for b in biases]} values do not belong to layers of {sizes} rows.")
     tokens = x.shape[0]
     parts = [torch.empty(tokens, size, dtype=x.dtype, device=x.device) for size in sizes]
     if tokens == 0:
         return parts
     if x.stride(1) != 1:
         x = x.contiguous()
-    product = _Product(x, tensors, geometry, sizes, bias, parts)
+    product = _Product(x, tensors, geometry, sizes, tuple(b.contiguous() for b in biases), parts)
     with _on(x.device):
         _run(product, launch or _launch(product))
     return parts
@@ -95,7 +98,7 @@ class _Product:
     tensors: dict[str, Tensor]
     geometry: Geometry
     sizes: tuple[int, ...]
-    bias: Tensor | None
+    biases: tuple[Tensor, ...]
     parts: list[Tensor]
 
     @property
@@ -116,6 +119,12 @@ class _Product:
     def outputs(self) -> list[Tensor]:
         """Four tensors to write to; kernels do not touch those past the layers' number."""
         return [*self.parts, *[self.parts[0]] * (MAX_STACK - len(self.parts))]
+
+    @property
+    def bias_pointers(self) -> list[Tensor]:
+        """Four tensors to read from; kernels do not touch those past the layers' number, nor any without biases."""
+        first = self.biases[0] if self.biases else self.tensors["weight"]
+        return [*self.biases, *[first] * (MAX_STACK - len(self.biases))]
 
     def space(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
@@ -214,7 +223,7 @@ def _decode(product: _Product, launch: Launch) -> None:
         product.tensor("residual_sign"),
         product.tensor("row_scale"),
         product.tensor("row_exponent"),
-        counter if product.bias is None else product.bias,
+        *product.bias_pointers,
         base_limb,
         base_start,
         base_unit,
@@ -234,7 +243,7 @@ def _decode(product: _Product, launch: Launch) -> None:
         **_layer_constants(geometry),
         SCALE_COLUMNS=geometry.scale_columns,
         NATIVE_FP8=device.native_fp8,
-        HAS_BIAS=product.bias is not None,
+        HAS_BIAS=bool(product.biases),
         STACK=len(product.sizes),
         TILES=tiles,
         TOKENS=places,
@@ -284,7 +293,7 @@ def _small_batch(product: _Product, launch: Launch) -> None:
         product.tensor("residual_sign"),
         product.tensor("row_scale"),
         product.tensor("row_exponent"),
-        counter if product.bias is None else product.bias,
+        *product.bias_pointers,
         prepared,
         partial,
         counter,
@@ -299,7 +308,7 @@ def _small_batch(product: _Product, launch: Launch) -> None:
         geometry.blocks,
         **_layer_constants(geometry),
         NATIVE_FP8=device.native_fp8,
-        HAS_BIAS=product.bias is not None,
+        HAS_BIAS=bool(product.biases),
         STACK=len(product.sizes),
         TILES=warps,
         TOKENS=places,
@@ -318,7 +327,7 @@ def _dense(product: _Product, launch: Launch) -> None:
     piece = max(1, launch.dense_bytes // (x.element_size() * geometry.columns * TILE_ROWS)) * TILE_ROWS
     scratch = product.space(min(piece, max(product.sizes)), geometry.columns, dtype=x.dtype)
     first = 0
-    for part, size in zip(product.parts, product.sizes):
+    for index, (part, size) in enumerate(zip(product.parts, product.sizes)):
         for start in range(0, size, piece):
             stop = min(start + piece, size)
             weight = scratch[: stop - start]
@@ -327,8 +336,8 @@ def _dense(product: _Product, launch: Launch) -> None:
                 torch.mm(x, weight.T, out=part)
             else:
                 part[:, start:stop] = x @ weight.T
-        if product.bias is not None:
-            part += product.bias[first : first + size].to(part.dtype)
+        if product.biases:
+            part += product.biases[index].to(part.dtype)
         first += size
 
 
@@ -348,7 +357,7 @@ def _dequantize_into(out: Tensor, tensors: dict[str, Tensor], geometry: Geometry
     places = tensors["residual_index"][geometry.slot_tiles * 128 :] if residual else tensors["weight"]
     row_tiles = ceil_div(stop, TILE_ROWS)
     first = start // TILE_ROWS
-    dequantize_kernel[(ceil_div(row_tiles - first, DENSE_WARPS), geometry.column_tiles)](
+    dequantize_kernel[(ceil_div(row_tiles - first, DENSE_WARPS), 2 * geometry.column_tiles)](
         tensors["weight"],
         tensors["residual_sign"] if residual else tensors["weight"],
         places,
@@ -369,6 +378,7 @@ def _dequantize_into(out: Tensor, tensors: dict[str, Tensor], geometry: Geometry
         WIDE_LANES=not device.warpgroup,
         ASM=device.asm,
         num_warps=DENSE_WARPS,
+        num_stages=1,  # nothing to load ahead of, and no registers left for it
     )
 
 
@@ -388,7 +398,7 @@ class _Device:
         if device.type == "cuda":
             properties = torch.cuda.get_device_properties(device)
             self.processors = properties.multi_processor_count
-            if torch.version.hip is None:
+            if torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1":
                 self.native_fp8 = (properties.major, properties.minor) >= (8, 9)
                 self.warpgroup = properties.major == 9
                 self.asm = True

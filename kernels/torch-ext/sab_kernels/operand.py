@@ -68,8 +68,9 @@ def _rows(low, high, TILES: tl.constexpr):
 @triton.jit
 def load_limb_operand(ptr, COLUMNS: tl.constexpr):
     """The activations' operand [32, COLUMNS] of one step, stored in lane order (prepare.py)."""
-    lanes = tl.load(ptr + tl.arange(0, 32 * COLUMNS)).reshape(8, 4, COLUMNS // 8, 2, 4)
-    return lanes.permute(1, 3, 4, 2, 0).reshape(32, COLUMNS)
+    PAIR: tl.constexpr = 1 if COLUMNS == 8 else 2
+    lanes = tl.load(ptr + tl.arange(0, 32 * COLUMNS)).reshape(COLUMNS // (8 * PAIR), 8, 4, PAIR, 2, 4)
+    return lanes.permute(2, 4, 5, 0, 3, 1).reshape(32, COLUMNS)
 
 
 @triton.jit
@@ -132,8 +133,8 @@ def load_row_scale(
 
 @triton.jit
 def scale_of_bits(bits, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, ASM: tl.constexpr):
-    """Stored row scales as fp32. Where the device lacks e4m3 the result is 2⁻⁸ of the scale (`scale_exponent_offset`): the
-    bits are moved to where fp16 has sign, exponent and mantissa, whose exponent bias is larger by 8."""
+    """Stored row scales as fp32. Where the device lacks e4m3 the result is 2⁻⁸ of the scale (`scale_exponent_offset`):
+    the bits are moved to where fp16 has sign, exponent and mantissa, whose exponent bias is larger by 8."""
     if not FP8:
         scale = bits.to(tl.float16, bitcast=True)
     elif NATIVE_FP8:

@@ -63,19 +63,22 @@ def _load_scaled(x_ptr, column_scale_ptr, column, token, tokens, stride):
 
 @triton.jit
 def _store_limbs(limb_ptr, tile, column, high, low, COLUMNS: tl.constexpr):
-    """Two columns of the operand [32, 2 · COLUMNS] of every step, in lane order: lane (n % 8, q), then n // 8, h, i.
+    """Two columns of the operand [32, 2 · COLUMNS] of every step, in lane order: lanes (n % 8, q) hold 16 bytes
+    (n // 8 % 2, h, i) of two groups of 8 columns, or 8 bytes where there is one; then come the next two groups.
 
     Args:
         limb_ptr: int8 [tiles, 4 steps, 64 · COLUMNS].
         column: int32 [values, 128 or 1]: pairs of columns, below COLUMNS.
         high, low: int32 [values, 128]: limbs of a tile's columns.
     """
+    LANE: tl.constexpr = 8 if COLUMNS == 4 else 16  # bytes
     place = tl.arange(0, 128)[None, :]
+    group = column // 4
     lane = column % 4 * 8 + place // 4 % 4  # of the high limb; the low limb is one column, four lanes, on
-    within = column // 4 * 8 + place // 16 % 2 * 4 + place % 4
-    at = limb_ptr + (tile * 4 + place // 32) * (64 * COLUMNS) + lane * (2 * COLUMNS) + within
+    within = group % 2 * 8 + place // 16 % 2 * 4 + place % 4
+    at = limb_ptr + (tile * 4 + place // 32) * (64 * COLUMNS) + group // 2 * 512 + lane * LANE + within
     tl.store(at, high.to(tl.int8))
-    tl.store(at + 8 * COLUMNS, low.to(tl.int8))
+    tl.store(at + 4 * LANE, low.to(tl.int8))
 
 
 @triton.jit

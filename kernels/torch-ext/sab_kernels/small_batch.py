@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .finish import finish
-from .operand import scale_exponent_offset, load_float_operands, load_tile_scale
+from .operand import load_float_operands, load_tile_scale, scale_exponent_offset
 
 
 @triton.jit
@@ -14,7 +14,10 @@ def small_batch_kernel(
     residual_ptr,  # int32 [row tiles, slot tiles, RESIDUAL, 128]
     row_scale_ptr,  # uint8 or int16 [row tiles, blocks, planes, 32]
     row_exponent_ptr,  # int8 [rows padded]
-    bias_ptr,  # float [rows]
+    bias0_ptr,  # float [rows of the first of the stacked layers]
+    bias1_ptr,
+    bias2_ptr,
+    bias3_ptr,
     x_ptr,  # float [column tiles + slot tiles, 4 steps, padded tokens, 32] (prepare.py)
     partial_ptr,  # fp32 [row programs · token programs, SPLIT, TOKENS, ROWS]
     counter_ptr,  # int32 [row programs · token programs], zero
@@ -138,7 +141,10 @@ def small_batch_kernel(
         partial_ptr,
         counter_ptr,
         row_exponent_ptr,
-        bias_ptr,
+        bias0_ptr,
+        bias1_ptr,
+        bias2_ptr,
+        bias3_ptr,
         out0_ptr,
         out1_ptr,
         out2_ptr,
