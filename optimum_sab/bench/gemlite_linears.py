@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_sab.bench.random_layers import SCALE
 from optimum_sab.bench.shapes import LinearShape
 from optimum_sab.errors import ConfigError, MissingDependencyError
+from optimum_sab.format.random_weight import SCALE
 
 BITS = (1, 2, 4)
 GROUP_SIZE = 128

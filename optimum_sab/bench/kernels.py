@@ -14,12 +14,13 @@ from torch.nn.functional import linear as dense_linear
 
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.gemlite_linears import BITS, check_gemlite, gemlite_linear, gemlite_weight, supports
-from optimum_sab.bench.random_layers import SCALE, random_linear
+from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.bench.shapes import LinearShape
 from optimum_sab.bench.timing import Call, median_seconds, rotation_bytes
 from optimum_sab.bench.verification import check_error, linear_error
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.format.random_weight import SCALE
 
 TOKENS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
 SHAPES = {"cpu": ("4096x4096",), "cuda": ("qwen2.5-vl-7b", "qwen2.5-vl-72b")}

@@ -11,9 +11,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from optimum_sab.bench.random_layers import SCALE, random_linear
+from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.format.random_weight import SCALE
 from optimum_sab.nn.selection import select_linears, set_module
 
 SIZES = ("7b", "tiny")

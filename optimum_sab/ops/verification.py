@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.format.layout import salient_per_block, tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.format.random_weight import random_packed
 from optimum_sab.ops.shape import LayerShape
 
 ROWS, COLUMNS = 96, 544  # several tiles either way, and a last block that is not full
@@ -47,27 +47,4 @@ def disagreement(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
 
 def sample_weight(settings: LayerSettings, out_features: int = ROWS, in_features: int = COLUMNS) -> PackedWeight:
     """A valid layer of random signs and scales on the CPU, always the same."""
-    generator = torch.Generator().manual_seed(0)
-    specs = tensor_specs(out_features, in_features, settings)
-    words = torch.randint(-(2**31), 2**31, specs["weight"].shape, generator=generator)
-    tail = in_features % 32
-    if tail:
-        words[..., -1] &= (1 << tail) - 1
-    tensors = {"weight": words.to(torch.int32)}
-    if settings.residual_planes:
-        salient = salient_per_block(in_features, settings)
-        width = [min(settings.block_size, in_features - k * settings.block_size) for k in range(len(salient))]
-        index = [torch.randperm(w, generator=generator)[:n].sort().values for w, n in zip(width, salient)]
-        tensors["residual_index"] = torch.cat(index).to(specs["residual_index"].dtype)
-        signs = torch.randint(0, 256, specs["residual_sign"].shape, generator=generator)
-        if sum(salient) % 8:
-            signs[..., -1] &= (1 << sum(salient) % 8) - 1
-        tensors["residual_sign"] = signs.to(torch.uint8)
-    scale = torch.rand(specs["row_scale"].shape, generator=generator) * 0.03 + 0.01
-    if settings.row_scale == "fp8":
-        tensors["row_scale"] = (scale * 2**8).to(torch.float8_e4m3fn).view(torch.uint8)
-        tensors["row_exponent"] = torch.full((out_features,), -8, dtype=torch.int8)
-    else:
-        tensors["row_scale"] = scale.half().view(torch.int16)
-    tensors["col_scale"] = (torch.rand(in_features, generator=generator) + 0.5).half().view(torch.int16)
-    return PackedWeight({name: tensors[name].contiguous() for name in specs}, out_features, in_features, settings)
+    return random_packed(out_features, in_features, settings)

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from optimum_sab.bench.random_layers import SCALE, random_linear, random_packed
+from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format import PackedWeight
 from optimum_sab.format.layout import stored_bits_per_weight
+from optimum_sab.format.random_weight import SCALE, random_packed
 from optimum_sab.hf.config import SABConfig
 
 SETTINGS = {

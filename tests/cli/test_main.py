@@ -10,6 +10,7 @@ import pytest
 
 from optimum_sab.cli.main import main
 from optimum_sab.example import checkpoint_path
+from optimum_sab.ops.backends import _triton_problem as triton_problem
 from optimum_sab.version import __version__
 
 QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations", "2"]
@@ -126,6 +127,30 @@ def test_demo_reports_what_the_issue_asks_for(capsys):
     assert found["linear_bytes_packed"] < 0.1 * found["linear_bytes_dense"]
     assert found["seconds"] > 0
     assert 1.0 < found["bits_per_weight"] < 1.5
+
+
+def test_env_says_what_computes_and_why(capsys, monkeypatch):
+    monkeypatch.delenv("OPTIMUM_SAB_BACKEND", raising=False)
+    assert main(["env", "--json"]) == 0
+    found = json_of(capsys)
+    cpu = found["devices"][0]
+    assert (cpu["device"], cpu["backend"]) == ("cpu", "cpu")
+    assert found["packages"]["torch"]
+    assert found["forced"] is None
+    assert main(["env"]) == 0
+    assert f"backend  cpu ({cpu['reason']})" in capsys.readouterr().out
+
+
+def test_env_shows_a_forced_backend_that_cannot_be_used(capsys, monkeypatch):
+    monkeypatch.setenv("OPTIMUM_SAB_BACKEND", "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    triton_problem.cache_clear()
+    assert main(["env", "--json"]) == 0
+    found = json_of(capsys)
+    assert found["forced"] == "triton"
+    assert found["devices"][0]["backend"] is None
+    assert "OPTIMUM_SAB_BACKEND" in found["devices"][0]["reason"]
+    triton_problem.cache_clear()
 
 
 def test_wrong_call_exits_with_two(capsys):

@@ -13,20 +13,15 @@ from .operand import load_byte_operands, load_limb_operand, load_row_scale, scal
 
 
 @triton.jit
-def _signed_sums(accumulator, unit, PAIRS: tl.constexpr):
+def _signed_sums(accumulator, start, unit, PAIRS: tl.constexpr):
     """Accumulators of high and low limbs to ``unit · Σ B q``, fp32 [rows, PAIRS].
 
-    The start of the low limb's accumulator carries a float's exponent (prepare.py), so the integer is read as a float
-    without a conversion. ``unit`` is a power of two: every step is exact.
+    ``start`` carries a float's exponent (prepare.py), so the integer is read as a float without a conversion. ``unit``
+    is a power of two: every step is exact.
     """
     high, low = tl.split(accumulator.reshape(accumulator.shape[0], PAIRS, 2))
-    value = (high * 128 + low).to(tl.float32, bitcast=True)
+    value = (high * 128 + (low + start[None, :])).to(tl.float32, bitcast=True)
     return value * unit[None, :] + (unit * -12582912.0)[None, :]
-
-
-@triton.jit
-def _start(ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.load(ptr + tl.arange(0, COLUMNS))[None, :] + tl.zeros((ROWS, COLUMNS), tl.int32)
 
 
 @triton.jit
@@ -98,12 +93,12 @@ def decode_kernel(
         x2 = load_limb_operand(limb_ptr + 64 * LIMBS, LIMBS)
         x3 = load_limb_operand(limb_ptr + 96 * LIMBS, LIMBS)
         unit = tl.load(base_unit_ptr + tile * TOKENS + token)
-        start_ptr = base_start_ptr + tile * (GROUPS * LIMBS)
+        start_ptr = base_start_ptr + tile * (GROUPS * TOKENS) + token
         for plane in tl.static_range(BASE):
             w0, w1, w2, w3 = load_byte_operands(
                 weight_ptr + (tile * BASE + plane) * 128, weight_stride, even, pair, ones, TILES, ASM
             )
-            acc = _start(start_ptr, ROWS, LIMBS)
+            acc = tl.zeros((ROWS, LIMBS), tl.int32)
             for step in tl.static_range(4):
                 w = w0 if step == 0 else (w1 if step == 1 else (w2 if step == 2 else w3))
                 x = x0 if step == 0 else (x1 if step == 1 else (x2 if step == 2 else x3))
@@ -124,9 +119,10 @@ def decode_kernel(
                         ASM,
                     )
                     scale = tl.broadcast_to(scale[:, None, :], (ROWS, TOKENS // 4, 4)).reshape(ROWS, TOKENS)
-                    total += _signed_sums(acc, unit, TOKENS) * scale
+                    start = tl.load(start_ptr + ((step + 1) * GROUPS // 4 - 1) * TOKENS)
+                    total += _signed_sums(acc, start, unit, TOKENS) * scale
                     if step < 3:
-                        acc = _start(start_ptr + (step + 1) * GROUPS // 4 * LIMBS, ROWS, LIMBS)
+                        acc = tl.zeros((ROWS, LIMBS), tl.int32)
     total = tl.sum(total.reshape(ROWS, TOKENS // SLOT_TOKENS, SLOT_TOKENS), axis=1)  # tokens past SLOT_TOKENS are 0
     if RESIDUAL > 0:
         PAIRS: tl.constexpr = 2 * SLOT_TOKENS
@@ -142,8 +138,8 @@ def decode_kernel(
                     entry = tile * 4 + step
                     x = load_limb_operand(slot_limb_ptr + entry * (64 * PAIRS), 2 * PAIRS)
                     w = w0 if step == 0 else (w1 if step == 1 else (w2 if step == 2 else w3))
-                    acc = _start(slot_start_ptr + entry * (2 * PAIRS), ROWS, 2 * PAIRS)
-                    acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+                    acc = tl.dot(w, x, out_dtype=tl.int32)
+                    start = tl.load(slot_start_ptr + entry * PAIRS + tl.arange(0, PAIRS))
                     unit = tl.load(slot_unit_ptr + entry * PAIRS + tl.arange(0, PAIRS))
                     scale = load_row_scale(
                         row_scale_ptr + (BASE + plane) * 32,
@@ -159,7 +155,7 @@ def decode_kernel(
                         NATIVE_FP8,
                         ASM,
                     )
-                    rest += _signed_sums(acc, unit, PAIRS) * scale
+                    rest += _signed_sums(acc, start, unit, PAIRS) * scale
         total += tl.sum(rest.reshape(ROWS, 2, SLOT_TOKENS), axis=1)
     finish(
         total,

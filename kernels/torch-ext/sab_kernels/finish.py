@@ -55,20 +55,35 @@ def finish(
     if FP8:
         exponent = tl.load(row_exponent_ptr + row, mask=there, other=0).to(tl.int32)
         total = total * ((exponent + exponent_offset + 127) << 23).to(tl.float32, bitcast=True)[:, None]
-    _write(out0_ptr, bias0_ptr, total, row, token, 0, bound1, tokens, there, HAS_BIAS)
+    if HAS_BIAS:
+        bias = _load_bias(bias0_ptr, row, 0, bound1, there)
+        if STACK > 1:
+            bias += _load_bias(bias1_ptr, row, bound1, bound2, there)
+        if STACK > 2:
+            bias += _load_bias(bias2_ptr, row, bound2, bound3, there)
+        if STACK > 3:
+            bias += _load_bias(bias3_ptr, row, bound3, rows, there)
+        total += bias[:, None]
+    value = total.to(out0_ptr.dtype.element_ty)
+    _write(out0_ptr, value, row, token, 0, bound1, tokens, there)
     if STACK > 1:
-        _write(out1_ptr, bias1_ptr, total, row, token, bound1, bound2, tokens, there, HAS_BIAS)
+        _write(out1_ptr, value, row, token, bound1, bound2, tokens, there)
     if STACK > 2:
-        _write(out2_ptr, bias2_ptr, total, row, token, bound2, bound3, tokens, there, HAS_BIAS)
+        _write(out2_ptr, value, row, token, bound2, bound3, tokens, there)
     if STACK > 3:
-        _write(out3_ptr, bias3_ptr, total, row, token, bound3, rows, tokens, there, HAS_BIAS)
+        _write(out3_ptr, value, row, token, bound3, rows, tokens, there)
 
 
 @triton.jit
-def _write(out_ptr, bias_ptr, value, row, token, start, stop, tokens, there, HAS_BIAS: tl.constexpr):
-    """The rows from start to stop, which are one layer's."""
+def _load_bias(bias_ptr, row, start, stop, there):
+    """The bias of the rows from start to stop, which are one layer's; 0 elsewhere."""
     inside = there & (row >= start) & (row < stop)
-    if HAS_BIAS:
-        value += tl.load(bias_ptr + (row - start), mask=inside, other=0.0).to(tl.float32)[:, None]
+    return tl.load(bias_ptr + (row - start), mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(out_ptr, value, row, token, start, stop, tokens, there):
+    """The rows from start to stop."""
+    inside = there & (row >= start) & (row < stop)
     at = out_ptr + token.to(tl.int64)[None, :] * (stop - start) + (row - start)[:, None]
-    tl.store(at, value.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (token < tokens)[None, :])
+    tl.store(at, value, mask=inside[:, None] & (token < tokens)[None, :])

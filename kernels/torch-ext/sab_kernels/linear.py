@@ -189,10 +189,10 @@ def _decode(product: _Product, launch: Launch) -> None:
     split = _split(programs, launch.decode_programs * device.processors, geometry.column_tiles)
     column_tiles, slot_tiles = geometry.column_tiles, product.slot_tiles
     base_limb = product.space(column_tiles, 256 * places, dtype=torch.int8)
-    base_start = product.space(column_tiles, 128 // geometry.scale_columns, places, 2, dtype=torch.int32)
+    base_start = product.space(column_tiles, 128 // geometry.scale_columns, places, dtype=torch.int32)
     base_unit = product.space(column_tiles, places, dtype=torch.float32)
     slot_limb = product.space(slot_tiles, 512 * slot_places, dtype=torch.int8)
-    slot_start = product.space(slot_tiles, 4, 2, slot_places, 2, dtype=torch.int32)
+    slot_start = product.space(slot_tiles, 4, 2, slot_places, dtype=torch.int32)
     slot_unit = product.space(slot_tiles, 4, 2, slot_places, dtype=torch.float32)
     counters = programs if split > 1 else 0
     counter = product.space(counters, dtype=torch.int32)

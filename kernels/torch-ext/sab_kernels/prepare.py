@@ -21,7 +21,7 @@ def integer_limbs(x, TOKENS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.conste
     """x [TOKENS, GROUPS · SPAN] as ``unit · (128 · high + low)``, one unit per token and call.
 
     The unit is a power of two under which the largest magnitude has 14 bits. The sum over each of the GROUPS runs of
-    SPAN columns is made even (one column of a run moves by one unit), because half of it starts an accumulator.
+    SPAN columns is made even (one column of a run moves by one unit), because half of it is added to the sum over bits.
 
     Returns:
         high int32 in [−128, 127], low int32 in [0, 127], sum int32 [TOKENS, GROUPS], unit fp32 [TOKENS]; the unit is
@@ -95,9 +95,8 @@ def _prepare_base(
     # operands hold −b for the bits of steps 0 to 2 and 1 − b for those of step 3 (operand.py): take that back
     last = tl.where((place // 32 == 3)[None, :], 128 * high + low, 0).reshape(TOKENS, GROUPS, SCALE_COLUMNS)
     start = (total >> 1) - tl.sum(last, axis=2)
-    entry = start_ptr + ((tile * GROUPS + tl.arange(0, GROUPS))[None, :] * TOKENS + token[:, None]) * 2
-    tl.store(entry, tl.zeros((TOKENS, GROUPS), tl.int32))
-    tl.store(entry + 1, start + FLOAT_OFFSET_BITS)
+    entry = (tile * GROUPS + tl.arange(0, GROUPS))[None, :] * TOKENS + token[:, None]
+    tl.store(start_ptr + entry, start + FLOAT_OFFSET_BITS)
     tl.store(unit_ptr + tile * TOKENS + token, -2.0 * unit)
     _store_limbs(limb_ptr, tile, token[:, None], high, low, TOKENS)
 
@@ -117,8 +116,7 @@ def _prepare_slots(
     slot = tl.arange(0, 8)[None, :]
     start = tl.where(slot // 2 == 3, -(total >> 1), total >> 1)
     entry = (tile * 4 + slot // 2) * PAIRS + slot % 2 * TOKENS + token[:, None]
-    tl.store(start_ptr + entry * 2, tl.zeros((TOKENS, 8), tl.int32))
-    tl.store(start_ptr + entry * 2 + 1, start + FLOAT_OFFSET_BITS)
+    tl.store(start_ptr + entry, start + FLOAT_OFFSET_BITS)
     tl.store(unit_ptr + entry, -2.0 * unit.reshape(TOKENS, 8))
     # a step's 32 rows are two slots with accumulators of their own: each is zero in the columns of the other
     high = high.reshape(TOKENS, 128)
@@ -135,10 +133,10 @@ def prepare_limbs_kernel(
     column_scale_ptr,  # int16 [column tiles · 128]: fp16 bits
     index_ptr,  # int32 [slot tiles · 128]: columns in the slots
     base_limb_ptr,  # int8 [column tiles, 4 steps, 64 · TOKENS]: matrix operands in lane order
-    base_start_ptr,  # int32 [column tiles, groups, TOKENS, 2]: accumulator start of high and low limb
+    base_start_ptr,  # int32 [column tiles, groups, TOKENS]: what is added to a group's sum
     base_unit_ptr,  # fp32 [column tiles, TOKENS]: −2 · unit
     slot_limb_ptr,  # int8 [slot tiles, 4 steps, 128 · SLOT_TOKENS]
-    slot_start_ptr,  # int32 [slot tiles, 4 steps, 2 slots, SLOT_TOKENS, 2]
+    slot_start_ptr,  # int32 [slot tiles, 4 steps, 2 slots, SLOT_TOKENS]
     slot_unit_ptr,  # fp32 [slot tiles, 4 steps, 2 slots, SLOT_TOKENS]
     counter_ptr,  # int32 [counters], zeroed
     tokens,

@@ -1,0 +1,139 @@
+"""What the compiler makes of the kernels, for devices that need not be there.
+
+Needs only torch, Triton and the kernels, so that it runs under any Triton by hand.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+SCRIPT = Path(__file__).with_name("compile_variants.py")
+pytestmark = pytest.mark.skipif(not CUOBJDUMP.is_file(), reason=f"Triton came without {CUOBJDUMP}")
+
+CAPABILITIES = [80, 90]
+SHARED_MEMORY = {"LDS", "STS", "LDSM", "SHFL"}
+# one base and one residual plane, fp8, blocks of 128, three stacked layers, columns split in 4 (compile_variants.py)
+DECODE = {
+    "decode 1 tile": {"TILES": 1},
+    "decode 2 tiles": {},
+    "decode 4 tokens 1 tile": {"TILES": 1, "SLOT_TOKENS": 4},
+    "decode 4 tokens 2 tiles": {"SLOT_TOKENS": 4},
+    "decode 8 tokens 1 tile": {"TILES": 1, "TOKENS": 8, "SLOT_TOKENS": 8},
+}
+PLAIN = {"RESIDUAL": 0, "HAS_BIAS": False, "STACK": 1, "SPLIT": 1, "BLOCK_SIZE": 512, "SLOTS_PER_BLOCK": 4}
+FINE = {"BASE": 2, "RESIDUAL": 2, "STACK": 4, "FP8": False, "NATIVE_FP8": False, "BLOCK_SIZE": 32}
+FINE |= {"row_scale_ptr": "*i16", "row_exponent_ptr": "*i32"}
+# sizes of 1, which the launcher makes constants
+SMALL_LAYER = {"rows": 1, "column_tiles": 1, "slot_tiles": 1, "blocks": 1}
+SMALL = {**SMALL_LAYER, "tokens": 1, "bound1": 1, "bound2": 1, "bound3": 1, "STACK": 1, "SPLIT": 1}
+SMALL_INPUTS = {"tokens": 1, "columns": 1, "stride": 1, "column_tiles": 1, "counters": 1}
+FP32 = {f"{name}{i}_ptr": "*fp32" for name in ("bias", "out") for i in range(4)}
+
+VARIANTS = {
+    **{name: ("decode", changes) for name, changes in DECODE.items()},
+    "small batch of 16": ("small_batch", {}),
+    "small batch of 64": ("small_batch", {"TOKENS": 64}),
+    "dequantize": ("dequantize", {}),
+    "dequantize fine": ("dequantize", {"BASE": 2, "RESIDUAL": 2, "FP8": False, "row_scale_ptr": "*i16"}),
+    "prepare limbs": ("prepare_limbs", {}),
+    "prepare limbs of 8 tokens": ("prepare_limbs", {"TOKENS": 8, "SLOT_TOKENS": 8, "SCALE_COLUMNS": 32}),
+    "prepare floats": ("prepare_floats", {}),
+}
+# one capability is enough for these
+FURTHER = {
+    80: {
+        "decode small": ("decode", {**SMALL, "TILES": 1}),
+        "small batch small": ("small_batch", {**SMALL, "row_tiles": 1}),
+        "dequantize small": ("dequantize", {**SMALL_LAYER, "first_tile": 1, "columns": 1, "row_tiles": 1}),
+        "prepare limbs small": ("prepare_limbs", SMALL_INPUTS),
+        "prepare floats small": ("prepare_floats", {**SMALL_INPUTS, "COUNTERS_EACH": 4}),
+        "small batch fp32": ("small_batch", {**FP32, "x_ptr": "*fp32", "PRECISION": "tf32x3"}),
+    },
+    90: {
+        "decode unrolled": ("decode", {"UNROLL": 2}),
+        "decode without residual": ("decode", PLAIN),
+        "decode fine": ("decode", {**FINE, "SCALE_COLUMNS": 32, "TILES": 1}),
+        "dequantize without residual": ("dequantize", {"RESIDUAL": 0, "SLOTS_PER_BLOCK": 0, "BLOCK_SIZE": 96}),
+        "small batch fine": ("small_batch", {**FINE, "BASE": 1, "RESIDUAL": 1, "warps": 1}),
+    },
+}
+COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CAPABILITIES}
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """What compile_variants.py says of every variant, by (name, capability); a process for each capability."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    running = {}
+    for capability, variants in COMPILED.items():
+        wanted = json.dumps({name: (kernel, capability, changes) for name, (kernel, changes) in variants.items()})
+        environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp(f"cache{capability}"))
+        command = [sys.executable, str(SCRIPT), wanted]
+        running[capability] = subprocess.Popen(
+            command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    results = {}
+    for capability, process in running.items():
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-3000:]
+        results |= {(name, capability): found for name, found in json.loads(output).items()}
+    return results
+
+
+def matrix_loops(found):
+    """The loop over base tiles and that over residual tiles, in the order of the program."""
+    loops = [loop for loop in found["loops"] if "IMMA" in loop]
+    assert len(loops) == 2, "the kernel has a loop over base tiles and one over residual tiles"
+    return loops
+
+
+@pytest.mark.parametrize(("name", "capability"), [(n, c) for c, variants in COMPILED.items() for n in variants])
+def test_kernel_does_not_spill(compiled, name, capability):
+    found = compiled[name, capability]
+    assert found["stack"] == 0 and found["local"] == 0, f"{found['registers']} registers were not enough"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_loop_over_base_tiles_moves_nothing_between_lanes(compiled, name, capability):
+    base, _ = matrix_loops(compiled[name, capability])
+    assert not SHARED_MEMORY & base.keys()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_loop_over_residual_tiles_moves_nothing_between_lanes(compiled, name, capability):
+    _, residual = matrix_loops(compiled[name, capability])
+    assert not SHARED_MEMORY & residual.keys()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_decode_takes_at_most_one_instruction_per_stored_bit(compiled, capability):
+    """Of a lane, for one or two tokens: eight base tiles (32 rows, 128 columns) go with one residual tile."""
+    tiles = 2
+    base, residual = matrix_loops(compiled["decode 2 tiles", capability])
+    instructions = 8 * sum(base.values()) + sum(residual.values())
+    signs = (8 + 1) * tiles * 128
+    scales = tiles * 8 * 2 * 8  # of 8 blocks, 2 planes, 8 bits: 32 rows to 32 lanes
+    assert instructions / (signs + scales) <= 1.0
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_unpacks_four_weights_by_one_instruction(compiled, name):
+    """32 permutations make the 128 weights that a lane has of a tile; Hopper converts fp8 without further ones."""
+    base, _ = matrix_loops(compiled[name, 90])
+    assert base["PRMT"] <= 36 * DECODE[name].get("TILES", 2)
+
+
+@pytest.mark.parametrize("pointer", ["weight_ptr", "residual_ptr", "row_scale_ptr"])
+@pytest.mark.parametrize("name", ["decode 2 tiles", "small batch of 16", "dequantize"])
+def test_row_tiles_are_addressed_with_64_bits(compiled, name, pointer):
+    offsets = [bits for found, bits in compiled[name, 90]["offsets"] if found == pointer]
+    assert offsets[0] == "i64"
