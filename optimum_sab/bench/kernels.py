@@ -14,6 +14,8 @@ from torch.nn.functional import linear as dense_linear
 
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.gemlite_linears import BITS, check_gemlite, gemlite_linear, gemlite_weight, supports
+from optimum_sab.bench.int4_linears import check_int4, int4_bytes, int4_linear, int4_weight
+from optimum_sab.bench.int4_linears import supports as int4_supports
 from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.bench.shapes import LinearShape
 from optimum_sab.bench.timing import Call, median_seconds, rotation_bytes
@@ -48,6 +50,8 @@ class KernelTiming:
         dense_rotated_bytes: bytes of the dense weights that took turns.
         error: against the dense product with the dequantized weight, `verification.relative_error`.
         gemlite_1bit_seconds: of gemlite's linear, None where it was not run; likewise for 2 and 4 bits.
+        int4_seconds: of torch's int4 kernel on the CPU with the base plane alone, None where it was not run.
+        int4_error: as ``error``, reported and not judged.
         gemlite_1bit_error: as ``error``, reported and not judged; likewise for 2 and 4 bits.
     """
 
@@ -73,6 +77,8 @@ class KernelTiming:
     gemlite_1bit_error: float | None = None
     gemlite_2bit_error: float | None = None
     gemlite_4bit_error: float | None = None
+    int4_seconds: float | None = None
+    int4_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class _Run:
     backend: str
     repeats: int
     gemlite: bool
+    int4: bool
     seed: int
 
 
@@ -115,6 +122,7 @@ def compare_kernels(
     backend: str = "auto",
     repeats: int = 20,
     gemlite: bool = False,
+    int4: bool = False,
     seed: int = 0,
     on_row: Callable[[KernelTiming], None] | None = None,
 ) -> KernelReport:
@@ -132,6 +140,7 @@ def compare_kernels(
         backend: name of a backend of the packed linear, or "auto".
         repeats: samples per median.
         gemlite: time gemlite's 1-, 2- and 4-bit linears as well.
+        int4: time torch's int4 kernel for the CPU as well.
         seed: of all random content.
         on_row: is given every row as soon as it is there.
 
@@ -146,10 +155,12 @@ def compare_kernels(
             raise ConfigError(f"{name} {value} must be at least 1.")
     if gemlite:
         check_gemlite(device, dtype)
+    if int4:
+        check_int4(device, dtype)
     rows: list[KernelTiming] = []
     with chosen_backend(backend, device) as chosen:
         environment = describe_environment(device)
-        run = _Run(settings, device, dtype, chosen, repeats, gemlite, seed)
+        run = _Run(settings, device, dtype, chosen, repeats, gemlite, int4, seed)
         for shape in shapes:
             for row in _time_shape(shape, tokens, run, environment):
                 rows.append(row)
@@ -170,12 +181,14 @@ def _time_shape(
     sides = {"packed": packed, "dense": _dense_side(shape, run, generator)}
     if run.gemlite and supports(shape):
         sides |= {f"gemlite_{b}bit": _gemlite_side(b, shape, inputs, run) for b in BITS}
+    if run.int4 and int4_supports(shape):
+        sides["int4"] = _int4_side(shape, inputs, run)
     for m in tokens:
         seconds = median_seconds(_calls(sides, inputs[m]), run.device, run.repeats)
         moved = packed.bytes + m * (shape.in_features + shape.out_features) * run.dtype.itemsize
         others: dict[str, Any] = {}
         for name, side in sides.items():
-            if name.startswith("gemlite"):
+            if name not in ("packed", "dense"):
                 others |= {f"{name}_seconds": seconds[name], f"{name}_error": side.errors[m]}
         yield KernelTiming(
             name=shape.name,
@@ -237,6 +250,15 @@ def _gemlite_side(bits: int, shape: LinearShape, inputs: Mapping[int, Tensor], r
     for i in range(_copies(side.bytes, run)):
         side.linears.append(gemlite_linear(bits, shape, run.dtype, run.device, run.seed + i))
     weight = gemlite_weight(bits, shape, run.dtype, run.device, run.seed)
+    for m, x in inputs.items():
+        side.errors[m] = linear_error(side.linears[0], x, weight)
+    return side
+
+
+def _int4_side(shape: LinearShape, inputs: Mapping[int, Tensor], run: _Run) -> _Side:
+    side = _Side([], int4_bytes(shape))
+    side.linears += [int4_linear(shape, run.seed + i) for i in range(_copies(side.bytes, run))]
+    weight = int4_weight(shape, run.seed)
     for m, x in inputs.items():
         side.errors[m] = linear_error(side.linears[0], x, weight)
     return side

@@ -58,6 +58,9 @@ def add_command(commands: Any) -> None:
         metavar="M",
         help="rows of the input (default: 1 4 16 64 256 on the CPU; on CUDA also 1024 4096)",
     )
+    kernels.add_argument(
+        "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"
+    )
     kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
     _add_speed_options(kernels, repeats=20)
     kernels.set_defaults(run=run_kernels)
@@ -133,6 +136,7 @@ def run_kernels(options: argparse.Namespace) -> None:
     def show(row: KernelTiming) -> None:
         if not shown:
             columns = "".join(f" {f'gemlite {b}b':>10}" for b in (1, 2, 4)) if options.gemlite else ""
+            columns += f" {'int4':>10}" if options.int4 else ""
             print(
                 f"{'linear':<24} {'shape':>12} {'M':>5} {'bits':>6} {'us':>10} {'dense us':>10} {'speedup':>8} "
                 f"{'roofline':>9} {'MB':>8} {'error':>8}{columns}",
@@ -140,8 +144,12 @@ def run_kernels(options: argparse.Namespace) -> None:
             )
         shown.append(row)
         shape = f"{row.out_features}x{row.in_features}"
-        others = (row.gemlite_1bit_seconds, row.gemlite_2bit_seconds, row.gemlite_4bit_seconds)
-        columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in others) if options.gemlite else ""
+        others: list[float | None] = []
+        if options.gemlite:
+            others += [row.gemlite_1bit_seconds, row.gemlite_2bit_seconds, row.gemlite_4bit_seconds]
+        if options.int4:
+            others.append(row.int4_seconds)
+        columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in others)
         print(
             f"{row.name:<24} {shape:>12} {row.m:>5} {row.bits_per_weight:>6.3f} {1e6 * row.seconds:>10.1f} "
             f"{1e6 * row.dense_seconds:>10.1f} {row.speedup:>8.2f} {row.roofline_fraction:>9.3f} "
@@ -158,6 +166,7 @@ def run_kernels(options: argparse.Namespace) -> None:
         backend=options.backend,
         repeats=options.repeats,
         gemlite=options.gemlite,
+        int4=options.int4,
         seed=options.seed,
         on_row=None if options.json else show,
     )

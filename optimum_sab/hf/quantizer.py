@@ -16,6 +16,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, replace_with_skeletons, select_linears, set_module
+from optimum_sab.ops.backends import choose_backend
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -121,6 +122,7 @@ class SABHfQuantizer(HfQuantizer):
 
         config = self.quantization_config
         selection = self._select(model, strict=True)
+        choose_backend(next(model.parameters()).device, config.backend)  # an unusable one is refused before the work
         visual = "visual" in model_modalities(model.config)
         samples = read_samples(config.calibration, config.calibration_samples, config.seed, visual)
         processor = find_processor(config.processor, _source(model), visual)

@@ -15,6 +15,7 @@ from optimum_sab.ops.shape import LayerShape
 
 MAX_MEMBERS = 4  # as many layers as one launch writes outputs for
 ROW_TILE = 32
+PATIENCE = 3  # launches whose other outputs nobody took, as where siblings merely look alike
 SHARED = ("residual_index", "col_scale")  # tensors that have no rows, and must be equal
 
 
@@ -53,6 +54,7 @@ class InputGroup:
         self.sizes = tuple(m.out_features for m in members)
         self.proven = False
         self._pending: _Pending | None = None
+        self._wasted_launches = 0
         self._pointers: tuple[int, ...] = ()
         self._stack: list[Tensor] = []
         first = members[0]
@@ -65,6 +67,8 @@ class InputGroup:
             return None
         index = self._index(member)
         if index == 0:
+            if not tracing and self._wasted():
+                return None
             self._pending = None
             if not tracing and not self._ready():
                 return None
@@ -86,6 +90,22 @@ class InputGroup:
         if self._pending is None and not tracing:
             self.proven = True  # every member took its part
         return output
+
+    def _wasted(self) -> bool:
+        """Counts launches of which the others took nothing; after a few the group is given up."""
+        untouched = self._pending is not None and None not in self._pending.outputs[1:]
+        self._wasted_launches = self._wasted_launches + 1 if untouched else 0
+        if self._wasted_launches < PATIENCE:
+            return False
+        self.dissolve()
+        return True
+
+    def forget(self) -> None:
+        """The members' tensors are about to change: stack them anew at the next ordinary call."""
+        self.proven = False
+        self._pending = None
+        self._pointers = ()
+        self._stack = []
 
     def dissolve(self) -> None:
         """Members compute alone from now on."""
@@ -129,7 +149,7 @@ class InputGroup:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies stack their own tensors: they are views here, and would be copied twice."""
-        return {**self.__dict__, "_pending": None, "_pointers": (), "_stack": []}
+        return {**self.__dict__, "proven": False, "_pending": None, "_pointers": (), "_stack": []}
 
 
 def group_linears(model: nn.Module) -> list[InputGroup]:

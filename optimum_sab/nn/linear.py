@@ -64,6 +64,7 @@ class SABLinear(nn.Module):
         self.layout = "stored"
         self.group: InputGroup | None = None
         self.shape = LayerShape.of(out_features, in_features, settings)
+        self._names = self.shape.names  # kept, so that torch.compile does not trace how they are found
         for name, spec in tensor_specs(out_features, in_features, settings).items():
             self._store(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         if bias:
@@ -88,7 +89,7 @@ class SABLinear(nn.Module):
     @property
     def tensors(self) -> list[Tensor]:
         """The packed tensors as they are, in the order of ``self.shape.names``."""
-        return [self._parameters[name] for name in self.shape.names]  # type: ignore[misc]
+        return [self._parameters[name] for name in self._names]  # type: ignore[misc]
 
     @property
     def packed(self) -> PackedWeight:
@@ -127,6 +128,8 @@ class SABLinear(nn.Module):
         for name, tensor in tensors.items():
             self._store(name, tensor)
         self.layout = layout
+        if self.group is not None:
+            self.group.forget()
         return self
 
     def prepare(self) -> SABLinear:

@@ -238,3 +238,20 @@ def test_bench_kernels_times_gemlite(capsys):
     for bits in (1, 2, 4):
         assert row[f"gemlite_{bits}bit_seconds"] > 0
         assert row[f"gemlite_{bits}bit_error"] < 2e-2
+
+
+def test_int4_rows_hold_the_time_of_torch_s_kernel(capsys):
+    command = ["bench", "kernels", "--device", "cpu", "--shapes", "64x256", "64x96", "--tokens", "3", "--repeats", "2"]
+    assert main([*command, "--int4", "--json"]) == 0
+    taken, refused = json.loads(capsys.readouterr().out)["rows"]
+    assert taken["int4_seconds"] > 0
+    assert 0 <= taken["int4_error"] < 2e-2  # activations and output in bfloat16
+    assert refused["int4_seconds"] is None  # the kernel takes widths of whole groups
+    assert main([*command, "--int4"]) == 0
+    assert "int4" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_int4_is_refused_in_another_dtype(capsys):
+    command = ["bench", "kernels", "--device", "cpu", "--shapes", "64x256", "--int4", "--dtype", "float32"]
+    assert main(command) == 1
+    assert "bfloat16" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.nn.input_group import MAX_MEMBERS, SHARED, InputGroup, group_linears
+from optimum_sab.nn.input_group import MAX_MEMBERS, PATIENCE, SHARED, InputGroup, group_linears
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.ops import force_backend
 from optimum_sab.ops.verification import sample_weight
@@ -679,3 +679,41 @@ def test_group_refuses_a_layer_that_is_no_member(attention):
     assert isinstance(group, InputGroup)
     with pytest.raises(ValueError, match="no member of its group"):
         group.output_of(model.o, inputs(2, WIDTH))
+
+
+def test_model_compiled_right_after_loading_uses_what_was_loaded(attention):
+    """The stack of before is not the weights any more, and tracing cannot look at addresses."""
+    model, _, group = attention
+    x = inputs(2, WIDTH)
+    model(x)
+    assert group.proven
+    other = Attention()
+    with torch.no_grad():
+        for layer in linears(other).values():
+            layer.row_exponent += 1
+    model.load_state_dict({name: t.to(DEVICE) for name, t in other.state_dict().items()})
+    assert not group.proven
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_near([compiled(x)], [Expected(other)(x)])
+
+
+def test_model_compiled_right_after_copying_computes(attention):
+    model, expected, _ = attention
+    x = inputs(2, WIDTH)
+    model(x)
+    torch._dynamo.reset()
+    copied = copy.deepcopy(model)
+    assert_near([torch.compile(copied, fullgraph=True, backend="aot_eager")(x)], [expected(x)])
+
+
+def test_group_whose_other_members_are_never_called_is_given_up(attention, launches):
+    model, expected, _ = attention
+    for n in range(PATIENCE + 2):
+        x = inputs(2, WIDTH, seed=n) if n else inputs(2, WIDTH)
+        assert_near([model.q(x)], [expected.linear("q", x)])
+    assert model.q.group is None
+    assert len(launches) == PATIENCE + 2
+    assert launches.count(TOGETHER) == PATIENCE
+    x = inputs(2, WIDTH)
+    assert_near(model.parts(x), expected.parts(x))
