@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.packed_weight import PackedWeight
@@ -56,7 +57,9 @@ def binary_linear(
     Raises:
         ConfigError: x is not floating, its last dimension is not ``in``, it is on another device than the weight, or
             the weight is on meta; or the backend cannot be used.
+        NotImplementedError: x carries a forward-mode derivative.
     """
+    _refuse_forward_mode(x)
     return torch.ops.optimum_sab.binary_linear(x, bias, tensors, layout, backend, *shape)
 
 
@@ -72,7 +75,18 @@ def stacked_linear(
 
     Biases get no gradient here.
     """
+    _refuse_forward_mode(x)
     return torch.ops.optimum_sab.stacked_linear(x, biases, sizes, tensors, "kernel", backend, *shape)
+
+
+def _refuse_forward_mode(x: Tensor) -> None:
+    """PyTorch drops forward-mode derivatives of operators that have none, without a word."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            "packed layers have no forward-mode derivative (jvp); use reverse mode (backward, vjp)."
+        )
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

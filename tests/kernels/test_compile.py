@@ -39,7 +39,6 @@ FP32 = {f"{name}{i}_ptr": "*fp32" for name in ("bias", "out") for i in range(4)}
 VARIANTS = {
     **{name: ("decode", changes) for name, changes in DECODE.items()},
     "small batch of 16": ("small_batch", {}),
-    "small batch of 64": ("small_batch", {"TOKENS": 64}),
     "dequantize": ("dequantize", {}),
     "dequantize fine": ("dequantize", {"BASE": 2, "RESIDUAL": 2, "FP8": False, "row_scale_ptr": "*i16"}),
     "prepare limbs": ("prepare_limbs", {}),
@@ -49,6 +48,7 @@ VARIANTS = {
 # one capability is enough for these
 FURTHER = {
     80: {
+        "small batch of 32": ("small_batch", {"TOKENS": 32}),  # the most that configs/devices.json launches there
         "decode small": ("decode", {**SMALL, "TILES": 1}),
         "small batch small": ("small_batch", {**SMALL, "row_tiles": 1}),
         "dequantize small": ("dequantize", {**SMALL_LAYER, "first_tile": 1, "columns": 1, "row_tiles": 1}),
@@ -57,6 +57,7 @@ FURTHER = {
         "small batch fp32": ("small_batch", {**FP32, "x_ptr": "*fp32", "PRECISION": "tf32x3"}),
     },
     90: {
+        "small batch of 64": ("small_batch", {"TOKENS": 64}),
         "decode unrolled": ("decode", {"UNROLL": 2}),
         "decode without residual": ("decode", PLAIN),
         "decode fine": ("decode", {**FINE, "SCALE_COLUMNS": 32, "TILES": 1}),

@@ -539,3 +539,12 @@ def test_compiled_linear_of_another_width_is_refused():
     torch._dynamo.reset()
     with pytest.raises(Exception, match="last dimension is 7"):  # dynamo wraps the error in its own
         torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.zeros(3, 7))
+
+
+def test_forward_mode_is_refused_rather_than_zero():
+    layer = Layer("reference")
+    x = layer.random(2, COLUMNS)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(layer, (x,), (torch.ones_like(x),))
+    with torch.autograd.forward_ad.dual_level():
+        assert_near(layer(x), layer.expected(x), torch.float32)  # a level alone is no reason

@@ -56,7 +56,7 @@ class Launch:
             "dense_bytes": range(1 << 20, 1 << 40),
         }
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) not in values:
                 raise ValueError(f"launch setting {name}={getattr(self, name)!r} is not one of {values}.")
 
 
