@@ -23,10 +23,11 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What computes, and the reason in words."""
+    """What computes, the reason in words, and whether somebody asked for it."""
 
     name: str
     reason: str
+    forced: bool = False
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def force_backend(name: str | None) -> Iterator[None]:
 def backend_name(device: torch.device, forced: str | None = None) -> str:
     """Name of `choose_backend`'s choice. Warns once where it is the reference for want of something better."""
     choice = choose_backend(device, forced)
-    if choice.name == "reference" and choice.reason not in _warned and not _is_forced(forced):
+    if choice.name == "reference" and not choice.forced and choice.reason not in _warned:
         _warned.add(choice.reason)
         warnings.warn(
             f"packed layers on {device.type} are computed by the slow reference: {choice.reason}.",
@@ -74,12 +75,10 @@ def choose_backend(device: torch.device, forced: str | None = None) -> BackendCh
             problem = why_not(name, device)
             if problem is not None:
                 raise ConfigError(f"{origin} asks for backend {name!r} on {device.type}, but {problem}.")
-            return BackendChoice(name, f"forced by {origin}")
-    for name in BACKENDS[:2]:
-        if name == ("cpu" if device.type == "cpu" else "triton"):
-            problem = why_not(name, device)
-            return BackendChoice("reference", problem) if problem else BackendChoice(name, _MERIT[name])
-    raise AssertionError("unreachable")
+            return BackendChoice(name, f"forced by {origin}", forced=True)
+    best = "cpu" if device.type == "cpu" else "triton"
+    problem = why_not(best, device)
+    return BackendChoice("reference", problem) if problem else BackendChoice(best, _MERIT[best])
 
 
 _MERIT = {"triton": "Triton kernels run on this device and agree with the reference", "cpu": "compiled C kernels"}
@@ -124,7 +123,3 @@ def _known(name: str | None, origin: str) -> str | None:
     if name not in BACKENDS:
         raise ConfigError(f"{origin}={name!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
     return name
-
-
-def _is_forced(forced: str | None) -> bool:
-    return any(name not in (None, "", "auto") for name in (forced, _forced.get(), os.environ.get(ENVIRONMENT)))

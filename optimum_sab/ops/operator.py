@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,8 +19,6 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.backends import backend_name
 from optimum_sab.ops.reference import binary_linear as reference_linear
 from optimum_sab.ops.shape import LayerShape
-
-LAYOUTS = ("stored", "kernel")
 
 _WEIGHT = (
     "Tensor[] tensors, str layout, str? backend, int out_features, int in_features, int block_size, int base_planes, "
@@ -297,7 +294,6 @@ for _name in ("binary_linear", "stacked_linear"):
         _library.impl(_name, _autocast(_name, _type), _key.name)
 
 
-@lru_cache(maxsize=1)
 def operator_names() -> tuple[str, ...]:
     """Qualified names of the operators."""
     return tuple(f"optimum_sab::{name}" for name in ("binary_linear", "stacked_linear", "binary_linear_transposed"))
