@@ -23,7 +23,7 @@ that is not salient has place −1. All other padding is zero.
 import torch
 from torch import Tensor
 
-from .geometry import SLOT, TILE_COLUMNS, TILE_ROWS, Geometry
+from .geometry import SLOT, TILE_COLUMNS, TILE_ROWS, Geometry, ceil_div
 
 _WORDS = 4  # 32-bit words in a row of a tile
 _PAIR = 0x00010001  # one bit in either half of a word
@@ -39,29 +39,26 @@ def to_kernel_layout(stored: dict[str, Tensor], geometry: Geometry) -> dict[str,
         tensors["residual_index"] = _global_index(stored["residual_index"], place, geometry)
     scale = stored["row_scale"]
     planes, blocks, rows = scale.shape
-    scale = torch.nn.functional.pad(scale, (0, geometry.row_tiles * TILE_ROWS - rows))
+    pad_rows = (0, geometry.row_tiles * TILE_ROWS - rows)
+    scale = torch.nn.functional.pad(scale, pad_rows)
     scale = scale.view(planes, blocks, geometry.row_tiles, 4, 8).permute(2, 1, 0, 4, 3)
     tensors["row_scale"] = scale.reshape(geometry.row_tiles, blocks, planes, TILE_ROWS).contiguous()
     if geometry.fp8:
-        pad = geometry.row_tiles * TILE_ROWS - rows
-        tensors["row_exponent"] = torch.nn.functional.pad(stored["row_exponent"], (0, pad))
-    pad = geometry.column_tiles * TILE_COLUMNS - geometry.columns
-    tensors["col_scale"] = torch.nn.functional.pad(stored["col_scale"], (0, pad))
+        tensors["row_exponent"] = torch.nn.functional.pad(stored["row_exponent"], pad_rows)
+    pad_columns = (0, geometry.column_tiles * TILE_COLUMNS - geometry.columns)
+    tensors["col_scale"] = torch.nn.functional.pad(stored["col_scale"], pad_columns)
     return tensors
 
 
 def from_kernel_layout(tensors: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
     """Inverse of `to_kernel_layout`: exactly the stored tensors."""
     rows, columns = geometry.rows, geometry.columns
-    words = _untile_words(tensors["weight"])[:, :rows, : -(-columns // 32)]
+    words = _untile_words(tensors["weight"])[:, :rows, : ceil_div(columns, 32)]
     stored = {"weight": words.contiguous()}
     if geometry.residual_planes:
         place = _slot_places(geometry, words.device)
         signs = _untile_words(tensors["residual_sign"])[:, :rows]
-        bits = signs.contiguous().view(torch.uint8)[..., :, None] >> torch.arange(
-            8, dtype=torch.uint8, device=words.device
-        )
-        stored["residual_sign"] = _pack_bytes((bits & 1).flatten(-2)[..., place])
+        stored["residual_sign"] = _pack_bytes(_unpack_bytes(signs.contiguous().view(torch.uint8))[..., place])
         columns_of = tensors["residual_index"][place]
         wide = torch.uint8 if geometry.block_size <= 256 else torch.int16
         stored["residual_index"] = (columns_of % geometry.block_size).to(wide)
@@ -103,8 +100,7 @@ def _words_of(residual_sign: Tensor, place: Tensor, geometry: Geometry) -> Tenso
     planes, rows, _ = residual_sign.shape
     if not geometry.slot_tiles:  # a narrow layer may have residual planes and no salient column
         return torch.zeros(planes, geometry.row_tiles * TILE_ROWS, 0, dtype=torch.int32, device=residual_sign.device)
-    shifts = torch.arange(8, dtype=torch.uint8, device=residual_sign.device)
-    bits = ((residual_sign[..., None] >> shifts) & 1).flatten(-2)[..., : place.numel()]
+    bits = _unpack_bytes(residual_sign)[..., : place.numel()]
     slots = bits.new_zeros(planes, geometry.row_tiles * TILE_ROWS, geometry.slot_tiles * TILE_COLUMNS)
     slots[:, :rows, place] = bits
     return _pack_bytes(slots).view(torch.int32)
@@ -115,6 +111,12 @@ def _pack_bytes(bits: Tensor) -> Tensor:
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8))
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return (bits.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.uint8)
+
+
+def _unpack_bytes(packed: Tensor) -> Tensor:
+    """Inverse of `_pack_bytes`, padding included: uint8 [..., 8 · bytes]."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[..., None] >> shifts) & 1).flatten(-2)
 
 
 def _global_index(residual_index: Tensor, place: Tensor, geometry: Geometry) -> Tensor:
