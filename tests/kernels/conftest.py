@@ -48,7 +48,8 @@ def random_packed():
     Half of the row scales are negative, a tenth of them is zero and, with fp8, a fifth subnormal.
     """
     from optimum_sab.core.settings import LayerSettings
-    from optimum_sab.format.layout import salient_per_block, tensor_specs
+    from optimum_sab.format import random_weight
+    from optimum_sab.format.layout import tensor_specs
     from optimum_sab.format.packed_weight import PackedWeight
 
     def build(rows, columns, seed=0, **changes):
@@ -59,20 +60,7 @@ def random_packed():
         def whole(name, high):
             return torch.randint(0, high, specs[name].shape, generator=generator)
 
-        words = whole("weight", 2**32)
-        if columns % 32:
-            words[..., -1] &= (1 << columns % 32) - 1
-        tensors = {"weight": torch.where(words < 2**31, words, words - 2**32).to(torch.int32)}
-        counts = salient_per_block(columns, settings)
-        if settings.residual_planes:
-            tensors["residual_sign"] = whole("residual_sign", 256).to(torch.uint8)
-            if sum(counts) % 8:
-                tensors["residual_sign"][..., -1] &= (1 << sum(counts) % 8) - 1
-            index = []
-            for block, count in enumerate(counts):
-                width = min(settings.block_size, columns - block * settings.block_size)
-                index.append(torch.randperm(width, generator=generator)[:count].sort().values)
-            tensors["residual_index"] = torch.cat(index).to(specs["residual_index"].dtype)
+        tensors = dict(random_weight.random_packed(rows, columns, settings, seed).tensors)
         chance = torch.rand(specs["row_scale"].shape, generator=generator)
         sign = whole("row_scale", 2)
         if settings.row_scale == "fp8":
@@ -83,8 +71,7 @@ def random_packed():
         else:
             scale = (torch.rand(chance.shape, generator=generator) + 0.5) * (1 - 2 * sign) / 64
             tensors["row_scale"] = torch.where(chance > 0.9, 0.0, scale).half().view(torch.int16)
-        tensors["col_scale"] = (0.5 + torch.rand(columns, generator=generator)).half().view(torch.int16)
-        packed = PackedWeight({name: tensors[name] for name in specs}, rows, columns, settings)
+        packed = PackedWeight(tensors, rows, columns, settings)
         packed.validate()
         return packed
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.format.layout import salient_per_block, tensor_specs
+from optimum_sab.format import random_weight
+from optimum_sab.format.layout import tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.cpu import compiler
 
@@ -34,20 +35,7 @@ def random_packed():
         def bits(name, high):
             return torch.randint(0, high, specs[name].shape, generator=generator)
 
-        words = bits("weight", 2**32)
-        if width % 32:
-            words[..., -1] &= (1 << width % 32) - 1
-        tensors = {"weight": torch.where(words < 2**31, words, words - 2**32).to(torch.int32)}
-        if settings.residual_planes:
-            tensors["residual_sign"] = bits("residual_sign", 256).to(torch.uint8)
-            salient = sum(salient_per_block(width, settings))
-            if salient % 8:
-                tensors["residual_sign"][..., -1] &= (1 << salient % 8) - 1
-            columns = []
-            for block, count in enumerate(salient_per_block(width, settings)):
-                here = min(settings.block_size, width - block * settings.block_size)
-                columns.append(torch.randperm(here, generator=generator)[:count].sort().values)
-            tensors["residual_index"] = torch.cat(columns).to(specs["residual_index"].dtype)
+        tensors = dict(random_weight.random_packed(out, width, settings, seed).tensors)
         if settings.row_scale == "fp8":
             scale = bits("row_scale", 127) | bits("row_scale", 2) << 7
             small = torch.rand(scale.shape, generator=generator) < 0.2
@@ -56,7 +44,6 @@ def random_packed():
         else:
             scale = torch.randn(specs["row_scale"].shape, generator=generator)
             tensors["row_scale"] = scale.half().view(torch.int16)
-        tensors["col_scale"] = (0.5 + torch.rand(width, generator=generator)).half().view(torch.int16)
         packed = PackedWeight(tensors, out, width, settings)
         packed.validate()
         return packed
