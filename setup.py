@@ -13,7 +13,15 @@ ROOT = Path(__file__).parent
 REGISTER_PACKAGE = "optimum.commands.register"
 
 QUANTIZE = ["accelerate>=1.0", "greenlet>=3.0", "jinja2>=3.1", "pillow>=10.0", "tqdm>=4.60"]
-TEST = [*QUANTIZE, "hypothesis>=6.100", "optimum>=2.0", "pytest>=8.0", "triton>=3.2; platform_system == 'Linux'"]
+REPORT = ["matplotlib>=3.8", "pillow>=10.0"]
+TEST = [
+    *QUANTIZE,
+    *REPORT,
+    "hypothesis>=6.100",
+    "optimum>=2.0",
+    "pytest>=8.0",
+    "triton>=3.2; platform_system == 'Linux'",
+]
 
 
 def read_version() -> str:
@@ -69,7 +77,7 @@ setup(
     extras_require={
         "quantize": QUANTIZE,
         "eval": QUANTIZE,
-        "report": ["pillow>=10.0"],
+        "report": REPORT,
         "optimum": ["optimum>=2.0"],
         "test": TEST,
         "dev": [*TEST, "jaxtyping>=0.2.30", "mypy>=1.11", "ruff>=0.6"],

@@ -17,6 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.passage import BlockPassage, Finisher, call_with, hidden_states
+from optimum_sab.calibration.placement import device_of, first_device, map_tensors
+from optimum_sab.calibration.residual import ResidualSource, ResidualWatch, read_arguments
 from optimum_sab.errors import LockstepError, MissingDependencyError
 
 DENSE, QUANTIZED = "dense", "quantized"
@@ -24,11 +27,20 @@ DENSE, QUANTIZED = "dense", "quantized"
 
 @dataclass(frozen=True)
 class Arrival:
-    """One coroutine waiting at a linear: the sample's index, its stream, and the linear's input [..., tokens, in]."""
+    """One coroutine waiting at a linear.
+
+    Attributes:
+        sample: the sample's index.
+        stream: `DENSE` or `QUANTIZED`.
+        inputs: of the linear, [..., tokens, in].
+        residual: what the linear's output will be added to, [..., tokens, out]; None where that is not known, or the
+            linear is not the only one with this input.
+    """
 
     sample: int
     stream: str
     inputs: Tensor
+    residual: Tensor | None = None
 
 
 class Visitor(Protocol):
@@ -45,7 +57,10 @@ class Visitor(Protocol):
 
 @dataclass
 class _Pause:
-    """Why a coroutine handed over: at a block's entry, at a linear, or past the last block."""
+    """Why a coroutine handed over: at a block's entry, at a linear, at a block's end, at the head, or at its own end.
+
+    A coroutine at a block's end goes on with the payload, whatever it is by then.
+    """
 
     kind: str
     key: int | str
@@ -109,9 +124,23 @@ class Lockstep:
     _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _recording: list[tuple[str, Tensor]] | None = field(default=None, init=False)
+    _watch: ResidualWatch | None = field(default=None, init=False)
+    _finisher: Finisher | None = field(default=None, init=False)
+    _unstopped: bool = field(default=False, init=False)  # no one waits at linears
+    _residuals: dict[tuple[int, str], dict[ResidualSource, Tensor]] = field(default_factory=dict, init=False)
 
-    def run(self, visitor: Visitor) -> None:
+    def run(
+        self, visitor: Visitor, finisher: Finisher | None = None, head: nn.Module | None = None
+    ) -> dict[int, Tensor]:
         """Drive all samples through all blocks.
+
+        Args:
+            visitor: what binarizes.
+            finisher: what may change a block once it is binarized, or knows it from before.
+            head: the output embedding; with it every dense stream goes on until it is called.
+
+        Returns:
+            What the dense stream of each sample gave to ``head``; empty without one.
 
         Raises:
             LockstepError: samples disagree about the next block, or one reaches a linear that is already binarized.
@@ -120,7 +149,8 @@ class Lockstep:
         self._main = greenlet.getcurrent()
         self._current = greenlet.getcurrent
         streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
-        with torch.no_grad(), self._patched():
+        self._finisher = finisher
+        with torch.no_grad(), self._patched(head):
             self._state = _TorchState.capture()
             self._workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
             self._greenlets = [greenlet.greenlet(self._forward) for _ in self._workers]
@@ -130,7 +160,7 @@ class Lockstep:
                 waiting = {w: g.switch(w[0]) for w, g in zip(self._workers, self._greenlets, strict=True)}
                 for index in range(len(self.blocks)):
                     waiting = self._visit_block(index, waiting, visitor)
-                self._finish()
+                return self._finish(head is not None)
             finally:
                 for g in self._greenlets:
                     if not g.dead:
@@ -139,14 +169,25 @@ class Lockstep:
 
     # -- one block -----------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
+    def _finish(self, to_head: bool) -> dict[int, Tensor]:
         """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""
+        at_head: dict[int, Tensor] = {}
+        for (sample, stream), g in self._greenlet_of.items():
+            if to_head and stream == DENSE:
+                pause = g.switch()
+                if pause.kind != "head":
+                    raise LockstepError(
+                        f"sample {sample} comes to {pause} and not to the model's output embedding; use "
+                        "refine_steps=0 for this model."
+                    )
+                at_head[sample] = pause.payload
         last = self._greenlets[0].switch()
         if last.kind != "end of the forward":
             raise LockstepError(
                 f"a sample comes to {last} again after the last decoder block; models that use a block twice in one "
                 "forward cannot be binarized."
             )
+        return at_head
 
     def _visit_block(
         self, index: int, waiting: dict[tuple[int, str], _Pause], visitor: Visitor
@@ -159,7 +200,7 @@ class Lockstep:
                 )
         visitor.enter(index)
         self._weights.clear()
-        block, home = self.blocks[index], _device_of(self.blocks[index])
+        block, home = self.blocks[index], device_of(self.blocks[index])
         if self.device is None or home is None or home == self.device:
             waiting = self._work_on_block(index, waiting, visitor)
         else:
@@ -173,38 +214,91 @@ class Lockstep:
     def _work_on_block(
         self, index: int, waiting: dict[tuple[int, str], _Pause], visitor: Visitor
     ) -> dict[tuple[int, str], _Pause]:
-        self._groups = self._probe(index, waiting[self._workers[0]])
-        waiting = self._resume(waiting)
-        while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
-            group, here = self._next_group(index, at_linear)
-            arrivals = [Arrival(w[0], w[1], p.payload) for w, p in here.items()]
-            self._weights.update(visitor.solve(group.names, arrivals))
-            group.solved = True
-            group.seen.update(here)
-            del arrivals
-            for pause in here.values():
-                pause.payload = None  # frees the inputs of this group
-            waiting.update(self._resume(here))
+        entries = waiting if self._finisher is not None else {}
+        if self._finisher is not None and self._finisher.known(index):
+            self._unstopped = True
+            try:
+                waiting = self._resume(waiting)
+            finally:
+                self._unstopped = False
+            self._finisher.finish(index, self._passage(index, entries, waiting))
+            visitor.leave(index, _drift(waiting) if self.two_streams else None)
+            return waiting
+        self._groups, sources = self._probe(index, waiting[self._workers[0]])
+        self._residuals = {worker: {} for worker in self._workers}
+        with read_arguments(sources, self._keep_residual):
+            waiting = self._resume(waiting)
+            while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
+                group, here = self._next_group(index, at_linear)
+                source = sources.get(group.names[0]) if len(group.names) == 1 else None
+                arrivals = [Arrival(*w, p.payload, self._residual(w, source)) for w, p in here.items()]
+                self._weights.update(visitor.solve(group.names, arrivals))
+                group.solved = True
+                group.seen.update(here)
+                del arrivals
+                for pause in here.values():
+                    pause.payload = None  # frees the inputs of this group
+                waiting.update(self._resume(here))
+        self._residuals = {}
         missed = [n for n in self.linears[index] if n not in self._groups or not self._groups[n].solved]
         if missed:
             raise LockstepError(
                 f"no calibration token reached {missed[0]} ({len(missed)} linears of its block): give more or more "
                 f"varied samples, or leave it dense with modules_to_not_convert=[{missed[0]!r}]."
             )
+        if self._finisher is not None:
+            self._finisher.finish(index, self._passage(index, entries, waiting))
         visitor.leave(index, _drift(waiting) if self.two_streams else None)
         return waiting
 
-    def _probe(self, index: int, pause: _Pause) -> dict[str, _Group]:
-        """Run the block once on one sample to see which linears are given the same tensor, and in which order."""
-        self._recording = []
+    def _passage(
+        self, index: int, entries: Mapping[tuple[int, str], _Pause], ends: Mapping[tuple[int, str], _Pause]
+    ) -> BlockPassage:
+        def run(sample: int, parameters: Mapping[str, Tensor]) -> Any:
+            entry, grad = entries[sample, QUANTIZED], torch.is_grad_enabled()
+            args, kwargs = self._to_device(entry.payload)
+            if entry.state is not None:
+                entry.state.restore()
+            self._unstopped = True
+            torch.set_grad_enabled(grad)
+            try:
+                return call_with(self.blocks[index], self._block_forwards[index], parameters, args, kwargs)
+            finally:
+                self._unstopped = False
+                self._state.restore()
+                torch.set_grad_enabled(grad)
+
+        def dense(sample: int) -> Tensor | None:
+            return hidden_states(ends[sample, DENSE].payload) if self.two_streams else None
+
+        def replace(sample: int, output: Any) -> None:
+            ends[sample, QUANTIZED].payload = output
+
+        return BlockPassage(self.blocks[index], range(len(self.samples)), run, dense, replace)
+
+    def _keep_residual(self, source: ResidualSource, value: Tensor) -> None:
+        worker = self._identity.get(self._current())
+        if worker is not None:
+            self._residuals[worker][source] = value
+
+    def _residual(self, worker: tuple[int, str], source: ResidualSource | None) -> Tensor | None:
+        return None if source is None else self._residuals[worker].get(source)
+
+    def _probe(self, index: int, pause: _Pause) -> tuple[dict[str, _Group], dict[str, ResidualSource]]:
+        """Run the block once on one sample.
+
+        That shows which linears are given the same tensor, in which order, and what their outputs are added to.
+        """
+        self._recording, self._watch = [], ResidualWatch(self.blocks[index])
         args, kwargs = self._to_device(pause.payload)
         try:
             if pause.state is not None:
                 pause.state.restore()
-            self._block_forwards[index](*args, **kwargs)
-            records = self._recording
+            with self._watch.watching():
+                self._block_forwards[index](*args, **kwargs)
+            records, sources = self._recording, self._watch.sources()
         finally:
-            self._recording = None
+            self._recording = self._watch = None
             self._state.restore()
         groups: list[tuple[Tensor, list[str]]] = []
         seen: set[str] = set()
@@ -221,7 +315,8 @@ class Lockstep:
                     break
             else:
                 groups.append((tensor, [name]))
-        return {name: group for _, names in groups for group in [_Group(tuple(names))] for name in names}
+        found = {name: group for _, names in groups for group in [_Group(tuple(names))] for name in names}
+        return found, sources if self.two_streams else {}
 
     def _next_group(
         self, index: int, at_linear: dict[tuple[int, str], _Pause]
@@ -268,7 +363,7 @@ class Lockstep:
     # -- wrapped forwards ----------------------------------------------------------------------------------------
 
     @contextmanager
-    def _patched(self) -> Iterator[None]:
+    def _patched(self, head: nn.Module | None) -> Iterator[None]:
         self._block_forwards = [block.forward for block in self.blocks]
         originals = [(b, f) for b, f in zip(self.blocks, self._block_forwards, strict=True)]
         for index, block in enumerate(self.blocks):
@@ -277,6 +372,9 @@ class Lockstep:
             for name, linear in block_linears.items():
                 originals.append((linear, linear.forward))
                 linear.forward = self._wrap_linear(name, linear, linear.forward)  # type: ignore[method-assign]
+        if head is not None:
+            originals.append((head, head.forward))
+            head.forward = self._wrap_head(head.forward)
         try:
             yield
         finally:
@@ -291,11 +389,14 @@ class Lockstep:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self._pause(_Pause("block", index, (args, kwargs)))
-            home = _first_device((args, kwargs))
+            home = first_device((args, kwargs))
             args, kwargs = self._to_device((args, kwargs))
-            output = original(*args, **kwargs)
-            self._pause(_Pause("end of block", index, output))
-            return output if self.device is None or home is None else _map_tensors(output, home)
+            # of a block whose result is known, the quantized stream's output comes from whoever knows it
+            skipped = self._unstopped and self._identity[self._current()][1] == QUANTIZED
+            end = _Pause("end of block", index, None if skipped else original(*args, **kwargs))
+            self._pause(end)
+            output = end.payload
+            return output if self.device is None or home is None else map_tensors(output, home)
 
         return forward
 
@@ -303,6 +404,11 @@ class Lockstep:
         def forward(input: Tensor) -> Any:  # the name it has in nn.Linear, for models that pass it by keyword
             if self._recording is not None:
                 self._recording.append((name, input))
+                output = original(input)
+                if self._watch is not None:
+                    self._watch.output(name, output)
+                return output
+            if self._unstopped:
                 return original(input)
             worker = self._identity[self._current()]
             group = self._groups.get(name)
@@ -314,10 +420,17 @@ class Lockstep:
 
         return forward
 
+    def _wrap_head(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(input: Tensor) -> Any:
+            self._pause(_Pause("head", "", input))
+            return original(input)
+
+        return forward
+
     def _to_device(self, call: tuple[tuple[Any, ...], dict[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self.device is None:
             return call
-        return _map_tensors(call[0], self.device), _map_tensors(call[1], self.device)
+        return map_tensors(call[0], self.device), map_tensors(call[1], self.device)
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -327,33 +440,9 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _device_of(module: nn.Module) -> torch.device | None:
-    parameter = next(module.parameters(), None)
-    return None if parameter is None else parameter.device
-
-
-def _first_device(tree: Any) -> torch.device | None:
-    if isinstance(tree, Tensor):
-        return tree.device
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
-    return next((d for d in map(_first_device, children) if d is not None), None)
-
-
-def _map_tensors(tree: Any, device: torch.device) -> Any:
-    if isinstance(tree, Tensor):
-        return tree.to(device)
-    if isinstance(tree, dict):
-        return {k: _map_tensors(v, device) for k, v in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map_tensors(v, device) for v in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_map_tensors(v, device) for v in tree)
-    return tree
-
-
 def _drift(waiting: Mapping[tuple[int, str], _Pause]) -> float:
     """``Σ ‖h − ĥ‖² / Σ ‖h‖²`` of the block's outputs, dense against quantized stream."""
-    outputs = {w: (p.payload[0] if isinstance(p.payload, tuple) else p.payload) for w, p in waiting.items()}
+    outputs = {w: hidden_states(p.payload) for w, p in waiting.items()}
     above = below = 0.0
     for (sample, stream), dense in outputs.items():
         if stream == DENSE:

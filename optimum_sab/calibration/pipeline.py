@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
+from optimum_sab.calibration.passage import BlockPassage
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
+from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
+from optimum_sab.calibration.refine.reconstruction import Reconstruction, reconstruct
+from optimum_sab.calibration.refine.tuning import Tuning
+from optimum_sab.calibration.refine.whole_model import output_embedding, tune_model
+from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder, fingerprint
+from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.format.packed_weight import PackedWeight
@@ -49,12 +57,14 @@ class BlockReport:
         layers: its linears.
         drift: ``Σ‖h − ĥ‖² / Σ‖h‖²`` of the block's outputs between the streams; None with one stream.
         seconds: wall time of the block.
+        reconstruction: what the refinement made of the block; None without it.
     """
 
     index: int
     layers: tuple[LayerReport, ...]
     drift: float | None
     seconds: float
+    reconstruction: Reconstruction | None = None
 
     @property
     def error(self) -> float:
@@ -70,11 +80,13 @@ class BinarizationReport:
         blocks: per decoder block.
         tokens: calibration tokens per modality.
         seconds: wall time in all.
+        tuning: what the refinement made of the whole model; None without it.
     """
 
     blocks: tuple[BlockReport, ...]
     tokens: dict[str, int]
     seconds: float
+    tuning: Tuning | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -91,6 +103,8 @@ def binarize(
     pass_name: str = "hessian",
     device: torch.device | None = None,
     on_block: Callable[[BlockReport, int], None] | None = None,
+    refine: RefineSettings | None = None,
+    resume_folder: str | Path | None = None,
 ) -> BinarizationReport:
     """Binarize the selected linears of ``model`` in place. After an error the model is half binarized: discard it.
 
@@ -101,8 +115,12 @@ def binarize(
         pass_name: a registered calibration pass.
         device: where blocks are moved while they are worked on; None leaves them where they are.
         on_block: called with each block's report and the number of blocks.
+        refine: how long to refine scales, norms and biases; None leaves them as solved.
+        resume_folder: keeps every finished block and the state of the tuning, so that the same call after an
+            interruption goes on from there, to the same result.
 
     Raises:
+        CalibrationError: ``resume_folder`` belongs to another run; or see `output_embedding`.
         SampleError: no samples.
         NonFiniteError: a weight or an activation holds NaN or inf.
         LockstepError, SingularHessianError: see there.
@@ -111,7 +129,7 @@ def binarize(
         raise SampleError("no calibration samples; give at least one text or chat message, or calibration='builtin'.")
     collector = calibration_pass(pass_name)()
     decoder = find_decoder_blocks(model)
-    positions, linears = _targets(model, decoder, selection)
+    positions, linears = decoder_linears(model, decoder, selection)
     _check_weights(model, selection)
     config = getattr(model, "config", None)
     modalities = [token_modalities(sample, config) for sample in samples]
@@ -119,17 +137,27 @@ def binarize(
     _warn_few_tokens(sum(tokens.values()), model, selection)
     home = next(model.parameters()).device
     moved = [{k: v.to(home) if isinstance(v, Tensor) else v for k, v in s.items()} for s in samples]
+    dtype = next(iter(linears[0].values())).weight.dtype
+    head = output_embedding(model) if refine is not None and refine.steps else None
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    worker = _Binarizer(model, selection, positions, linears, modalities, collector, device, on_block)
-    two_streams = any(s.propagation > 0 for s in selection.settings.values())
+    folder = None
+    if resume_folder is not None:
+        marks = fingerprint(model, samples, selection.settings, pass_name, refine)
+        folder = ResumeFolder(resume_folder, marks)
+    worker = _Binarizer(model, selection, positions, linears, modalities, collector, device, on_block, refine, folder)
+    two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
     try:
         blocks = [decoder.blocks[position] for position in positions]
-        Lockstep(model, blocks, linears, moved, two_streams, device).run(worker)
+        lockstep = Lockstep(model, blocks, linears, moved, two_streams, device)
+        teacher = lockstep.run(worker, worker if refine or folder else None, head)
+        tuning = None
+        if refine is not None and refine.steps:
+            tuning = tune_model(model, moved, modalities, teacher, dtype, refine.steps, device, folder)
     finally:
         model.train(was_training)
-    return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started)
+    return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, tuning)
 
 
 @dataclass
@@ -144,6 +172,8 @@ class _Binarizer:
     collector: CalibrationPass
     device: torch.device | None
     on_block: Callable[[BlockReport, int], None] | None
+    refine: RefineSettings | None = None
+    folder: ResumeFolder | None = None
     reports: list[BlockReport] = field(default_factory=list)
 
     def enter(self, index: int) -> None:
@@ -151,6 +181,8 @@ class _Binarizer:
         self._packed: dict[str, PackedWeight] = {}
         self._error: dict[str, float] = {}
         self._index = index
+        self._vectors: dict[str, Tensor] = {}  # that the refinement changed
+        self._reconstruction: Reconstruction | None = None
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         members = [(n, self.linears[self._index][n]) for n in names]
@@ -171,7 +203,56 @@ class _Binarizer:
                 self._error[name] = solution.error
         return weights
 
+    def known(self, index: int) -> bool:
+        return self.folder is not None and self.folder.knows_block(index)
+
+    def finish(self, index: int, passage: BlockPassage) -> None:
+        if self.known(index):
+            self._read(index)
+        elif self.refine is None or not self.refine.epochs or not self._refine(index, passage):
+            return
+        # from here on the outputs come from the stored values, the same in a run that is resumed and one that is not
+        start = self._start(index)
+        write_vectors(passage.block, self._vectors)
+        weights = {
+            f"{name.removeprefix(start)}.weight": self._packed[name].dequantize().to(m.weight.device, m.weight.dtype)
+            for name, m in self.linears[index].items()
+        }
+        for sample in passage.samples:
+            passage.replace(sample, passage.run(sample, weights))
+
+    def _refine(self, index: int, passage: BlockPassage) -> bool:
+        """Reconstruct the block's output; whether that improved it."""
+        assert self.refine is not None
+        start = self._start(index)
+        packed = {name.removeprefix(start): weight for name, weight in self._packed.items()}
+        dense = next(iter(self.linears[index].values())).weight
+        parameters = ModuleParameters(packed, dense.dtype, vectors_of(passage.block), dense.device)
+        self._reconstruction = reconstruct(passage, parameters, self.refine.epochs, seed=index)
+        if self._reconstruction.improved:
+            self._packed.update({start + name: weight for name, weight in parameters.packed().items()})
+            self._vectors = parameters.built_vectors()
+        return self._reconstruction.improved
+
+    def _read(self, index: int) -> None:
+        """Take over what an interrupted run had finished."""
+        assert self.folder is not None
+        linears = self.linears[index]
+        shapes = {n: (m.out_features, m.in_features, self.selection.settings[n]) for n, m in linears.items()}
+        block = self.folder.read_block(index, shapes)
+        self._packed.update(block.packed)
+        self._error.update(block.errors)
+        self._vectors, self._reconstruction = block.vectors, block.reconstruction
+
+    def _start(self, index: int) -> str:
+        """What the names of the block's modules begin with."""
+        prefix = self.selection.prefix
+        return f"{prefix}.{self.positions[index]}." if prefix else f"{self.positions[index]}."
+
     def leave(self, index: int, drift: float | None) -> None:
+        if self.folder is not None and not self.folder.knows_block(index):
+            block = FinishedBlock(self._packed, self._error, self._vectors, self._reconstruction)
+            self.folder.write_block(index, block)
         layers: list[LayerReport] = []
         for name, dense in self.linears[index].items():
             layer = SABLinear.from_packed(self._packed[name], dense.bias).to(dense.weight.device)
@@ -181,13 +262,13 @@ class _Binarizer:
             weights = layer.in_features * layer.out_features
             layers.append(LayerReport(name, self._error[name], layer.bits_per_weight, weights))
         seconds = time.perf_counter() - self._started
-        report = BlockReport(self.positions[index], tuple(layers), drift, seconds)
+        report = BlockReport(self.positions[index], tuple(layers), drift, seconds, self._reconstruction)
         self.reports.append(report)
         if self.on_block is not None:
             self.on_block(report, len(self.linears))
 
 
-def _targets(
+def decoder_linears(
     model: nn.Module, decoder: DecoderBlocks, selection: Selection
 ) -> tuple[list[int], list[dict[str, nn.Linear]]]:
     """The places of the decoder blocks that hold selected linears, and those linears by dotted name."""

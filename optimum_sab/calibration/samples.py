@@ -12,6 +12,7 @@ from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.errors import MissingDependencyError, SampleError
 
 BUILTIN = "builtin"
+SELF = "self"
 Sample = str | list[dict[str, Any]]
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _PICTURE_KEYS = ("image", "url", "path", "base64")
@@ -22,7 +23,8 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
     """Read calibration data in any accepted form.
 
     Args:
-        source: None or ``"builtin"`` for the built-in set; the path of a ``.jsonl`` file; a Hub dataset as
+        source: None or ``"builtin"`` for the built-in set (``"self"`` is not read but written by the model, see
+            `optimum_sab.calibration.self_samples`); the path of a ``.jsonl`` file; a Hub dataset as
             ``"owner/name"`` or ``"owner/name:split"`` (needs the ``datasets`` package); a text; a chat (a list of
             messages with "role" and "content"); or a list of texts and chats.
         count: how many samples to take at most.
@@ -34,6 +36,11 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
     """
     if source is None or source == BUILTIN:
         return list(builtin_samples(count, seed, visual))
+    if source == SELF:
+        raise SampleError(
+            f"calibration={SELF!r} has samples only once a model wrote them; call self_samples, or give SABConfig this "
+            "value and from_pretrained does."
+        )
     if isinstance(source, (str, Path)) and str(source).endswith((".jsonl", ".json")):
         samples = _read_jsonl(Path(source))
     elif isinstance(source, str) and _DATASET.fullmatch(source):
@@ -47,14 +54,16 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
     else:
         raise SampleError(
             f"calibration={type(source).__name__} is not understood; give texts, chats, a .jsonl path, a dataset name, "
-            f"or {BUILTIN!r}."
+            f"{BUILTIN!r}, or {SELF!r}."
         )
     if not samples:
         raise SampleError("there are no calibration samples; give at least one, or calibration='builtin'.")
     return samples[:count]
 
 
-def encode_samples(samples: Sequence[Sample], processor: Any, sequence_length: int) -> list[dict[str, Any]]:
+def encode_samples(
+    samples: Sequence[Sample], processor: Any, sequence_length: int, answer_follows: bool = False
+) -> list[dict[str, Any]]:
     """Turn texts and chats into the model's forward arguments, one sample each.
 
     Args:
@@ -62,15 +71,24 @@ def encode_samples(samples: Sequence[Sample], processor: Any, sequence_length: i
         processor: a Transformers processor, or a tokenizer for a language model.
         sequence_length: texts are cut to this many tokens; a chat with pictures is kept whole, because cutting it
             would cut the picture.
+        answer_follows: chats end with a question and the model is to go on from there.
 
     Raises:
         SampleError: a text refers to a picture that the sample does not bring, a picture cannot be read, or the
             processor has no chat template.
     """
-    return [_encode(sample, processor, sequence_length, f"calibration sample {i}") for i, sample in enumerate(samples)]
+    return [
+        _encode(sample, processor, sequence_length, f"calibration sample {i}", answer_follows)
+        for i, sample in enumerate(samples)
+    ]
 
 
-def _encode(sample: Sample, processor: Any, sequence_length: int, label: str) -> dict[str, Any]:
+def has_chat_template(processor: Any) -> bool:
+    """Whether a processor or tokenizer can prepare chats."""
+    return any(getattr(each, "chat_template", None) for each in (processor, getattr(processor, "tokenizer", None)))
+
+
+def _encode(sample: Sample, processor: Any, sequence_length: int, label: str, answer_follows: bool) -> dict[str, Any]:
     tokenizer = getattr(processor, "tokenizer", processor)
     if isinstance(sample, str):
         _refuse_placeholder(sample, processor, label)
@@ -86,7 +104,13 @@ def _encode(sample: Sample, processor: Any, sequence_length: int, label: str) ->
         messages = _text_only(chat) if template_owner is tokenizer else chat
         try:
             inputs = dict(
-                template_owner.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+                template_owner.apply_chat_template(
+                    messages,
+                    tokenize=True,
+                    return_dict=True,
+                    return_tensors="pt",
+                    add_generation_prompt=answer_follows,
+                )
             )
         except ImportError:
             raise  # names the package to install

@@ -10,10 +10,10 @@ from typing import Any
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.config import SABConfig
-
-PRESETS = {"default": SABConfig, "paper": SABConfig.paper}
+from optimum_sab.hf.presets import PRESETS
 
 _CHOICES = {"significance": SIGNIFICANCE, "feedback": FEEDBACK, "row_scale": ROW_SCALE}
+_TYPES = {"target_bits": float, "propagation": float}
 _HELP = {
     "block_size": "input columns per block",
     "base_planes": "sign planes on every column",
@@ -26,13 +26,18 @@ _HELP = {
     "sweeps": "rounds of sign descent after the refit",
     "row_scale": "storage of the row scales",
     "damping": "share of the Hessian's mean diagonal added to it",
-    "propagation": "strength of the propagated target, 0 to 1",
-    "calibration": "'builtin', a .jsonl file, or a Hub dataset as owner/name[:split]",
+    "propagation": "strength of the propagated target, 0 to 1; cross-validated when not given",
+    "target_bits": "stored bits per weight at most; planes are then chosen per linear",
+    "calibration": "'builtin', 'self' (the model writes it), a .jsonl file, or a Hub dataset as owner/name[:split]",
     "calibration_samples": "how many samples to use at most",
     "sequence_length": "calibration texts are cut to this many tokens",
     "seed": "seed of the built-in set and of a dataset's order",
     "calibration_pass": "a registered calibration pass",
     "calibration_device": "device on which blocks are worked on, e.g. cuda",
+    "refine": "train scales, norms and biases after solving",
+    "refine_epochs": "rounds over the samples per block",
+    "refine_steps": "steps of the tuning of the whole model",
+    "resume_folder": "keeps what is finished, for a run that is interrupted",
 }
 
 
@@ -48,7 +53,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
         if isinstance(default, bool):
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         else:
-            options["type"] = str if default is None else type(default)
+            options["type"] = _TYPES.get(name, str) if default is None else type(default)
             group.add_argument(flag, choices=_CHOICES.get(name), metavar=None if name in _CHOICES else "X", **options)
     group.add_argument(
         "--keep-dense", action="append", default=[], metavar="RULE", help="module rule to leave dense; may be repeated"

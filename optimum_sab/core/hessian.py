@@ -26,11 +26,13 @@ class ModalityMoments:
     Attributes:
         hessian: ``Σ x̂ x̂ᵀ`` [in, in] of the quantized stream's inputs.
         drift: ``Σ (x − x̂) x̂ᵀ`` [in, in], x from the dense stream; None while one stream runs.
+        residual: ``Σ (r − r̂) x̂ᵀ`` [out, in], r what the output is added to; None where that is unknown.
         tokens: how many tokens were added.
     """
 
     hessian: Float[Tensor, "in in"]
     drift: Float[Tensor, "in in"] | None
+    residual: Float[Tensor, "out in"] | None = None
     tokens: int = 0
 
 
@@ -56,8 +58,16 @@ class InputMoments:
         modality: str,
         quantized: Float[Tensor, "tokens in"],
         dense: Float[Tensor, "tokens in"] | None = None,
+        residual: Float[Tensor, "tokens out"] | None = None,
     ) -> None:
         """Add the tokens of one modality of one sample.
+
+        Args:
+            modality: its name.
+            quantized: x̂, the quantized stream's inputs.
+            dense: x, the dense stream's, where two streams run.
+            residual: r − r̂, by how much the streams differ in what the linear's output is added to; given for all
+                samples or for none.
 
         Raises:
             NonFiniteError: an input holds NaN or inf.
@@ -78,6 +88,11 @@ class InputMoments:
             if dense is None:
                 raise CalibrationError(f"{self.name}: two streams were announced and the dense one is missing.")
             moments.drift.addmm_((self._finite(modality, dense) - x).T, x)
+        if residual is not None:
+            r = self._finite(modality, residual)
+            if moments.residual is None:
+                moments.residual = torch.zeros(r.shape[1], self.in_features, dtype=torch.float32, device=self.device)
+            moments.residual.addmm_(r.T, x)
         moments.tokens += x.shape[0]
 
     def _finite(self, modality: str, inputs: Tensor) -> Tensor:
@@ -89,11 +104,33 @@ class InputMoments:
             )
         return x
 
-    def statistics(self) -> InputStatistics:
+    def absorb(self, other: InputMoments) -> None:
+        """Add another's sums to these, in place; the other keeps its own."""
+        for modality, theirs in other.by_modality.items():
+            own = self.by_modality.get(modality)
+            if own is None:
+                own = ModalityMoments(
+                    torch.zeros_like(theirs.hessian),
+                    None if theirs.drift is None else torch.zeros_like(theirs.drift),
+                )
+                self.by_modality[modality] = own
+            own.hessian += theirs.hessian
+            if own.drift is not None and theirs.drift is not None:
+                own.drift += theirs.drift
+            if theirs.residual is not None:
+                own.residual = theirs.residual.clone() if own.residual is None else own.residual.add_(theirs.residual)
+            own.tokens += theirs.tokens
+
+    def statistics(self, weighting: str = "balanced", part: InputMoments | None = None) -> InputStatistics:
         """Freeze the sums: ``H_μ = 2/N_μ Σ x xᵀ`` per modality, and their trace-balanced mean.
 
         ``H = 1/z Σ_μ H_μ / tr(H_μ) · m``: every modality weighs the same however many tokens it has
         (image tokens outnumber text ten to one). The drift is scaled alike, so that ``C H⁻¹`` keeps its meaning.
+
+        Args:
+            weighting: "balanced"; or, to compare with, "tokens" (every token weighs the same) or "text" (H sees text
+                alone, as the paper's compensation does). Both are scaled to a mean diagonal of 1 too.
+            part: the sums of one half of the samples, which these contain.
         """
         live = {name: m for name, m in self.by_modality.items() if m.tokens and float(m.hessian.diagonal().sum()) > 0}
         if not live:
@@ -102,17 +139,53 @@ class InputMoments:
                 "module dense with modules_to_not_convert."
             )
         hessians = {name: m.hessian * (2.0 / m.tokens) for name, m in live.items()}
-        balanced: Tensor | None = None
-        drift: Tensor | None = None
-        for name, moments in live.items():
-            weight = self.in_features / float(hessians[name].diagonal().sum()) / len(live)
-            term = hessians[name] * weight
-            balanced = term if balanced is None else balanced.add_(term)
-            if moments.drift is not None:
-                term = moments.drift * (2.0 / moments.tokens * weight)
-                drift = term if drift is None else drift.add_(term)
-        assert balanced is not None  # `live` is not empty
-        return InputStatistics(balanced, hessians, drift, {name: m.tokens for name, m in self.by_modality.items()})
+        weights = _modality_weights(live, hessians, weighting)
+        scales = {name: 2.0 / m.tokens * weights[name] for name, m in live.items()}
+        whole = _weighted_sum(live, scales)
+        tokens = {name: m.tokens for name, m in self.by_modality.items()}
+        half = None
+        if part is not None:
+            theirs = {name: m for name, m in part.by_modality.items() if name in scales}
+            half = _weighted_sum(theirs, scales) if theirs else None
+        return InputStatistics(whole.hessian, hessians, whole.drift, tokens, whole.residual, half)
+
+
+def _weighted_sum(moments: dict[str, ModalityMoments], scales: dict[str, float]) -> WeightedMoments:
+    """``Σ_μ s_μ · sums_μ`` of everything that was gathered."""
+
+    def total(of: list[tuple[Tensor | None, float]]) -> Tensor | None:
+        result: Tensor | None = None
+        for value, scale in of:
+            if value is not None:
+                result = value * scale if result is None else result.add_(value, alpha=scale)
+        return result
+
+    hessian = total([(m.hessian, scales[name]) for name, m in moments.items()])
+    assert hessian is not None  # there is a modality
+    return WeightedMoments(
+        hessian,
+        total([(m.drift, scales[name]) for name, m in moments.items()]),
+        total([(m.residual, scales[name]) for name, m in moments.items()]),
+    )
+
+
+@dataclass(frozen=True)
+class WeightedMoments:
+    """Sums over modalities in one scale; see `InputStatistics` for what they are."""
+
+    hessian: Float[Tensor, "in in"]
+    drift: Float[Tensor, "in in"] | None
+    residual: Float[Tensor, "out in"] | None
+
+    def without(self, part: WeightedMoments) -> WeightedMoments:
+        """These less a part of them."""
+
+        def less(whole: Tensor | None, taken: Tensor | None) -> Tensor | None:
+            return whole if whole is None or taken is None else whole - taken
+
+        return WeightedMoments(
+            self.hessian - part.hessian, less(self.drift, part.drift), less(self.residual, part.residual)
+        )
 
 
 @dataclass(frozen=True)
@@ -124,12 +197,35 @@ class InputStatistics:
         by_modality: ``H_μ`` [in, in] per modality that has tokens, undamped.
         drift: ``C = (X − X̂)ᵀ X̂`` [in, in] in the scale of ``hessian``, or None without a dense stream.
         tokens: tokens seen per modality.
+        residual: ``R = (r − r̂)ᵀ X̂`` [out, in] in the scale of ``hessian``: by how much the streams differ in what
+            the linear's output is added to. None where that is not known, or the linear is one of a stack.
+        half: the part that one half of the samples makes up of ``hessian``, ``drift`` and ``residual``; None with one
+            stream or one sample.
     """
 
     hessian: Float[Tensor, "in in"]
     by_modality: dict[str, Float[Tensor, "in in"]]
     drift: Float[Tensor, "in in"] | None
     tokens: dict[str, int]
+    residual: Float[Tensor, "out in"] | None = None
+    half: WeightedMoments | None = None
+
+    @property
+    def whole(self) -> WeightedMoments:
+        """``hessian``, ``drift`` and ``residual`` together."""
+        return WeightedMoments(self.hessian, self.drift, self.residual)
+
+
+def _modality_weights(
+    moments: dict[str, ModalityMoments], hessians: dict[str, Tensor], weighting: str
+) -> dict[str, float]:
+    """What each ``H_μ`` is multiplied with before they are added up."""
+    mean = {name: float(H.diagonal().mean()) for name, H in hessians.items()}
+    if weighting == "balanced":
+        return {name: 1.0 / (mean[name] * len(mean)) for name in mean}
+    chosen = ["text"] if weighting == "text" and "text" in mean else list(mean)
+    total = sum(mean[name] * moments[name].tokens for name in chosen)
+    return {name: moments[name].tokens / total if name in chosen else 0.0 for name in mean}
 
 
 def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:

@@ -33,24 +33,25 @@ class LayerSettings:
             Needs ``refit``.
         row_scale: storage of the row scales, ``"fp8"`` (e4m3 and a power of two per row) or ``"fp16"``.
         damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
-        propagation: α of the propagated target in [0, 1]; 0 aims every linear at its own dense weight.
+        propagation: α of the propagated target in [0, 1]; 0 aims every linear at its own dense weight. None lets
+            cross-validation over the samples choose it for every linear.
 
     Raises:
         ConfigError: a value is out of range; the message names it and the remedy.
     """
 
-    block_size: int = 128
+    block_size: int = 512
     base_planes: int = 1
     residual_planes: int = 1
-    salient_fraction: float = 0.125
+    salient_fraction: float = 0.1875
     iterations: int = 10
     significance: str = "hessian"
     feedback: str = "column"
     refit: bool = True
-    sweeps: int = 1
+    sweeps: int = 2
     row_scale: str = "fp8"
     damping: float = 0.01
-    propagation: float = 0.3
+    propagation: float | None = None
 
     def __post_init__(self) -> None:
         _integer("block_size", self.block_size, 32, 4096)
@@ -88,11 +89,13 @@ class LayerSettings:
         _number("damping", self.damping)
         if not 0.0 < self.damping <= 1.0:
             raise ConfigError(f"damping={self.damping} must lie in (0, 1]; 0.01 is the usual value.")
-        _number("propagation", self.propagation)
-        if not 0.0 <= self.propagation <= 1.0:
-            raise ConfigError(
-                f"propagation={self.propagation} must lie in [0, 1]; 0 switches the propagated target off."
-            )
+        if self.propagation is not None:
+            _number("propagation", self.propagation)
+            if not 0.0 <= self.propagation <= 1.0:
+                raise ConfigError(
+                    f"propagation={self.propagation} must lie in [0, 1]; 0 switches the propagated target off, "
+                    "None lets cross-validation choose."
+                )
 
     @property
     def planes(self) -> int:

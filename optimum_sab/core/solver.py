@@ -16,7 +16,7 @@ from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.core.saliency import saliency, salient_mask
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.significance import Significance, significance_map
-from optimum_sab.core.target import propagated_target
+from optimum_sab.core.target import cross_validated_alpha, propagated_target
 from optimum_sab.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -32,11 +32,13 @@ class Solution:
         planes: the binary planes, every scale already rounded to its stored precision.
         error: ``tr((W*−Q) H (W*−Q)ᵀ) / tr(W* H W*ᵀ)``, relative to the target, on the calibration inputs.
         significance: Λ and its parts, or None where the setting is not "modality".
+        propagation: α of the propagated target that was aimed at.
     """
 
     planes: BinaryPlanes
     error: float
     significance: Significance | None
+    propagation: float
 
 
 def output_error(
@@ -74,8 +76,9 @@ def solve(
         )
     factored = factor_hessian(statistics.hessian, settings.damping, name)
     target = W
-    if settings.propagation and statistics.drift is not None:
-        target = propagated_target(W, factored.inverse, statistics.drift, settings.propagation)
+    alpha = _propagation(W, statistics, settings)
+    if alpha and statistics.drift is not None:
+        target = propagated_target(W, factored.inverse, statistics.drift, alpha, statistics.residual)
     target = target.masked_fill(factored.dead, 0.0)
     significance = None
     if settings.significance == "modality":
@@ -113,7 +116,16 @@ def solve(
         column_scale=column_scale,
         block_size=settings.block_size,
     )
-    return Solution(planes, output_error(target, planes.dequantize(), statistics.hessian), significance)
+    return Solution(planes, output_error(target, planes.dequantize(), statistics.hessian), significance, alpha)
+
+
+def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings) -> float:
+    """α: as set, or cross-validated; 0 where there is no dense stream, or only one sample to choose it by."""
+    if statistics.drift is None:
+        return 0.0
+    if settings.propagation is not None:
+        return settings.propagation
+    return 0.0 if statistics.half is None else cross_validated_alpha(weight, statistics, settings.damping)
 
 
 def _error_weight(settings: LayerSettings, factored: FactoredHessian, significance: Significance | None) -> Tensor:

@@ -1,8 +1,12 @@
-"""The propagated target: aim at the dense stream's output from the quantized stream's input (QEP, 2504.09629)."""
+"""The propagated target: aim at the dense stream from the quantized stream's input (after QEP, 2504.09629)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+import torch
+
+from optimum_sab.core.hessian import InputStatistics, factor_hessian
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -14,10 +18,49 @@ def propagated_target(
     inverse: Float[Tensor, "in in"],
     drift: Float[Tensor, "in in"],
     alpha: float,
+    residual: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
-    """``W* = W + α W C H⁻¹`` with ``C = (X − X̂)ᵀ X̂`` and ``H = X̂ᵀ X̂`` damped.
+    """``W* = W + α (W C + R) H⁻¹`` with ``C = (X − X̂)ᵀ X̂``, ``R = (r − r̂)ᵀ X̂`` and ``H = X̂ᵀ X̂`` damped.
 
-    At α = 1 this is the ridge least-squares map from the quantized stream's inputs to the dense outputs; smaller
-    values overfit less (docs/method.md has the measurements).
+    At α = 1 this is the ridge least-squares map from the quantized stream's inputs to the dense outputs ``X Wᵀ``, plus,
+    where R is given, to what the two streams already differ by in the residual r that the output is added to: the
+    linear aims at the dense stream behind the addition. Smaller values overfit less (docs/method.md has the
+    measurements).
     """
-    return weight + alpha * ((weight @ drift) @ inverse)
+    return weight + alpha * (_correction(weight, drift, residual) @ inverse)
+
+
+def cross_validated_alpha(weight: Float[Tensor, "out in"], statistics: InputStatistics, damping: float) -> float:
+    """The α that one half of the samples asks for when the correction comes from the other half.
+
+    With ``D = (W C + R) H⁻¹`` from half A, the error on half B is least at ``α = ⟨D, W C_B + R_B⟩ / ⟨D H_B, D⟩``. Both
+    ways round are averaged to ``h`` in [0, 1]. From all samples D has half the noise, so what is used is
+    ``2 h / (1 + h)``, the shrinkage ``s/(s + v/2)`` where halves show ``h = s/(s + v)``.
+
+    Args:
+        weight: W.
+        statistics: with ``drift`` and ``half``.
+        damping: as in `factor_hessian`.
+
+    Returns:
+        α in [0, 1]; 0 where the streams do not differ.
+    """
+    assert statistics.half is not None and statistics.drift is not None
+    first = statistics.half
+    second = statistics.whole.without(first)
+    found = []
+    for part, other in ((first, second), (second, first)):
+        if not bool(part.hessian.diagonal().any()) or not bool(other.hessian.diagonal().any()):
+            return 0.0
+        D = _correction(weight, part.drift, part.residual) @ factor_hessian(part.hessian, damping).inverse
+        above = float((D * _correction(weight, other.drift, other.residual)).sum(dtype=torch.float64))
+        below = float((D @ other.hessian * D).sum(dtype=torch.float64))
+        found.append(above / below if below > 0 else 0.0)
+    h = min(1.0, max(0.0, sum(found) / 2))
+    return 2 * h / (1 + h)
+
+
+def _correction(weight: Tensor, drift: Tensor | None, residual: Tensor | None) -> Tensor:
+    """``W C + R``."""
+    assert drift is not None
+    return weight @ drift if residual is None else weight @ drift + residual

@@ -28,7 +28,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of every task that was asked about, in the order of `TASKS`."""
+    """The scores of every task that was asked about: those of `TASKS` in their order, then others."""
 
     scores: tuple[TaskScore, ...]
 
@@ -72,7 +72,7 @@ def evaluate(
     given = answer(model, processor, questions, batch_size)
     right = [reply == question.answer for reply, question in zip(given, questions, strict=True)]
     scores = []
-    for task in TASKS:
+    for task in dict.fromkeys([*TASKS, *(question.task for question in questions)]):
         marks = [mark for mark, question in zip(right, questions, strict=True) if question.task == task]
         if marks:
             scores.append(TaskScore(task=task, correct=sum(marks), count=len(marks)))

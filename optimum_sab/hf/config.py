@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSION
@@ -22,7 +23,7 @@ QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
-_TRANSIENT = ("processor", "progress", "dequantize", "backend")  # of one call, not of the checkpoint
+_TRANSIENT = ("processor", "progress", "dequantize", "backend", "resume_folder")  # of one call, not of the checkpoint
 
 
 class SABConfig(QuantizationConfigMixin):
@@ -32,17 +33,27 @@ class SABConfig(QuantizationConfigMixin):
     The defaults are the default preset: one base plane, a residual plane on an eighth of the columns, fp8 row scales.
 
     Args:
+        target_bits: stored bits per weight at most, all binarized linears together. Planes and salient columns are
+            then chosen per linear, from measured sensitivities (`optimum_sab.calibration.allocation`), except where
+            a rule of ``dynamic`` sets them; ``base_planes``, ``residual_planes`` and ``salient_fraction`` are not
+            used. The choice is stored in ``dynamic``.
         modules_to_not_convert: module rules to keep dense, in addition to the defaults (everything outside the
             decoder blocks): dotted name parts such as "down_proj" or "layers.0.mlp", or regular expressions behind
             ``re:``.
         dynamic: regular expression → layer settings for the modules it is found in, e.g.
             ``{"layers\\.0\\.": {"base_planes": 2}}``.
-        calibration: the data; see `optimum_sab.calibration.samples.read_samples`. None is the built-in set.
+        calibration: the data; see `optimum_sab.calibration.samples.read_samples`. None is the built-in set, "self"
+            lets the dense model write its own.
         calibration_samples: how many samples to use at most.
         sequence_length: calibration texts are cut to this many tokens.
-        seed: seed of the built-in set and of a dataset's order.
+        seed: seed of the built-in set, of what the model writes for itself, and of a dataset's order.
         calibration_pass: a registered calibration pass.
         calibration_device: device on which blocks are worked on, e.g. "cuda"; None leaves each where it is.
+        refine: after solving, train scales, norms and biases with the signs frozen: block by block to the dense
+            model's hidden states, then all together to its next-token distributions.
+        refine_epochs: rounds over the samples per block; 0 leaves that part out.
+        refine_steps: steps of the second part, which needs memory for a training step; 0 leaves it out.
+        resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
         processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own. Not
             stored.
         progress: "bar", "lines" (one line per block) or "none". Not stored.
@@ -70,7 +81,8 @@ class SABConfig(QuantizationConfigMixin):
         sweeps: int = LayerSettings.sweeps,
         row_scale: str = LayerSettings.row_scale,
         damping: float = LayerSettings.damping,
-        propagation: float = LayerSettings.propagation,
+        propagation: float | None = LayerSettings.propagation,
+        target_bits: float | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         dynamic: Mapping[str, Mapping[str, Any]] | None = None,
         calibration: Any = None,
@@ -79,6 +91,10 @@ class SABConfig(QuantizationConfigMixin):
         seed: int = 0,
         calibration_pass: str = "hessian",
         calibration_device: str | None = None,
+        refine: bool = False,
+        refine_epochs: int = RefineSettings.epochs,
+        refine_steps: int = RefineSettings.steps,
+        resume_folder: str | Path | None = None,
         processor: Any = None,
         progress: str = "bar",
         dequantize: bool = False,
@@ -107,6 +123,7 @@ class SABConfig(QuantizationConfigMixin):
         self.row_scale = row_scale
         self.damping = damping
         self.propagation = propagation
+        self.target_bits = target_bits
         self.modules_to_not_convert = _rules(modules_to_not_convert)
         self.dynamic = {pattern: dict(changes) for pattern, changes in (dynamic or {}).items()}
         self.calibration = calibration
@@ -115,6 +132,10 @@ class SABConfig(QuantizationConfigMixin):
         self.seed = seed
         self.calibration_pass = calibration_pass
         self.calibration_device = calibration_device
+        self.refine = refine
+        self.refine_epochs = refine_epochs
+        self.refine_steps = refine_steps
+        self.resume_folder = resume_folder
         self.processor = processor
         self.progress = progress
         self.dequantize = dequantize
@@ -130,6 +151,7 @@ class SABConfig(QuantizationConfigMixin):
         Its row scales are fp16 and nothing is refit or propagated. This is the baseline, not the recommendation.
         """
         published: dict[str, Any] = {
+            "block_size": 128,
             "base_planes": 2,
             "residual_planes": 1,
             "salient_fraction": 0.125,
@@ -143,10 +165,20 @@ class SABConfig(QuantizationConfigMixin):
         }
         return cls(**{**published, **changes})
 
+    @classmethod
+    def two_bit(cls, **changes: Any) -> SABConfig:
+        """Two base planes, and a residual plane on an eighth of the columns: at most 2.25 stored bits per weight."""
+        return cls(**{"base_planes": 2, "salient_fraction": 0.125, **changes})
+
     @property
     def layer_settings(self) -> LayerSettings:
         """The settings of a layer without a ``dynamic`` override."""
         return LayerSettings(**{name: getattr(self, name) for name in _LAYER})
+
+    @property
+    def refine_settings(self) -> RefineSettings | None:
+        """How long to refine; None without ``refine``."""
+        return RefineSettings(self.refine_epochs, self.refine_steps) if self.refine else None
 
     def validate(self) -> None:
         """Check every value; raises as the class says."""
@@ -164,10 +196,20 @@ class SABConfig(QuantizationConfigMixin):
                     f"dynamic has the rule {pattern!r}, which is no regular expression: {error}."
                 ) from error
             settings.replace(**changes)
+        bits = self.target_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 1.0 < bits <= 8.0):
+            raise ConfigError(
+                f"target_bits={bits!r} must be a number above 1, such as 1.3 or 2.25; None keeps one setting for all."
+            )
         for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
+        if not isinstance(self.refine, bool):
+            raise ConfigError(f"refine={self.refine!r} must be true or false.")
+        RefineSettings(self.refine_epochs, self.refine_steps)
+        if self.resume_folder is not None and not isinstance(self.resume_folder, (str, Path)):
+            raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
         if self.progress not in PROGRESS:
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
         if self.backend not in (None, "auto", *BACKENDS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,7 +117,8 @@ class SABHfQuantizer(HfQuantizer):
     def _binarize(self, model: nn.Module) -> None:
         from optimum_sab.calibration.modality import model_modalities
         from optimum_sab.calibration.pipeline import binarize
-        from optimum_sab.calibration.samples import encode_samples, read_samples
+        from optimum_sab.calibration.samples import SELF, encode_samples, read_samples
+        from optimum_sab.calibration.self_samples import self_samples
         from optimum_sab.hf.processor import find_processor
         from optimum_sab.hf.progress import block_progress
 
@@ -124,23 +126,57 @@ class SABHfQuantizer(HfQuantizer):
         selection = self._select(model, strict=True)
         choose_backend(next(model.parameters()).device, config.backend)  # an unusable one is refused before the work
         visual = "visual" in model_modalities(model.config)
-        samples = read_samples(config.calibration, config.calibration_samples, config.seed, visual)
+        written = config.calibration == SELF  # by the model, which the others are not
+        samples = [] if written else read_samples(config.calibration, config.calibration_samples, config.seed, visual)
         processor = find_processor(config.processor, _source(model), visual)
-        inputs = encode_samples(samples, processor, config.sequence_length)
+        inputs = (
+            self_samples(model, processor, config.calibration_samples, config.sequence_length, config.seed)
+            if written
+            else encode_samples(samples, processor, config.sequence_length)
+        )
         device = None if config.calibration_device is None else torch.device(config.calibration_device)
+        if config.target_bits is not None:
+            selection = self._allocate(model, selection, inputs)
         with block_progress(config.progress) as on_block:
-            self.report = binarize(model, selection, inputs, config.calibration_pass, device, on_block)
+            self.report = binarize(
+                model,
+                selection,
+                inputs,
+                config.calibration_pass,
+                device,
+                on_block,
+                config.refine_settings,
+                config.resume_folder,
+            )
         config.calibration = (
             config.calibration
             if isinstance(config.calibration, str)
             else (None if config.calibration is None else {"samples": len(samples)})
         )
-        config.processor = None
+        config.processor = config.resume_folder = None
         config.measured = {
             "bits_per_weight": round(self.report.bits_per_weight, 6),
             "calibration_tokens": self.report.tokens,
             "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
         }
+        if config.target_bits is not None:  # the choice stands in dynamic now
+            config.measured["target_bits"], config.target_bits = config.target_bits, None
+
+    def _allocate(self, model: nn.Module, selection: Selection, inputs: list[dict[str, Any]]) -> Selection:
+        """Planes per linear under ``target_bits``, written into ``dynamic`` so that a reader finds them there."""
+        from optimum_sab.calibration.allocation import PLANES, allocate
+
+        config = self.quantization_config
+        fixing = [rule for rule, changes in config.dynamic.items() if set(changes) & set(PLANES)]
+        free = [name for name in selection.settings if not any(re.search(rule, name) for rule in fixing)]
+        if not free:
+            raise ConfigError(
+                f"target_bits={config.target_bits} has nothing to choose: dynamic sets the planes of every linear. "
+                "Leave one of the two out."
+            )
+        allocation = allocate(model, selection, free, inputs, config.target_bits)
+        config.dynamic = {**config.dynamic, **allocation.rules(selection.prefix)}
+        return self._select(model, strict=True)
 
     def _prepare(self, model: nn.Module) -> None:
         """Layers on an accelerator get the layout of its kernels, and those that share an input are grouped."""

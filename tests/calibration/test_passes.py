@@ -162,9 +162,9 @@ def test_statistics_of_many_samples_are_summed_in_a_few_bounded_products(monkeyp
     sizes = []
     add = passes.InputMoments.add
 
-    def spy(self, modality, quantized, dense=None):
+    def spy(self, modality, quantized, dense=None, residual=None):
         sizes.append(quantized.shape[0])
-        add(self, modality, quantized, dense)
+        add(self, modality, quantized, dense, residual)
 
     monkeypatch.setattr(passes.InputMoments, "add", spy)
     x = [rows(2000, seed=i) for i in range(10)]

@@ -229,3 +229,28 @@ def test_factor_hessian_refuses_what_is_not_finite(bad):
     hessian[0, 1] = bad
     with pytest.raises(NonFiniteError, match=r"model\.layers\.3\.q_proj"):
         factor_hessian(hessian, 0.01, "model.layers.3.q_proj")
+
+
+def test_other_weightings_let_tokens_or_text_decide(correlated_inputs):
+    text, visual = correlated_inputs(10, 6, 0), 3.0 * correlated_inputs(40, 6, 1)
+    moments = InputMoments(6, torch.device("cpu"), False, "layer")
+    moments.add("text", text)
+    moments.add("visual", visual)
+
+    def unit(matrix):
+        return matrix / matrix.diagonal().mean()
+
+    together = torch.cat([text, visual])
+    for weighting, wanted in (("tokens", together), ("text", text)):
+        found = moments.statistics(weighting)
+        torch.testing.assert_close(found.hessian, unit(wanted.T @ wanted), rtol=1e-4, atol=1e-5)
+        assert set(found.by_modality) == {"text", "visual"}
+    balanced = 0.5 * (unit(text.T @ text) + unit(visual.T @ visual))
+    torch.testing.assert_close(moments.statistics().hessian, balanced, rtol=1e-4, atol=1e-5)
+
+
+def test_text_weighting_without_text_takes_what_there_is(correlated_inputs):
+    visual = correlated_inputs(40, 6, 1)
+    moments = InputMoments(6, torch.device("cpu"), False, "layer")
+    moments.add("visual", visual)
+    assert float(moments.statistics("text").hessian.diagonal().mean()) == pytest.approx(1.0)

@@ -26,7 +26,7 @@ BAD = [
     ("salient_fraction", 0.0),
     ("salient_fraction", 1.0),
     ("salient_fraction", -0.1),
-    ("salient_fraction", 0.001),  # no column of a block of 128
+    ("salient_fraction", 0.0005),  # no column of a block of 512
     ("salient_fraction", math.nan),
     ("salient_fraction", "0.1"),
     ("salient_fraction", None),
@@ -98,7 +98,7 @@ def test_settings_refuse_more_planes_than_four_in_all():
 
 
 def test_settings_refuse_sweeps_without_a_refit():
-    with pytest.raises(ConfigError, match=r"sweeps=1 needs refit=True"):
+    with pytest.raises(ConfigError, match=r"sweeps=2 needs refit=True"):
         LayerSettings(refit=False)
 
 

@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.hessian import InputMoments, InputStatistics
 from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import output_error, solve
+from optimum_sab.core.target import cross_validated_alpha
 from optimum_sab.errors import NonFiniteError, SingularHessianError
 
-SMALL = LayerSettings(block_size=32)
+SMALL = LayerSettings(block_size=32, propagation=0.3)
 PAPER = LayerSettings(
     block_size=32,
     base_planes=2,
@@ -485,3 +486,27 @@ def test_solve_with_propagation_lowers_the_error_of_the_dense_outputs(correlated
 
 def test_solve_ignores_propagation_without_a_dense_stream(layer):
     assert error_of(layer, propagation=0.0) == error_of(layer, propagation=1.0)
+
+
+def test_solve_without_a_set_propagation_takes_the_cross_validated_one(correlated_inputs):
+    moments, part = (InputMoments(64, torch.device("cpu"), True, "layer") for _ in range(2))
+    mixing = torch.eye(64) + 0.05 * torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
+    for seed, of in ((0, part), (1, moments)):
+        quantized = correlated_inputs(300, 64, seed)
+        of.add("text", quantized, quantized @ mixing)
+    moments.absorb(part)
+    weight = random_weight(16, 64)
+    settings = SMALL.replace(propagation=None)
+    found = solve(weight, moments.statistics(part=part), settings)
+    assert found.propagation == cross_validated_alpha(weight, moments.statistics(part=part), settings.damping)
+    assert 0.5 < found.propagation <= 1.0
+    same = solve(weight, moments.statistics(), settings.replace(propagation=found.propagation))
+    assert torch.equal(found.planes.dequantize(), same.planes.dequantize())
+
+
+def test_solve_propagates_nothing_where_it_cannot_be_validated(correlated_inputs, statistics_of):
+    """A single sample has no other half."""
+    quantized = correlated_inputs(300, 64)
+    statistics = statistics_of(dense={"text": 1.1 * quantized}, text=quantized)
+    assert statistics.drift is not None
+    assert solve(random_weight(16, 64), statistics, SMALL.replace(propagation=None)).propagation == 0.0

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_sab.core.hessian import factor_hessian
-from optimum_sab.core.target import propagated_target
+from optimum_sab.core.hessian import InputMoments, factor_hessian
+from optimum_sab.core.target import cross_validated_alpha, propagated_target
 
 
 @pytest.fixture
@@ -66,3 +66,75 @@ def test_propagated_target_of_equal_streams_is_the_weight(streams):
     _, quantized, weight = streams
     drift = torch.zeros(12, 12)
     assert torch.equal(propagated_target(weight, torch.linalg.inv(quantized.T @ quantized), drift, 1.0), weight)
+
+
+def test_propagated_target_with_a_residual_is_least_squares_of_the_dense_stream_behind_the_addition(streams):
+    dense, quantized, weight = streams
+    generator = torch.Generator().manual_seed(3)
+    r, r_hat = torch.randn(60, 5, generator=generator), torch.randn(60, 5, generator=generator)
+    penalty = 2.0
+    inverse = torch.linalg.inv((quantized.T @ quantized).double() + penalty * torch.eye(12)).float()
+    found = propagated_target(weight, inverse, (dense - quantized).T @ quantized, 1.0, (r - r_hat).T @ quantized)
+    X_hat, W = quantized.double().numpy(), weight.double().numpy()
+    wanted = (dense.double() @ weight.double().T + r.double() - r_hat.double()).numpy()
+    above = np.vstack([X_hat, np.sqrt(penalty) * np.eye(12)])
+    below = np.vstack([wanted, np.sqrt(penalty) * W.T])
+    np.testing.assert_allclose(found.numpy(), np.linalg.lstsq(above, below, rcond=None)[0].T, rtol=1e-3, atol=1e-3)
+
+
+def halves_of(dense, quantized, residual=None):
+    """Statistics of two streams with the first half of the rows apart."""
+    moments, part = (InputMoments(12, torch.device("cpu"), True, "layer") for _ in range(2))
+    n = len(dense) // 2
+    rows = [None if residual is None else residual[s] for s in (slice(n), slice(n, None))]
+    part.add("text", quantized[:n], dense[:n], rows[0])
+    moments.add("text", quantized[n:], dense[n:], rows[1])
+    moments.absorb(part)
+    return moments.statistics(part=part)
+
+
+def test_cross_validation_trusts_a_drift_that_both_halves_show(correlated_inputs):
+    """Where the dense inputs are a linear map of the quantized ones, the correction is exact and α is near 1."""
+    quantized = correlated_inputs(400, 12, 0)
+    dense = quantized @ (torch.eye(12) + 0.3 * torch.randn(12, 12, generator=torch.Generator().manual_seed(1)))
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    assert cross_validated_alpha(weight, halves_of(dense, quantized), 1e-6) == pytest.approx(1.0, abs=0.01)
+
+
+def test_cross_validation_distrusts_noise(correlated_inputs):
+    """Where the streams differ by noise that has nothing to do with the inputs, half of the samples predict nothing."""
+    quantized = correlated_inputs(60, 12, 0)
+    dense = quantized + torch.randn(60, 12, generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    assert cross_validated_alpha(weight, halves_of(dense, quantized), 1e-6) < 0.35
+    assert cross_validated_alpha(weight, halves_of(quantized, quantized), 1e-6) == 0.0
+
+
+def test_cross_validated_alpha_lowers_the_error_on_new_samples(correlated_inputs):
+    """On average over draws it beats both no correction and the whole of it."""
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(5, 12, generator=generator)
+    mixing = torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)
+
+    def streams(count, seed):
+        quantized = correlated_inputs(count, 12, seed)
+        return quantized @ mixing + 1.5 * torch.randn(count, 12, generator=generator), quantized
+
+    errors = {"none": 0.0, "chosen": 0.0, "whole": 0.0}
+    for seed in range(20):
+        dense, quantized = streams(60, seed)
+        statistics = halves_of(dense, quantized)
+        inverse = factor_hessian(statistics.hessian, 0.01).inverse
+        chosen = cross_validated_alpha(weight, statistics, 0.01)
+        for name, alpha in (("none", 0.0), ("chosen", chosen), ("whole", 1.0)):
+            target = propagated_target(weight, inverse, statistics.drift, alpha)
+            difference = target - weight @ mixing.T  # what the dense outputs are on average, from the quantized inputs
+            errors[name] += float(((difference @ statistics.hessian) * difference).sum())
+    assert errors["chosen"] < 0.95 * min(errors["none"], errors["whole"])
+
+
+def test_cross_validation_sees_the_residual(correlated_inputs):
+    quantized = correlated_inputs(400, 12, 0)
+    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+    explained = quantized @ torch.randn(12, 5, generator=torch.Generator().manual_seed(3))
+    assert cross_validated_alpha(weight, halves_of(quantized, quantized, explained), 1e-6) == pytest.approx(1, abs=0.01)

@@ -6,7 +6,9 @@ import json
 import pytest
 
 from optimum_sab import SABConfig
+from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.errors import ConfigError, FormatVersionError
+from optimum_sab.format.layout import stored_bits_per_weight
 from optimum_sab.hf.config import describe_calibration
 from optimum_sab.ops.backends import BACKENDS
 
@@ -17,6 +19,10 @@ CHANGED = {
     "modules_to_not_convert": ["down_proj"],
     "calibration": "data.jsonl",
     "seed": 7,
+    "propagation": 0.25,
+    "target_bits": 1.8,
+    "refine": True,
+    "refine_steps": 30,
 }
 
 
@@ -41,6 +47,18 @@ def test_paper_preset_is_the_published_method():
     assert SABConfig.paper(seed=5).seed == 5
 
 
+SHAPES_7B = ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944))
+SHAPES_135M = ((576, 576), (192, 576), (1536, 576), (576, 1536))
+
+
+@pytest.mark.parametrize("shapes", [SHAPES_7B, SHAPES_135M], ids=["7B", "135M"])
+@pytest.mark.parametrize(("preset", "limit"), [(SABConfig, 1.30), (SABConfig.two_bit, 2.25)])
+def test_presets_keep_their_bits(preset, limit, shapes):
+    settings = preset().layer_settings
+    stored = sum(stored_bits_per_weight(*shape, settings) * shape[0] * shape[1] for shape in shapes)
+    assert stored / sum(a * b for a, b in shapes) <= limit
+
+
 def test_unknown_setting_is_named_with_the_nearest_known_one():
     with pytest.raises(ConfigError, match="'blok_size'; did you mean 'block_size'"):
         SABConfig(blok_size=64)
@@ -57,7 +75,7 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("base_planes", 4),
         ("residual_planes", -1),
         ("salient_fraction", 1.0),
-        ("salient_fraction", 0.001),
+        ("salient_fraction", 0.0005),
         ("iterations", 0),
         ("significance", "magic"),
         ("feedback", "row"),
@@ -66,9 +84,16 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("damping", 0.0),
         ("propagation", 1.5),
         ("propagation", float("nan")),
+        ("target_bits", 0.9),
+        ("target_bits", True),
+        ("target_bits", "2"),
         ("calibration_samples", 0),
         ("sequence_length", 0),
         ("seed", -1),
+        ("refine", 1),
+        ("refine_epochs", -1),
+        ("refine_steps", 1.5),
+        ("resume_folder", 7),
         ("progress", "loud"),
         ("dequantize", "yes"),
         ("backend", "gpu"),
@@ -142,3 +167,17 @@ def test_backend_is_of_one_call_and_not_of_the_checkpoint(backend, tmp_path):
 def test_bad_backend_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match="backend='gpu' is no backend; use one of auto, triton, cpu, reference"):
         SABConfig(backend="gpu")
+
+
+def test_resume_folder_is_of_one_call_and_not_of_the_checkpoint(tmp_path):
+    config = SABConfig(resume_folder=tmp_path)
+    assert config == SABConfig()
+    assert "resume_folder" not in config.to_dict()
+    assert copy.deepcopy(config).resume_folder == tmp_path
+
+
+def test_refine_settings_are_there_only_when_asked_for():
+    assert SABConfig(refine_steps=7).refine_settings is None
+    assert SABConfig(refine=True, refine_epochs=3, refine_steps=7).refine_settings == RefineSettings(3, 7)
+    with pytest.raises(ConfigError, match="nothing to refine"):
+        SABConfig(refine_epochs=0, refine_steps=0)

@@ -388,3 +388,44 @@ def test_stored_tensors_are_integers_only(llama_packed):
         for key in handle.keys():  # noqa: SIM118
             if ".layers." in key and key.rpartition(".")[2] != "bias" and "norm" not in key:
                 assert handle.get_slice(key).get_dtype() in ("I32", "I16", "I8", "U8"), key
+
+
+# -- bits per layer -----------------------------------------------------------------------------------------------
+
+
+def test_target_bits_is_kept_recorded_and_reloaded(llama_folder, tmp_path, quick_config, texts, token_ids):
+    config = quick_config(calibration=texts, block_size=64, target_bits=1.9)
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    layers = packed_linears(model)
+    report = model.hf_quantizer.report
+    biases = sum(32 * m.out_features for m in layers.values() if m.bias is not None)
+    weights = sum(m.in_features * m.out_features for m in layers.values())
+    assert 1.8 < report.bits_per_weight - biases / weights <= 1.9
+    assert len({(m.settings.base_planes, m.settings.salient_fraction) for m in layers.values()}) > 1
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert saved["target_bits"] is None
+    assert saved["measured"]["target_bits"] == 1.9
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert {n: m.settings for n, m in packed_linears(again).items()} == {n: m.settings for n, m in layers.items()}
+    with torch.inference_mode():
+        assert torch.equal(model(token_ids).logits, again(token_ids).logits)
+
+
+def test_target_bits_leaves_alone_what_dynamic_sets(llama_folder, quick_config, texts):
+    rules = {"down_proj": {"base_planes": 3, "residual_planes": 0}}
+    config = quick_config(calibration=texts, block_size=64, target_bits=2.6, dynamic=rules)
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    planes = {n: (m.settings.base_planes, m.settings.residual_planes) for n, m in packed_linears(model).items()}
+    assert all(choice == (3, 0) for name, choice in planes.items() if "down_proj" in name)
+    assert any(choice != (3, 0) for choice in planes.values())
+
+
+def test_target_bits_without_a_choice_or_out_of_reach_is_refused(llama_folder, quick_config, texts):
+    for changes, message in (
+        ({"target_bits": 2.0, "dynamic": {".": {"base_planes": 2}}}, "nothing to choose"),
+        ({"target_bits": 1.05}, r"less than the \d"),
+    ):
+        config = quick_config(calibration=texts, block_size=64, **changes)
+        with pytest.raises(ConfigError, match=message):
+            AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)

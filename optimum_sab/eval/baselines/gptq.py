@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import factor_hessian
+from optimum_sab.core.hessian import InputStatistics, factor_hessian
+from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Simulated:
-    """A baseline's result: the dense weight it stands for, and the bits per weight its storage would take."""
-
-    weight: Tensor
-    bits_per_weight: float
-
-
 def gptq(
     weight: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    statistics: InputStatistics,
     bits: int = 2,
     group_size: int = 128,
     damping: float = 0.01,
@@ -33,20 +25,21 @@ def gptq(
 
     Args:
         weight: W.
-        hessian: undamped H.
+        statistics: the balanced Hessian is used.
         bits: 1 to 8.
         group_size: input columns per group.
         damping: as in GPTQ.
     """
-    factored = factor_hessian(hessian, damping)
+    factored = factor_hessian(statistics.hessian, damping)
     U = factored.inverse_factor
-    rest = weight.float().masked_fill(factored.dead, 0.0).clone()
+    rest = checked(weight).masked_fill(factored.dead, 0.0).clone()
     result = torch.empty_like(rest)
     top = 2**bits - 1
-    groups = 0
+    storage = Storage(*rest.shape)
+    storage.codes(rest.numel(), bits)
     for start in range(0, rest.shape[1], group_size):
         end = min(start + group_size, rest.shape[1])
-        groups += 1
+        storage.row_scales(2)
         block = rest[:, start:end].T.contiguous()
         low, high = block.amin(0).clamp_max(0.0), block.amax(0).clamp_min(0.0)
         scale = ((high - low) / top).clamp_min(1e-8).half().float()
@@ -61,4 +54,4 @@ def gptq(
                 block[j + 1 :].addr_(U[start + j, start + j + 1 : end], errors[j], alpha=-1.0)
         if end < rest.shape[1]:
             rest[:, end:] -= errors.T @ U[start:end, end:]
-    return Simulated(result, bits + 32.0 * groups / rest.shape[1])
+    return Simulated(result, storage.per_weight)

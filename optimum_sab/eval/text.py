@@ -12,23 +12,34 @@ from optimum_sab.data.passages import passages
 from optimum_sab.errors import ConfigError
 
 SOURCES = ("reference", "passages")
+MIXED = "mixed"
 
 
-def mixed_windows(tokenizer: Any, text: str, part: str, count: int, length: int) -> Tensor:
+def mixed_windows(tokenizer: Any, text: str, part: str, count: int, length: int, seed: int | None = None) -> Tensor:
     """`text_windows` of one source, or of both in equal numbers for ``text="mixed"``."""
-    sources = SOURCES if text == "mixed" else (text,)
-    return torch.cat([text_windows(tokenizer, s, part, count // len(sources), length) for s in sources])
+    sources = SOURCES if text == MIXED else (text,)
+    return torch.cat([text_windows(tokenizer, s, part, count // len(sources), length, seed) for s in sources])
 
 
-def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int) -> Tensor:
+def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int, seed: int | None = None) -> Tensor:
     """Token windows [count, length] of one half of a text source.
 
     ``"reference"`` is `pydoc_data.topics`, ``"passages"`` the built-in passages. Of either, every other piece belongs
     to ``part="calibration"`` and the rest to ``part="held-out"``, so the two share no sentence.
 
+    Args:
+        tokenizer: of the model.
+        source: one of `SOURCES`.
+        part: "calibration" or "held-out".
+        count: windows.
+        length: tokens per window.
+        seed: draws ``count`` of the windows there are; None takes the first ones.
+
     Raises:
-        ConfigError: the text has fewer tokens than asked for.
+        ConfigError: the source is unknown, or the text has fewer tokens than asked for.
     """
+    if source not in SOURCES:
+        raise ConfigError(f"text={source!r} is unknown; use one of {', '.join(SOURCES)}, or {MIXED!r} for both.")
     topics: dict[str, str] = pydoc_data.topics.topics
     pieces = [topics[key] for key in sorted(topics)] if source == "reference" else list(passages())
     chosen = pieces[0 if part == "calibration" else 1 :: 2]
@@ -39,4 +50,8 @@ def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int
             f"the {part} half of {source!r} has {available} windows of {length} tokens, {count} were asked for; ask "
             "for fewer or shorter ones."
         )
-    return ids[: count * length].view(count, length)
+    windows = ids[: available * length].view(available, length)
+    if seed is None:
+        return windows[:count]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count].sort().values]

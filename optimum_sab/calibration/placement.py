@@ -1,0 +1,35 @@
+"""Moving nested arguments between devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Device of the module's first parameter; None if it has none."""
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def first_device(tree: Any) -> torch.device | None:
+    """Device of the first tensor in nested dicts, lists and tuples; None if there is none."""
+    if isinstance(tree, Tensor):
+        return tree.device
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return next((d for d in map(first_device, children) if d is not None), None)
+
+
+def map_tensors(tree: Any, device: torch.device) -> Any:
+    """The tree with every tensor moved; other objects are passed on as they are."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {k: map_tensors(v, device) for k, v in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(v, device) for v in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(v, device) for v in tree)
+    return tree

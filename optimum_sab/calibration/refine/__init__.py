@@ -1,0 +1,1 @@
+"""Gradient refinement of what is continuous in a binarized model: scales, norms and biases. Signs stay as solved."""

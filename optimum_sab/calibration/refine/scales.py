@@ -1,0 +1,143 @@
+"""A packed weight with frozen signs and trainable scales, rounded in every forward to what will be stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from optimum_sab.core.planes import BinaryPlanes, block_bounds
+from optimum_sab.core.row_scale import round_column_scale, round_row_scale
+from optimum_sab.format.packed_weight import PackedWeight
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+class TrainableScales:
+    """Row and column scales of one packed weight as free fp32 tensors.
+
+    They are kept in units that make them about 1, so that one learning rate serves all: ``a = unit · a'`` with one
+    power of two per row. `weight` rounds them to their stored precision and passes the gradient straight through, so
+    what is trained is what `packed` stores.
+
+    Args:
+        packed: the start.
+        device: where to train.
+
+    Attributes:
+        row: a' [planes, blocks, out], requires grad.
+        column: c [in], requires grad; columns whose scale is 0 (dead inputs) stay 0.
+    """
+
+    def __init__(self, packed: PackedWeight, device: torch.device) -> None:
+        planes = packed.unpack()
+        planes = replace(
+            planes,
+            **{
+                name: getattr(planes, name).to(device)
+                for name in ("base_sign", "residual_sign", "residual_index", "row_scale", "column_scale")
+            },
+        )
+        self.settings = packed.settings
+        self._planes = planes
+        self._home = packed.tensors["weight"].device
+        self._unit = power_of_two(planes.row_scale[:1].square().mean((0, 1), keepdim=True).sqrt())
+        self._live = planes.column_scale != 0
+        self.row = (planes.row_scale / self._unit).requires_grad_()
+        self.column = planes.column_scale.clone().requires_grad_()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The trainable tensors."""
+        return [self.row, self.column]
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        row = _RoundRows.apply(self.row * self._unit, self.settings.row_scale)
+        return row, _RoundColumns.apply(self.column * self._live)
+
+    def weight(self) -> Float[Tensor, "out in"]:
+        """The fp32 weight of the rounded scales, exactly what `packed` dequantizes to; gradients reach the scales."""
+        row, column = self._stored()
+        return _PlaneWeight.apply(row, column, self._planes)
+
+    @torch.no_grad()
+    def packed(self) -> PackedWeight:
+        """The weight as it will be stored."""
+        row, column = self._stored()
+        planes = replace(self._planes, row_scale=row, column_scale=column)
+        tensors = PackedWeight.pack(planes, self.settings).tensors
+        return PackedWeight(
+            {name: t.to(self._home) for name, t in tensors.items()},
+            planes.out_features,
+            planes.in_features,
+            self.settings,
+        )
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """The power of two nearest to ``size`` (1 where it is 0): a unit by which scaling is exact."""
+    return torch.exp2(torch.log2(size.clamp_min(2.0**-100)).round()).where(size > 0, torch.ones_like(size))
+
+
+class _RoundRows(torch.autograd.Function):
+    """Straight-through rounding of row scales."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, storage: str) -> Tensor:
+        return round_row_scale(values, storage)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _RoundColumns(torch.autograd.Function):
+    """Straight-through rounding of column scales."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return round_column_scale(values)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class _PlaneWeight(torch.autograd.Function):
+    """``W[i,j] = c[j] · Σ_p a[p,k,i] B[p,i,j]`` with gradients to a and c.
+
+    With ``G = ∂L/∂W``: ``∂L/∂a[p,k,i] = Σ_{j in block k} G[i,j] c[j] B[p,i,j]`` and
+    ``∂L/∂c[j] = Σ_i G[i,j] Σ_p a[p,k,i] B[p,i,j]``. Autograd's own way would keep a dense tensor per plane.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor, column: Tensor, planes: BinaryPlanes) -> Tensor:
+        plain = replace(planes, row_scale=row, column_scale=torch.ones_like(column)).dequantize()
+        ctx.save_for_backward(plain, column)
+        ctx.planes = planes
+        return plain * column
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        plain, column = ctx.saved_tensors
+        planes: BinaryPlanes = ctx.planes
+        size, blocks = planes.block_size, len(block_bounds(planes.in_features, planes.block_size))
+        pull = grads[0] * column
+        per_row = [_block_sums(torch.where(sign, pull, -pull), size, blocks) for sign in planes.base_sign]
+        if planes.residual_sign.shape[0]:
+            narrow = pull[:, planes.residual_index]
+            block = planes.residual_index // size
+            for sign in planes.residual_sign:
+                sums = pull.new_zeros(pull.shape[0], blocks)
+                per_row.append(sums.index_add_(1, block, torch.where(sign, narrow, -narrow)))
+        return torch.stack([s.T for s in per_row]), (grads[0] * plain).sum(0), None
+
+
+def _block_sums(values: Float[Tensor, "out in"], block_size: int, blocks: int) -> Float[Tensor, "out blocks"]:
+    missing = blocks * block_size - values.shape[1]
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    return values.view(values.shape[0], blocks, block_size).sum(2)

@@ -1,0 +1,130 @@
+"""A binarized model in trainable form, with the teacher's logits beside its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from optimum_sab.calibration.passage import call_with
+from optimum_sab.calibration.placement import first_device, map_tensors
+from optimum_sab.calibration.refine.parameters import ModuleParameters
+from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.selection import set_module
+
+
+@dataclass(frozen=True)
+class TunedModule:
+    """A decoder block, or a norm behind the blocks, and what is trained in it."""
+
+    module: nn.Module
+    parameters: ModuleParameters
+
+
+class Student:
+    """A causal model whose tuned modules compute with the parameters built from their trainable tensors.
+
+    Weights are built inside every block's forward, and the block is run again for its gradients (checkpointing), so
+    that one block's dense weights are held at a time.
+
+    Args:
+        model: binarized.
+        tuned: modules in the order the model calls them.
+        head: the model's output embedding.
+        device: where the tuned modules compute; None leaves each where it is.
+    """
+
+    def __init__(
+        self, model: nn.Module, tuned: Sequence[TunedModule], head: nn.Module, device: torch.device | None
+    ) -> None:
+        self.model = model
+        self.tuned = tuned
+        self._head = head
+        self._device = device
+        self._teacher: Tensor | None = None
+
+    def logits(self, inputs: Mapping[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [batch, tokens, vocabulary] of the student, and of the teacher without gradient.
+
+        Both go through the model's own way from the head on, which may scale or cap them.
+
+        Args:
+            inputs: forward arguments of a batch.
+            teacher: what the teacher gives to the head, [batch, tokens, width].
+        """
+        self._teacher = teacher
+        try:
+            both = self.model(**inputs, use_cache=False).logits
+        finally:
+            self._teacher = None
+        batch = teacher.shape[0]
+        return both[:batch], both[batch:].detach()
+
+    @contextmanager
+    def prepared(self) -> Iterator[Student]:
+        """Inside, `logits` works; outside, the model is as it was: layers, forwards, gradient flags."""
+        layers = [(t.module, name, t.module.get_submodule(name)) for t in self.tuned for name in t.parameters.scales]
+        homes = [(t.module, first_device(list(t.module.parameters()))) for t in self.tuned]
+        flags = [(p, p.requires_grad) for p in self.model.parameters() if p.is_floating_point()]
+        patched = [t.module for t in self.tuned] + [self._head]
+        originals = [module.__dict__.get("forward") for module in patched]
+        try:
+            for parameter, _ in flags:
+                parameter.requires_grad_(False)
+            for owner, name, layer in layers:
+                assert isinstance(layer, SABLinear)
+                set_module(owner, name, _stand_in(layer))
+            for tuned in self.tuned:
+                if self._device is not None:
+                    tuned.module.to(self._device)
+                tuned.module.forward = self._wrap_module(tuned, tuned.module.forward)
+            self._head.forward = self._wrap_head(self._head.forward)
+            yield self
+        finally:
+            for module, original in zip(patched, originals, strict=True):
+                module.__dict__.pop("forward", None)
+                if original is not None:
+                    module.forward = original
+            for module, home in homes:
+                if self._device is not None and home is not None:
+                    module.to(home)
+            for owner, name, layer in layers:
+                set_module(owner, name, layer)
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+
+    def _wrap_module(self, tuned: TunedModule, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return call_with(tuned.module, original, tuned.parameters.build(), args, kwargs)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            home = first_device((args, kwargs))
+            if self._device is not None:
+                args, kwargs = map_tensors(args, self._device), map_tensors(kwargs, self._device)
+            output = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+            return output if self._device is None or home is None else map_tensors(output, home)
+
+        return forward
+
+    def _wrap_head(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(input: Tensor) -> Tensor:
+            assert self._teacher is not None
+            student = original(input)
+            with torch.no_grad():
+                teacher = original(self._teacher.to(input.device, input.dtype))
+            return torch.cat([student, teacher])
+
+        return forward
+
+
+def _stand_in(layer: SABLinear) -> nn.Linear:
+    """A linear without a weight, which the built parameters bring."""
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+    linear._parameters["weight"] = None
+    linear.bias = layer.bias  # type: ignore[assignment]
+    return linear.train(layer.training)

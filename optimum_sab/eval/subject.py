@@ -1,0 +1,181 @@
+"""A model to quantize, what to calibrate it on, and what to ask of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+
+from optimum_sab.calibration.samples import encode_samples, read_samples
+from optimum_sab.data.builtin import builtin_samples
+from optimum_sab.eval.text import MIXED, SOURCES, mixed_windows, text_windows
+from optimum_sab.example import checkpoint_path
+from optimum_sab.example.evaluation import question_messages
+from optimum_sab.example.tasks import TASKS, Question, held_out_questions, training_questions
+from optimum_sab.hf.load import auto_class, reads_pictures
+from optimum_sab.hf.processor import load_processor
+
+EXAMPLE = "example"
+HELD_OUT_SEED = 2**20  # of built-in samples that no calibration seed in use draws
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything.
+
+    Attributes:
+        samples: calibration samples at most.
+        length: calibration tokens per text.
+        held_out: windows of ``window`` tokens per held-out text.
+        window: tokens of a held-out window.
+        questions: per task.
+        probes: inputs on which predictions and layers are compared with the dense model's.
+    """
+
+    samples: int = 64
+    length: int = 512
+    held_out: int = 24
+    window: int = 512
+    questions: int = 100
+    probes: int = 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What `quality` needs to know of a model.
+
+    Attributes:
+        name: for titles.
+        source: checkpoint.
+        processor: its processor or tokenizer.
+        dtype: everything runs in it.
+        calibration: seed → samples, in any form `read_samples` takes.
+        budget: how much of everything.
+        texts: held-out windows [count, length] by source.
+        questions: held-out questions, of any tasks.
+        probes: forward keyword arguments, one sample each.
+    """
+
+    name: str
+    source: str
+    processor: Any
+    dtype: torch.dtype
+    calibration: Callable[[int], Any]
+    budget: Budget
+    texts: Mapping[str, Tensor] = field(default_factory=dict)
+    questions: tuple[Question, ...] = ()
+    probes: tuple[dict[str, Any], ...] = ()
+
+    def load(self, **options: Any) -> Any:
+        """The model; ``quantization_config`` among the options quantizes it."""
+        model = auto_class(self.source).from_pretrained(self.source, dtype=self.dtype, **options)
+        return model.eval()
+
+    def inputs(self, seed: int) -> list[dict[str, Any]]:
+        """Calibration samples as model inputs, as `SABConfig` would make them."""
+        visual = reads_pictures(AutoConfig.from_pretrained(self.source))
+        samples = read_samples(self.calibration(seed), self.budget.samples, seed, visual)
+        return encode_samples(samples, self.processor, self.budget.length)
+
+
+def find_subject(
+    model: str, calibration: str | None, budget: Budget, dtype: torch.dtype = torch.float32, cifar: Path | None = None
+) -> Subject:
+    """The subject for a checkpoint, by what it is.
+
+    Args:
+        model: "example" for the embedded model, or a checkpoint.
+        calibration: for a language model "mixed" (default), "reference" or "passages"; for the embedded example
+            "tasks" (pictures and questions of the evaluation's kind); for any model what `SABConfig` takes
+            ("builtin", "self", a file, a dataset).
+        budget: how much of everything.
+        dtype: of the model.
+        cifar: folder of CIFAR-10, for the tasks of the reader model.
+
+    Raises:
+        ConfigError: no model can be read, or the calibration does not go with it.
+    """
+    if model == EXAMPLE:
+        return _example(calibration, budget, dtype)
+    auto_class(model)  # names a checkpoint that cannot be read
+    if reads_pictures(AutoConfig.from_pretrained(model)):
+        return _vision_language(model, calibration, budget, dtype, cifar)
+    return _language(model, calibration or MIXED, budget, dtype)
+
+
+def _language(model: str, calibration: str, budget: Budget, dtype: torch.dtype) -> Subject:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+
+    def windows(seed: int) -> list[str]:
+        drawn = mixed_windows(tokenizer, calibration, "calibration", budget.samples, budget.length, seed)
+        return [tokenizer.decode(window) for window in drawn]
+
+    own = calibration in (MIXED, *SOURCES)
+    texts = {s: text_windows(tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
+    probes = [w for s in SOURCES for w in texts[s][: max(1, budget.probes // len(SOURCES))]]
+    return Subject(
+        name=Path(model).name,
+        source=model,
+        processor=tokenizer,
+        dtype=dtype,
+        calibration=windows if own else lambda seed: calibration,
+        budget=budget,
+        texts=texts,
+        probes=tuple({"input_ids": window[None]} for window in probes),
+    )
+
+
+def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:
+    source = str(checkpoint_path())
+    processor = load_processor(source)
+
+    def own(seed: int) -> list[list[dict[str, Any]]]:
+        each = -(-budget.samples // len(TASKS))
+        drawn = [q for task in TASKS for q in training_questions(task, each, seed)]
+        random.Random(seed).shuffle(drawn)
+        return [answered(question) for question in drawn[: budget.samples]]
+
+    questions = [q for task in TASKS for q in held_out_questions(task, budget.questions, 0)]
+    asked = [q for task in TASKS for q in held_out_questions(task, -(-budget.probes // len(TASKS)), 1)]
+    return Subject(
+        name="embedded example",
+        source=source,
+        processor=processor,
+        dtype=dtype,
+        calibration=own if calibration == "tasks" else lambda seed: calibration,
+        budget=budget,
+        questions=tuple(questions),
+        probes=tuple(encode_samples([answered(q) for q in asked], processor, budget.length)),
+    )
+
+
+def _vision_language(
+    model: str, calibration: str | None, budget: Budget, dtype: torch.dtype, cifar: Path | None
+) -> Subject:
+    processor = load_processor(model)
+    tokenizer = processor.tokenizer
+    texts = {s: text_windows(tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
+    return Subject(
+        name=Path(model).name,
+        source=model,
+        processor=processor,
+        dtype=dtype,
+        calibration=lambda seed: calibration,
+        budget=budget,
+        texts=texts,
+        probes=tuple(encode_samples(builtin_samples(budget.probes, HELD_OUT_SEED), processor, budget.length)),
+    )
+
+
+def answered(question: Question) -> list[dict[str, Any]]:
+    """A question with its answer, as a chat."""
+    return [
+        *question_messages(question),
+        {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
+    ]

@@ -1,0 +1,89 @@
+import re
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from optimum_sab.calibration import allocation as module
+from optimum_sab.calibration.allocation import LADDER, allocate
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError
+from optimum_sab.format.layout import stored_bits_per_weight
+from optimum_sab.nn.selection import select_linears
+
+SETTINGS = LayerSettings(block_size=32)
+
+
+@pytest.fixture
+def llama():
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **sizes)).eval()
+
+
+@pytest.fixture
+def samples():
+    generator = torch.Generator().manual_seed(1)
+    return [{"input_ids": torch.randint(0, 64, (1, 32), generator=generator)} for _ in range(6)]
+
+
+def bits_of(model, settings):
+    shapes = {n: tuple(model.get_submodule(n).weight.shape) for n in settings}
+    weights = sum(a * b for a, b in shapes.values())
+    return (
+        sum(stored_bits_per_weight(*shapes[n], s) * shapes[n][0] * shapes[n][1] for n, s in settings.items()) / weights
+    )
+
+
+@pytest.mark.parametrize("target", [2.6, 3.0, 3.4])
+def test_allocation_uses_the_budget_and_leaves_the_model_alone(llama, samples, target):
+    before = {n: p.clone() for n, p in llama.named_parameters()}
+    selection = select_linears(llama, SETTINGS)
+    found = allocate(llama, selection, list(selection.settings), samples, target)
+    assert found.bits_per_weight == pytest.approx(bits_of(llama, found.settings))
+    assert target - 0.1 < found.bits_per_weight <= target
+    assert all(torch.equal(p, before[n]) for n, p in llama.named_parameters())
+    assert len({(s.base_planes, s.salient_fraction) for s in found.settings.values()}) > 1
+
+
+def test_allocation_gives_more_to_linears_whose_errors_cost_more(llama, samples, monkeypatch):
+    selection = select_linears(llama, SETTINGS)
+    names = list(selection.settings)
+    dear = "model.layers.1.mlp.up_proj"
+    monkeypatch.setattr(module, "output_sensitivity", lambda *a: {n: 100.0 if n == dear else 1.0 for n in names})
+    found = allocate(llama, selection, names, samples, 2.6)
+    steps = {n: (s.base_planes, s.salient_fraction if s.residual_planes else 0.0) for n, s in found.settings.items()}
+    assert steps[dear] == max(steps.values())
+    assert steps[dear] > steps["model.layers.0.mlp.up_proj"]
+
+
+def test_allocation_counts_what_it_may_not_choose(llama, samples):
+    selection = select_linears(llama, SETTINGS, dynamic={"down_proj": {"base_planes": 3, "residual_planes": 0}})
+    free = [n for n in selection.settings if "down_proj" not in n]
+    found = allocate(llama, selection, free, samples, 3.0)
+    assert set(found.settings) == set(free)
+    assert found.bits_per_weight == pytest.approx(bits_of(llama, {**selection.settings, **found.settings}))
+    assert found.bits_per_weight <= 3.0
+
+
+def test_allocation_rules_select_the_same_settings_under_any_prefix(llama, samples):
+    selection = select_linears(llama, SETTINGS)
+    found = allocate(llama, selection, list(selection.settings), samples, 2.8)
+    rules = found.rules(selection.prefix)
+    assert select_linears(llama, SETTINGS, dynamic=rules).settings == found.settings
+    inner = select_linears(llama.model, SETTINGS, dynamic=rules).settings
+    assert {f"model.{n}": s for n, s in inner.items()} == found.settings
+    assert not any(re.search(rule, "model.layers.10.mlp.up_proj") for rule in rules)
+
+
+def test_allocation_names_the_least_that_is_possible(llama, samples):
+    selection = select_linears(llama, SETTINGS)
+    with pytest.raises(ConfigError, match=r"target_bits=1.1 is less than the \d\.\d+ bits"):
+        allocate(llama, selection, list(selection.settings), samples, 1.1)
+
+
+def test_error_falls_along_the_ladder():
+    anchors = dict(zip(module.ANCHORS, (0.3, 0.2, 0.1, 0.08), strict=True))
+    errors = [module._error(anchors, step) for step in LADDER]
+    assert errors == sorted(errors, reverse=True)
+    assert [module._error(anchors, step) for step in module.ANCHORS] == pytest.approx(list(anchors.values()))
