@@ -55,7 +55,6 @@ def add_command(commands: Any) -> None:
     ):
         quality.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
-    quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the tasks of the reader model")
     quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
     quality.add_argument("--json", action="store_true", help="print one JSON object")
     quality.set_defaults(run=run_quality)
@@ -71,7 +70,7 @@ def run_quality(options: argparse.Namespace) -> None:
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes
     )
-    subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
+    subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype))
 
     def on_row(row: Measurement) -> None:
         sys.stderr.write(f"{row.method}, seed {row.seed}: {row.bits_per_weight:.3f} bits, {row.seconds:.0f} s\n")

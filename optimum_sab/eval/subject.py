@@ -84,9 +84,7 @@ class Subject:
         return encode_samples(samples, self.processor, self.budget.length)
 
 
-def find_subject(
-    model: str, calibration: str | None, budget: Budget, dtype: torch.dtype = torch.float32, cifar: Path | None = None
-) -> Subject:
+def find_subject(model: str, calibration: str | None, budget: Budget, dtype: torch.dtype = torch.float32) -> Subject:
     """The subject for a checkpoint, by what it is.
 
     Args:
@@ -96,7 +94,6 @@ def find_subject(
             ("builtin", "self", a file, a dataset).
         budget: how much of everything.
         dtype: of the model.
-        cifar: folder of CIFAR-10, for the tasks of the reader model.
 
     Raises:
         ConfigError: no model can be read, or the calibration does not go with it.
@@ -105,7 +102,7 @@ def find_subject(
         return _example(calibration, budget, dtype)
     auto_class(model)  # names a checkpoint that cannot be read
     if reads_pictures(AutoConfig.from_pretrained(model)):
-        return _vision_language(model, calibration, budget, dtype, cifar)
+        return _vision_language(model, calibration, budget, dtype)
     return _language(model, calibration or MIXED, budget, dtype)
 
 
@@ -155,9 +152,8 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
     )
 
 
-def _vision_language(
-    model: str, calibration: str | None, budget: Budget, dtype: torch.dtype, cifar: Path | None
-) -> Subject:
+def _vision_language(model: str, calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:
+    """Any vision-language model: text for its perplexity, built-in pictures with answers for its predictions."""
     processor = load_processor(model)
     tokenizer = processor.tokenizer
     texts = {s: text_windows(tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}

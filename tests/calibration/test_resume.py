@@ -14,7 +14,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError, FormatError
 from optimum_sab.nn.selection import select_linears
 
-QUICK = LayerSettings(block_size=32, iterations=2)
+QUICK = LayerSettings(block_size=32, salient_fraction=0.125, iterations=2, sweeps=1, propagation=0.3)
 REFINE = RefineSettings(epochs=2, steps=6)
 
 pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")

@@ -10,6 +10,7 @@ from optimum_sab.eval.methods import read_method
 from optimum_sab.eval.picture import draw_quality
 from optimum_sab.eval.quality import Measurement, Quality, compare_quality
 from optimum_sab.eval.subject import Budget, find_subject
+from optimum_sab.example import checkpoint_path
 
 SMALL = Budget(samples=8, length=64, held_out=2, window=64, questions=2, probes=2)
 
@@ -75,6 +76,16 @@ def test_example_is_asked_its_tasks(capsys):
     assert set(rows[0]["accuracy"]) == {"colour", "shape", "counting", "position", "reading", "text"}
     assert set(rows[1]["layer_error"]) == {"text", "visual"}
     assert rows[1]["bits_per_weight"] < rows[0]["bits_per_weight"]
+
+
+def test_any_vision_language_model_is_given_text_and_pictures():
+    subject = find_subject(str(checkpoint_path()), None, SMALL)
+    assert set(subject.texts) == {"reference", "passages"}
+    assert subject.questions == ()
+    assert any("pixel_values" in probe for probe in subject.probes)
+    seen = compare_quality(subject, [])
+    assert set(seen.dense.perplexity) == {"reference", "passages"}
+    assert seen.rows == ()
 
 
 def test_unknown_model_or_method_is_an_error_before_any_work(capsys, tmp_path):

@@ -20,7 +20,7 @@ from optimum_sab.calibration.refine.loss import hidden_error
 from optimum_sab.calibration.refine.parameters import ModuleParameters, copied, restore
 from optimum_sab.errors import CalibrationError
 
-RATE = 0.005  # of parameters that are about 1
+RATE = 0.01  # of parameters that are about 1
 BATCH = 4  # samples per step
 BETAS = (0.9, 0.95)
 

@@ -10,14 +10,17 @@ import torch
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
 from optimum_sab.core.saliency import saliency
 from optimum_sab.core.significance import significance_map
-from optimum_sab.eval.baselines.blockwise import binarize, compensated, salient_columns, split_by_magnitude
+from optimum_sab.eval.baselines.blockwise import compensated, signs
 from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked
+from optimum_sab.eval.baselines.split import salient_columns, split_by_magnitude
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
     from torch import Tensor
 
 ROUNDS = 15
+# Λ² from which on a column counts. Where Λ vanishes, a row's scale would be 0/0; so it is the plain fit's there.
+LEAST_WEIGHT = 1e-8
 
 
 def arb_rc(
@@ -29,8 +32,14 @@ def arb_rc(
 ) -> Simulated:
     """Alternating refined binarization with row and column scales.
 
-    ``Ŵ = a cᵀ ⊙ B`` per block, order 2 on salient columns. The other columns are split in two magnitude groups with a
-    row scale each; with ``column_groups`` (the column-group bitmap, CGB) the salient ones are too.
+    Per block of 128, salient columns take two planes and the others one; the others are split in two magnitude groups,
+    and with ``column_groups`` (the column-group bitmap, CGB) the salient ones are too. Every plane of every group is
+    ``a cᵀ ⊙ B`` with scales of its own. Bits per block with c salient columns:
+
+    - signs ``1 + c/128``, columns ``1/out``;
+    - bitmap of groups ``1 − c/128``, with CGB ``1``;
+    - row scales ``16 · 4/128``, with CGB ``16 · 6/128``;
+    - column scales ``16 · 2/out``, with CGB ``16 · (2 + 2c/128)/out``.
 
     Args:
         weight: W.
@@ -38,10 +47,13 @@ def arb_rc(
         column_groups: CGB.
         rounds: of the alternation.
         damping: share of the Hessian's mean diagonal added to it.
+
+    Raises:
+        NonFiniteError: the weight or the Hessian holds NaN or inf.
     """
     W = checked(weight)
     factored = factor_hessian(statistics.hessian, damping)
-    return _alternating(W, factored, torch.ones(W.shape[1], device=W.device), column_groups, rounds)
+    return _alternating(W, factored, torch.ones_like(W[0]), column_groups, rounds)
 
 
 def sab_published(
@@ -49,125 +61,110 @@ def sab_published(
 ) -> Simulated:
     """SAB-LVLM as published (2607.01876): ARB-LLM_RC with CGB, every fit weighted with Λ² (method.md section 5).
 
-    The Hessian that compensates has seen text tokens alone, as in the paper's repository; where no token is text, it is
-    the balanced one.
+    The Hessian that compensates, and that says which columns are salient, has seen text tokens alone, as in the paper's
+    repository. Where no modality is called "text", it is the balanced one: the only modality there is, if there is one.
+
+    Args:
+        weight: W.
+        statistics: the modalities' Hessians make Λ.
+        rounds: of the alternation.
+        damping: share of a Hessian's mean diagonal added to it.
+
+    Raises:
+        NonFiniteError: the weight or a Hessian holds NaN or inf.
     """
     W = checked(weight)
-    text = statistics.by_modality.get("text", statistics.hessian)
-    factored = factor_hessian(text, damping)
+    factored = factor_hessian(statistics.by_modality.get("text", statistics.hessian), damping)
     inverse = [factor_hessian(H, damping).inverse.diagonal() for H in statistics.by_modality.values()]
     significance = significance_map(W, torch.stack(inverse)).map
-    return _alternating(W, factored, significance.square(), True, rounds)
+    return _alternating(W, factored, significance.square().clamp_min(LEAST_WEIGHT), True, rounds)
 
 
 def _alternating(
-    W: Tensor, factored: FactoredHessian, significance: Tensor, column_groups: bool, rounds: int
+    W: Tensor, factored: FactoredHessian, error_weight: Tensor, column_groups: bool, rounds: int
 ) -> Simulated:
     diagonal = factored.inverse_factor.diagonal()
     storage = Storage(*W.shape)
 
     def quantize(block: Tensor, columns: slice) -> Tensor:
-        error_weight = significance[columns]
-        if not bool((error_weight > 0).any()):
-            error_weight = torch.ones_like(error_weight)  # Λ = 0 all over the block says nothing about it
-        salient = salient_columns(block, saliency(block, diagonal[columns]).sum(0))
-        inside = torch.ones_like(block) * salient
-        width, count = block.shape[1], int(salient.sum())
-        storage.signs(width)
-        storage.signs(count)
-        storage.bitmap(width if column_groups else width - count)
-        storage.column_bitmap(width)
-        storage.column_scales(width + count)
-        storage.row_scales(6 if column_groups else 4)
-        rest = _groups(block, 1.0 - inside, error_weight, split=True)
-        dense = _groups(block, inside, error_weight, split=column_groups)
-        return _fit(block, rest, error_weight, 1, rounds) + _fit(block, dense, error_weight, 2, rounds)
+        salient = salient_columns(saliency(block, diagonal[columns]))
+        storage.column_bitmap(block.shape[1])
+        result = torch.empty_like(block)
+        for chosen, order, split in ((salient, 2, column_groups), (~salient, 1, True)):
+            part, importance = block[:, chosen], error_weight[columns][chosen]
+            groups = _groups(part, importance, split)
+            storage.signs(part.shape[1], planes=order)
+            storage.bitmap(part.shape[1] if split else 0)
+            storage.row_scales(order * len(groups))
+            storage.column_scales(order * len(groups) * part.shape[1])
+            fits = [_fit(part, group, importance, order, rounds) for group in groups]
+            result[:, chosen] = torch.stack(fits).sum(0)
+        return result
 
-    result = compensated(W, factored, quantize)
-    return Simulated(result, storage.per_weight)
+    return Simulated(compensated(W, factored, quantize), storage.per_weight)
 
 
-def _groups(block: Tensor, part: Tensor, error_weight: Tensor, split: bool) -> list[Tensor]:
-    """The masks of a part's magnitude groups."""
-    if not split:
-        return [part]
-
-    def error(lower: Tensor, upper: Tensor) -> Tensor:
-        left = part * block - binarize(block, lower) - binarize(block, upper)
-        return (error_weight * left.square()).sum()
-
-    upper = split_by_magnitude(block, part, error)
-    return [part - upper, upper]
+def _groups(part: Tensor, error_weight: Tensor, split: bool) -> list[Bool[Tensor, "out width"]]:
+    """The masks of a part's magnitude groups; the break point is that of one plane, in salient columns too."""
+    if not split or not part.shape[1]:
+        return [torch.ones_like(part, dtype=torch.bool)] * (2 if split else 1)
+    upper = split_by_magnitude(part, error_weight)
+    return [~upper, upper]
 
 
 @dataclass
 class _Plane:
-    """One plane of a part: a row scale per group, spread over the entries, and a column scale."""
+    """``a cᵀ ⊙ B`` over the entries of a group; B is 0 elsewhere."""
 
-    rows: Tensor  # [out, width], the row scale of each entry's group
-    columns: Tensor  # [width]
-    sign: Tensor  # [out, width]
+    rows: Float[Tensor, "out 1"]
+    columns: Float[Tensor, " width"]
+    sign: Float[Tensor, "out width"]
 
+    @property
     def value(self) -> Tensor:
         return self.rows * self.columns * self.sign
 
 
-def _fit(block: Tensor, groups: list[Tensor], error_weight: Tensor, order: int, rounds: int) -> Tensor:
-    """Alternate ``a``, ``c`` and ``B`` of every plane, each exact given the rest, under the error weight Λ²."""
-    part = torch.stack(groups).sum(0)
+def _fit(values: Tensor, group: Tensor, error_weight: Tensor, order: int, rounds: int) -> Tensor:
+    """Alternate a, c and B of every plane of a group, each exact given the rest, under the error weight Λ²."""
+    wanted = values * group
     planes: list[_Plane] = []
-    left = block * part
     for _ in range(order):
-        sign = torch.where(left >= 0, 1.0, -1.0) * part
-        plane = _Plane(torch.zeros_like(block), torch.ones_like(block[0]), sign)
-        _update_rows(plane, left, groups, error_weight)
+        rows = _ratio((wanted.abs() * error_weight).sum(1, keepdim=True), (error_weight * group).sum(1, keepdim=True))
+        plane = _Plane(rows, torch.ones_like(error_weight), signs(wanted) * group)
         planes.append(plane)
-        left = left - plane.value()
+        wanted = wanted - plane.value
     for _ in range(rounds):
         for plane in planes:
-            wanted = block * part - sum(other.value() for other in planes if other is not plane)
-            _update_rows(plane, wanted, groups, error_weight)
-            _update_columns(plane, wanted)
-        _update_signs(planes, block, part)
-    return torch.stack([plane.value() for plane in planes]).sum(0)
+            left = values * group - sum(other.value for other in planes if other is not plane)
+            _update_scales(plane, left, error_weight)
+        _update_signs(planes, values, group)
+    return torch.stack([plane.value for plane in planes]).sum(0)
 
 
-def _update_rows(plane: _Plane, wanted: Tensor, groups: list[Tensor], error_weight: Tensor) -> None:
-    """``a[i] = Σ_j Λ² c B W / Σ_j Λ² c²`` over every group's entries."""
-    pull = error_weight * plane.columns * plane.sign * wanted
-    push = error_weight * plane.columns.square()
-    plane.rows = torch.zeros_like(plane.rows)
-    for mask in groups:
-        scale = (pull * mask).sum(1, keepdim=True) / (push * mask).sum(1, keepdim=True).clamp_min(1e-20)
-        plane.rows += scale * mask
+def _update_scales(plane: _Plane, wanted: Tensor, error_weight: Tensor) -> None:
+    """``a_i = Σ_j Λ² c B W / Σ_j Λ² c²``, then ``c_j = Σ_i a B W / Σ_i a²``, where Λ, a column's, cancels."""
+    used = plane.sign.abs()
+    plane.rows = _ratio(
+        (error_weight * plane.columns * plane.sign * wanted).sum(1, keepdim=True),
+        (used * error_weight * plane.columns.square()).sum(1, keepdim=True),
+    )
+    plane.columns = _ratio((plane.rows * plane.sign * wanted).sum(0), (used * plane.rows.square()).sum(0))
 
 
-def _update_columns(plane: _Plane, wanted: Tensor) -> None:
-    """``c[j] = Σ_i a B W / Σ_i a²``; Λ is constant along a column and cancels."""
-    below = plane.rows.square().sum(0)
-    c = (plane.rows * plane.sign * wanted).sum(0) / below.clamp_min(1e-20)
-    plane.columns = torch.where(below > 0, c, plane.columns)
+def _ratio(above: Tensor, below: Tensor) -> Tensor:
+    """A least-squares scale; 0 where it has no entry to fit."""
+    return torch.where(below > 0, above / below, torch.zeros_like(above))
 
 
-def _update_signs(planes: list[_Plane], block: Tensor, part: Tensor) -> None:
-    """``B = sign`` of what a plane stands for, or for two planes the nearest of the four sums."""
+def _update_signs(planes: list[_Plane], values: Tensor, group: Tensor) -> None:
+    """The nearest of the ``2^order`` levels: a first plane's sign, and what is left decides the later one's."""
     scales = [plane.rows * plane.columns for plane in planes]
     if len(planes) == 1:
-        planes[0].sign = torch.where(block * scales[0] >= 0, 1.0, -1.0) * part
+        planes[0].sign = signs(values * scales[0]) * group
         return
-    best: Tensor | None = None
-    for first in (-1.0, 1.0):
-        for second in (-1.0, 1.0):
-            distance = (block - first * scales[0] - second * scales[1]).abs()
-            if best is None:
-                best = distance
-                signs = [torch.full_like(block, first), torch.full_like(block, second)]
-                continue
-            closer = distance < best
-            best = torch.where(closer, distance, best)
-            signs = [
-                torch.where(closer, torch.full_like(s, value), s)
-                for s, value in zip(signs, (first, second), strict=True)
-            ]
-    for plane, sign in zip(planes, signs, strict=True):
-        plane.sign = sign * part
+    first, second = scales
+    # B₁ decides between two pairs of levels; within a pair B₂ follows what B₁ leaves.
+    up, down = (values - first).abs() - second.abs(), (values + first).abs() - second.abs()
+    planes[0].sign = torch.where(up.abs() <= down.abs(), 1.0, -1.0) * group
+    planes[1].sign = signs((values - planes[0].sign * first) * second) * group

@@ -1,4 +1,4 @@
-"""What the binarization methods share: block after block, with the error of each passed on to the later ones."""
+"""What the methods share: a block's error passed on to the later ones, and binarization to first and second order."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from optimum_sab.core.hessian import FactoredHessian
 from optimum_sab.core.planes import block_bounds
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
 BLOCK_SIZE = 128
-# Columns of a block that the search considers. The papers' search goes to 50, and a tenth is what they report to have
-# found; by the squared error of the weights alone, as here, one more column always helps.
-MAX_SALIENT = 13
-PERCENTILES = tuple(p / 100 for p in range(10, 91, 2))
 
 
 def compensated(
@@ -27,12 +23,14 @@ def compensated(
     quantize: Callable[[Tensor, slice], Tensor],
     block_size: int = BLOCK_SIZE,
 ) -> Float[Tensor, "out in"]:
-    """Quantize block by block; a block's error over U's diagonal, times U, moves the later ones (GPTQ's rule by block).
+    """Quantize block by block, each whole: ``E_ij = (W − Q)_ij / U_jj``, and ``E U`` leaves the later blocks.
+
+    This is the compensation of BiLLM and what follows it. It drops U's off-diagonals inside the block.
 
     Args:
         weight: W.
-        factored: the Hessian that compensates.
-        quantize: (block, its columns) → the block's approximation.
+        factored: the Hessian that compensates, ``Uᵀ U = H⁻¹``.
+        quantize: (block [out, width], its columns) → the block's approximation.
         block_size: columns per block.
     """
     U = factored.inverse_factor
@@ -41,69 +39,71 @@ def compensated(
     for start, end in block_bounds(rest.shape[1], block_size):
         block = rest[:, start:end].clone()
         result[:, start:end] = quantize(block, slice(start, end))
-        if end < rest.shape[1]:
-            errors = (block - result[:, start:end]) / U.diagonal()[start:end]
-            rest[:, end:] -= errors @ U[start:end, end:]
+        errors = (block - result[:, start:end]) / U.diagonal()[start:end]
+        rest[:, end:] -= errors @ U[start:end, end:]
     return result
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Float[Tensor, "out 1"]:
-    """Mean of every row over the entries of the mask; 0 where a row has none."""
-    return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1.0)
-
-
-def binarize(values: Tensor, mask: Tensor, centred: bool = False) -> Tensor:
-    """``μ + α sign(w − μ)`` per row over the entries of the mask, 0 elsewhere; μ = 0 unless ``centred``."""
-    mean = masked_mean(values, mask) if centred else torch.zeros_like(values[:, :1])
-    rest = (values - mean) * mask
-    scale = masked_mean(rest.abs(), mask)
-    return (mean + scale * torch.where(rest >= 0, 1.0, -1.0)) * mask
-
-
-def binarize_twice(values: Tensor, mask: Tensor, centred: bool = False) -> Tensor:
-    """Second-order (residual) binarization: what the first plane leaves is binarized again."""
-    first = binarize(values, mask, centred)
-    return first + binarize(values - first, mask)
-
-
-def split_by_magnitude(
-    values: Tensor, part: Float[Tensor, "out width"], error: Callable[[Tensor, Tensor], Tensor]
-) -> Float[Tensor, "out width"]:
-    """The entries of ``part`` above the best of `PERCENTILES` of their magnitudes, as a mask of 0 and 1.
+def compensated_by_column(
+    weight: Float[Tensor, "out in"],
+    factored: FactoredHessian,
+    open_block: Callable[[Tensor, slice], Callable[[Tensor, int], Tensor]],
+    block_size: int = BLOCK_SIZE,
+) -> Float[Tensor, "out in"]:
+    """Quantize column by column (2210.17323): what column j leaves, over ``U_jj``, moves all later columns by ``U_j:``.
 
     Args:
-        values: a block.
-        part: mask of the entries to split.
-        error: (lower mask, upper mask) → the error this split leaves, a scalar.
+        weight: W.
+        factored: the Hessian that compensates, ``Uᵀ U = H⁻¹``.
+        open_block: (block [out, width], its columns) → the block's quantizer, (column [out], its place in the block) →
+            the column's approximation. Grids are fixed when a block is reached.
+        block_size: columns per block.
     """
-    size = values.abs()
-    ordered = size[part > 0].sort().values
-    if not ordered.numel():
-        return torch.zeros_like(part)
-    best, chosen = None, torch.zeros_like(part)
-    for percentile in PERCENTILES:
-        cut = ordered[int(percentile * (ordered.numel() - 1))]
-        upper = part * (size > cut)
-        found = error(part - upper, upper)
-        if best is None or bool(found < best):
-            best, chosen = found, upper
-    return chosen
+    U = factored.inverse_factor
+    rest = weight.masked_fill(factored.dead, 0.0)
+    result = torch.empty_like(rest)
+    for start, end in block_bounds(rest.shape[1], block_size):
+        quantize = open_block(rest[:, start:end], slice(start, end))
+        columns = rest[:, start:end].T.contiguous()  # a column at a time is read and written
+        errors = torch.empty_like(columns)
+        for j in range(end - start):
+            value = quantize(columns[j], j)
+            result[:, start + j] = value
+            errors[j] = (columns[j] - value) / U[start + j, start + j]
+            columns[j + 1 :].addr_(U[start + j, start + j + 1 : end], errors[j], alpha=-1.0)
+        rest[:, end:] -= errors.T @ U[start:end, end:]
+    return result
 
 
-def salient_columns(
-    values: Float[Tensor, "out width"], column_saliency: Float[Tensor, " width"]
-) -> Bool[Tensor, " width"]:
-    """How many of the most salient columns carry a second plane: the number that leaves the least squared error."""
-    width = values.shape[1]
-    order = column_saliency.argsort(descending=True, stable=True)
-    ones = torch.ones_like(values)
-    best, chosen = None, torch.zeros(width, dtype=torch.bool, device=values.device)
-    for count in range(1, min(MAX_SALIENT, width - 1) + 1):
-        inside = torch.zeros(width, device=values.device)
-        inside[order[:count]] = 1.0
-        mask = ones * inside
-        left = values - binarize_twice(values, mask) - binarize(values, ones - mask)
-        found = left.square().sum()
-        if best is None or bool(found < best):
-            best, chosen = found, inside > 0
-    return chosen
+def masked_mean(values: Float[Tensor, "out width"], mask: Tensor) -> Float[Tensor, "out 1"]:
+    """Mean of every row over the entries of the mask; 0 where a row has none."""
+    return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
+
+
+def signs(values: Tensor) -> Tensor:
+    """±1; zero counts as positive, because one bit has no third state."""
+    return torch.where(values >= 0, 1.0, -1.0)
+
+
+def binarize(values: Float[Tensor, "out width"], mask: Tensor, centred: bool = False) -> Float[Tensor, "out width"]:
+    """``μ + α sign(w − μ)``, ``α = mean |w − μ|``, per row over the entries of the mask, 0 elsewhere.
+
+    Args:
+        values: W.
+        mask: which entries take part, bool [out, width].
+        centred: μ is the row's mean; else 0.
+    """
+    mean = masked_mean(values, mask) if centred else torch.zeros_like(values[:, :1])
+    rest = (values - mean) * mask
+    return (mean + masked_mean(rest.abs(), mask) * signs(rest)) * mask
+
+
+def binarize_twice(
+    values: Float[Tensor, "out width"], mask: Tensor, centred: bool = False
+) -> Float[Tensor, "out width"]:
+    """Second-order (residual) binarization: what the first plane leaves is binarized again.
+
+    The two means add up to one number, so centring costs one per row here too.
+    """
+    first = binarize(values, mask, centred)
+    return first + binarize(values - first, mask, centred)

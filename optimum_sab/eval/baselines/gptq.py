@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from optimum_sab.core.hessian import InputStatistics, factor_hessian
-from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked
+from optimum_sab.errors import ConfigError
+from optimum_sab.eval.baselines.blockwise import compensated_by_column
+from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked, fp16_step
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,30 +31,30 @@ def gptq(
         statistics: the balanced Hessian is used.
         bits: 1 to 8.
         group_size: input columns per group.
-        damping: as in GPTQ.
+        damping: share of the Hessian's mean diagonal added to it.
+
+    Raises:
+        ConfigError: ``bits`` is not 1 to 8.
+        NonFiniteError: the weight or the Hessian holds NaN or inf.
     """
+    if not 1 <= bits <= 8:
+        raise ConfigError(f"bits={bits} must be 1 to 8; 2, 3 and 4 are the usual ones.")
+    W = checked(weight)
     factored = factor_hessian(statistics.hessian, damping)
-    U = factored.inverse_factor
-    rest = checked(weight).masked_fill(factored.dead, 0.0).clone()
-    result = torch.empty_like(rest)
     top = 2**bits - 1
-    storage = Storage(*rest.shape)
-    storage.codes(rest.numel(), bits)
-    for start in range(0, rest.shape[1], group_size):
-        end = min(start + group_size, rest.shape[1])
+    storage = Storage(*W.shape)
+    storage.codes(W.numel(), bits)
+
+    def open_block(block: Tensor, columns: slice) -> Callable[[Tensor, int], Tensor]:
         storage.row_scales(2)
-        block = rest[:, start:end].T.contiguous()
-        low, high = block.amin(0).clamp_max(0.0), block.amax(0).clamp_min(0.0)
-        scale = ((high - low) / top).clamp_min(1e-8).half().float()
+        low, high = block.amin(1).clamp_max(0.0), block.amax(1).clamp_min(0.0)
+        scale = fp16_step((high - low) / top)
         zero = torch.round(-low / scale)
-        errors = torch.empty_like(block)
-        for j in range(end - start):
-            value = (torch.round(block[j] / scale) + zero).clamp(0, top) - zero
-            value = value * scale
-            result[:, start + j] = value
-            errors[j] = (block[j] - value) / U[start + j, start + j]
-            if j + 1 < end - start:
-                block[j + 1 :].addr_(U[start + j, start + j + 1 : end], errors[j], alpha=-1.0)
-        if end < rest.shape[1]:
-            rest[:, end:] -= errors.T @ U[start:end, end:]
+
+        def quantize(column: Tensor, place: int) -> Tensor:
+            return ((torch.round(column / scale) + zero).clamp(0, top) - zero) * scale
+
+        return quantize
+
+    result = compensated_by_column(W, factored, open_block, group_size)
     return Simulated(result, storage.per_weight)

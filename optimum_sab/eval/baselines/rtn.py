@@ -16,16 +16,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def rtn_sign(
-    weight: Float[Tensor, "out in"], statistics: InputStatistics, block_size: int = BLOCK_SIZE
-) -> Simulated:
+def rtn_sign(weight: Float[Tensor, "out in"], statistics: InputStatistics, block_size: int = BLOCK_SIZE) -> Simulated:
     """``α sign(w)`` with ``α = mean |w|``, the least-squares scale. Bits: 1 + 16/block_size."""
     W = checked(weight)
     storage = Storage(*W.shape)
     result = torch.empty_like(W)
     for start, end in block_bounds(W.shape[1], block_size):
         block = W[:, start:end]
-        result[:, start:end] = binarize(block, torch.ones_like(block))
+        result[:, start:end] = binarize(block, torch.ones_like(block, dtype=torch.bool))
         storage.signs(end - start)
         storage.row_scales(1)
     return Simulated(result, storage.per_weight)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from optimum_sab.errors import NonFiniteError
 
 if TYPE_CHECKING:
@@ -16,7 +18,11 @@ SCALE_BITS = 16  # every scale and offset of these methods is stored in fp16
 
 @dataclass(frozen=True)
 class Simulated:
-    """A baseline's result: the dense weight [out, in] it stands for, and the bits per weight its storage takes."""
+    """A baseline's result: the dense weight [out, in] it stands for, and the bits per weight its storage takes.
+
+    Grids that codes are rounded to are rounded to fp16 first. The scales of sign planes are counted as fp16 and kept in
+    fp32: what the rounding adds is at most 2⁻²² of a weight's energy.
+    """
 
     weight: Tensor
     bits_per_weight: float
@@ -63,6 +69,11 @@ class Storage:
     @property
     def per_weight(self) -> float:
         return self.bits / (self.out_features * self.in_features)
+
+
+def fp16_step(step: Tensor) -> Tensor:
+    """The step of a grid as fp16 stores it, and never zero: a row of zeros has a grid too."""
+    return step.clamp_min(torch.finfo(torch.float16).smallest_normal).half().float()
 
 
 def checked(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
