@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.passes import HessianPass, pair_streams
-from optimum_sab.calibration.pipeline import decoder_linears
+from optimum_sab.calibration.pipeline import decoder_targets
+from optimum_sab.calibration.placement import map_tensors
 from optimum_sab.calibration.sensitivity import output_sensitivity
 from optimum_sab.core.allocation import Level, allocate_levels
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import stored_bits_per_weight
-from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.selection import Selection
 
 PLANES = ("base_planes", "residual_planes", "salient_fraction")  # what is chosen
@@ -76,13 +76,14 @@ def allocate(
         model: dense; not changed.
         selection: all linears that will be binarized; the settings of those in ``free`` give everything but planes.
         free: names of the linears to choose for.
-        samples: forward keyword arguments; the first `SAMPLES` are used.
+        samples: forward keyword arguments; `SAMPLES` of them, spread evenly, are used.
         target_bits: stored bits per weight at most.
 
     Raises:
         ConfigError: the budget is below the cheapest choice; the message says what that needs.
     """
-    some = [dict(sample) for sample in samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]]
+    spread = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
+    some = map_tensors([dict(sample) for sample in spread], next(model.parameters()).device)
     sensitivity = output_sensitivity(model, list(free), some)
     errors = _anchor_errors(model, selection, set(free), some)
     shapes = {name: _shape(model, name) for name in selection.settings}
@@ -150,12 +151,10 @@ def _anchor_errors(
     model: nn.Module, selection: Selection, free: set[str], samples: Sequence[Mapping[str, Any]]
 ) -> dict[str, dict[tuple[int, float], float]]:
     """Relative output error of every free linear at the anchors, on `ROWS` rows, under the dense model's inputs."""
-    decoder = find_decoder_blocks(model)
-    positions, linears = decoder_linears(model, decoder, selection)
+    targets = decoder_targets(model, selection)
     config = getattr(model, "config", None)
-    probe = _Probe(selection, linears, [token_modalities(sample, config) for sample in samples], free)
-    blocks = [decoder.blocks[position] for position in positions]
-    Lockstep(model, blocks, linears, samples, two_streams=False).run(probe)
+    probe = _Probe(selection, targets.linears, [token_modalities(sample, config) for sample in samples], free)
+    Lockstep(model, targets.blocks, targets.linears, samples, two_streams=False).run(probe)
     return probe.errors
 
 
@@ -187,9 +186,10 @@ class _Probe:
                 weight = members[name].weight
                 rows = torch.randperm(weight.shape[0], generator=generator)[:ROWS].to(device)
                 self.errors[name] = {}
+                own = self._selection.settings[name]
+                ladder = _ladder(own)
                 for base, fraction in ANCHORS:
-                    own = self._selection.settings[name]
-                    quick = _ladder(own).get((base, fraction))
+                    quick = ladder.get((base, fraction))
                     if quick is None:  # blocks too narrow for an eighth
                         quick = own.replace(base_planes=base, residual_planes=0)
                     quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)

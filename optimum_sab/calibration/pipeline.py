@@ -16,6 +16,7 @@ from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
 from optimum_sab.calibration.passage import BlockPassage
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
+from optimum_sab.calibration.placement import map_tensors
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.reconstruction import Reconstruction, reconstruct
 from optimum_sab.calibration.refine.tuning import Tuning
@@ -25,7 +26,7 @@ from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.nn.decoder import DecoderBlocks, find_decoder_blocks
+from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, set_module
 
@@ -128,16 +129,15 @@ def binarize(
     if not samples:
         raise SampleError("no calibration samples; give at least one text or chat message, or calibration='builtin'.")
     collector = calibration_pass(pass_name)()
-    decoder = find_decoder_blocks(model)
-    positions, linears = decoder_linears(model, decoder, selection)
+    targets = decoder_targets(model, selection)
     _check_weights(model, selection)
     config = getattr(model, "config", None)
     modalities = [token_modalities(sample, config) for sample in samples]
     tokens = _count_tokens(modalities, config)
     _warn_few_tokens(sum(tokens.values()), model, selection)
     home = next(model.parameters()).device
-    moved = [{k: v.to(home) if isinstance(v, Tensor) else v for k, v in s.items()} for s in samples]
-    dtype = next(iter(linears[0].values())).weight.dtype
+    moved = map_tensors([dict(sample) for sample in samples], home)
+    dtype = next(iter(targets.linears[0].values())).weight.dtype
     head = output_embedding(model) if refine is not None and refine.steps else None
     was_training = model.training
     model.eval()
@@ -146,11 +146,12 @@ def binarize(
     if resume_folder is not None:
         marks = fingerprint(model, samples, selection.settings, pass_name, refine)
         folder = ResumeFolder(resume_folder, marks)
-    worker = _Binarizer(model, selection, positions, linears, modalities, collector, device, on_block, refine, folder)
+    worker = _Binarizer(
+        model, selection, targets.positions, targets.linears, modalities, collector, device, on_block, refine, folder
+    )
     two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
     try:
-        blocks = [decoder.blocks[position] for position in positions]
-        lockstep = Lockstep(model, blocks, linears, moved, two_streams, device)
+        lockstep = Lockstep(model, targets.blocks, targets.linears, moved, two_streams, device)
         teacher = lockstep.run(worker, worker if refine or folder else None, head)
         tuning = None
         if refine is not None and refine.steps:
@@ -268,22 +269,33 @@ class _Binarizer:
             self.on_block(report, len(self.linears))
 
 
-def decoder_linears(
-    model: nn.Module, decoder: DecoderBlocks, selection: Selection
-) -> tuple[list[int], list[dict[str, nn.Linear]]]:
-    """The places of the decoder blocks that hold selected linears, and those linears by dotted name."""
-    positions: list[int] = []
-    linears: list[dict[str, nn.Linear]] = []
-    for index in range(len(decoder.blocks)):
+@dataclass(frozen=True)
+class DecoderTargets:
+    """The decoder blocks that hold selected linears.
+
+    Attributes:
+        positions: of the blocks in the decoder.
+        blocks: themselves.
+        linears: of each block, by dotted name.
+    """
+
+    positions: list[int]
+    blocks: list[nn.Module]
+    linears: list[dict[str, nn.Linear]]
+
+
+def decoder_targets(model: nn.Module, selection: Selection) -> DecoderTargets:
+    """Where the selected linears are."""
+    decoder = find_decoder_blocks(model)
+    targets = DecoderTargets([], [], [])
+    for index, block in enumerate(decoder.blocks):
         start = f"{decoder.prefix}.{index}." if decoder.prefix else f"{index}."
-        inside: dict[str, nn.Linear] = {}
-        for name in selection.settings:
-            if name.startswith(start):
-                inside[name] = _linear(model, name)
+        inside = {name: _linear(model, name) for name in selection.settings if name.startswith(start)}
         if inside:
-            positions.append(index)
-            linears.append(inside)
-    return positions, linears
+            targets.positions.append(index)
+            targets.blocks.append(block)
+            targets.linears.append(inside)
+    return targets
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

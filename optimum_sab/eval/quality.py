@@ -141,8 +141,8 @@ def _rows(
 def _quantize(subject: Subject, method: Method, seed: int) -> tuple[Any, float, float]:
     """The quantized model with dense weights, its bits per weight, and the seconds it took."""
     if method.baseline is not None:
-        model, inputs = subject.load(), subject.inputs(seed)
-        done = simulate(model, inputs, method.baseline)
+        model = subject.load()
+        done = simulate(model, subject.inputs(model, seed), method.baseline)
         return model, done.bits_per_weight, done.seconds
     settings: dict[str, Any] = {
         "calibration": subject.calibration(seed),

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.passes import HessianPass, pair_streams
-from optimum_sab.calibration.pipeline import decoder_linears
+from optimum_sab.calibration.pipeline import decoder_targets
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.eval.baselines import Baseline
-from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.selection import select_linears
 
 
@@ -42,15 +41,12 @@ def simulate(model: nn.Module, samples: Sequence[Mapping[str, Any]], baseline: B
         samples: forward keyword arguments, one dict per sample.
         baseline: what is done to each linear.
     """
-    decoder = find_decoder_blocks(model)
-    selection = select_linears(model, LayerSettings(), [], {})
-    positions, linears = decoder_linears(model, decoder, selection)
+    targets = decoder_targets(model, select_linears(model, LayerSettings()))
     config = getattr(model, "config", None)
-    worker = _Simulator(linears, [token_modalities(sample, config) for sample in samples], baseline)
+    worker = _Simulator(targets.linears, [token_modalities(sample, config) for sample in samples], baseline)
     model.eval()
     started = time.perf_counter()
-    blocks = [decoder.blocks[position] for position in positions]
-    Lockstep(model, blocks, linears, samples, two_streams=False).run(worker)
+    Lockstep(model, targets.blocks, targets.linears, samples, two_streams=False).run(worker)
     return Simulation(worker.bits / worker.count, time.perf_counter() - started)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from optimum_sab.calibration.samples import encode_samples, read_samples
+from optimum_sab.calibration.inputs import calibration_inputs
+from optimum_sab.calibration.samples import encode_samples
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.eval.text import MIXED, SOURCES, mixed_windows, text_windows
 from optimum_sab.example import checkpoint_path
@@ -77,11 +78,10 @@ class Subject:
         model = auto_class(self.source).from_pretrained(self.source, dtype=self.dtype, **options)
         return model.eval()
 
-    def inputs(self, seed: int) -> list[dict[str, Any]]:
-        """Calibration samples as model inputs, as `SABConfig` would make them."""
-        visual = reads_pictures(AutoConfig.from_pretrained(self.source))
-        samples = read_samples(self.calibration(seed), self.budget.samples, seed, visual)
-        return encode_samples(samples, self.processor, self.budget.length)
+    def inputs(self, model: Any, seed: int) -> list[dict[str, Any]]:
+        """Calibration samples as inputs of the dense model, the same that `SABConfig` makes."""
+        budget = self.budget
+        return calibration_inputs(model, self.processor, self.calibration(seed), budget.samples, budget.length, seed)
 
 
 def find_subject(model: str, calibration: str | None, budget: Budget, dtype: torch.dtype = torch.float32) -> Subject:

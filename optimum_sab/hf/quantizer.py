@@ -115,24 +115,18 @@ class SABHfQuantizer(HfQuantizer):
         return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
 
     def _binarize(self, model: nn.Module) -> None:
-        from optimum_sab.calibration.modality import model_modalities
+        from optimum_sab.calibration.inputs import calibration_inputs
+        from optimum_sab.calibration.modality import VISUAL, model_modalities
         from optimum_sab.calibration.pipeline import binarize
-        from optimum_sab.calibration.samples import SELF, encode_samples, read_samples
-        from optimum_sab.calibration.self_samples import self_samples
         from optimum_sab.hf.processor import find_processor
         from optimum_sab.hf.progress import block_progress
 
         config = self.quantization_config
         selection = self._select(model, strict=True)
         choose_backend(next(model.parameters()).device, config.backend)  # an unusable one is refused before the work
-        visual = "visual" in model_modalities(model.config)
-        written = config.calibration == SELF  # by the model, which the others are not
-        samples = [] if written else read_samples(config.calibration, config.calibration_samples, config.seed, visual)
-        processor = find_processor(config.processor, _source(model), visual)
-        inputs = (
-            self_samples(model, processor, config.calibration_samples, config.sequence_length, config.seed)
-            if written
-            else encode_samples(samples, processor, config.sequence_length)
+        processor = find_processor(config.processor, _source(model), VISUAL in model_modalities(model.config))
+        inputs = calibration_inputs(
+            model, processor, config.calibration, config.calibration_samples, config.sequence_length, config.seed
         )
         device = None if config.calibration_device is None else torch.device(config.calibration_device)
         if config.target_bits is not None:
@@ -151,7 +145,7 @@ class SABHfQuantizer(HfQuantizer):
         config.calibration = (
             config.calibration
             if isinstance(config.calibration, str)
-            else (None if config.calibration is None else {"samples": len(samples)})
+            else (None if config.calibration is None else {"samples": len(inputs)})
         )
         config.processor = config.resume_folder = None
         config.measured = {
