@@ -14,18 +14,20 @@ from torch import Tensor, nn
 from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.passes import HessianPass, pair_streams
-from optimum_sab.calibration.pipeline import decoder_targets
+from optimum_sab.calibration.pipeline import DecoderTargets, check_weights, decoder_targets
 from optimum_sab.calibration.placement import map_tensors
 from optimum_sab.calibration.sensitivity import output_sensitivity
 from optimum_sab.core.allocation import Level, allocate_levels
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.solver import solve
+from optimum_sab.core.solver import output_error, solve
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import stored_bits_per_weight
 from optimum_sab.nn.selection import Selection
 
 PLANES = ("base_planes", "residual_planes", "salient_fraction")  # what is chosen
-LADDER = ((1, 0.0), (1, 0.0625), (1, 0.125), (1, 0.25), (1, 0.5), (2, 0.0), (2, 0.125), (2, 0.25), (2, 0.5), (3, 0.0))
+FRACTIONS = (0.0, 0.03125, 0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
+LADDER = (*((base, f) for base in (1, 2, 3) for f in FRACTIONS), (4, 0.0))
 ANCHORS = ((1, 0.0), (1, 0.125), (2, 0.0), (2, 0.125))  # fitted; the others lie on lines through these
 ROWS = 64  # of a weight; its error with every anchor is measured on so many
 SAMPLES = 16
@@ -33,7 +35,7 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Allocation:
-    """Planes per linear.
+    """Planes per linear; linears that share an input have the same.
 
     Attributes:
         settings: of every linear that was free to choose.
@@ -64,56 +66,70 @@ def allocate(
     selection: Selection,
     free: Sequence[str],
     samples: Sequence[Mapping[str, Any]],
-    target_bits: float,
+    target_bits: float | None = None,
+    device: torch.device | None = None,
 ) -> Allocation:
-    """Find the planes of the linears ``free`` such that all selected linears together take at most ``target_bits``.
+    """Find the planes of the linears ``free`` such that all selected linears together take at most the budget.
 
     Expected loss of a linear at a level = its sensitivity times its relative output error there. Errors are measured
     with the dense model's inputs on a few rows of every weight for the levels `ANCHORS`; between and beyond those the
-    logarithm of the error is linear in the share of columns.
+    logarithm of the error is linear in the share of columns. Linears that share an input and their settings choose
+    together: they are solved as one stack and run in one launch. Linears that no token of these samples reaches stay as
+    they are.
 
     Args:
         model: dense; not changed.
         selection: all linears that will be binarized; the settings of those in ``free`` give everything but planes.
         free: names of the linears to choose for.
         samples: forward keyword arguments; `SAMPLES` of them, spread evenly, are used.
-        target_bits: stored bits per weight at most.
+        target_bits: stored bits per weight at most; None for what ``selection`` takes as it is.
+        device: where blocks are moved while they are worked on; None leaves them where they are.
 
     Raises:
         ConfigError: the budget is below the cheapest choice; the message says what that needs.
+        NonFiniteError: a weight, an activation or a gradient holds NaN or inf.
+        CalibrationError: a weight is offloaded, or see `output_sensitivity`.
     """
+    check_weights(model, selection)
     spread = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
     some = map_tensors([dict(sample) for sample in spread], next(model.parameters()).device)
-    sensitivity = output_sensitivity(model, list(free), some)
-    errors = _anchor_errors(model, selection, set(free), some)
-    shapes = {name: _shape(model, name) for name in selection.settings}
-    ladders = {name: _ladder(selection.settings[name]) for name in free}
+    targets = decoder_targets(model, selection)
+    sensitivity = output_sensitivity(model, list(free), some, targets.blocks, device)
+    probe = _probe(model, selection, set(free), targets, some, device)
+    sizes = {name: math.prod(_shape(model, name)) for name in selection.settings}
+
+    def bits(name: str, settings: LayerSettings) -> float:
+        bias = model.get_submodule(name).bias  # stays as it is, and is counted
+        kept = 0 if bias is None else 8 * bias.element_size() * bias.numel()  # type: ignore[operator]
+        return stored_bits_per_weight(*_shape(model, name), settings) * sizes[name] + kept
+
+    def level(names: tuple[str, ...], step: tuple[int, float], settings: LayerSettings) -> Level:
+        loss = sum(sensitivity[name] * _error(probe.errors[name], step) for name in names)
+        return Level(sum(bits(name, settings) for name in names), loss)
+
+    groups = {names[0]: names for names in probe.groups}
+    ladders = {first: _ladder(selection.settings[first]) for first in groups}
     levels = {
-        name: [
-            Level(
-                stored_bits_per_weight(*shapes[name], settings) * math.prod(shapes[name]),
-                sensitivity[name] * _error(errors[name], step),
-            )
-            for step, settings in ladders[name].items()
-        ]
-        for name in free
+        first: [level(groups[first], step, settings) for step, settings in ladder.items()]
+        for first, ladder in ladders.items()
     }
-    weights = sum(math.prod(shape) for shape in shapes.values())
-    fixed = sum(
-        stored_bits_per_weight(*shapes[name], settings) * math.prod(shapes[name])
-        for name, settings in selection.settings.items()
-        if name not in levels
-    )
+    weights, asked = sum(sizes.values()), {name for names in groups.values() for name in names}
+    budget = target_bits
+    if budget is None:
+        budget = sum(bits(name, settings) for name, settings in selection.settings.items()) / weights
+    fixed = sum(bits(name, settings) for name, settings in selection.settings.items() if name not in asked)
     least = (fixed + sum(min(level.bits for level in of) for of in levels.values())) / weights
-    if target_bits < least:
+    if budget < least - 1e-9:
         raise ConfigError(
-            f"target_bits={target_bits} is less than the {least:.3f} bits that this model's linears take at least; "
+            f"target_bits={budget:g} is less than the {least:.3f} bits that this model's linears take at least; "
             "raise it, or use larger blocks (block_size)."
         )
-    chosen = allocate_levels(levels, target_bits * weights - fixed)
-    bits = (fixed + sum(levels[name][index].bits for name, index in chosen.items())) / weights
-    settings = {name: list(ladders[name].values())[index] for name, index in chosen.items()}
-    return Allocation(settings, sensitivity, bits)
+    chosen = allocate_levels(levels, budget * weights - fixed)
+    total = (fixed + sum(levels[first][index].bits for first, index in chosen.items())) / weights
+    picked = {first: list(ladders[first].values())[index] for first, index in chosen.items()}
+    by_name = {name: picked[first] for first, names in groups.items() for name in names}
+    settings = {name: by_name[name] for name in free if name in by_name}
+    return Allocation(settings, sensitivity, total)
 
 
 def _ladder(settings: LayerSettings) -> dict[tuple[int, float], LayerSettings]:
@@ -147,19 +163,29 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _anchor_errors(
-    model: nn.Module, selection: Selection, free: set[str], samples: Sequence[Mapping[str, Any]]
-) -> dict[str, dict[tuple[int, float], float]]:
-    """Relative output error of every free linear at the anchors, on `ROWS` rows, under the dense model's inputs."""
-    targets = decoder_targets(model, selection)
+def _probe(
+    model: nn.Module,
+    selection: Selection,
+    free: set[str],
+    targets: DecoderTargets,
+    samples: Sequence[Mapping[str, Any]],
+    device: torch.device | None,
+) -> _Probe:
+    """Let the dense model's inputs pass every free linear once."""
     config = getattr(model, "config", None)
-    probe = _Probe(selection, targets.linears, [token_modalities(sample, config) for sample in samples], free)
-    Lockstep(model, targets.blocks, targets.linears, samples, two_streams=False).run(probe)
-    return probe.errors
+    modalities = [token_modalities(sample, config) for sample in samples]
+    probe = _Probe(selection, targets.linears, modalities, free, device)
+    Lockstep(model, targets.blocks, targets.linears, samples, False, device, may_miss=True).run(probe)
+    return probe
 
 
 class _Probe:
-    """A visitor that measures and changes nothing: the stream goes on through the dense weights."""
+    """A visitor that measures and changes nothing: the stream goes on through the dense weights.
+
+    Attributes:
+        groups: the free linears that share an input and their settings.
+        errors: relative output error of every free linear at the anchors, on `ROWS` of its rows.
+    """
 
     def __init__(
         self,
@@ -167,34 +193,46 @@ class _Probe:
         linears: Sequence[Mapping[str, nn.Linear]],
         modalities: Sequence[TokenModalities],
         free: set[str],
+        device: torch.device | None,
     ) -> None:
+        self.groups: list[tuple[str, ...]] = []
         self.errors: dict[str, dict[tuple[int, float], float]] = {}
         self._selection, self._linears, self._modalities, self._free = selection, linears, modalities, free
-        self._index = 0
+        self._index, self._device = 0, device
 
     def enter(self, index: int) -> None:
         self._index = index
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         members = {name: self._linears[self._index][name] for name in names}
-        asked = [name for name in names if name in self._free]
-        if asked:
-            device = members[asked[0]].weight.device
+        by_settings: dict[LayerSettings, list[str]] = {}
+        for name in names:
+            if name in self._free:
+                by_settings.setdefault(self._selection.settings[name], []).append(name)
+        if by_settings:
+            device = self._device or members[names[0]].weight.device
             statistics = HessianPass().collect(names[0], pair_streams(arrivals, self._modalities), device)
-            generator = torch.Generator().manual_seed(0)
-            for name in asked:
-                weight = members[name].weight
-                rows = torch.randperm(weight.shape[0], generator=generator)[:ROWS].to(device)
-                self.errors[name] = {}
-                own = self._selection.settings[name]
-                ladder = _ladder(own)
-                for base, fraction in ANCHORS:
-                    quick = ladder.get((base, fraction))
-                    if quick is None:  # blocks too narrow for an eighth
-                        quick = own.replace(base_planes=base, residual_planes=0)
-                    quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
-                    self.errors[name][base, fraction] = solve(weight[rows].float(), statistics, quick, name).error
+            for settings, group in by_settings.items():
+                self.groups.append(tuple(group))
+                self._measure(settings, {name: members[name].weight for name in group}, statistics)
         return {name: linear.weight for name, linear in members.items()}
+
+    def _measure(self, settings: LayerSettings, weights: Mapping[str, Tensor], statistics: InputStatistics) -> None:
+        generator = torch.Generator().manual_seed(0)
+        some = {}
+        for name, weight in weights.items():
+            rows = torch.randperm(weight.shape[0], generator=generator)[:ROWS].to(weight.device)
+            some[name] = weight[rows].to(statistics.hessian.device, torch.float32)
+            self.errors[name] = {}
+        stack, sizes, ladder = torch.cat(list(some.values())), [len(each) for each in some.values()], _ladder(settings)
+        for base, fraction in ANCHORS:
+            quick = ladder.get((base, fraction))
+            if quick is None:  # blocks too narrow for an eighth
+                quick = settings.replace(base_planes=base, residual_planes=0)
+            quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
+            solution = solve(stack, statistics, quick, next(iter(some)))
+            for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
+                self.errors[name][base, fraction] = output_error(each, found, statistics.hessian)
 
     def leave(self, index: int, drift: float | None) -> None:
         """Nothing to put in place."""

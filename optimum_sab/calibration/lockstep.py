@@ -113,6 +113,7 @@ class Lockstep:
         samples: keyword arguments of the model's forward, one dict per sample.
         two_streams: run a dense stream beside the quantized one.
         device: where each block is moved while its samples run; None leaves everything where it is.
+        may_miss: do not mind linears that no token reaches.
     """
 
     model: nn.Module
@@ -121,6 +122,7 @@ class Lockstep:
     samples: Sequence[Mapping[str, Any]]
     two_streams: bool
     device: torch.device | None = None
+    may_miss: bool = False
     _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _recording: list[tuple[str, Tensor]] | None = field(default=None, init=False)
@@ -241,7 +243,7 @@ class Lockstep:
                 waiting.update(self._resume(here))
         self._residuals = {}
         missed = [n for n in self.linears[index] if n not in self._groups or not self._groups[n].solved]
-        if missed:
+        if missed and not self.may_miss:
             raise LockstepError(
                 f"no calibration token reached {missed[0]} ({len(missed)} linears of its block): give more or more "
                 f"varied samples, or leave it dense with modules_to_not_convert=[{missed[0]!r}]."

@@ -6,7 +6,6 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_
 from optimum_sab.calibration.refine.reconstruction import Reconstruction, reconstruct
 from optimum_sab.calibration.refine.tuning import Tuning
 from optimum_sab.calibration.refine.whole_model import output_embedding, tune_model
-from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder, fingerprint
+from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
@@ -105,7 +104,7 @@ def binarize(
     device: torch.device | None = None,
     on_block: Callable[[BlockReport, int], None] | None = None,
     refine: RefineSettings | None = None,
-    resume_folder: str | Path | None = None,
+    resume: ResumeFolder | None = None,
 ) -> BinarizationReport:
     """Binarize the selected linears of ``model`` in place. After an error the model is half binarized: discard it.
 
@@ -117,11 +116,11 @@ def binarize(
         device: where blocks are moved while they are worked on; None leaves them where they are.
         on_block: called with each block's report and the number of blocks.
         refine: how long to refine scales, norms and biases; None leaves them as solved.
-        resume_folder: keeps every finished block and the state of the tuning, so that the same call after an
+        resume: keeps every finished block and the state of the tuning, so that the same call after an
             interruption goes on from there, to the same result.
 
     Raises:
-        CalibrationError: ``resume_folder`` belongs to another run; or see `output_embedding`.
+        CalibrationError: see `output_embedding` and `ResumeFolder`.
         SampleError: no samples.
         NonFiniteError: a weight or an activation holds NaN or inf.
         LockstepError, SingularHessianError: see there.
@@ -130,7 +129,7 @@ def binarize(
         raise SampleError("no calibration samples; give at least one text or chat message, or calibration='builtin'.")
     collector = calibration_pass(pass_name)()
     targets = decoder_targets(model, selection)
-    _check_weights(model, selection)
+    check_weights(model, selection)
     config = getattr(model, "config", None)
     modalities = [token_modalities(sample, config) for sample in samples]
     tokens = _count_tokens(modalities, config)
@@ -142,20 +141,16 @@ def binarize(
     was_training = model.training
     model.eval()
     started = time.perf_counter()
-    folder = None
-    if resume_folder is not None:
-        marks = fingerprint(model, samples, selection.settings, pass_name, refine)
-        folder = ResumeFolder(resume_folder, marks)
     worker = _Binarizer(
-        model, selection, targets.positions, targets.linears, modalities, collector, device, on_block, refine, folder
+        model, selection, targets.positions, targets.linears, modalities, collector, device, on_block, refine, resume
     )
     two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
     try:
         lockstep = Lockstep(model, targets.blocks, targets.linears, moved, two_streams, device)
-        teacher = lockstep.run(worker, worker if refine or folder else None, head)
+        teacher = lockstep.run(worker, worker if refine or resume else None, head)
         tuning = None
         if refine is not None and refine.steps:
-            tuning = tune_model(model, moved, modalities, teacher, dtype, refine.steps, device, folder)
+            tuning = tune_model(model, moved, modalities, teacher, dtype, refine.steps, device, resume)
     finally:
         model.train(was_training)
     return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, tuning)
@@ -305,7 +300,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _check_weights(model: nn.Module, selection: Selection) -> None:
+def check_weights(model: nn.Module, selection: Selection) -> None:
     """Stop before hours of work: every target weight must be real and finite."""
     for name in selection.settings:
         weight = _linear(model, name).weight

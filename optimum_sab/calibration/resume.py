@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.version import __version__
 
 PROBES = 4096  # values of every parameter that go into the fingerprint
-_FINGERPRINT, _TUNING = "fingerprint.json", "tuning.safetensors"
+_FINGERPRINT, _TUNING, _RULES = "fingerprint.json", "tuning.safetensors", "rules.json"
 _BAR = "|"  # parts the names in a block's file; module names have no such character
 
 
@@ -51,6 +51,7 @@ def fingerprint(
     layers: Mapping[str, LayerSettings],
     pass_name: str,
     refine: RefineSettings | None,
+    target_bits: float | None = None,
 ) -> dict[str, Any]:
     """What decides the result, as JSON values: two runs may share a folder only if theirs are equal.
 
@@ -75,12 +76,13 @@ def fingerprint(
         "samples": data.hexdigest(),
         "calibration_pass": pass_name,
         "refine": None if refine is None else asdict(refine),
+        "target_bits": target_bits,
         "layers": {name: asdict(settings) for name, settings in layers.items()},
     }
 
 
 class ResumeFolder:
-    """Finished blocks and the state of the tuning, each file written beside its place and then renamed.
+    """The allocation, finished blocks and the state of the tuning, each file written beside its place and then renamed.
 
     Args:
         folder: made if it is not there.
@@ -108,6 +110,19 @@ class ResumeFolder:
                 f"resume_folder={str(self.folder)!r} belongs to another run: {difference}. Repeat that run, or name "
                 "another folder."
             )
+
+    # -- allocation --------------------------------------------------------------------------------------------------
+
+    def rules(self, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The rules of the allocation: as found at first, so that rounding cannot make them others on the way."""
+        path = self.folder / _RULES
+        if not path.exists():
+            self._write(path, lambda target: target.write_text(json.dumps(make(), indent=1)))
+        try:
+            found: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise CalibrationError(f"{path} cannot be read ({error}); name another resume_folder.") from error
+        return found
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 

@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from optimum_sab.calibration.modality import token_modalities
+from optimum_sab.calibration.passage import call_with
+from optimum_sab.calibration.placement import device_of, first_device, map_tensors
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
 
 def output_sensitivity(
-    model: nn.Module, names: Sequence[str], samples: Sequence[Mapping[str, Any]], seed: int = 0
+    model: nn.Module,
+    names: Sequence[str],
+    samples: Sequence[Mapping[str, Any]],
+    blocks: Sequence[nn.Module] = (),
+    device: torch.device | None = None,
+    seed: int = 0,
 ) -> dict[str, float]:
     """``s = 1/(2T) Σ_t ‖y_t‖²/n · E‖∂ log p(ŷ)/∂y_t‖²`` of every linear, ŷ drawn from the model's own predictions.
 
     To second order an error δ in a linear's output y costs ``KL = ½ δᵀ F δ``, with F the Fisher information of the
     predictions (at all later tokens too). For an error with the relative energy e that points anywhere that is
-    ``e · s``: so ``s`` times the relative output error is the expected KL per token, in nats.
+    ``e · s``: so ``s`` times the relative output error is the expected KL per token, in nats. Of a model without
+    logits the relative squared error of its last hidden states h takes the divergence's place: ``log p(ŷ)`` is then
+    ``zᵀh / ‖h‖`` with z drawn from a normal distribution.
 
     Args:
         model: dense, with gradients possible; its parameters' ``requires_grad`` is put back.
         names: dotted names of the linears.
         samples: forward keyword arguments, one dict per sample.
+        blocks: decoder blocks; each keeps its inputs only, and runs again on the way back.
+        device: where the blocks compute, their weights brought there for as long; None leaves them where they are.
         seed: of the drawn predictions.
 
     Raises:
-        NonFiniteError: a gradient holds NaN or inf.
-        CalibrationError: the model gives no logits, or its gradients do not reach a linear.
+        NonFiniteError: the model's output or a gradient holds NaN or inf.
+        CalibrationError: the model's gradients do not reach a linear.
     """
     sums = dict.fromkeys(names, 0.0)
     tokens = 0
@@ -41,31 +53,68 @@ def output_sensitivity(
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
         stack.callback(lambda: [p.requires_grad_(w) for p, w in zip(model.parameters(), wanted, strict=True)])
+        stack.enter_context(_run_again(blocks, device))
         stack.enter_context(torch.enable_grad())
         model.requires_grad_(False)
         for index, sample in enumerate(samples):
-            output = model(**sample, use_cache=False)
-            logits = getattr(output, "logits", None)
-            if logits is None:
-                raise CalibrationError(
-                    f"{type(model).__name__} gives no logits, which target_bits measures sensitivities by; set planes "
-                    "per module with dynamic instead."
-                )
-            text = (token_modalities(sample, getattr(model, "config", None)).labels == 0).to(logits.device)
-            log_p = logits[0].float()[text].log_softmax(-1)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-            log_p.gather(1, drawn).sum().backward()
+            text = token_modalities(sample, getattr(model, "config", None)).labels == 0
+            _drawn_log_probability(model(**sample, use_cache=False), text, generator).backward()
             tokens += int(text.sum())
     for name, total in sums.items():
         if not torch.isfinite(torch.tensor(total)):
             raise NonFiniteError(f"the gradient at {name} holds NaN or inf; load the model in bfloat16 or float32.")
     if not any(sums.values()):
         raise CalibrationError(
-            f"no gradient reaches the linears of {type(model).__name__}; set planes per module with dynamic instead of "
-            "target_bits."
+            f"no gradient reaches the linears of {type(model).__name__}, so it cannot be measured which of them need "
+            "more bits; use allocation='uniform'."
         )
     return {name: total / (2 * max(1, tokens)) for name, total in sums.items()}
+
+
+def _drawn_log_probability(output: Any, text: Tensor, generator: torch.Generator) -> Tensor:
+    """What is differentiated: summed over the text tokens [tokens, booleans]."""
+    logits = getattr(output, "logits", None)
+    given = output[0] if logits is None else logits
+    if not bool(torch.isfinite(given).all()):
+        raise NonFiniteError("the model's output holds NaN or inf; load the model in bfloat16 or float32.")
+    if logits is not None:
+        log_p = logits[0].float()[text.to(logits.device)].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+        return log_p.gather(1, drawn).sum()
+    hidden = output[0][0].float()
+    hidden = hidden[text.to(hidden.device)]
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    return (hidden * direction / hidden.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)).sum()
+
+
+@contextmanager
+def _run_again(blocks: Sequence[nn.Module], device: torch.device | None) -> Iterator[None]:
+    """Let the blocks keep their inputs only, and compute on ``device``."""
+    own = [vars(block).get("forward") for block in blocks]  # accelerate's hooks put one there
+    for block in blocks:
+        block.forward = _recomputed(block, block.forward, device)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+
+
+def _recomputed(block: nn.Module, original: Callable[..., Any], device: torch.device | None) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if device is None or device_of(block) == device:
+            return original(*args, **kwargs)
+        tensors = {name: each.to(device) for name, each in (*block.named_parameters(), *block.named_buffers())}
+        output = call_with(block, original, tensors, *map_tensors((args, kwargs), device))
+        return map_tensors(output, first_device((args, kwargs)) or device)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward
 
 
 def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -9,10 +9,10 @@ from typing import Any
 
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
 from optimum_sab.errors import ConfigError
-from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.config import ALLOCATION, SABConfig
 from optimum_sab.hf.presets import PRESETS
 
-_CHOICES = {"significance": SIGNIFICANCE, "feedback": FEEDBACK, "row_scale": ROW_SCALE}
+_CHOICES = {"significance": SIGNIFICANCE, "feedback": FEEDBACK, "row_scale": ROW_SCALE, "allocation": ALLOCATION}
 _TYPES = {"target_bits": float, "propagation": float}
 _HELP = {
     "block_size": "input columns per block",
@@ -27,7 +27,8 @@ _HELP = {
     "row_scale": "storage of the row scales",
     "damping": "share of the Hessian's mean diagonal added to it",
     "propagation": "strength of the propagated target, 0 to 1; cross-validated when not given",
-    "target_bits": "stored bits per weight at most; planes are then chosen per linear",
+    "allocation": "one choice of planes for every linear, or one per input by what errors cost there",
+    "target_bits": "stored bits per weight at most, instead of what the planes above would take everywhere",
     "calibration": "'builtin', 'self' (the model writes it), a .jsonl file, or a Hub dataset as owner/name[:split]",
     "calibration_samples": "how many samples to use at most",
     "sequence_length": "calibration texts are cut to this many tokens",

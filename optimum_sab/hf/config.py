@@ -21,6 +21,7 @@ from optimum_sab.ops.backends import BACKENDS
 
 QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
+ALLOCATION = ("sensitivity", "uniform")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
 _TRANSIENT = ("processor", "progress", "dequantize", "backend", "resume_folder")  # of one call, not of the checkpoint
@@ -33,10 +34,13 @@ class SABConfig(QuantizationConfigMixin):
     The defaults are the default preset: one base plane, a residual plane on an eighth of the columns, fp8 row scales.
 
     Args:
-        target_bits: stored bits per weight at most, all binarized linears together. Planes and salient columns are
-            then chosen per linear, from measured sensitivities (`optimum_sab.calibration.allocation`), except where
-            a rule of ``dynamic`` sets them; ``base_planes``, ``residual_planes`` and ``salient_fraction`` are not
-            used. The choice is stored in ``dynamic``.
+        allocation: "sensitivity" spends bits where errors cost most: planes and salient columns are chosen per group
+            of linears that share an input, from measured sensitivities (`optimum_sab.calibration.allocation`), except
+            where a rule of ``dynamic`` sets them. Together they take at most what ``base_planes``,
+            ``residual_planes`` and ``salient_fraction`` would take everywhere. The choice is stored in ``dynamic``.
+            "uniform" gives every linear those three.
+        target_bits: with "sensitivity", stored bits per weight at most, all binarized linears together, in the place
+            of what the three settings would take.
         modules_to_not_convert: module rules to keep dense, in addition to the defaults (everything outside the
             decoder blocks): dotted name parts such as "down_proj" or "layers.0.mlp", or regular expressions behind
             ``re:``.
@@ -82,6 +86,7 @@ class SABConfig(QuantizationConfigMixin):
         row_scale: str = LayerSettings.row_scale,
         damping: float = LayerSettings.damping,
         propagation: float | None = LayerSettings.propagation,
+        allocation: str = "sensitivity",
         target_bits: float | None = None,
         modules_to_not_convert: Sequence[str] | None = None,
         dynamic: Mapping[str, Mapping[str, Any]] | None = None,
@@ -123,6 +128,7 @@ class SABConfig(QuantizationConfigMixin):
         self.row_scale = row_scale
         self.damping = damping
         self.propagation = propagation
+        self.allocation = allocation
         self.target_bits = target_bits
         self.modules_to_not_convert = _rules(modules_to_not_convert)
         self.dynamic = {pattern: dict(changes) for pattern, changes in (dynamic or {}).items()}
@@ -162,12 +168,13 @@ class SABConfig(QuantizationConfigMixin):
             "sweeps": 0,
             "row_scale": "fp16",
             "propagation": 0.0,
+            "allocation": "uniform",
         }
         return cls(**{**published, **changes})
 
     @classmethod
     def two_bit(cls, **changes: Any) -> SABConfig:
-        """Two base planes, and a residual plane on an eighth of the columns: at most 2.25 stored bits per weight."""
+        """The bits of two base planes and a residual plane on an eighth of the columns: at most 2.25 per weight."""
         return cls(**{"base_planes": 2, "salient_fraction": 0.125, **changes})
 
     @property
@@ -196,10 +203,16 @@ class SABConfig(QuantizationConfigMixin):
                     f"dynamic has the rule {pattern!r}, which is no regular expression: {error}."
                 ) from error
             settings.replace(**changes)
+        if self.allocation not in ALLOCATION:
+            raise ConfigError(f"allocation={self.allocation!r} must be one of {', '.join(ALLOCATION)}.")
         bits = self.target_bits
         if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 1.0 < bits <= 8.0):
             raise ConfigError(
-                f"target_bits={bits!r} must be a number above 1, such as 1.3 or 2.25; None keeps one setting for all."
+                f"target_bits={bits!r} must be a number above 1, such as 1.3 or 2.25; None takes the settings' own."
+            )
+        if bits is not None and self.allocation == "uniform":
+            raise ConfigError(
+                f"target_bits={bits!r} needs allocation='sensitivity'; with 'uniform' the planes decide the bits."
             )
         for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
             value = getattr(self, name)

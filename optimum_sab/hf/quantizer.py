@@ -129,8 +129,9 @@ class SABHfQuantizer(HfQuantizer):
             model, processor, config.calibration, config.calibration_samples, config.sequence_length, config.seed
         )
         device = None if config.calibration_device is None else torch.device(config.calibration_device)
-        if config.target_bits is not None:
-            selection = self._allocate(model, selection, inputs)
+        resume = self._resume_folder(model, selection, inputs)
+        if config.allocation == "sensitivity":
+            selection = self._allocate(model, selection, inputs, device, resume)
         with block_progress(config.progress) as on_block:
             self.report = binarize(
                 model,
@@ -140,7 +141,7 @@ class SABHfQuantizer(HfQuantizer):
                 device,
                 on_block,
                 config.refine_settings,
-                config.resume_folder,
+                resume,
             )
         config.calibration = (
             config.calibration
@@ -156,20 +157,43 @@ class SABHfQuantizer(HfQuantizer):
         if config.target_bits is not None:  # the choice stands in dynamic now
             config.measured["target_bits"], config.target_bits = config.target_bits, None
 
-    def _allocate(self, model: nn.Module, selection: Selection, inputs: list[dict[str, Any]]) -> Selection:
-        """Planes per linear under ``target_bits``, written into ``dynamic`` so that a reader finds them there."""
+    def _resume_folder(self, model: nn.Module, selection: Selection, inputs: list[dict[str, Any]]) -> Any:
+        from optimum_sab.calibration.resume import ResumeFolder, fingerprint
+
+        config = self.quantization_config
+        if config.resume_folder is None:
+            return None
+        marks = fingerprint(
+            model, inputs, selection.settings, config.calibration_pass, config.refine_settings, config.target_bits
+        )
+        return ResumeFolder(config.resume_folder, {**marks, "allocation": config.allocation})
+
+    def _allocate(
+        self,
+        model: nn.Module,
+        selection: Selection,
+        inputs: list[dict[str, Any]],
+        device: torch.device | None,
+        resume: Any,
+    ) -> Selection:
+        """Planes per group of linears, written into ``dynamic`` so that a reader finds them there."""
         from optimum_sab.calibration.allocation import PLANES, allocate
 
         config = self.quantization_config
         fixing = [rule for rule, changes in config.dynamic.items() if set(changes) & set(PLANES)]
         free = [name for name in selection.settings if not any(re.search(rule, name) for rule in fixing)]
         if not free:
+            if config.target_bits is None:
+                return selection
             raise ConfigError(
                 f"target_bits={config.target_bits} has nothing to choose: dynamic sets the planes of every linear. "
                 "Leave one of the two out."
             )
-        allocation = allocate(model, selection, free, inputs, config.target_bits)
-        config.dynamic = {**config.dynamic, **allocation.rules(selection.prefix)}
+
+        def rules() -> dict[str, Any]:
+            return allocate(model, selection, free, inputs, config.target_bits, device).rules(selection.prefix)
+
+        config.dynamic = {**config.dynamic, **(rules() if resume is None else resume.rules(rules))}
         return self._select(model, strict=True)
 
     def _prepare(self, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ import torch
 from optimum_sab.calibration import pipeline
 from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.calibration.refine import tuning
+from optimum_sab.calibration.resume import ResumeFolder, fingerprint
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError, FormatError
@@ -34,9 +35,11 @@ def llama(build):
 
 def quantize(subject, folder=None, refine=None, settings=QUICK, **options):
     model = copy.deepcopy(subject.model)
-    report = binarize(
-        model, select_linears(model, settings), subject.samples, refine=refine, resume_folder=folder, **options
-    )
+    selection = select_linears(model, settings)
+    resume = None
+    if folder is not None:
+        resume = ResumeFolder(folder, fingerprint(model, subject.samples, selection.settings, "hessian", refine))
+    report = binarize(model, selection, subject.samples, refine=refine, resume=resume, **options)
     return model, report
 
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from optimum_sab.calibration.passage import call_with
 from optimum_sab.calibration.sensitivity import output_sensitivity
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -45,7 +46,7 @@ def divergence_under_noise(model, name, inputs, energy, draws):
 @pytest.mark.parametrize("name", NAMES)
 def test_sensitivity_times_the_error_is_the_divergence(llama, name):
     inputs = samples(8)
-    found = sum(output_sensitivity(llama, [name], inputs, seed)[name] for seed in range(12)) / 12
+    found = sum(output_sensitivity(llama, [name], inputs, seed=seed)[name] for seed in range(12)) / 12
     energy = 1e-3
     assert found * energy == pytest.approx(divergence_under_noise(llama, name, inputs, energy, 12), rel=0.15)
 
@@ -65,23 +66,81 @@ def test_sensitivity_repeats_and_leaves_the_model_as_it_was(llama):
     llama.model.norm.weight.requires_grad_(True)
 
 
+def test_sensitivity_is_the_same_when_blocks_run_again(llama):
+    kept = [layer.forward for layer in llama.model.layers]
+    plain = output_sensitivity(llama, NAMES, samples(3))
+    again = output_sensitivity(llama, NAMES, samples(3), llama.model.layers)
+    assert again == pytest.approx(plain, rel=1e-6)
+    assert [layer.forward for layer in llama.model.layers] == kept
+    assert not any("forward" in vars(layer) for layer in llama.model.layers)
+
+
+def test_sensitivity_keeps_only_what_enters_a_block(llama):
+    def saved(blocks):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
+            output_sensitivity(llama, NAMES, samples(1), blocks)
+        return sum(sizes)
+
+    assert saved(llama.model.layers) < 0.5 * saved(())
+
+
+def test_sensitivity_on_a_device_brings_weights_there_and_leaves_the_model(llama, monkeypatch):
+    from optimum_sab.calibration import sensitivity as module
+
+    asked = []
+    monkeypatch.setattr(module, "device_of", lambda block: None)  # as if the blocks lay elsewhere
+    monkeypatch.setattr(module, "call_with", lambda *a: asked.append(a[0]) or call_with(*a))
+    found = output_sensitivity(llama, NAMES, samples(2), llama.model.layers, torch.device("cpu"))
+    assert found == pytest.approx(output_sensitivity(llama, NAMES, samples(2)), rel=1e-6)
+    assert len(asked) == 2 * 2 * 2  # forward and again on the way back, two blocks, two samples
+
+
+def test_sensitivity_of_a_model_without_logits_is_that_of_its_hidden_states(llama):
+    inner = llama.model
+    names = [name.removeprefix("model.") for name in NAMES]
+    found = output_sensitivity(inner, names, samples(8))
+    energy, name = 1e-3, names[1]
+    noise, total, count = torch.Generator().manual_seed(2), 0.0, 0
+    with torch.no_grad():
+        for sample in samples(8):
+            wanted = inner(**sample).last_hidden_state[0]
+            for _ in range(12):
+
+                def disturb(module, args, output):
+                    scale = (energy * output.square().mean(-1, keepdim=True)).sqrt()
+                    return output + scale * torch.randn(output.shape, generator=noise)
+
+                handle = inner.get_submodule(name).register_forward_hook(disturb)
+                given = inner(**sample).last_hidden_state[0]
+                handle.remove()
+                total += float(((given - wanted).square().sum(-1) / wanted.square().sum(-1)).sum())
+                count += len(wanted)
+    mean = sum(output_sensitivity(inner, names, samples(8), seed=s)[name] for s in range(12)) / 12
+    assert 2 * mean * energy == pytest.approx(total / count, rel=0.15)
+    assert found[name] > 0
+
+
 def test_sensitivity_refuses_what_it_cannot_measure(llama):
-    class Headless(torch.nn.Module):
+    class Detached(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner = llama.model
+            self.inner = llama
 
         def get_input_embeddings(self):
-            return llama.get_input_embeddings()
+            return torch.nn.Embedding(2, 2)
 
         def forward(self, **kwargs):
-            return self.inner(**kwargs)
+            output = self.inner(**kwargs)
+            output.logits = output.logits.detach().requires_grad_(True)
+            return output
 
-    with pytest.raises(CalibrationError, match="gives no logits"):
-        output_sensitivity(Headless(), [], samples(1))
+    name = f"inner.{NAMES[0]}"
+    with pytest.raises(CalibrationError, match="no gradient reaches the linears of Detached"):
+        output_sensitivity(Detached(), [name], samples(1))
     weight = llama.lm_head.weight.data
     kept = weight.clone()
     weight[0] = float("nan")
-    with pytest.raises((NonFiniteError, RuntimeError)):
+    with pytest.raises(NonFiniteError, match="NaN"):
         output_sensitivity(llama, NAMES, samples(1))
     weight.copy_(kept)

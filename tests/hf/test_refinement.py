@@ -79,7 +79,7 @@ def test_resume_folder_replays_a_run(llama_folder, texts, quick_config, tmp_path
     config = {"calibration": texts, "resume_folder": tmp_path / "run"}
     first = load(llama_folder, torch.float32, quick_config(**config))
     files = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert files == [*(f"block-0000{i}.safetensors" for i in range(2)), "fingerprint.json"]
+    assert files == [*(f"block-0000{i}.safetensors" for i in range(2)), "fingerprint.json", "rules.json"]
     again = load(llama_folder, torch.float32, quick_config(**config))
     state = again.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
