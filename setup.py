@@ -69,6 +69,7 @@ setup(
         "optimum_sab": ["py.typed"],
         "sab_kernels": ["configs/*.json"],
         "optimum_sab.data": ["*.txt"],
+        "optimum_sab.eval.reader": ["*.safetensors"],
         "optimum_sab.example": ["checkpoint/*"],
         "optimum_sab.ops.cpu": ["*.c"],
     },

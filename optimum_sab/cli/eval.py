@@ -42,9 +42,11 @@ def add_command(commands: Any) -> None:
     quality.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="mixed, reference or passages for a language model (default: mixed); tasks for the example; or what "
-        "SABConfig takes: builtin (default where there are pictures), self, a .jsonl file, a Hub dataset",
+        help="mixed, reference or passages for a language model (default: mixed); tasks for the example and the "
+        "reader; or what SABConfig takes: builtin (default where there are pictures), self, a .jsonl file, a Hub "
+        "dataset",
     )
+    quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the reader's second task")
     for name, default, text in (
         ("samples", 64, "calibration samples"),
         ("length", 512, "calibration tokens per text"),
@@ -70,7 +72,7 @@ def run_quality(options: argparse.Namespace) -> None:
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes
     )
-    subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype))
+    subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
 
     def on_row(row: Measurement) -> None:
         sys.stderr.write(f"{row.method}, seed {row.seed}: {row.bits_per_weight:.3f} bits, {row.seconds:.0f} s\n")

@@ -15,9 +15,12 @@ from transformers import AutoConfig, AutoTokenizer
 from optimum_sab.calibration.inputs import calibration_inputs
 from optimum_sab.calibration.samples import encode_samples
 from optimum_sab.data.builtin import builtin_samples
+from optimum_sab.errors import ConfigError
+from optimum_sab.eval.reader.architecture import MARK
+from optimum_sab.eval.reader.tasks import READER_TASKS, reader_chats, reader_questions
 from optimum_sab.eval.text import MIXED, SOURCES, mixed_windows, text_windows
 from optimum_sab.example import checkpoint_path
-from optimum_sab.example.evaluation import question_messages
+from optimum_sab.example.evaluation import answered_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions, training_questions
 from optimum_sab.hf.load import auto_class, reads_pictures
 from optimum_sab.hf.processor import load_processor
@@ -84,24 +87,36 @@ class Subject:
         return calibration_inputs(model, self.processor, self.calibration(seed), budget.samples, budget.length, seed)
 
 
-def find_subject(model: str, calibration: str | None, budget: Budget, dtype: torch.dtype = torch.float32) -> Subject:
+def find_subject(
+    model: str,
+    calibration: str | None,
+    budget: Budget,
+    dtype: torch.dtype = torch.float32,
+    cifar: Path | str | None = None,
+) -> Subject:
     """The subject for a checkpoint, by what it is.
 
     Args:
         model: "example" for the embedded model, or a checkpoint.
-        calibration: for a language model "mixed" (default), "reference" or "passages"; for the embedded example
-            "tasks" (pictures and questions of the evaluation's kind); for any model what `SABConfig` takes
+        calibration: for a language model "mixed" (default), "reference" or "passages"; for the embedded example and
+            the reader "tasks" (pictures and questions of the evaluation's kind); for any model what `SABConfig` takes
             ("builtin", "self", a file, a dataset).
         budget: how much of everything.
         dtype: of the model.
+        cifar: folder of CIFAR-10, for the reader's second task (`optimum_sab.eval.reader`).
 
     Raises:
-        ConfigError: no model can be read, or the calibration does not go with it.
+        ConfigError: no model can be read, the calibration does not go with it, or ``cifar`` is given without use.
     """
     if model == EXAMPLE:
         return _example(calibration, budget, dtype)
     auto_class(model)  # names a checkpoint that cannot be read
-    if reads_pictures(AutoConfig.from_pretrained(model)):
+    config = AutoConfig.from_pretrained(model)
+    if getattr(config, MARK, False):
+        return _reader(model, calibration, budget, dtype, cifar)
+    if cifar is not None:
+        raise ConfigError(f"cifar={str(cifar)!r} is for the reader only, and {model} is none.")
+    if reads_pictures(config):
         return _vision_language(model, calibration, budget, dtype)
     return _language(model, calibration or MIXED, budget, dtype)
 
@@ -136,7 +151,7 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
         each = -(-budget.samples // len(TASKS))
         drawn = [q for task in TASKS for q in training_questions(task, each, seed)]
         random.Random(seed).shuffle(drawn)
-        return [answered(question) for question in drawn[: budget.samples]]
+        return [answered_messages(question) for question in drawn[: budget.samples]]
 
     questions = [q for task in TASKS for q in held_out_questions(task, budget.questions, 0)]
     asked = [q for task in TASKS for q in held_out_questions(task, -(-budget.probes // len(TASKS)), 1)]
@@ -148,7 +163,32 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
         calibration=own if calibration == "tasks" else lambda seed: calibration,
         budget=budget,
         questions=tuple(questions),
-        probes=tuple(encode_samples([answered(q) for q in asked], processor, budget.length)),
+        probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
+    )
+
+
+def _reader(
+    model: str, calibration: str | None, budget: Budget, dtype: torch.dtype, cifar: Path | str | None
+) -> Subject:
+    processor = load_processor(model)
+    tasks = READER_TASKS if cifar is not None else READER_TASKS[:1]
+
+    def own(seed: int) -> list[list[dict[str, Any]]]:
+        return reader_chats(budget.samples, seed, cifar)
+
+    questions = [q for task in tasks for q in reader_questions(task, budget.questions, 0, cifar)]
+    asked = [q for task in tasks for q in reader_questions(task, -(-budget.probes // len(tasks)), 1, cifar)]
+    texts = {s: text_windows(processor.tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
+    return Subject(
+        name="reader",
+        source=model,
+        processor=processor,
+        dtype=dtype,
+        calibration=own if calibration == "tasks" else lambda seed: calibration,
+        budget=budget,
+        texts=texts,
+        questions=tuple(questions),
+        probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
     )
 
 
@@ -167,11 +207,3 @@ def _vision_language(model: str, calibration: str | None, budget: Budget, dtype:
         texts=texts,
         probes=tuple(encode_samples(builtin_samples(budget.probes, HELD_OUT_SEED), processor, budget.length)),
     )
-
-
-def answered(question: Question) -> list[dict[str, Any]]:
-    """A question with its answer, as a chat."""
-    return [
-        *question_messages(question),
-        {"role": "assistant", "content": [{"type": "text", "text": question.answer}]},
-    ]

@@ -113,6 +113,12 @@ def question_messages(question: Question) -> list[dict[str, object]]:
     return [{"role": "user", "content": content}]
 
 
+def answered_messages(question: Question) -> list[dict[str, object]]:
+    """The question and its answer as a chat, to calibrate on or to compare predictions on."""
+    reply: dict[str, object] = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
+    return [*question_messages(question), reply]
+
+
 @torch.inference_mode()
 def _answer_batch(model: PreTrainedModel, processor: ProcessorMixin, questions: list[Question]) -> list[str]:
     texts = [

