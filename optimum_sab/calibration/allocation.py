@@ -16,6 +16,7 @@ from optimum_sab.calibration.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.passes import HessianPass, pair_streams
 from optimum_sab.calibration.pipeline import DecoderTargets, check_weights, decoder_targets
 from optimum_sab.calibration.placement import map_tensors
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.sensitivity import output_sensitivity
 from optimum_sab.core.allocation import Level, allocate_levels
 from optimum_sab.core.hessian import InputStatistics
@@ -28,7 +29,13 @@ from optimum_sab.nn.selection import Selection
 PLANES = ("base_planes", "residual_planes", "salient_fraction")  # what is chosen
 FRACTIONS = (0.0, 0.03125, 0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
 LADDER = (*((base, f) for base in (1, 2, 3) for f in FRACTIONS), (4, 0.0))
-ANCHORS = ((1, 0.0), (1, 0.125), (2, 0.0), (2, 0.125))  # fitted; the others lie on lines through these
+ANCHOR_FRACTION = 0.125
+ANCHORS = (
+    (1, 0.0),
+    (1, ANCHOR_FRACTION),
+    (2, 0.0),
+    (2, ANCHOR_FRACTION),
+)  # fitted; the others lie on curves through these
 ROWS = 64  # of a weight; its error with every anchor is measured on so many
 SAMPLES = 16
 
@@ -68,12 +75,13 @@ def allocate(
     samples: Sequence[Mapping[str, Any]],
     target_bits: float | None = None,
     device: torch.device | None = None,
+    on_step: OnStep = no_step,
 ) -> Allocation:
     """Find the planes of the linears ``free`` such that all selected linears together take at most the budget.
 
     Expected loss of a linear at a level = its sensitivity times its relative output error there. Errors are measured
-    with the dense model's inputs on a few rows of every weight for the levels `ANCHORS`; between and beyond those the
-    logarithm of the error is linear in the share of columns. Linears that share an input and their settings choose
+    with the dense model's inputs on a few rows of every weight for the levels `ANCHORS`; between and beyond those see
+    `_error`. Linears that share an input and their settings choose
     together: they are solved as one stack and run in one launch. Linears that no token of these samples reaches stay as
     they are.
 
@@ -84,6 +92,7 @@ def allocate(
         samples: forward keyword arguments; `SAMPLES` of them, spread evenly, are used.
         target_bits: stored bits per weight at most; None for what ``selection`` takes as it is.
         device: where blocks are moved while they are worked on; None leaves them where they are.
+        on_step: told how far it is, in samples of the backward pass and blocks of the other.
 
     Raises:
         ConfigError: the budget is below the cheapest choice; the message says what that needs.
@@ -94,8 +103,13 @@ def allocate(
     spread = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
     some = map_tensors([dict(sample) for sample in spread], next(model.parameters()).device)
     targets = decoder_targets(model, selection)
-    sensitivity = output_sensitivity(model, list(free), some, targets.blocks, device)
-    probe = _probe(model, selection, set(free), targets, some, device)
+    stages = len(some) + len(targets.blocks)
+    sensitivity = output_sensitivity(
+        model, list(free), some, targets.blocks, device, on_step=lambda done, _: on_step(done, stages)
+    )
+    probe = _probe(
+        model, selection, set(free), targets, some, device, lambda done, _: on_step(len(some) + done, stages)
+    )
     sizes = {name: math.prod(_shape(model, name)) for name in selection.settings}
 
     def bits(name: str, settings: LayerSettings) -> float:
@@ -114,9 +128,8 @@ def allocate(
         for first, ladder in ladders.items()
     }
     weights, asked = sum(sizes.values()), {name for names in groups.values() for name in names}
-    budget = target_bits
-    if budget is None:
-        budget = sum(bits(name, settings) for name, settings in selection.settings.items()) / weights
+    plain = sum(bits(name, settings) for name, settings in selection.settings.items()) / weights
+    budget = plain if target_bits is None else target_bits
     fixed = sum(bits(name, settings) for name, settings in selection.settings.items() if name not in asked)
     least = (fixed + sum(min(level.bits for level in of) for of in levels.values())) / weights
     if budget < least - 1e-9:
@@ -144,17 +157,17 @@ def _ladder(settings: LayerSettings) -> dict[tuple[int, float], LayerSettings]:
 
 
 def _error(anchors: Mapping[tuple[int, float], float], step: tuple[int, float]) -> float:
-    """Relative output error at a level, from those at the anchors."""
+    """Relative output error at a level, from those at the anchors.
+
+    A plane more on the share f of the columns, the salient ones first, takes the part ``f^p`` of what it takes off the
+    logarithm of the error on all of them; p comes from the anchor at an eighth.
+    """
     base, fraction = step
-    log = {key: math.log(max(value, 1e-12)) for key, value in anchors.items()}
-    first, eighth, second, last = (log[key] for key in ANCHORS)
-    plane = second - first  # what a whole plane changes
+    first, eighth, second, last = (math.log(max(anchors[key], 1e-12)) for key in ANCHORS)
+    plane = min(second - first, -1e-6)  # what a whole plane changes
     begins, early = (first, eighth - first) if base == 1 else (second + (base - 2) * plane, last - second)
-    if fraction <= 0.125:
-        value = begins + early * fraction / 0.125
-    else:
-        value = begins + early + (plane - early) * (fraction - 0.125) / 0.875
-    return math.exp(value)
+    power = math.log(min(max(early / plane, 1e-3), 0.999)) / math.log(ANCHOR_FRACTION)
+    return math.exp(begins + plane * fraction**power)
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -170,11 +183,12 @@ def _probe(
     targets: DecoderTargets,
     samples: Sequence[Mapping[str, Any]],
     device: torch.device | None,
+    on_step: OnStep,
 ) -> _Probe:
     """Let the dense model's inputs pass every free linear once."""
     config = getattr(model, "config", None)
     modalities = [token_modalities(sample, config) for sample in samples]
-    probe = _Probe(selection, targets.linears, modalities, free, device)
+    probe = _Probe(selection, targets.linears, modalities, free, device, on_step)
     Lockstep(model, targets.blocks, targets.linears, samples, False, device, may_miss=True).run(probe)
     return probe
 
@@ -194,11 +208,12 @@ class _Probe:
         modalities: Sequence[TokenModalities],
         free: set[str],
         device: torch.device | None,
+        on_step: OnStep,
     ) -> None:
         self.groups: list[tuple[str, ...]] = []
         self.errors: dict[str, dict[tuple[int, float], float]] = {}
         self._selection, self._linears, self._modalities, self._free = selection, linears, modalities, free
-        self._index, self._device = 0, device
+        self._index, self._device, self._on_step = 0, device, on_step
 
     def enter(self, index: int) -> None:
         self._index = index
@@ -235,4 +250,4 @@ class _Probe:
                 self.errors[name][base, fraction] = output_error(each, found, statistics.hessian)
 
     def leave(self, index: int, drift: float | None) -> None:
-        """Nothing to put in place."""
+        self._on_step(index + 1, len(self._linears))

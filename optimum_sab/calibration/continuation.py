@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABError
 
 TOP_P = 0.95
@@ -100,7 +101,9 @@ def require_generation(model: Any) -> None:
 
 
 @torch.no_grad()
-def continue_prompts(model: Any, prompts: Sequence[Prompt], vocabulary: Vocabulary) -> list[Continuation]:
+def continue_prompts(
+    model: Any, prompts: Sequence[Prompt], vocabulary: Vocabulary, on_step: OnStep = no_step
+) -> list[Continuation]:
     """Let the model continue every prompt, at temperature 1 within the likeliest tokens that make up `TOP_P`.
 
     Prompts of like inputs share a batch, padded on the left. Training mode and generation config are put back, and no
@@ -110,6 +113,7 @@ def continue_prompts(model: Any, prompts: Sequence[Prompt], vocabulary: Vocabula
         model: a Transformers model, left on its device.
         prompts: in any order.
         vocabulary: from `read_vocabulary`.
+        on_step: told how many prompts are done.
 
     Raises:
         CalibrationError: the model cannot generate.
@@ -121,6 +125,7 @@ def continue_prompts(model: Any, prompts: Sequence[Prompt], vocabulary: Vocabula
         for batch in _batches(prompts):
             members = [prompts[i] for i in batch]
             found.update(zip(batch, _continue_batch(model, members, vocabulary), strict=True))
+            on_step(len(found), len(prompts))
     return [found[i] for i in range(len(prompts))]
 
 

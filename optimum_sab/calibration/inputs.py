@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from optimum_sab.calibration.modality import VISUAL, model_modalities
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples import SELF, encode_samples, read_samples
 from optimum_sab.calibration.self_samples import self_samples
 
 
 def calibration_inputs(
-    model: Any, processor: Any, source: Any, count: int, sequence_length: int, seed: int
+    model: Any,
+    processor: Any,
+    source: Any,
+    count: int,
+    sequence_length: int,
+    seed: int,
+    on_step: OnStep = no_step,
 ) -> list[dict[str, Any]]:
     """Forward arguments, one sample each: read from ``source``, or written by the model for ``"self"``.
 
@@ -21,11 +28,12 @@ def calibration_inputs(
         count: samples at most.
         sequence_length: see `encode_samples` and `self_samples`.
         seed: of what is drawn or written.
+        on_step: told how far the model is, where it writes.
 
     Raises:
         SampleError: see `read_samples`, `encode_samples` and `self_samples`.
     """
     if isinstance(source, str) and source == SELF:
-        return self_samples(model, processor, count, sequence_length, seed)
+        return self_samples(model, processor, count, sequence_length, seed, on_step)
     samples = read_samples(source, count, seed, VISUAL in model_modalities(model.config))
     return encode_samples(samples, processor, sequence_length)

@@ -16,6 +16,7 @@ from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modali
 from optimum_sab.calibration.passage import BlockPassage
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
 from optimum_sab.calibration.placement import map_tensors
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.reconstruction import Reconstruction, reconstruct
 from optimum_sab.calibration.refine.tuning import Tuning
@@ -105,6 +106,7 @@ def binarize(
     on_block: Callable[[BlockReport, int], None] | None = None,
     refine: RefineSettings | None = None,
     resume: ResumeFolder | None = None,
+    on_step: OnStep = no_step,
 ) -> BinarizationReport:
     """Binarize the selected linears of ``model`` in place. After an error the model is half binarized: discard it.
 
@@ -118,6 +120,7 @@ def binarize(
         refine: how long to refine scales, norms and biases; None leaves them as solved.
         resume: keeps every finished block and the state of the tuning, so that the same call after an
             interruption goes on from there, to the same result.
+        on_step: told how far the refinement of the whole model is.
 
     Raises:
         CalibrationError: see `output_embedding` and `ResumeFolder`.
@@ -150,7 +153,7 @@ def binarize(
         teacher = lockstep.run(worker, worker if refine or resume else None, head)
         tuning = None
         if refine is not None and refine.steps:
-            tuning = tune_model(model, moved, modalities, teacher, dtype, refine.steps, device, resume)
+            tuning = tune_model(model, moved, modalities, teacher, dtype, refine.steps, device, resume, on_step)
     finally:
         model.train(was_training)
     return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, tuning)

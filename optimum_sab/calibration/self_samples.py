@@ -29,6 +29,7 @@ from optimum_sab.calibration.continuation import (
     require_generation,
 )
 from optimum_sab.calibration.modality import TEXT, VISUAL, model_modalities, token_modalities
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples import Sample, encode_samples, has_chat_template
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.errors import SampleError
@@ -39,7 +40,9 @@ _SENTENCE = 200  # characters, more than any opening needs
 _UNCUT = 1 << 20
 
 
-def self_samples(model: Any, processor: Any, count: int, sequence_length: int, seed: int = 0) -> list[dict[str, Any]]:
+def self_samples(
+    model: Any, processor: Any, count: int, sequence_length: int, seed: int = 0, on_step: OnStep = no_step
+) -> list[dict[str, Any]]:
     """Have the model write calibration samples, in the rotation of the built-in set.
 
     Texts go on from the first words of a sentence of the built-in texts. Chats ask what the built-in chats ask, one
@@ -51,6 +54,7 @@ def self_samples(model: Any, processor: Any, count: int, sequence_length: int, s
         count: number of samples.
         sequence_length: tokens of a sample at most, those of pictures not counted.
         seed: of the beginnings and of every token drawn.
+        on_step: told how many answers are written, of how many that are asked for so far.
 
     Returns:
         The model's forward arguments, one sample each, as `calibration.samples.encode_samples` gives them.
@@ -66,7 +70,7 @@ def self_samples(model: Any, processor: Any, count: int, sequence_length: int, s
         _Draft.begin(sample, random.Random(f"self-written {seed} {index}"))
         for index, sample in enumerate(builtin_samples(count, seed, visual))
     ]
-    _Author(model, processor, sequence_length, read_vocabulary(model, processor)).write(drafts)
+    _Author(model, processor, sequence_length, read_vocabulary(model, processor)).write(drafts, on_step)
     if not any(draft.written for draft in drafts):
         raise SampleError(
             f"the model wrote nothing for any of {count} calibration samples: it ends every one at once, or "
@@ -121,16 +125,17 @@ class _Author:
     sequence_length: int
     vocabulary: Vocabulary
 
-    def write(self, drafts: Sequence[_Draft]) -> None:
+    def write(self, drafts: Sequence[_Draft], on_step: OnStep) -> None:
         """Fill the drafts: all first answers, then all second ones, and so on, so that batches stay full."""
         first = encode_samples([d.opening for d in drafts], self.processor, _UNCUT, answer_follows=True)
         for draft, inputs in zip(drafts, first, strict=True):
             draft.inputs = self._shortened(inputs, draft)
         prompts = [(d, d.inputs) for d in drafts if self._room(d.inputs) > 0]
+        before = 0
         while prompts:
-            answers = continue_prompts(
-                self.model, [Prompt(inputs, self._room(inputs), d.rng) for d, inputs in prompts], self.vocabulary
-            )
+            asked = [Prompt(inputs, self._room(inputs), d.rng) for d, inputs in prompts]
+            answers = continue_prompts(self.model, asked, self.vocabulary, _further(on_step, before))
+            before += len(asked)
             following = []
             for (draft, inputs), answer in zip(prompts, answers, strict=True):
                 draft.inputs = extend_inputs(inputs, answer.tokens)
@@ -167,3 +172,8 @@ class _Author:
         tokenizer = getattr(self.processor, "tokenizer", self.processor)
         tokens = [token for token in answer.tokens if token not in self.vocabulary.ends]
         return str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+
+
+def _further(on_step: OnStep, before: int) -> OnStep:
+    """Counts on from an earlier round."""
+    return lambda done, total: on_step(before + done, before + total)

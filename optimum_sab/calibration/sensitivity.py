@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from optimum_sab.calibration.modality import token_modalities
 from optimum_sab.calibration.passage import call_with
 from optimum_sab.calibration.placement import device_of, first_device, map_tensors
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
 
@@ -23,6 +24,7 @@ def output_sensitivity(
     blocks: Sequence[nn.Module] = (),
     device: torch.device | None = None,
     seed: int = 0,
+    on_step: OnStep = no_step,
 ) -> dict[str, float]:
     """``s = 1/(2T) Σ_t ‖y_t‖²/n · E‖∂ log p(ŷ)/∂y_t‖²`` of every linear, ŷ drawn from the model's own predictions.
 
@@ -39,6 +41,7 @@ def output_sensitivity(
         blocks: decoder blocks; each keeps its inputs only, and runs again on the way back.
         device: where the blocks compute, their weights brought there for as long; None leaves them where they are.
         seed: of the drawn predictions.
+        on_step: told after every sample.
 
     Raises:
         NonFiniteError: the model's output or a gradient holds NaN or inf.
@@ -61,6 +64,7 @@ def output_sensitivity(
             text = token_modalities(sample, getattr(model, "config", None)).labels == 0
             _drawn_log_probability(model(**sample, use_cache=False), text, generator).backward()
             tokens += int(text.sum())
+            on_step(index + 1, len(samples))
     for name, total in sums.items():
         if not torch.isfinite(torch.tensor(total)):
             raise NonFiniteError(f"the gradient at {name} holds NaN or inf; load the model in bfloat16 or float32.")

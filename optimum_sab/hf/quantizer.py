@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -119,29 +119,37 @@ class SABHfQuantizer(HfQuantizer):
         from optimum_sab.calibration.modality import VISUAL, model_modalities
         from optimum_sab.calibration.pipeline import binarize
         from optimum_sab.hf.processor import find_processor
-        from optimum_sab.hf.progress import block_progress
+        from optimum_sab.hf.progress import shown_progress
 
         config = self.quantization_config
         selection = self._select(model, strict=True)
         choose_backend(next(model.parameters()).device, config.backend)  # an unusable one is refused before the work
         processor = find_processor(config.processor, _source(model), VISUAL in model_modalities(model.config))
-        inputs = calibration_inputs(
-            model, processor, config.calibration, config.calibration_samples, config.sequence_length, config.seed
-        )
         device = None if config.calibration_device is None else torch.device(config.calibration_device)
-        resume = self._resume_folder(model, selection, inputs)
-        if config.allocation == "sensitivity":
-            selection = self._allocate(model, selection, inputs, device, resume)
-        with block_progress(config.progress) as on_block:
+        with shown_progress(config.progress) as progress:
+            inputs = calibration_inputs(
+                model,
+                processor,
+                config.calibration,
+                config.calibration_samples,
+                config.sequence_length,
+                config.seed,
+                progress.steps("Writing samples", "answer"),
+            )
+            resume = self._resume_folder(model, selection, inputs)
+            if config.allocation == "sensitivity":
+                on_step = progress.steps("Allocating bits", "step")
+                selection = self._allocate(model, selection, inputs, device, resume, on_step)
             self.report = binarize(
                 model,
                 selection,
                 inputs,
                 config.calibration_pass,
                 device,
-                on_block,
+                progress.on_block,
                 config.refine_settings,
                 resume,
+                progress.steps("Refining", "step"),
             )
         config.calibration = (
             config.calibration
@@ -175,6 +183,7 @@ class SABHfQuantizer(HfQuantizer):
         inputs: list[dict[str, Any]],
         device: torch.device | None,
         resume: Any,
+        on_step: Callable[[int, int], None],
     ) -> Selection:
         """Planes per group of linears, written into ``dynamic`` so that a reader finds them there."""
         from optimum_sab.calibration.allocation import PLANES, allocate
@@ -191,7 +200,8 @@ class SABHfQuantizer(HfQuantizer):
             )
 
         def rules() -> dict[str, Any]:
-            return allocate(model, selection, free, inputs, config.target_bits, device).rules(selection.prefix)
+            allocation = allocate(model, selection, free, inputs, config.target_bits, device, on_step)
+            return allocation.rules(selection.prefix)
 
         config.dynamic = {**config.dynamic, **(rules() if resume is None else resume.rules(rules))}
         return self._select(model, strict=True)

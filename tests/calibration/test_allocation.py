@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_sab.calibration import allocation as module
 from optimum_sab.calibration.allocation import LADDER, allocate
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, NonFiniteError
 from optimum_sab.format.layout import stored_bits_per_weight
 from optimum_sab.nn.selection import select_linears
 
@@ -50,7 +50,7 @@ def test_allocation_gives_more_to_linears_whose_errors_cost_more(llama, samples,
     selection = select_linears(llama, SETTINGS)
     names = list(selection.settings)
     dear = "model.layers.1.mlp.up_proj"
-    monkeypatch.setattr(module, "output_sensitivity", lambda *a: {n: 100.0 if n == dear else 1.0 for n in names})
+    monkeypatch.setattr(module, "output_sensitivity", lambda *a, **k: {n: 100.0 if n == dear else 1.0 for n in names})
     found = allocate(llama, selection, names, samples, 2.6)
     steps = {n: (s.base_planes, s.salient_fraction if s.residual_planes else 0.0) for n, s in found.settings.items()}
     assert steps[dear] == max(steps.values())
@@ -87,3 +87,69 @@ def test_error_falls_along_the_ladder():
     errors = [module._error(anchors, step) for step in LADDER]
     assert errors == sorted(errors, reverse=True)
     assert [module._error(anchors, step) for step in module.ANCHORS] == pytest.approx(list(anchors.values()))
+
+
+def test_linears_that_share_an_input_have_the_same_planes(llama, samples):
+    selection = select_linears(llama, SETTINGS)
+    found = allocate(llama, selection, list(selection.settings), samples, 2.6).settings
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert len({found[f"{layer}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert found[f"{layer}.mlp.gate_proj"] == found[f"{layer}.mlp.up_proj"]
+    assert len(set(found.values())) > 1
+
+
+def test_linears_that_share_an_input_and_not_their_settings_choose_apart(llama, samples):
+    selection = select_linears(llama, SETTINGS, dynamic={"up_proj": {"block_size": 64}})
+    found = allocate(llama, selection, list(selection.settings), samples, 2.6).settings
+    assert all(found[n].block_size == s.block_size for n, s in selection.settings.items())
+
+
+def test_without_a_target_the_settings_bits_are_spent(llama, samples):
+    selection = select_linears(llama, SETTINGS)
+    found = allocate(llama, selection, list(selection.settings), samples)
+    plain = bits_of(llama, selection.settings)
+    assert plain - 0.1 < found.bits_per_weight <= plain
+    assert len(set(found.settings.values())) > 1
+
+
+@pytest.mark.parametrize("base", [1, 2, 3, 4])
+def test_every_number_of_planes_is_within_reach(llama, samples, base):
+    settings = SETTINGS.replace(base_planes=base, residual_planes=0)
+    selection = select_linears(llama, settings)
+    found = allocate(llama, selection, list(selection.settings), samples)
+    assert found.bits_per_weight == pytest.approx(bits_of(llama, selection.settings), abs=0.15)
+
+
+def test_biases_are_counted(samples):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, attention_bias=True, **sizes)).eval()
+    selection = select_linears(model, SETTINGS)
+    found = allocate(model, selection, list(selection.settings), samples, 2.8)
+    biases = 32 * 2 * 4 * 64 / sum(model.get_submodule(n).weight.numel() for n in found.settings)
+    assert found.bits_per_weight == pytest.approx(bits_of(model, found.settings) + biases)
+    assert found.bits_per_weight <= 2.8
+
+
+def test_a_linear_that_no_token_reaches_stays_as_it_is(llama, samples):
+    class Unused(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner, self.expert = inner, torch.nn.Linear(64, 32, bias=False)
+
+        def forward(self, x):
+            return self.inner(x)
+
+    llama.model.layers[1].mlp = Unused(llama.model.layers[1].mlp)
+    selection = select_linears(llama, SETTINGS)
+    name = "model.layers.1.mlp.expert"
+    found = allocate(llama, selection, list(selection.settings), samples, 2.6)
+    assert name in selection.settings and name not in found.settings
+    assert found.bits_per_weight == pytest.approx(bits_of(llama, {**selection.settings, **found.settings}))
+
+
+def test_allocation_names_a_damaged_weight(llama, samples):
+    with torch.no_grad():
+        llama.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    selection = select_linears(llama, SETTINGS)
+    with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
+        allocate(llama, selection, list(selection.settings), samples, 2.6)

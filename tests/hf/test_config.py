@@ -84,6 +84,8 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("damping", 0.0),
         ("propagation", 1.5),
         ("propagation", float("nan")),
+        ("allocation", "magic"),
+        ("allocation", None),
         ("target_bits", 0.9),
         ("target_bits", True),
         ("target_bits", "2"),
@@ -111,6 +113,13 @@ def test_bad_value_is_named(setting, value):
 def test_sweeps_without_refit_is_refused():
     with pytest.raises(ConfigError, match="sweeps=2 needs refit=True"):
         SABConfig(refit=False, sweeps=2)
+
+
+def test_a_budget_needs_an_allocation():
+    with pytest.raises(ConfigError, match=r"target_bits=1\.5 needs allocation='sensitivity'"):
+        SABConfig(target_bits=1.5, allocation="uniform")
+    assert SABConfig().allocation == SABConfig.two_bit().allocation == "sensitivity"
+    assert SABConfig.paper().allocation == "uniform"
 
 
 def test_bad_dynamic_rules_are_named():

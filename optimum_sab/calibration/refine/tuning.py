@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from optimum_sab.calibration.modality import TEXT, TokenModalities
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.refine.holdout import split_samples
 from optimum_sab.calibration.refine.loss import divergence
 from optimum_sab.calibration.refine.parameters import copied, restore
@@ -73,7 +74,13 @@ class TuningSample:
         return text if text.numel() == tokens and bool(text.any()) else torch.ones(tokens, dtype=torch.bool)
 
 
-def tune(student: Student, samples: Sequence[TuningSample], steps: int, store: TuningStore | None = None) -> Tuning:
+def tune(
+    student: Student,
+    samples: Sequence[TuningSample],
+    steps: int,
+    store: TuningStore | None = None,
+    on_step: OnStep = no_step,
+) -> Tuning:
     """Train the student's parameters in place and leave the best in them.
 
     Args:
@@ -81,6 +88,7 @@ def tune(student: Student, samples: Sequence[TuningSample], steps: int, store: T
         samples: what it is trained on; a tenth only judges.
         steps: of Adam, its rate falling along half a cosine.
         store: keeps the state every `SAVE_EVERY` steps, and gives back that of an interrupted run.
+        on_step: told after every step.
     """
     split = split_samples(len(samples))
     tensors = [t for tuned in student.tuned for t in tuned.parameters.tensors]
@@ -103,6 +111,7 @@ def tune(student: Student, samples: Sequence[TuningSample], steps: int, store: T
                     best, kept = error, copied(tensors)
             if store is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
                 store.save(*_pack(step + 1, before, best, tensors, kept, optimizer))
+            on_step(step + 1, steps)
         restore(tensors, kept)
     for tensor in tensors:
         tensor.grad = None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.modality import TokenModalities
 from optimum_sab.calibration.placement import device_of
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.student import Student, TunedModule
 from optimum_sab.calibration.refine.tuning import Tuning, TuningSample, TuningStore, tune
@@ -44,6 +45,7 @@ def tune_model(
     steps: int,
     device: torch.device | None = None,
     store: TuningStore | None = None,
+    on_step: OnStep = no_step,
 ) -> Tuning:
     """Tune a binarized model in place; it is left as it is where nothing beats that.
 
@@ -56,11 +58,12 @@ def tune_model(
         steps: of Adam.
         device: where the decoder blocks compute; None leaves them where they are.
         store: see `tune`.
+        on_step: see `tune`.
     """
     tuned = list(_tuned_modules(model, dtype, device))
     student = Student(model, tuned, output_embedding(model), device)
     judged = [TuningSample(s, teacher[i], modalities[i]) for i, s in enumerate(samples)]
-    outcome = tune(student, judged, steps, store)
+    outcome = tune(student, judged, steps, store, on_step)
     if outcome.improved:
         for each in tuned:
             for name, packed in each.parameters.packed().items():

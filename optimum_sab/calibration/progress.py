@@ -1,0 +1,12 @@
+"""How the calibration says where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+OnStep = Callable[[int, int], None]
+"""``(done, total)`` of one stage; the total may grow."""
+
+
+def no_step(done: int, total: int) -> None:
+    """For those who do not want to know."""

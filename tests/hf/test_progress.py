@@ -1,0 +1,70 @@
+import io
+
+import pytest
+
+from optimum_sab.calibration.pipeline import BlockReport
+from optimum_sab.hf import progress as module
+from optimum_sab.hf.progress import shown_progress
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What the bars write."""
+    stream, plain = io.StringIO(), module.tqdm
+    monkeypatch.setattr(module, "tqdm", type("Bar", (plain,), {"__init__": _into(plain, stream)}))
+    monkeypatch.setattr("sys.stderr", stream)
+    return stream
+
+
+def _into(plain, stream):
+    def start(self, **options):
+        plain.__init__(self, file=stream, mininterval=0, **options)
+
+    return start
+
+
+def report(index):
+    return BlockReport(index, (), 0.25, 1.5)
+
+
+def test_stages_have_a_bar_each(shown, monkeypatch):
+    monkeypatch.setattr(BlockReport, "error", property(lambda self: 0.5))
+    with shown_progress("bar") as progress:
+        steps = progress.steps("Writing samples", "answer")
+        steps(2, 4)
+        steps(5, 6)  # the total may grow
+        progress.on_block(report(0), 2)
+        progress.on_block(report(1), 2)
+    text = shown.getvalue()
+    assert "Writing samples" in text and "5/6" in text
+    assert "Binarizing" in text and "2/2" in text and "error=0.5000" in text
+    assert "block   0" not in text
+
+
+def test_lines_tell_every_block(shown, monkeypatch):
+    monkeypatch.setattr(BlockReport, "error", property(lambda self: 0.5))
+    told = []
+    with shown_progress("lines") as progress:
+        monkeypatch.setattr(module.tqdm, "write", staticmethod(lambda line, **options: told.append(line)))
+        progress.on_block(report(7), 8)
+    assert told == ["block   7   error 0.5000   drift 0.2500   1.5 s"]
+
+
+def test_none_writes_nothing(shown):
+    with shown_progress("none") as progress:
+        progress.steps("Refining", "step")(1, 2)
+        progress.on_block(report(0), 1)
+    assert shown.getvalue() == ""
+
+
+def test_bars_are_closed_after_an_error(shown):
+    def interrupted():
+        with shown_progress("bar") as progress:
+            progress.steps("Refining", "step")(1, 2)
+            kept.append(progress)
+            raise KeyboardInterrupt
+
+    kept = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not kept[0]._bars
