@@ -1,4 +1,4 @@
-"""Choose the planes of every linear under a budget of stored bits, from measured sensitivities (`target_bits`)."""
+"""Choose the planes of every linear under a budget of stored bits, from measured sensitivities."""
 
 from __future__ import annotations
 
@@ -30,12 +30,8 @@ PLANES = ("base_planes", "residual_planes", "salient_fraction")  # what is chose
 FRACTIONS = (0.0, 0.03125, 0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
 LADDER = (*((base, f) for base in (1, 2, 3) for f in FRACTIONS), (4, 0.0))
 ANCHOR_FRACTION = 0.125
-ANCHORS = (
-    (1, 0.0),
-    (1, ANCHOR_FRACTION),
-    (2, 0.0),
-    (2, ANCHOR_FRACTION),
-)  # fitted; the others lie on curves through these
+# Levels at which errors are measured; those at the others lie on curves through these.
+ANCHORS = ((1, 0.0), (1, ANCHOR_FRACTION), (2, 0.0), (2, ANCHOR_FRACTION))
 ROWS = 64  # of a weight; its error with every anchor is measured on so many
 SAMPLES = 16
 
@@ -80,10 +76,9 @@ def allocate(
     """Find the planes of the linears ``free`` such that all selected linears together take at most the budget.
 
     Expected loss of a linear at a level = its sensitivity times its relative output error there. Errors are measured
-    with the dense model's inputs on a few rows of every weight for the levels `ANCHORS`; between and beyond those see
-    `_error`. Linears that share an input and their settings choose
-    together: they are solved as one stack and run in one launch. Linears that no token of these samples reaches stay as
-    they are.
+    with the dense model's inputs on a few rows of every weight for the levels `ANCHORS` (see `_error` for the others).
+    Linears that share an input and their settings choose together: they are solved as one stack and run in one launch.
+    Linears that no token of these samples reaches stay as they are.
 
     Args:
         model: dense; not changed.
@@ -104,45 +99,64 @@ def allocate(
     some = map_tensors([dict(sample) for sample in spread], next(model.parameters()).device)
     targets = decoder_targets(model, selection)
     stages = len(some) + len(targets.blocks)
-    sensitivity = output_sensitivity(
-        model, list(free), some, targets.blocks, device, on_step=lambda done, _: on_step(done, stages)
-    )
-    probe = _probe(
-        model, selection, set(free), targets, some, device, lambda done, _: on_step(len(some) + done, stages)
-    )
-    sizes = {name: math.prod(_shape(model, name)) for name in selection.settings}
 
-    def bits(name: str, settings: LayerSettings) -> float:
-        bias = model.get_submodule(name).bias  # stays as it is, and is counted
-        kept = 0 if bias is None else 8 * bias.element_size() * bias.numel()  # type: ignore[operator]
-        return stored_bits_per_weight(*_shape(model, name), settings) * sizes[name] + kept
+    def backward(done: int, _: int) -> None:
+        on_step(done, stages)
 
-    def level(names: tuple[str, ...], step: tuple[int, float], settings: LayerSettings) -> Level:
-        loss = sum(sensitivity[name] * _error(probe.errors[name], step) for name in names)
-        return Level(sum(bits(name, settings) for name in names), loss)
+    def forward(done: int, _: int) -> None:
+        on_step(len(some) + done, stages)
 
+    sensitivity = output_sensitivity(model, list(free), some, targets.blocks, device, on_step=backward)
+    probe = _probe(model, selection, set(free), targets, some, device, forward)
+    costs = _Costs(model, selection, sensitivity, probe.errors)
     groups = {names[0]: names for names in probe.groups}
     ladders = {first: _ladder(selection.settings[first]) for first in groups}
-    levels = {
-        first: [level(groups[first], step, settings) for step, settings in ladder.items()]
-        for first, ladder in ladders.items()
-    }
-    weights, asked = sum(sizes.values()), {name for names in groups.values() for name in names}
-    plain = sum(bits(name, settings) for name, settings in selection.settings.items()) / weights
-    budget = plain if target_bits is None else target_bits
-    fixed = sum(bits(name, settings) for name, settings in selection.settings.items() if name not in asked)
+    levels = {first: [costs.level(groups[first], *each) for each in ladders[first].items()] for first in groups}
+    measured = {name for names in groups.values() for name in names}
+    fixed = sum(costs.bits(name, own) for name, own in selection.settings.items() if name not in measured)
+    weights = sum(costs.weights(name) for name in selection.settings)
+    bits = target_bits
+    if bits is None:
+        bits = sum(costs.bits(name, own) for name, own in selection.settings.items()) / weights
     least = (fixed + sum(min(level.bits for level in of) for of in levels.values())) / weights
-    if budget < least - 1e-9:
+    if bits < least - 1e-9:
         raise ConfigError(
-            f"target_bits={budget:g} is less than the {least:.3f} bits that this model's linears take at least; "
+            f"target_bits={bits:g} is less than the {least:.3f} bits that this model's linears take at least; "
             "raise it, or use larger blocks (block_size)."
         )
-    chosen = allocate_levels(levels, budget * weights - fixed)
+    chosen = allocate_levels(levels, bits * weights - fixed)
     total = (fixed + sum(levels[first][index].bits for first, index in chosen.items())) / weights
     picked = {first: list(ladders[first].values())[index] for first, index in chosen.items()}
     by_name = {name: picked[first] for first, names in groups.items() for name in names}
-    settings = {name: by_name[name] for name in free if name in by_name}
-    return Allocation(settings, sensitivity, total)
+    return Allocation({name: by_name[name] for name in free if name in by_name}, sensitivity, total)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a linear costs at a level, in bits and in expected loss."""
+
+    model: nn.Module
+    selection: Selection
+    sensitivity: Mapping[str, float]
+    errors: Mapping[str, Mapping[tuple[int, float], float]]
+
+    def weights(self, name: str) -> int:
+        return math.prod(self._shape(name))
+
+    def bits(self, name: str, settings: LayerSettings) -> float:
+        """Stored bits of the linear, its bias among them, which stays as it is."""
+        bias = self.model.get_submodule(name).bias
+        kept = bias.element_size() * bias.numel() if isinstance(bias, Tensor) else 0
+        return stored_bits_per_weight(*self._shape(name), settings) * self.weights(name) + 8 * kept
+
+    def level(self, names: Sequence[str], step: tuple[int, float], settings: LayerSettings) -> Level:
+        """Of linears that choose together."""
+        loss = sum(self.sensitivity[name] * _error(self.errors[name], step) for name in names)
+        return Level(sum(self.bits(name, settings) for name in names), loss)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        linear = self.model.get_submodule(name)
+        return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
 
 
 def _ladder(settings: LayerSettings) -> dict[tuple[int, float], LayerSettings]:
@@ -168,11 +182,6 @@ def _error(anchors: Mapping[tuple[int, float], float], step: tuple[int, float]) 
     begins, early = (first, eighth - first) if base == 1 else (second + (base - 2) * plane, last - second)
     power = math.log(min(max(early / plane, 1e-3), 0.999)) / math.log(ANCHOR_FRACTION)
     return math.exp(begins + plane * fraction**power)
-
-
-def _shape(model: nn.Module, name: str) -> tuple[int, int]:
-    linear = model.get_submodule(name)
-    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
