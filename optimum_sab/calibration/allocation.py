@@ -38,7 +38,7 @@ SAMPLES = 16
 
 @dataclass(frozen=True)
 class Allocation:
-    """Planes per linear; linears that share an input have the same.
+    """Planes per linear; linears of one shape that share an input have the same.
 
     Attributes:
         settings: of every linear that was free to choose.
@@ -77,8 +77,8 @@ def allocate(
 
     Expected loss of a linear at a level = its sensitivity times its relative output error there. Errors are measured
     with the dense model's inputs on a few rows of every weight for the levels `ANCHORS` (see `_error` for the others).
-    Linears that share an input and their settings choose together: they are solved as one stack and run in one launch.
-    Linears that no token of these samples reaches stay as they are.
+    Linears of one shape that share an input and their settings choose together (k and v; gate and up): they are solved
+    as one stack and run in one launch. Linears that no token of these samples reaches stay as they are.
 
     Args:
         model: dense; not changed.
@@ -206,7 +206,7 @@ class _Probe:
     """A visitor that measures and changes nothing: the stream goes on through the dense weights.
 
     Attributes:
-        groups: the free linears that share an input and their settings.
+        groups: the free linears that choose together.
         errors: relative output error of every free linear at the anchors, on `ROWS` of its rows.
     """
 
@@ -229,14 +229,15 @@ class _Probe:
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         members = {name: self._linears[self._index][name] for name in names}
-        by_settings: dict[LayerSettings, list[str]] = {}
+        groups: dict[tuple[LayerSettings, torch.Size], list[str]] = {}
         for name in names:
             if name in self._free:
-                by_settings.setdefault(self._selection.settings[name], []).append(name)
-        if by_settings:
+                kind = self._selection.settings[name], members[name].weight.shape
+                groups.setdefault(kind, []).append(name)
+        if groups:
             device = self._device or members[names[0]].weight.device
             statistics = HessianPass().collect(names[0], pair_streams(arrivals, self._modalities), device)
-            for settings, group in by_settings.items():
+            for (settings, _), group in groups.items():
                 self.groups.append(tuple(group))
                 self._measure(settings, {name: members[name].weight for name in group}, statistics)
         return {name: linear.weight for name, linear in members.items()}

@@ -35,9 +35,10 @@ class SABConfig(QuantizationConfigMixin):
 
     Args:
         allocation: "sensitivity" spends bits where errors cost most: planes and salient columns are chosen per group
-            of linears that share an input, from measured sensitivities (`optimum_sab.calibration.allocation`), except
-            where a rule of ``dynamic`` sets them. Together they take at most what ``base_planes``,
-            ``residual_planes`` and ``salient_fraction`` would take everywhere. The choice is stored in ``dynamic``.
+            of linears of one shape that share an input, from measured sensitivities
+            (`optimum_sab.calibration.allocation`), except where a rule of ``dynamic`` sets them. Together they take at
+            most what ``base_planes``, ``residual_planes`` and ``salient_fraction`` would take everywhere. The choice
+            is stored in ``dynamic``.
             "uniform" gives every linear those three.
         target_bits: with "sensitivity", stored bits per weight at most, all binarized linears together, in the place
             of what the three settings would take.

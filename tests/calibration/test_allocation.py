@@ -89,13 +89,27 @@ def test_error_falls_along_the_ladder():
     assert [module._error(anchors, step) for step in module.ANCHORS] == pytest.approx(list(anchors.values()))
 
 
-def test_linears_that_share_an_input_have_the_same_planes(llama, samples):
+def test_linears_of_one_shape_that_share_an_input_have_the_same_planes(llama, samples):
     selection = select_linears(llama, SETTINGS)
     found = allocate(llama, selection, list(selection.settings), samples, 2.6).settings
     for layer in ("model.layers.0", "model.layers.1"):
         assert len({found[f"{layer}.self_attn.{name}_proj"] for name in "qkv"}) == 1
         assert found[f"{layer}.mlp.gate_proj"] == found[f"{layer}.mlp.up_proj"]
     assert len(set(found.values())) > 1
+
+
+def test_smaller_linears_choose_apart_from_larger_ones(samples, monkeypatch):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes)).eval()
+    selection = select_linears(model, SETTINGS)
+    names = list(selection.settings)
+    monkeypatch.setattr(
+        module, "output_sensitivity", lambda *a, **k: {n: 100.0 if "v_proj" in n else 1.0 for n in names}
+    )
+    found = allocate(model, selection, names, samples, 2.8).settings
+    q, k, v = (found[f"model.layers.0.self_attn.{each}_proj"] for each in "qkv")
+    assert k == v != q
+    assert k.base_planes > q.base_planes
 
 
 def test_linears_that_share_an_input_and_not_their_settings_choose_apart(llama, samples):
