@@ -10,7 +10,7 @@ from optimum_sab import SABConfig
 from optimum_sab.calibration.modality import VISUAL, token_modalities
 from optimum_sab.errors import ConfigError, OutputExistsError
 from optimum_sab.eval.reader.__main__ import main
-from optimum_sab.eval.reader.architecture import EMBEDDINGS, read_language_config, write_reader
+from optimum_sab.eval.reader.architecture import EMBEDDINGS, WEIGHTS, read_language_config, write_reader
 from optimum_sab.eval.reader.tasks import reader_chats, reader_questions
 from optimum_sab.eval.reader.tower import TOKENS
 from optimum_sab.example.evaluation import answer, question_messages
@@ -54,6 +54,13 @@ def test_reader_loads_with_every_weight_in_its_place(folder, language, vision):
     for name, tensor in seen.items():
         ours = [f"model.{name}", f"model.{name.replace('vision_model.', '')}"]
         assert torch.equal(next(state[each] for each in ours if each in state), tensor.float()), name
+
+
+def test_shipped_vision_weights_fit_the_reader(language, tmp_path):
+    assert WEIGHTS.stat().st_size < 16 * 2**20
+    shipped = write_reader(language, tmp_path / "shipped")
+    _, report = AutoModelForImageTextToText.from_pretrained(shipped, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and not report["mismatched_keys"]
 
 
 def test_reader_computes_what_the_language_model_computes_on_text(folder, language, model):
