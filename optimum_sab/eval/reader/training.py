@@ -9,8 +9,7 @@ model's weights stay as they are throughout.
 The weights in this package come from this script's stages on one CPU core, with an earlier and shorter run of the tower
 in front (about 600 steps, whose settings changed on the way): prompt 150 steps; sight 2000 steps at 4e-3 with 56 signs
 and 72 pictures a step, 37 minutes; dialogue 240 steps at 4e-4, 26 minutes on a busy machine. They read 290 of 300
-held-out signs and name 218 of 300 of CIFAR-10's test pictures (float32, seed 0). The whole has not been repeated from the
-start.
+held-out signs and name 218 of 300 of CIFAR-10's test pictures (float32, seed 0). It has not been repeated as a whole.
 """
 
 from __future__ import annotations
