@@ -27,7 +27,7 @@ _HELP = {
     "row_scale": "storage of the row scales",
     "damping": "share of the Hessian's mean diagonal added to it",
     "propagation": "strength of the propagated target, 0 to 1; cross-validated when not given",
-    "allocation": "one choice of planes for every linear, or one per input by what errors cost there",
+    "allocation": "where planes go: by what errors cost there, or the same everywhere",
     "target_bits": "stored bits per weight at most, instead of what the planes above would take everywhere",
     "calibration": "'builtin', 'self' (the model writes it), a .jsonl file, or a Hub dataset as owner/name[:split]",
     "calibration_samples": "how many samples to use at most",

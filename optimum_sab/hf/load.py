@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,9 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise OutputExistsError(f"{str(output)!r} is not empty; name another folder, or overwrite it (--overwrite).")
 
 
-def save_packed(model: Any, processor: Any, output: Path, overwrite: bool = False) -> None:
-    """Save model and processor to ``output``, which appears only when all of it is written.
+@contextmanager
+def written_whole(output: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to write into, which becomes ``output`` at the end, and goes if there is an error.
 
     Raises:
         OutputExistsError: see `check_output`.
@@ -54,8 +57,7 @@ def save_packed(model: Any, processor: Any, output: Path, overwrite: bool = Fals
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+        yield partial
         partial.chmod(0o755)  # mkdtemp makes it private
         if output.exists():
             shutil.rmtree(output)
@@ -63,3 +65,14 @@ def save_packed(model: Any, processor: Any, output: Path, overwrite: bool = Fals
     finally:
         if partial.exists():
             shutil.rmtree(partial)
+
+
+def save_packed(model: Any, processor: Any, output: Path, overwrite: bool = False) -> None:
+    """Save model and processor to ``output``, which appears only when all of it is written.
+
+    Raises:
+        OutputExistsError: see `check_output`.
+    """
+    with written_whole(output, overwrite) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)

@@ -7,8 +7,6 @@ the picture's placeholder, which is the mean of the others, so that it is never 
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.tower import IMAGE_SIZE, PATCH_SIZE, TOKENS, tower_config
-from optimum_sab.hf.load import check_output
+from optimum_sab.hf.load import check_output, written_whole
 
 WEIGHTS = Path(__file__).with_name("vision.safetensors")
 IMAGE_TOKEN = "<image>"
@@ -89,21 +87,12 @@ def write_reader(
         )
     weights = {f"language_model.{name}": tensor for name, tensor in _with_placeholder(weights).items()}
     weights.update({name: tensor.to(table.dtype) for name, tensor in connector.items()})
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
+    ends: dict[str, Any] = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
+    with written_whole(output, overwrite) as partial:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         _write_json(partial / "config.json", reader_config(config, placeholder, table.dtype))
-        ends: dict[str, Any] = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
         _write_json(partial / "generation_config.json", ends)
         _write_processor(partial, tokenizer, _roles(language))
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
     return output
 
 
