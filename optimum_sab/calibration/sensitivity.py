@@ -45,8 +45,13 @@ def output_sensitivity(
 
     Raises:
         NonFiniteError: the model's output or a gradient holds NaN or inf.
-        CalibrationError: the model's gradients do not reach a linear.
+        CalibrationError: the model's gradients do not reach a linear, or inference mode forbids them.
     """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise CalibrationError(
+            "inside torch.inference_mode() no gradient can be had to allocate bits by; load the model outside of it "
+            "(torch.no_grad() is fine), or use allocation='uniform'."
+        )
     sums = dict.fromkeys(names, 0.0)
     tokens = 0
     wanted = [p.requires_grad for p in model.parameters()]
@@ -136,5 +141,8 @@ def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tenso
 
 
 def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    """Frozen parameters record no graph; from the embeddings' output on there is one."""
-    return output if output.requires_grad else output.detach().requires_grad_(True)
+    """Frozen parameters record no graph; from the embeddings' output on there is one.
+
+    It is a copy, because models write pictures into it in place, which autograd refuses on a leaf.
+    """
+    return output if output.requires_grad else output.detach().requires_grad_(True).clone()

@@ -75,6 +75,24 @@ def test_sensitivity_is_the_same_when_blocks_run_again(llama):
     assert not any("forward" in vars(layer) for layer in llama.model.layers)
 
 
+def test_sensitivity_of_a_model_that_writes_into_its_embeddings(llama):
+    class Writing(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = llama
+
+        def get_input_embeddings(self):
+            return llama.get_input_embeddings()
+
+        def forward(self, input_ids, **kwargs):
+            embedded = self.get_input_embeddings()(input_ids)
+            embedded[:, 3:5] = 0.5  # as where a picture's features go
+            return self.inner(inputs_embeds=embedded, **kwargs)
+
+    found = output_sensitivity(Writing(), [f"inner.{NAMES[0]}"], samples(2), llama.model.layers)
+    assert found[f"inner.{NAMES[0]}"] > 0
+
+
 def test_sensitivity_keeps_only_what_enters_a_block(llama):
     def saved(blocks):
         sizes = []
@@ -144,3 +162,8 @@ def test_sensitivity_refuses_what_it_cannot_measure(llama):
     with pytest.raises(NonFiniteError, match="NaN"):
         output_sensitivity(llama, NAMES, samples(1))
     weight.copy_(kept)
+
+
+def test_sensitivity_names_inference_mode(llama):
+    with torch.inference_mode(), pytest.raises(CalibrationError, match="outside of it"):
+        output_sensitivity(llama, NAMES, samples(1))
