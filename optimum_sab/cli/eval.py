@@ -42,9 +42,9 @@ def add_command(commands: Any) -> None:
     quality.add_argument(
         "--calibration",
         metavar="SOURCE",
-        help="mixed, reference or passages for a language model (default: mixed); tasks for the example and the "
-        "reader; or what SABConfig takes: builtin (default where there are pictures), self, a .jsonl file, a Hub "
-        "dataset",
+        help="mixed, reference or passages for a language model (default: mixed); tasks, or mixed with the built-in "
+        "set, for the example and the reader; or what SABConfig takes: builtin (default where there are pictures), "
+        "self, a .jsonl file, a Hub dataset",
     )
     quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the reader's second task")
     for name, default, text in (

@@ -99,8 +99,8 @@ def find_subject(
     Args:
         model: "example" for the embedded model, or a checkpoint.
         calibration: for a language model "mixed" (default), "reference" or "passages"; for the embedded example and
-            the reader "tasks" (pictures and questions of the evaluation's kind); for any model what `SABConfig` takes
-            ("builtin", "self", a file, a dataset).
+            the reader "tasks" (pictures and questions of the evaluation's kind) or "mixed" (those and the built-in
+            set in turns); for any model what `SABConfig` takes ("builtin", "self", a file, a dataset).
         budget: how much of everything.
         dtype: of the model.
         cifar: folder of CIFAR-10, for the reader's second task (`optimum_sab.eval.reader`).
@@ -160,7 +160,7 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
         source=source,
         processor=processor,
         dtype=dtype,
-        calibration=own if calibration == "tasks" else lambda seed: calibration,
+        calibration=_calibration(calibration, own, budget),
         budget=budget,
         questions=tuple(questions),
         probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
@@ -184,12 +184,22 @@ def _reader(
         source=model,
         processor=processor,
         dtype=dtype,
-        calibration=own if calibration == "tasks" else lambda seed: calibration,
+        calibration=_calibration(calibration, own, budget),
         budget=budget,
         texts=texts,
         questions=tuple(questions),
         probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
     )
+
+
+def _calibration(source: str | None, own: Callable[[int], list[Any]], budget: Budget) -> Callable[[int], Any]:
+    """Where the samples of a model with tasks come from: seed → samples."""
+
+    def mixed(seed: int) -> list[Any]:
+        pairs = zip(own(seed), builtin_samples(budget.samples, seed), strict=True)
+        return [sample for pair in pairs for sample in pair][: budget.samples]
+
+    return {"tasks": own, MIXED: mixed}.get(source or "", lambda seed: source)
 
 
 def _vision_language(model: str, calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.methods import read_method
 from optimum_sab.eval.quality import compare_quality
@@ -23,6 +24,13 @@ def test_reader_is_known_by_its_checkpoint_and_asked_both_tasks(folder, cifar):
     assert len(subject.calibration(0)) == 4
     assert subject.calibration(0) != subject.calibration(1)
     assert {question.task for question in find_subject(folder, None, BUDGET).questions} == {"reading"}
+
+
+def test_mixed_calibration_takes_turns_with_the_built_in_set(folder, cifar):
+    mixed = find_subject(folder, "mixed", BUDGET, cifar=cifar).calibration(0)
+    own = find_subject(folder, "tasks", BUDGET, cifar=cifar).calibration(0)
+    built_in = builtin_samples(4, 0)
+    assert mixed == [own[0], built_in[0], own[1], built_in[1]]
 
 
 def test_reader_is_compared_like_any_model(folder, cifar):
