@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from optimum_sab.calibration.placement import first_device, map_tensors
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,27 @@ def call_with(
     """Call ``forward``, a bound method of ``module``, while these tensors stand for the module's parameters."""
     swapped = {f"module.{name}": tensor for name, tensor in parameters.items()}
     return functional_call(_Call(module, forward), swapped, args, dict(kwargs))
+
+
+def recomputed(call: Callable[..., Any], device: Any = None) -> Callable[..., Any]:
+    """``call`` so that autograd keeps its arguments only and calls it again on the way back (checkpointing).
+
+    Args:
+        call: a block's forward, or what stands for it.
+        device: where it computes: arguments are brought there, its output back to where they were. None leaves them.
+    """
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        home = first_device((args, kwargs))
+        if device is None or home is None:
+            return call(*args, **kwargs)
+        args, kwargs = map_tensors((args, kwargs), device)
+        return map_tensors(call(*args, **kwargs), home)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    return forward
 
 
 class _Call(nn.Module):

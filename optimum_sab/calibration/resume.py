@@ -51,7 +51,6 @@ def fingerprint(
     layers: Mapping[str, LayerSettings],
     pass_name: str,
     refine: RefineSettings | None,
-    target_bits: float | None = None,
 ) -> dict[str, Any]:
     """What decides the result, as JSON values: two runs may share a folder only if theirs are equal.
 
@@ -76,7 +75,6 @@ def fingerprint(
         "samples": data.hexdigest(),
         "calibration_pass": pass_name,
         "refine": None if refine is None else asdict(refine),
-        "target_bits": target_bits,
         "layers": {name: asdict(settings) for name, settings in layers.items()},
     }
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from optimum_sab.calibration.modality import token_modalities
-from optimum_sab.calibration.passage import call_with
-from optimum_sab.calibration.placement import device_of, first_device, map_tensors
+from optimum_sab.calibration.passage import call_with, recomputed
+from optimum_sab.calibration.placement import device_of
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -102,7 +101,7 @@ def _run_again(blocks: Sequence[nn.Module], device: torch.device | None) -> Iter
     """Let the blocks keep their inputs only, and compute on ``device``."""
     own = [vars(block).get("forward") for block in blocks]  # accelerate's hooks put one there
     for block in blocks:
-        block.forward = _recomputed(block, block.forward, device)
+        block.forward = recomputed(_on_device(block, block.forward, device), device)
     try:
         yield
     finally:
@@ -112,18 +111,16 @@ def _run_again(blocks: Sequence[nn.Module], device: torch.device | None) -> Iter
                 block.forward = forward
 
 
-def _recomputed(block: nn.Module, original: Callable[..., Any], device: torch.device | None) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if device is None or device_of(block) == device:
-            return original(*args, **kwargs)
+def _on_device(block: nn.Module, original: Callable[..., Any], device: torch.device | None) -> Callable[..., Any]:
+    """The block's forward with its weights brought to ``device`` for as long."""
+    if device is None or device_of(block) == device:
+        return original
+
+    def call(*args: Any, **kwargs: Any) -> Any:
         tensors = {name: each.to(device) for name, each in (*block.named_parameters(), *block.named_buffers())}
-        output = call_with(block, original, tensors, *map_tensors((args, kwargs), device))
-        return map_tensors(output, first_device((args, kwargs)) or device)
+        return call_with(block, original, tensors, args, kwargs)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    return forward
+    return call
 
 
 def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

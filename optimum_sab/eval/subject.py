@@ -129,7 +129,7 @@ def _language(model: str, calibration: str, budget: Budget, dtype: torch.dtype) 
         return [tokenizer.decode(window) for window in drawn]
 
     own = calibration in (MIXED, *SOURCES)
-    texts = {s: text_windows(tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
+    texts = _held_out_texts(tokenizer, budget)
     probes = [w for s in SOURCES for w in texts[s][: max(1, budget.probes // len(SOURCES))]]
     return Subject(
         name=Path(model).name,
@@ -178,7 +178,6 @@ def _reader(
 
     questions = [q for task in tasks for q in reader_questions(task, budget.questions, 0, cifar)]
     asked = [q for task in tasks for q in reader_questions(task, -(-budget.probes // len(tasks)), 1, cifar)]
-    texts = {s: text_windows(processor.tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
     return Subject(
         name="reader",
         source=model,
@@ -186,10 +185,14 @@ def _reader(
         dtype=dtype,
         calibration=_calibration(calibration, own, budget),
         budget=budget,
-        texts=texts,
+        texts=_held_out_texts(processor.tokenizer, budget),
         questions=tuple(questions),
         probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
     )
+
+
+def _held_out_texts(tokenizer: Any, budget: Budget) -> dict[str, Tensor]:
+    return {s: text_windows(tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
 
 
 def _calibration(source: str | None, own: Callable[[int], list[Any]], budget: Budget) -> Callable[[int], Any]:
@@ -206,7 +209,7 @@ def _vision_language(model: str, calibration: str | None, budget: Budget, dtype:
     """Any vision-language model: text for its perplexity, built-in pictures with answers for its predictions."""
     processor = load_processor(model)
     tokenizer = processor.tokenizer
-    texts = {s: text_windows(tokenizer, s, "held-out", budget.held_out, budget.window) for s in SOURCES}
+    texts = _held_out_texts(tokenizer, budget)
     return Subject(
         name=Path(model).name,
         source=model,

@@ -171,10 +171,9 @@ class SABHfQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.resume_folder is None:
             return None
-        marks = fingerprint(
-            model, inputs, selection.settings, config.calibration_pass, config.refine_settings, config.target_bits
-        )
-        return ResumeFolder(config.resume_folder, {**marks, "allocation": config.allocation})
+        marks = fingerprint(model, inputs, selection.settings, config.calibration_pass, config.refine_settings)
+        allocation = {"allocation": config.allocation, "target_bits": config.target_bits}
+        return ResumeFolder(config.resume_folder, {**marks, **allocation})
 
     def _allocate(
         self,

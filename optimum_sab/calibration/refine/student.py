@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from optimum_sab.calibration.passage import call_with
-from optimum_sab.calibration.placement import first_device, map_tensors
+from optimum_sab.calibration.passage import call_with, recomputed
+from optimum_sab.calibration.placement import first_device
 from optimum_sab.calibration.refine.parameters import ModuleParameters
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import set_module
@@ -102,14 +101,7 @@ class Student:
         def call(*args: Any, **kwargs: Any) -> Any:
             return call_with(tuned.module, original, tuned.parameters.build(), args, kwargs)
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            home = first_device((args, kwargs))
-            if self._device is not None:
-                args, kwargs = map_tensors(args, self._device), map_tensors(kwargs, self._device)
-            output = checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-            return output if self._device is None or home is None else map_tensors(output, home)
-
-        return forward
+        return recomputed(call, self._device)
 
     def _wrap_head(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(input: Tensor) -> Tensor:
