@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a piece of a chat, with nothing put in front or behind."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 @dataclass(frozen=True)
 class AnsweredRows:
     """Token rows of unequal length, filled up at the end.

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_sab.eval.reader.answers import AnsweredRows, answer_loss, answered_rows
+from optimum_sab.eval.reader.answers import AnsweredRows, answer_loss, answered_rows, token_ids
 from optimum_sab.eval.reader.cifar import Pictures
 from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightBatch, SightSettings, sight_batches
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
+from optimum_sab.example.optimization import set_learning_rate
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ def teach_dialogue(
     drawn = SightSettings(signs=settings.signs, pictures=settings.pictures, seed=settings.seed)
     rng, began, running = random.Random(f"dialogue {settings.seed}"), time.monotonic(), torch.zeros(3)
     for step, batch in zip(range(1, settings.steps + 1), sight_batches(pictures, drawn)):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(step / settings.warmup, 1.02 - step / settings.steps)
+        share = min(step / settings.warmup, 1.02 - step / settings.steps)
+        set_learning_rate([optimizer], settings.learning_rate * share)
         rows = _rows(tokenizer, batch, settings.signs, rng, after)
         loss, hits = _dialogue_loss(model, tokenizer, sight, batch, rows, before)
         optimizer.zero_grad()
@@ -85,14 +86,10 @@ def _rows(
     tokenizer: Any, batch: SightBatch, signs: int, rng: random.Random, after: Callable[[str], str]
 ) -> AnsweredRows:
     """A question about every picture, from behind the picture on, with its answer."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
     answers = ["".join(CANDIDATES[index] for index in row if index).strip() for row in batch.captions.tolist()]
     prompts = [READING_PROMPTS if number < signs else NAMING_PROMPTS for number in range(len(answers))]
-    starts = [encode(after(rng.choice(each))) for each in prompts]
-    return answered_rows(starts, [encode(answer) for answer in answers], tokenizer.eos_token_id)
+    starts = [token_ids(tokenizer, after(rng.choice(each))) for each in prompts]
+    return answered_rows(starts, [token_ids(tokenizer, answer) for answer in answers], tokenizer.eos_token_id)
 
 
 def _dialogue_loss(
@@ -101,7 +98,7 @@ def _dialogue_loss(
     table = model.get_input_embeddings()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         seen = sight.connector(sight(batch.pixels)[2])
-    opening = table(torch.tensor([tokenizer.encode(before, add_special_tokens=False)]))
+    opening = table(torch.tensor([token_ids(tokenizer, before)]))
     embedded = [opening.expand(len(seen), -1, -1), seen.to(opening.dtype), table(rows.ids)]
     hidden = model.model(inputs_embeds=torch.cat(embedded, dim=1), use_cache=False).last_hidden_state
     return answer_loss(model, hidden[:, -rows.ids.shape[1] :], rows)

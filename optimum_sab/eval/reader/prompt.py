@@ -8,6 +8,7 @@ keys and values are computed once per step.
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections.abc import Callable
@@ -18,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from optimum_sab.eval.reader.answers import answer_loss, answered_rows
+from optimum_sab.eval.reader.answers import answer_loss, answered_rows, token_ids
 from optimum_sab.eval.reader.cifar import CLASSES
 from optimum_sab.eval.reader.sight import CAPTION_TOKENS, NOTHING
 from optimum_sab.eval.reader.signs import random_words
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
 from optimum_sab.eval.reader.tower import TOKENS
+from optimum_sab.example.optimization import set_learning_rate
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -57,8 +59,8 @@ class PromptSettings:
 
 def written_prompt(tokenizer: Any, embeddings: Tensor) -> Float[Tensor, "61 hidden"]:
     """The embeddings of `INSTRUCTION`, filled up at the front with line breaks or cut there."""
-    ids = tokenizer.encode(INSTRUCTION, add_special_tokens=False)
-    filling = tokenizer.encode(NOTHING, add_special_tokens=False)[-1:]
+    ids = token_ids(tokenizer, INSTRUCTION)
+    filling = token_ids(tokenizer, NOTHING)[-1:]
     ids = [*filling * (PROMPT_TOKENS - len(ids)), *ids][-PROMPT_TOKENS:]
     return embeddings[ids].detach().float().clone()
 
@@ -91,8 +93,7 @@ def tune_prompt(
     optimizer = torch.optim.Adam([prompt], lr=settings.learning_rate, betas=(0.9, 0.95))
     rng, began, losses, right = random.Random(f"prompt {settings.seed}"), time.monotonic(), 0.0, 0.0
     for step in range(1, settings.steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(step / 10, 1.05 - step / settings.steps)
+        set_learning_rate([optimizer], settings.learning_rate * min(step / 10, 1.05 - step / settings.steps))
         drawn = [_reading(rng) for _ in range(settings.captions)] + [_naming(rng) for _ in range(settings.captions)]
         loss, exact = _prompt_loss(model, tokenizer, prompt, drawn, settings.noise, before, after)
         optimizer.zero_grad()
@@ -126,10 +127,7 @@ def _prompt_loss(
     after: Callable[[str], str],
 ) -> tuple[Tensor, float]:
     """Cross-entropy of the answers' tokens, and the share of answers that are right token by token."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-
+    encode = functools.partial(token_ids, tokenizer)
     table = model.get_input_embeddings()
     nothing = encode(NOTHING)[-1]
     captions = [encode(caption) for caption, _, _ in drawn]

@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from optimum_sab.eval.reader.answers import token_ids
 from optimum_sab.eval.reader.cifar import Pictures, read_cifar
 from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
 from optimum_sab.eval.reader.prompt import PromptSettings, tune_prompt, written_prompt
@@ -115,7 +116,7 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     speaker = load_language(language)
     prompt = _prompt(speaker, output / "prompt.safetensors", prompt_settings, report)
-    ids = [speaker.tokenizer.encode(word, add_special_tokens=False)[0] for word in CANDIDATES]
+    ids = [token_ids(speaker.tokenizer, word)[0] for word in CANDIDATES]
     pictures = read_cifar(cifar, "train")
     sight = make_sight(speaker.embeddings.shape[1], pictures, sight_settings)
     if initial is not None:
