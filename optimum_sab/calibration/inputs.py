@@ -6,8 +6,11 @@ from typing import Any
 
 from optimum_sab.calibration.modality import VISUAL, model_modalities
 from optimum_sab.calibration.progress import OnStep, no_step
-from optimum_sab.calibration.samples import SELF, encode_samples, read_samples
+from optimum_sab.calibration.samples import SELF, encode_samples, has_chat_template, read_samples
 from optimum_sab.calibration.self_samples import self_samples
+from optimum_sab.data.unseen import unseen_chats, unseen_texts
+
+UNSEEN_LENGTH = 256  # tokens of a text
 
 
 def calibration_inputs(
@@ -37,3 +40,16 @@ def calibration_inputs(
         return self_samples(model, processor, count, sequence_length, seed, on_step)
     samples = read_samples(source, count, seed, VISUAL in model_modalities(model.config))
     return encode_samples(samples, processor, sequence_length)
+
+
+def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]:
+    """Forward arguments that no calibration set of ours holds, by kind: "text", and "pictures" if the model reads any.
+
+    Args:
+        model: the model.
+        processor: its processor or tokenizer; without a chat template there are no pictures.
+    """
+    samples: dict[str, list[Any]] = {"text": list(unseen_texts())}
+    if VISUAL in model_modalities(model.config) and has_chat_template(processor):
+        samples["pictures"] = list(unseen_chats())
+    return {kind: encode_samples(some, processor, UNSEEN_LENGTH) for kind, some in samples.items()}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.agreement import Agreement
 from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
 from optimum_sab.calibration.passage import BlockPassage
@@ -20,7 +21,7 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.reconstruction import Reconstruction, reconstruct
 from optimum_sab.calibration.refine.tuning import Tuning
-from optimum_sab.calibration.refine.whole_model import output_embedding, tune_model
+from optimum_sab.calibration.refine.whole_model import head_to_tune_to, tune_model
 from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
@@ -82,12 +83,15 @@ class BinarizationReport:
         tokens: calibration tokens per modality.
         seconds: wall time in all.
         tuning: what the refinement made of the whole model; None without it.
+        agreement: with the dense model's predictions on samples that did not calibrate it, by kind; filled in by
+            whoever makes the check.
     """
 
     blocks: tuple[BlockReport, ...]
     tokens: dict[str, int]
     seconds: float
     tuning: Tuning | None = None
+    agreement: Mapping[str, Agreement] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -123,7 +127,7 @@ def binarize(
         on_step: told how far the refinement of the whole model is.
 
     Raises:
-        CalibrationError: see `output_embedding` and `ResumeFolder`.
+        CalibrationError: see `head_to_tune_to` and `ResumeFolder`.
         SampleError: no samples.
         NonFiniteError: a weight or an activation holds NaN or inf.
         LockstepError, SingularHessianError: see there.
@@ -140,7 +144,7 @@ def binarize(
     home = next(model.parameters()).device
     moved = map_tensors([dict(sample) for sample in samples], home)
     dtype = next(iter(targets.linears[0].values())).weight.dtype
-    head = output_embedding(model) if refine is not None and refine.steps else None
+    head = head_to_tune_to(model) if refine is not None and refine.steps else None
     was_training = model.training
     model.eval()
     started = time.perf_counter()

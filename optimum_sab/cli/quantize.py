@@ -54,6 +54,7 @@ def run(options: argparse.Namespace) -> None:
         "bits_per_weight": report.bits_per_weight,
         "bytes": sum(p.stat().st_size for p in options.output.glob("*.safetensors")),
         "calibration_tokens": report.tokens,
+        "agreement": {kind: {"kl": each.kl, "top1": each.top1} for kind, each in report.agreement.items()},
         "seconds": time.perf_counter() - started,
         "blocks": [{"index": b.index, "error": b.error, "drift": b.drift, "seconds": b.seconds} for b in report.blocks],
     }
@@ -64,3 +65,5 @@ def run(options: argparse.Namespace) -> None:
             f"{options.output}: {summary['bits_per_weight']:.3f} bits per weight in the binarized linears, "
             f"{summary['bytes'] / 1e6:.1f} MB in all, {summary['seconds']:.0f} s"
         )
+        for kind, each in report.agreement.items():
+            print(f"against the dense model, on {kind} that did not calibrate it: {each}")

@@ -4,28 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.agreement import Agreement, text_tokens
 from optimum_sab.calibration.modality import TEXT, TokenModalities, token_modalities
 from optimum_sab.errors import ConfigError
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Next-token predictions against the dense model's, over text tokens.
-
-    Attributes:
-        kl: mean ``KL(dense ‖ quantized)`` in nats.
-        top1: share of tokens for which both models' likeliest token is the same.
-    """
-
-    kl: float
-    top1: float
 
 
 @torch.inference_mode()
@@ -39,10 +26,8 @@ def perplexity(model: Any, windows: Tensor) -> float:
 
 
 @torch.inference_mode()
-def divergence(dense: Any, quantized: Any, probes: Sequence[Mapping[str, Any]]) -> Divergence:
-    """Compare two models' predictions on the same inputs.
-
-    Positions of image placeholders are left out: what a model predicts there was never trained.
+def agreement(dense: Any, quantized: Any, probes: Sequence[Mapping[str, Any]]) -> Agreement:
+    """Compare two models' predictions on the text tokens of the same inputs.
 
     Args:
         dense: the reference.
@@ -52,18 +37,16 @@ def divergence(dense: Any, quantized: Any, probes: Sequence[Mapping[str, Any]]) 
     Raises:
         ConfigError: no probe has a text token.
     """
-    kl = torch.zeros((), dtype=torch.float64)
-    agreeing = tokens = 0
-    for probe in probes:
-        text = token_modalities(probe, dense.config).labels == 0
-        p = dense(**probe).logits[0].float()[text].log_softmax(-1)
-        q = quantized(**probe).logits[0].float()[text].log_softmax(-1)
-        kl += torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum").double()
-        agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-        tokens += int(text.sum())
-    if not tokens:
+
+    def logits() -> Iterator[tuple[Tensor, Tensor]]:
+        for probe in probes:
+            text = text_tokens(probe, dense.config)
+            if bool(text.any()):
+                yield quantized(**probe).logits[0][text], dense(**probe).logits[0][text]
+
+    if not any(bool(text_tokens(probe, dense.config).any()) for probe in probes):
         raise ConfigError("the probes have no text token to compare predictions at; give prompts with text.")
-    return Divergence(float(kl) / tokens, agreeing / tokens)
+    return Agreement.of(logits())
 
 
 @torch.inference_mode()

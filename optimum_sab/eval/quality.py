@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.eval.measures import divergence, layer_errors, perplexity
+from optimum_sab.eval.measures import agreement, layer_errors, perplexity
 from optimum_sab.eval.methods import DENSE, Method
 from optimum_sab.eval.simulation import simulate
 from optimum_sab.eval.subject import Subject
@@ -121,7 +121,7 @@ def _rows(
     for method in methods:
         for seed in seeds:
             model, bits, seconds = _quantize(subject, method, seed)
-            predictions = divergence(dense, model, subject.probes)
+            predictions = agreement(dense, model, subject.probes)
             yield Measurement(
                 method=method.name,
                 family=method.family,

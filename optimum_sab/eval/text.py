@@ -16,9 +16,14 @@ MIXED = "mixed"
 
 
 def mixed_windows(tokenizer: Any, text: str, part: str, count: int, length: int, seed: int | None = None) -> Tensor:
-    """`text_windows` of one source, or of both in equal numbers for ``text="mixed"``."""
-    sources = SOURCES if text == MIXED else (text,)
-    return torch.cat([text_windows(tokenizer, s, part, count // len(sources), length, seed) for s in sources])
+    """`text_windows` of one source, or for ``text="mixed"`` of both: as many of either while the shorter one lasts."""
+    if text != MIXED:
+        return text_windows(tokenizer, text, part, count, length, seed)
+    available = {source: len(_windows(tokenizer, source, part, length)) for source in SOURCES}
+    shorter = min(available, key=lambda source: available[source])
+    few = min(count // 2, available[shorter])
+    counts = {source: few if source == shorter else count - few for source in SOURCES}
+    return torch.cat([text_windows(tokenizer, s, part, n, length, seed) for s, n in counts.items()])
 
 
 def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int, seed: int | None = None) -> Tensor:
@@ -40,18 +45,24 @@ def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int
     """
     if source not in SOURCES:
         raise ConfigError(f"text={source!r} is unknown; use one of {', '.join(SOURCES)}, or {MIXED!r} for both.")
-    topics: dict[str, str] = pydoc_data.topics.topics
-    pieces = [topics[key] for key in sorted(topics)] if source == "reference" else list(passages())
-    chosen = pieces[0 if part == "calibration" else 1 :: 2]
-    ids = torch.tensor(tokenizer("\n\n".join(chosen))["input_ids"])
-    available = len(ids) // length
+    windows = _windows(tokenizer, source, part, length)
+    available = len(windows)
     if available < count:
         raise ConfigError(
             f"the {part} half of {source!r} has {available} windows of {length} tokens, {count} were asked for; ask "
             "for fewer or shorter ones."
         )
-    windows = ids[: available * length].view(available, length)
     if seed is None:
         return windows[:count]
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
     return windows[order[:count].sort().values]
+
+
+def _windows(tokenizer: Any, source: str, part: str, length: int) -> Tensor:
+    """Every window [available, length] of one half of a text."""
+    topics: dict[str, str] = pydoc_data.topics.topics
+    pieces = [topics[key] for key in sorted(topics)] if source == "reference" else list(passages())
+    chosen = pieces[0 if part == "calibration" else 1 :: 2]
+    ids = torch.tensor(tokenizer("\n\n".join(chosen))["input_ids"])
+    available = len(ids) // length
+    return ids[: available * length].view(available, length)

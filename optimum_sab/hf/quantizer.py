@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_sab.errors import ConfigError, FormatError
+from optimum_sab.errors import ConfigError, FormatError, SABWarning
 from optimum_sab.hf.checkpoint import check_files, local_files
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
@@ -18,6 +20,9 @@ from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, replace_with_skeletons, select_linears, set_module
 from optimum_sab.ops.backends import choose_backend
+
+if TYPE_CHECKING:
+    from optimum_sab.calibration.agreement import AgreementCheck
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -65,8 +70,9 @@ class SABHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
+        check = None
         if not self.pre_quantized:
-            self._binarize(model)
+            check = self._binarize(model)
         else:
             for name, module in model.named_modules():
                 if isinstance(module, SABLinear) and module.weight.device.type != "meta":
@@ -76,6 +82,8 @@ class SABHfQuantizer(HfQuantizer):
                 self.remove_quantization_config(model)
                 return model
         self._prepare(model)
+        if check is not None:
+            self._compare(check)
         config: Any = model.config
         config.quantization_config = self.quantization_config
         return model
@@ -114,7 +122,8 @@ class SABHfQuantizer(HfQuantizer):
             rules += (config.measured or {}).get("left_dense", [])
         return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
 
-    def _binarize(self, model: nn.Module) -> None:
+    def _binarize(self, model: nn.Module) -> AgreementCheck | None:
+        """Binarize in place; returns what can compare the result with the dense model."""
         from optimum_sab.calibration.inputs import calibration_inputs
         from optimum_sab.calibration.modality import VISUAL, model_modalities
         from optimum_sab.calibration.pipeline import binarize
@@ -136,6 +145,7 @@ class SABHfQuantizer(HfQuantizer):
                 config.seed,
                 progress.steps("Writing samples", "answer"),
             )
+            check = self._agreement_check(model, processor)
             resume = self._resume_folder(model, selection, inputs)
             if config.allocation == "sensitivity":
                 on_step = progress.steps("Allocating bits", "step")
@@ -164,6 +174,40 @@ class SABHfQuantizer(HfQuantizer):
         }
         if config.target_bits is not None:  # the choice stands in dynamic now
             config.measured["target_bits"], config.target_bits = config.target_bits, None
+        return check
+
+    def _agreement_check(self, model: nn.Module, processor: Any) -> AgreementCheck | None:
+        """What the dense model says to a few samples that calibrate nothing."""
+        from optimum_sab.calibration.agreement import AgreementCheck
+        from optimum_sab.calibration.inputs import unseen_inputs
+
+        try:
+            return AgreementCheck(model, unseen_inputs(model, processor))
+        except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
+            warnings.warn(
+                "the finished model will not be compared with the dense one, which does not read the samples for that: "
+                f"{error}",
+                SABWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def _compare(self, check: AgreementCheck) -> None:
+        """Record how far the finished model is from the dense one, and say so where it is far."""
+        found = check.measure()
+        self.report = replace(self.report, agreement=found)
+        self.quantization_config.measured["agreement"] = {
+            kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in found.items()
+        }
+        for kind, each in found.items():
+            if each.far:
+                warnings.warn(
+                    f"the binarized model is far from the dense one on {kind} that did not calibrate it: {each}. It "
+                    "has lost what the calibration samples do not show: give more or more varied ones (some of "
+                    "optimum_sab.data.builtin.builtin_samples among them), or more bits (SABConfig.two_bit()).",
+                    SABWarning,
+                    stacklevel=2,
+                )
 
     def _resume_folder(self, model: nn.Module, selection: Selection, inputs: list[dict[str, Any]]) -> Any:
         from optimum_sab.calibration.resume import ResumeFolder, fingerprint
@@ -215,12 +259,13 @@ class SABHfQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Packed layers become dense linears in ``dtype`` (default: the model's)."""
-        dtype = dtype or getattr(model.config, "dtype", None) or getattr(model, "dtype", None)
+        named: Any = dtype or getattr(model.config, "dtype", None) or getattr(model, "dtype", None)
+        wanted: torch.dtype | None = getattr(torch, named) if isinstance(named, str) else named  # saving leaves a name
         for name, module in list(model.named_modules()):
             if isinstance(module, SABLinear):
                 if module.weight.device.type == "meta":
                     raise ConfigError(f"{name} is offloaded; load the model without offload to dequantize it.")
-                set_module(model, name, module.dequantize(dtype))
+                set_module(model, name, module.dequantize(wanted))
         return model
 
 

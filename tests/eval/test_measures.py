@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from optimum_sab.errors import ConfigError
-from optimum_sab.eval.measures import divergence, layer_errors, perplexity
+from optimum_sab.eval.measures import agreement, layer_errors, perplexity
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.auto import AutoModelForVision2Seq
 
@@ -40,20 +40,20 @@ def test_perplexity_of_a_uniform_model_is_the_vocabulary():
     assert perplexity(Fixed(torch.zeros(50)), torch.randint(0, 50, (3, 20))) == pytest.approx(50, rel=1e-4)
 
 
-def test_divergence_of_a_model_from_itself_is_nothing(llama, probes):
-    found = divergence(llama, llama, probes)
+def test_agreement_of_a_model_from_itself_is_nothing(llama, probes):
+    found = agreement(llama, llama, probes)
     assert found.kl == pytest.approx(0.0, abs=1e-6)
     assert found.top1 == 1.0
 
 
-def test_divergence_is_kl_of_the_dense_predictions(probes):
+def test_agreement_is_the_kl_of_the_dense_predictions(probes):
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.2, 0.5, 0.3])
-    found = divergence(Fixed(p.log()), Fixed(q.log()), probes)
+    found = agreement(Fixed(p.log()), Fixed(q.log()), probes)
     assert found.kl == pytest.approx(sum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True)))
     assert found.top1 == 0.0
 
 
-def test_divergence_leaves_image_positions_out():
+def test_agreement_leaves_image_positions_out():
     dense = AutoModelForVision2Seq.from_pretrained(checkpoint_path(), dtype=torch.float32)
     only_images = {"input_ids": torch.full((1, 4), dense.config.image_token_id)}
 
@@ -64,7 +64,7 @@ def test_divergence_leaves_image_positions_out():
             return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 8)})
 
     with pytest.raises(ConfigError, match="no text token"):
-        divergence(Any(), Any(), [only_images])
+        agreement(Any(), Any(), [only_images])
 
 
 def test_layer_error_is_the_output_error_on_the_dense_model_s_inputs(llama, probes):

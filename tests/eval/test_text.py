@@ -34,6 +34,17 @@ def test_mixed_windows_are_half_and_half(tokenizer):
     assert torch.equal(mixed[3:], text_windows(tokenizer, "passages", "calibration", 3, 32))
 
 
+def test_mixed_windows_go_on_with_the_longer_text_where_the_shorter_one_ends(tokenizer):
+    passages = text_windows(tokenizer, "passages", "calibration", 8, 512)
+    with pytest.raises(ConfigError, match=r"has (\d+) windows") as refused:
+        text_windows(tokenizer, "passages", "calibration", 10**6, 512)
+    every = int(str(refused.value).split(" has ")[1].split()[0])
+    mixed = mixed_windows(tokenizer, "mixed", "calibration", 2 * every + 9, 512)
+    assert len(mixed) == 2 * every + 9
+    assert torch.equal(mixed[-every:][:8], passages)
+    assert torch.equal(mixed[:-every], text_windows(tokenizer, "reference", "calibration", every + 9, 512))
+
+
 def test_unknown_or_short_text_is_named(tokenizer):
     with pytest.raises(ConfigError, match=r"has \d+ windows"):
         text_windows(tokenizer, "passages", "held-out", 10**6, 64)

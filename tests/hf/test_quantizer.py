@@ -12,11 +12,13 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import optimum_sab
 from optimum_sab import AutoModelForVision2Seq, SABConfig, SABLinear
+from optimum_sab.calibration.inputs import unseen_inputs
 from optimum_sab.errors import ConfigError, FormatError, FormatVersionError, NonFiniteError, SABWarning, SampleError
+from optimum_sab.eval.measures import agreement
 from optimum_sab.example.tasks import held_out_questions
 from optimum_sab.hf.processor import load_processor
 from optimum_sab.hf.registration import register
@@ -190,6 +192,34 @@ def test_saved_config_records_what_was_measured(llama_packed):
     assert stored["calibration"] == {"samples": 8}
 
 
+def test_a_finished_model_is_compared_with_the_dense_one(llama_packed, llama_folder, example_packed):
+    model, folder = llama_packed
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]["measured"]["agreement"]
+    found = model.hf_quantizer.report.agreement
+    assert set(found) == set(stored) == {"text"}
+    assert stored["text"] == {"kl": round(found["text"].kl, 4), "top1": round(found["text"].top1, 4)}
+    dense = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).eval()
+    again = agreement(dense, model, unseen_inputs(model, AutoTokenizer.from_pretrained(llama_folder))["text"])
+    assert found["text"].kl == pytest.approx(again.kl, rel=1e-3)
+    assert set(example_packed[0].hf_quantizer.report.agreement) == {"text", "pictures"}
+
+
+def test_a_model_far_from_the_dense_one_is_said_to_be(llama_folder, quick_config, texts, monkeypatch):
+    monkeypatch.setattr("optimum_sab.calibration.agreement.FAR", 0.0)
+    with pytest.warns(SABWarning, match=r"far from the dense one on text .* KL \d"):
+        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+
+
+def test_a_model_that_does_not_read_the_samples_of_the_comparison_is_binarized_all_the_same(
+    llama_folder, quick_config, texts, monkeypatch
+):
+    monkeypatch.setattr("optimum_sab.calibration.inputs.unseen_texts", lambda: ["<image>", ""])
+    with pytest.warns(SABWarning, match="will not be compared with the dense one.*no tokens"):
+        model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+    assert packed_linears(model)
+    assert "agreement" not in model.config.quantization_config.measured
+
+
 def test_dequantize_gives_the_same_logits(llama_packed, token_ids):
     _model, folder = llama_packed
     reloaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -200,6 +230,15 @@ def test_dequantize_gives_the_same_logits(llama_packed, token_ids):
     assert not packed_linears(reloaded)
     assert not hasattr(reloaded.config, "quantization_config")
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+
+
+def test_a_saved_model_can_still_be_dequantized(llama_packed, tmp_path):
+    _model, folder = llama_packed
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)  # which leaves the name of a dtype in the config
+    model.dequantize()
+    assert not packed_linears(model)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
 
 
 def test_dequantized_model_is_an_ordinary_checkpoint(llama_packed, token_ids, tmp_path):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.head import SharedHead
 from optimum_sab.calibration.passage import call_with, recomputed
 from optimum_sab.calibration.placement import first_device
 from optimum_sab.calibration.refine.parameters import ModuleParameters
@@ -43,26 +44,12 @@ class Student:
     ) -> None:
         self.model = model
         self.tuned = tuned
-        self._head = head
+        self._head = SharedHead(model, head)
         self._device = device
-        self._teacher: Tensor | None = None
 
     def logits(self, inputs: Mapping[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [batch, tokens, vocabulary] of the student, and of the teacher without gradient.
-
-        Both go through the model's own way from the head on, which may scale or cap them.
-
-        Args:
-            inputs: forward arguments of a batch.
-            teacher: what the teacher gives to the head, [batch, tokens, width].
-        """
-        self._teacher = teacher
-        try:
-            both = self.model(**inputs, use_cache=False).logits
-        finally:
-            self._teacher = None
-        batch = teacher.shape[0]
-        return both[:batch], both[batch:].detach()
+        """Logits of the student, and of the teacher from what it gives to the head: `SharedHead.logits`."""
+        return self._head.logits(inputs, teacher)
 
     @contextmanager
     def prepared(self) -> Iterator[Student]:
@@ -70,7 +57,7 @@ class Student:
         layers = [(t.module, name, t.module.get_submodule(name)) for t in self.tuned for name in t.parameters.scales]
         homes = [(t.module, first_device(list(t.module.parameters()))) for t in self.tuned]
         flags = [(p, p.requires_grad) for p in self.model.parameters() if p.is_floating_point()]
-        patched = [t.module for t in self.tuned] + [self._head]
+        patched = [t.module for t in self.tuned]
         originals = [module.__dict__.get("forward") for module in patched]
         try:
             for parameter, _ in flags:
@@ -82,8 +69,8 @@ class Student:
                 if self._device is not None:
                     tuned.module.to(self._device)
                 tuned.module.forward = self._wrap_module(tuned, tuned.module.forward)
-            self._head.forward = self._wrap_head(self._head.forward)
-            yield self
+            with self._head.open():
+                yield self
         finally:
             for module, original in zip(patched, originals, strict=True):
                 module.__dict__.pop("forward", None)
@@ -102,16 +89,6 @@ class Student:
             return call_with(tuned.module, original, tuned.parameters.build(), args, kwargs)
 
         return recomputed(call, self._device)
-
-    def _wrap_head(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(input: Tensor) -> Tensor:
-            assert self._teacher is not None
-            student = original(input)
-            with torch.no_grad():
-                teacher = original(self._teacher.to(input.device, input.dtype))
-            return torch.cat([student, teacher])
-
-        return forward
 
 
 def _stand_in(layer: SABLinear) -> nn.Linear:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.head import output_embedding
 from optimum_sab.calibration.modality import TokenModalities
 from optimum_sab.calibration.placement import device_of
 from optimum_sab.calibration.progress import OnStep, no_step
@@ -20,15 +21,14 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import set_module
 
 
-def output_embedding(model: nn.Module) -> nn.Module:
-    """The model's language head.
+def head_to_tune_to(model: nn.Module) -> nn.Module:
+    """The output embedding, whose next-token distributions the tuning is about.
 
     Raises:
-        CalibrationError: it has none.
+        CalibrationError: the model has none.
     """
-    accessor = getattr(model, "get_output_embeddings", None)
-    head = accessor() if callable(accessor) else None
-    if not isinstance(head, nn.Module):
+    head = output_embedding(model)
+    if head is None:
         raise CalibrationError(
             f"{type(model).__name__} has no output embedding, so there are no next-token distributions to tune to; "
             "load it with its language head (AutoModelForCausalLM, AutoModelForImageTextToText), or set refine_steps=0."
@@ -61,7 +61,7 @@ def tune_model(
         on_step: see `tune`.
     """
     tuned = list(_tuned_modules(model, dtype, device))
-    student = Student(model, tuned, output_embedding(model), device)
+    student = Student(model, tuned, head_to_tune_to(model), device)
     judged = [TuningSample(s, teacher[i], modalities[i]) for i, s in enumerate(samples)]
     outcome = tune(student, judged, steps, store, on_step)
     if outcome.improved:

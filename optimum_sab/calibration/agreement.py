@@ -1,0 +1,103 @@
+"""How far a binarized model's predictions are from the dense one's on samples that did not calibrate it.
+
+A calibration can go well by every figure of its own and leave a model that has lost what its samples did not show. So
+the dense model reads a few samples before the work, and the finished one the same samples after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.head import SharedHead, output_embedding
+from optimum_sab.calibration.modality import TEXT, token_modalities
+from optimum_sab.calibration.placement import map_tensors
+from optimum_sab.calibration.refine.loss import divergence
+
+FAR = 2.0  # nats per token: likely tokens have become e² = 7 times less likely
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Next-token predictions against the dense model's, over text tokens.
+
+    Attributes:
+        kl: mean ``KL(dense ‖ binarized)`` in nats.
+        top1: share of tokens for which both models' likeliest token is the same.
+    """
+
+    kl: float
+    top1: float
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement:
+        """Over all tokens of pairs of logits [tokens, vocabulary], the binarized model's first."""
+        kl, same = [], []
+        for mine, dense in pairs:
+            kl.append(divergence(mine, dense).double().cpu())
+            same.append((mine.argmax(-1) == dense.argmax(-1)).double().cpu())
+        return cls(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.2f} nats per token, {self.top1:.0%} of the likeliest tokens the same"
+
+    @property
+    def far(self) -> bool:
+        """Whether the predictions have little to do with the dense model's."""
+        return not self.kl <= FAR  # NaN too
+
+
+class AgreementCheck:
+    """Of every sample it keeps what the dense model gives to its output embedding.
+
+    Args:
+        model: dense.
+        samples: forward keyword arguments, one sample each, by kind.
+    """
+
+    def __init__(self, model: nn.Module, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        self._model = model
+        home = next(model.parameters()).device
+        self._samples = {kind: [map_tensors(dict(s), home) for s in some] for kind, some in samples.items()}
+        self._dense: dict[str, list[Tensor]] = {}
+        head = output_embedding(model)
+        if head is None:
+            return
+        with _reading(model), SharedHead(model, head).open() as shared:
+            self._dense = {kind: [shared.given(s) for s in some] for kind, some in self._samples.items()}
+
+    def measure(self) -> dict[str, Agreement]:
+        """The model as it is now against the dense one, by kind; empty for a model without an output embedding."""
+        head = output_embedding(self._model)
+        if head is None:
+            return {}
+        with _reading(self._model), SharedHead(self._model, head).open() as shared:
+            return {kind: Agreement.of(self._logits(kind, shared)) for kind in self._dense}
+
+    def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
+        for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
+            mine, dense = shared.logits(sample, given)
+            text = text_tokens(sample, getattr(self._model, "config", None)).to(mine.device)
+            yield mine[0][text], dense[0][text]
+
+
+def text_tokens(sample: Mapping[str, Any], config: Any) -> Tensor:
+    """Which tokens are text, bool [tokens]: what a model predicts for the next piece of a picture was never trained."""
+    modalities = token_modalities(sample, config)
+    return modalities.labels == modalities.names.index(TEXT)
+
+
+@contextmanager
+def _reading(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

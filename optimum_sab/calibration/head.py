@@ -1,0 +1,81 @@
+"""The output embedding, and logits of two models that have it in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """The model's language head; None without one."""
+    accessor = getattr(model, "get_output_embeddings", None)
+    head = accessor() if callable(accessor) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+class SharedHead:
+    """A causal model whose output embedding also makes the logits of another model's hidden states.
+
+    Both go through the model's own way from the head on, which may scale or cap them. So of the other model, whose
+    blocks are gone, only what it gave to the head is to be kept.
+
+    Args:
+        model: the model.
+        head: its output embedding.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        self._model = model
+        self._head = head
+        self._given: list[Tensor] = []
+        self._other: Tensor | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[SharedHead]:
+        """Inside, `given` and `logits` work; outside, the head is as it was."""
+        own = vars(self._head).get("forward")  # accelerate's hooks put one there
+        self._head.forward = self._wrap(self._head.forward)
+        try:
+            yield self
+        finally:
+            del self._head.forward
+            if own is not None:
+                self._head.forward = own
+
+    def given(self, inputs: Mapping[str, Any]) -> Tensor:
+        """What the model gives to its head, [batch, tokens, width]."""
+        self._given.clear()
+        self._model(**inputs, use_cache=False)
+        return self._given.pop()
+
+    def logits(self, inputs: Mapping[str, Any], other: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [batch, tokens, vocabulary] of the model, and of the other one without gradient.
+
+        Args:
+            inputs: forward arguments of a batch.
+            other: what the other model gives to the head, [batch, tokens, width].
+        """
+        self._other = other
+        try:
+            both = self._model(**inputs, use_cache=False).logits
+        finally:
+            self._other = None
+            self._given.clear()
+        batch = other.shape[0]
+        return both[:batch], both[batch:].detach()
+
+    def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(input: Tensor) -> Any:
+            self._given.append(input.detach())
+            own = original(input)
+            if self._other is None:
+                return own
+            with torch.no_grad():
+                other = original(self._other.to(input.device, input.dtype))
+            return torch.cat([own, other])
+
+        return forward
