@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.head import SharedHead, output_embedding
-from optimum_sab.calibration.modality import TEXT, token_modalities
+from optimum_sab.calibration.modality import token_modalities
 from optimum_sab.calibration.placement import map_tensors
 from optimum_sab.calibration.refine.loss import divergence
 
@@ -82,14 +82,8 @@ class AgreementCheck:
     def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
         for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
             mine, dense = shared.logits(sample, given)
-            text = text_tokens(sample, getattr(self._model, "config", None)).to(mine.device)
+            text = token_modalities(sample, getattr(self._model, "config", None)).text.to(mine.device)
             yield mine[0][text], dense[0][text]
-
-
-def text_tokens(sample: Mapping[str, Any], config: Any) -> Tensor:
-    """Which tokens are text, bool [tokens]: what a model predicts for the next piece of a picture was never trained."""
-    modalities = token_modalities(sample, config)
-    return modalities.labels == modalities.names.index(TEXT)
 
 
 @contextmanager

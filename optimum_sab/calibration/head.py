@@ -33,10 +33,11 @@ class SharedHead:
         self._head = head
         self._given: list[Tensor] = []
         self._other: Tensor | None = None
+        self._instead: Tensor | None = None
 
     @contextmanager
     def open(self) -> Iterator[SharedHead]:
-        """Inside, `given` and `logits` work; outside, the head is as it was."""
+        """Inside, the other methods work; outside, the head is as it was."""
         own = vars(self._head).get("forward")  # accelerate's hooks put one there
         self._head.forward = self._wrap(self._head.forward)
         try:
@@ -68,8 +69,25 @@ class SharedHead:
         batch = other.shape[0]
         return both[:batch], both[batch:].detach()
 
+    def logits_of(self, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of what might be given to the head.
+
+        Args:
+            hidden: [batch, tokens, width].
+            inputs: any forward arguments, the fewer tokens the better: they only carry the model's forward to the head.
+        """
+        self._instead = hidden
+        try:
+            logits: Tensor = self._model(**inputs, use_cache=False).logits
+        finally:
+            self._instead = None
+            self._given.clear()
+        return logits
+
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(input: Tensor) -> Any:
+            if self._instead is not None:
+                return original(self._instead.to(input.device, input.dtype))
             self._given.append(input.detach())
             own = original(input)
             if self._other is None:

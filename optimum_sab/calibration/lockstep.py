@@ -9,7 +9,7 @@ carries the error of every linear before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -132,17 +132,22 @@ class Lockstep:
     _residuals: dict[tuple[int, str], dict[ResidualSource, Tensor]] = field(default_factory=dict, init=False)
 
     def run(
-        self, visitor: Visitor, finisher: Finisher | None = None, head: nn.Module | None = None
-    ) -> dict[int, Tensor]:
+        self,
+        visitor: Visitor,
+        finisher: Finisher | None = None,
+        head: nn.Module | None = None,
+        to_head: Collection[tuple[int, str]] = (),
+    ) -> dict[tuple[int, str], Tensor]:
         """Drive all samples through all blocks.
 
         Args:
             visitor: what binarizes.
             finisher: what may change a block once it is binarized, or knows it from before.
-            head: the output embedding; with it every dense stream goes on until it is called.
+            head: the output embedding.
+            to_head: the streams, as (sample, stream), that go on until it is called.
 
         Returns:
-            What the dense stream of each sample gave to ``head``; empty without one.
+            What each of ``to_head`` gave to ``head``; those that end without calling it are missing.
 
         Raises:
             LockstepError: samples disagree about the next block, or one reaches a linear that is already binarized.
@@ -162,7 +167,7 @@ class Lockstep:
                 waiting = {w: g.switch(w[0]) for w, g in zip(self._workers, self._greenlets, strict=True)}
                 for index in range(len(self.blocks)):
                     waiting = self._visit_block(index, waiting, visitor)
-                return self._finish(head is not None)
+                return self._finish(to_head if head is not None else ())
             finally:
                 for g in self._greenlets:
                     if not g.dead:
@@ -171,25 +176,27 @@ class Lockstep:
 
     # -- one block -----------------------------------------------------------------------------------------------
 
-    def _finish(self, to_head: bool) -> dict[int, Tensor]:
+    def _finish(self, to_head: Collection[tuple[int, str]]) -> dict[tuple[int, str], Tensor]:
         """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""
-        at_head: dict[int, Tensor] = {}
-        for (sample, stream), g in self._greenlet_of.items():
-            if to_head and stream == DENSE:
-                pause = g.switch()
-                if pause.kind != "head":
-                    raise LockstepError(
-                        f"sample {sample} comes to {pause} and not to the model's output embedding; use "
-                        "refine_steps=0 for this model."
-                    )
-                at_head[sample] = pause.payload
-        last = self._greenlets[0].switch()
-        if last.kind != "end of the forward":
+        at_head: dict[tuple[int, str], Tensor] = {}
+        for worker in to_head:
+            pause = self._greenlet_of[worker].switch()
+            if pause.kind == "head":
+                at_head[worker] = pause.payload
+            else:
+                self._check_end(pause)
+        first = self._greenlets[0]
+        if not first.dead:
+            pause = first.switch()
+            self._check_end(first.switch() if pause.kind == "head" else pause)
+        return at_head
+
+    def _check_end(self, pause: _Pause) -> None:
+        if pause.kind != "end of the forward":
             raise LockstepError(
-                f"a sample comes to {last} again after the last decoder block; models that use a block twice in one "
+                f"a sample comes to {pause} again after the last decoder block; models that use a block twice in one "
                 "forward cannot be binarized."
             )
-        return at_head
 
     def _visit_block(
         self, index: int, waiting: dict[tuple[int, str], _Pause], visitor: Visitor

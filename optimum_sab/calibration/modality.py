@@ -30,6 +30,11 @@ class TokenModalities:
     names: tuple[str, ...]
     labels: Tensor
 
+    @property
+    def text(self) -> Tensor:
+        """Which tokens are text, bool [tokens]: what a model predicts for the next piece of a picture nobody reads."""
+        return self.labels == self.names.index(TEXT)  # which is always one of them
+
     def count(self, name: str) -> int:
         """Tokens of a modality; 0 where it is absent."""
         return int((self.labels == self.names.index(name)).sum()) if name in self.names else 0

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.agreement import Agreement
-from optimum_sab.calibration.lockstep import Arrival, Lockstep
+from optimum_sab.calibration.head import output_embedding
+from optimum_sab.calibration.lockstep import DENSE, QUANTIZED, Arrival, Lockstep
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
 from optimum_sab.calibration.passage import BlockPassage
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
@@ -23,6 +24,7 @@ from optimum_sab.calibration.refine.reconstruction import Reconstruction, recons
 from optimum_sab.calibration.refine.tuning import Tuning
 from optimum_sab.calibration.refine.whole_model import head_to_tune_to, tune_model
 from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder
+from optimum_sab.calibration.temperature import HeadInputs, Temperature, set_temperature, spread_samples
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
@@ -82,6 +84,7 @@ class BinarizationReport:
         blocks: per decoder block.
         tokens: calibration tokens per modality.
         seconds: wall time in all.
+        temperature: of the model's predictions; None where it was left alone.
         tuning: what the refinement made of the whole model; None without it.
         agreement: with the dense model's predictions on samples that did not calibrate it, by kind; filled in by
             whoever makes the check.
@@ -90,6 +93,7 @@ class BinarizationReport:
     blocks: tuple[BlockReport, ...]
     tokens: dict[str, int]
     seconds: float
+    temperature: Temperature | None = None
     tuning: Tuning | None = None
     agreement: Mapping[str, Agreement] = field(default_factory=dict)
 
@@ -111,6 +115,7 @@ def binarize(
     refine: RefineSettings | None = None,
     resume: ResumeFolder | None = None,
     on_step: OnStep = no_step,
+    temperature_scaling: bool = True,
 ) -> BinarizationReport:
     """Binarize the selected linears of ``model`` in place. After an error the model is half binarized: discard it.
 
@@ -125,6 +130,8 @@ def binarize(
         resume: keeps every finished block and the state of the tuning, so that the same call after an
             interruption goes on from there, to the same result.
         on_step: told how far the refinement of the whole model is.
+        temperature_scaling: fit the temperature of the predictions (`temperature.set_temperature`), where there are two
+            streams and a head.
 
     Raises:
         CalibrationError: see `head_to_tune_to` and `ResumeFolder`.
@@ -144,7 +151,8 @@ def binarize(
     home = next(model.parameters()).device
     moved = map_tensors([dict(sample) for sample in samples], home)
     dtype = next(iter(targets.linears[0].values())).weight.dtype
-    head = head_to_tune_to(model) if refine is not None and refine.steps else None
+    tuned = refine is not None and refine.steps > 0
+    head = head_to_tune_to(model) if tuned else output_embedding(model)
     was_training = model.training
     model.eval()
     started = time.perf_counter()
@@ -154,13 +162,39 @@ def binarize(
     two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
     try:
         lockstep = Lockstep(model, targets.blocks, targets.linears, moved, two_streams, device)
-        teacher = lockstep.run(worker, worker if refine or resume else None, head)
+        scaled = spread_samples(len(samples)) if temperature_scaling and two_streams else []
+        to_head = [(i, DENSE) for i in (range(len(samples)) if tuned else scaled)] + [(i, QUANTIZED) for i in scaled]
+        at_head = lockstep.run(worker, worker if refine or resume else None, head, to_head)
+        temperature = None
+        if head is not None and at_head:
+            pairs = [
+                HeadInputs(at_head[i, DENSE], at_head[i, QUANTIZED], modalities[i].text)
+                for i in scaled
+                if (i, DENSE) in at_head and (i, QUANTIZED) in at_head
+            ]
+            temperature = set_temperature(model, head, pairs, _one_token(moved[0], modalities[0]))
         tuning = None
         if refine is not None and refine.steps:
+            teacher = {i: _teacher(at_head, i) for i in range(len(samples))}
             tuning = tune_model(model, moved, modalities, teacher, dtype, refine.steps, device, resume, on_step)
     finally:
         model.train(was_training)
-    return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, tuning)
+    return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, temperature, tuning)
+
+
+def _teacher(at_head: Mapping[tuple[int, str], Tensor], sample: int) -> Tensor:
+    """What the dense stream of a sample gave to the head."""
+    if (sample, DENSE) not in at_head:
+        raise CalibrationError(
+            f"sample {sample} never comes to the model's output embedding; use refine_steps=0 for this model."
+        )
+    return at_head[sample, DENSE]
+
+
+def _one_token(sample: Mapping[str, Any], modalities: TokenModalities) -> dict[str, Tensor]:
+    """The sample's first text token as forward arguments."""
+    first = int(modalities.text.to(torch.int64).argmax())
+    return {"input_ids": sample["input_ids"][:, first : first + 1]}
 
 
 @dataclass

@@ -65,7 +65,7 @@ def output_sensitivity(
         model.requires_grad_(False)
         for index, sample in enumerate(samples):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            text = token_modalities(sample, getattr(model, "config", None)).labels == 0
+            text = token_modalities(sample, getattr(model, "config", None)).text
             _drawn_log_probability(model(**sample, use_cache=False), text, generator).backward()
             tokens += int(text.sum())
             on_step(index + 1, len(samples))

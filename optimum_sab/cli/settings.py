@@ -38,6 +38,7 @@ _HELP = {
     "refine": "train scales, norms and biases after solving",
     "refine_epochs": "rounds over the samples per block",
     "refine_steps": "steps of the tuning of the whole model",
+    "temperature_scaling": "make the predictions as sure as the dense model's are",
     "resume_folder": "keeps what is finished, for a run that is interrupted",
 }
 

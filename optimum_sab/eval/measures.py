@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.agreement import Agreement, text_tokens
+from optimum_sab.calibration.agreement import Agreement
 from optimum_sab.calibration.modality import TEXT, TokenModalities, token_modalities
 from optimum_sab.errors import ConfigError
 
@@ -40,11 +40,11 @@ def agreement(dense: Any, quantized: Any, probes: Sequence[Mapping[str, Any]]) -
 
     def logits() -> Iterator[tuple[Tensor, Tensor]]:
         for probe in probes:
-            text = text_tokens(probe, dense.config)
+            text = token_modalities(probe, dense.config).text
             if bool(text.any()):
                 yield quantized(**probe).logits[0][text], dense(**probe).logits[0][text]
 
-    if not any(bool(text_tokens(probe, dense.config).any()) for probe in probes):
+    if not any(bool(token_modalities(probe, dense.config).text.any()) for probe in probes):
         raise ConfigError("the probes have no text token to compare predictions at; give prompts with text.")
     return Agreement.of(logits())
 

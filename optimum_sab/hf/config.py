@@ -31,7 +31,7 @@ class SABConfig(QuantizationConfigMixin):
     """Settings for binarizing a model, and the record stored with a packed checkpoint.
 
     The first twelve are the settings of a layer; see `optimum_sab.core.settings.LayerSettings` for their meaning.
-    The defaults are the default preset: one base plane, a residual plane on an eighth of the columns, fp8 row scales.
+    The defaults are the default preset: one base plane, a residual plane on 3/16 of the columns, fp8 row scales.
 
     Args:
         allocation: "sensitivity" spends bits where errors cost most: planes and salient columns are chosen per group
@@ -58,6 +58,8 @@ class SABConfig(QuantizationConfigMixin):
             model's hidden states, then all together to its next-token distributions.
         refine_epochs: rounds over the samples per block; 0 leaves that part out.
         refine_steps: steps of the second part, which needs memory for a training step; 0 leaves it out.
+        temperature_scaling: at the end, scale the norm before the output embedding so that the predictions are closest
+            to the dense model's; needs the dense stream that ``propagation`` runs.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
         processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own. Not
             stored.
@@ -100,6 +102,7 @@ class SABConfig(QuantizationConfigMixin):
         refine: bool = False,
         refine_epochs: int = RefineSettings.epochs,
         refine_steps: int = RefineSettings.steps,
+        temperature_scaling: bool = True,
         resume_folder: str | Path | None = None,
         processor: Any = None,
         progress: str = "bar",
@@ -142,6 +145,7 @@ class SABConfig(QuantizationConfigMixin):
         self.refine = refine
         self.refine_epochs = refine_epochs
         self.refine_steps = refine_steps
+        self.temperature_scaling = temperature_scaling
         self.resume_folder = resume_folder
         self.processor = processor
         self.progress = progress
@@ -170,6 +174,7 @@ class SABConfig(QuantizationConfigMixin):
             "row_scale": "fp16",
             "propagation": 0.0,
             "allocation": "uniform",
+            "temperature_scaling": False,
         }
         return cls(**{**published, **changes})
 
@@ -219,8 +224,9 @@ class SABConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
-        if not isinstance(self.refine, bool):
-            raise ConfigError(f"refine={self.refine!r} must be true or false.")
+        for name in ("refine", "temperature_scaling", "dequantize"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         RefineSettings(self.refine_epochs, self.refine_steps)
         if self.resume_folder is not None and not isinstance(self.resume_folder, (str, Path)):
             raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
@@ -228,8 +234,6 @@ class SABConfig(QuantizationConfigMixin):
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
         if self.backend not in (None, "auto", *BACKENDS):
             raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
-        if not isinstance(self.dequantize, bool):
-            raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

@@ -160,6 +160,7 @@ class SABHfQuantizer(HfQuantizer):
                 config.refine_settings,
                 resume,
                 progress.steps("Refining", "step"),
+                config.temperature_scaling,
             )
         config.calibration = (
             config.calibration
@@ -172,6 +173,8 @@ class SABHfQuantizer(HfQuantizer):
             "calibration_tokens": self.report.tokens,
             "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
         }
+        if self.report.temperature is not None:
+            config.measured["temperature"] = round(self.report.temperature.value, 4)
         if config.target_bits is not None:  # the choice stands in dynamic now
             config.measured["target_bits"], config.target_bits = config.target_bits, None
         return check
@@ -216,8 +219,8 @@ class SABHfQuantizer(HfQuantizer):
         if config.resume_folder is None:
             return None
         marks = fingerprint(model, inputs, selection.settings, config.calibration_pass, config.refine_settings)
-        allocation = {"allocation": config.allocation, "target_bits": config.target_bits}
-        return ResumeFolder(config.resume_folder, {**marks, **allocation})
+        own = ("allocation", "target_bits", "temperature_scaling")
+        return ResumeFolder(config.resume_folder, {**marks, **{name: getattr(config, name) for name in own}})
 
     def _allocate(
         self,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_sab.calibration.agreement import Agreement, AgreementCheck, text_tokens
+from optimum_sab.calibration.agreement import Agreement, AgreementCheck
 from optimum_sab.nn.decoder import find_decoder_blocks
 
 
@@ -67,12 +67,6 @@ def test_the_model_is_left_as_it_was(build):
 def test_a_model_without_a_head_has_nothing_to_compare(build):
     subject = build("llama")
     assert AgreementCheck(subject.model.model, {"some": subject.samples}).measure() == {}
-
-
-def test_picture_tokens_are_not_judged(build):
-    subject = build("llava")
-    text = text_tokens(subject.samples[1], subject.model.config)
-    assert text.tolist() == [True, False, False, False, False, True, True]
 
 
 @pytest.mark.parametrize(("kl", "far"), [(0.3, False), (2.0, False), (2.1, True), (math.inf, True), (math.nan, True)])

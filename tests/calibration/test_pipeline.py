@@ -45,7 +45,7 @@ def watched(monkeypatch):
 
 def quantize(subject, settings=QUICK, dense=(), dynamic=None, **options):
     selection = select_linears(subject.model, settings, dense, dynamic)
-    return binarize(subject.model, selection, subject.samples, **options)
+    return binarize(subject.model, selection, subject.samples, **{"temperature_scaling": False, **options})
 
 
 def packed_layers(model):
@@ -239,6 +239,42 @@ def test_packed_model_is_the_quantized_stream(subject, watched):
     after = last_hidden(subject)
     drift = (before - after).square().sum() / before.square().sum()
     assert report.blocks[-1].drift == pytest.approx(float(drift), rel=1e-3)
+
+
+@pytest.mark.compat
+@torch.no_grad()
+def test_temperature_is_fitted_to_the_streams_and_stands_in_the_last_norm(build):
+    plain, scaled = build("qwen2_5_vl"), build("qwen2_5_vl")
+    norm = "model.language_model.norm.weight"
+    for subject in (plain, scaled):
+        subject.model.lm_head.weight.data.mul_(2.0)
+    before = {n: p.clone() for n, p in scaled.model.named_parameters()}
+    dense = [scaled.model(**s, use_cache=False).logits.log_softmax(-1) for s in scaled.samples]
+    assert quantize(plain).temperature is None
+    report = quantize(scaled, temperature_scaling=True)
+    after = dict(scaled.model.named_parameters())
+    changed = {n for n, p in before.items() if n in after and not torch.equal(p, after[n])}
+    assert {n for n in changed if not n.endswith("proj.weight")} == {norm}
+    factor = after[norm] / before[norm]
+    torch.testing.assert_close(factor, torch.full_like(factor, 1 / report.temperature.value))
+    found = []
+    for subject in (plain, scaled):
+        kl = [
+            ((p.exp() * (p - subject.model(**s, use_cache=False).logits.log_softmax(-1))).sum(-1)[0])[text]
+            for p, s in zip(dense, subject.samples, strict=True)
+            for text in [(s["input_ids"][0] != subject.model.config.image_token_id)]
+        ]
+        found.append(float(torch.cat(kl).mean()))
+    assert report.temperature.before == pytest.approx(found[0], rel=1e-3)
+    assert report.temperature.after == pytest.approx(found[1], rel=1e-3)
+    assert found[1] < found[0]
+
+
+def test_one_stream_and_no_head_have_no_temperature(build):
+    assert quantize(build("llama"), QUICK.replace(propagation=0.0), temperature_scaling=True).temperature is None
+    headless = build("llama")
+    headless.model = headless.model.model
+    assert quantize(headless, temperature_scaling=True).temperature is None
 
 
 def test_dense_stream_is_the_model_as_it_was(llama, watched):

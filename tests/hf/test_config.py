@@ -185,6 +185,17 @@ def test_resume_folder_is_of_one_call_and_not_of_the_checkpoint(tmp_path):
     assert copy.deepcopy(config).resume_folder == tmp_path
 
 
+@pytest.mark.parametrize("name", ["refine", "temperature_scaling", "dequantize"])
+def test_switches_are_true_or_false(name):
+    with pytest.raises(ConfigError, match=f"{name}=1 must be true or false"):
+        SABConfig(**{name: 1})
+
+
+def test_paper_leaves_the_temperature_alone():
+    assert SABConfig().temperature_scaling
+    assert not SABConfig.paper().temperature_scaling
+
+
 def test_refine_settings_are_there_only_when_asked_for():
     assert SABConfig(refine_steps=7).refine_settings is None
     assert SABConfig(refine=True, refine_epochs=3, refine_steps=7).refine_settings == RefineSettings(3, 7)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from optimum_sab.calibration.modality import TEXT, TokenModalities
+from optimum_sab.calibration.modality import TokenModalities
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.refine.holdout import split_samples
 from optimum_sab.calibration.refine.loss import divergence
@@ -70,7 +70,7 @@ class TuningSample:
     def counted(self) -> Tensor:
         """Which tokens are judged, bool [tokens]."""
         tokens = self.teacher.shape[-2]
-        text = self.modalities.labels == self.modalities.names.index(TEXT)  # which is always one of them
+        text = self.modalities.text
         return text if text.numel() == tokens and bool(text.any()) else torch.ones(tokens, dtype=torch.bool)
 
 

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
 def quantize(subject, refine=None, settings=QUICK, **options):
     """A binarized copy of the subject's model, and the report."""
     model = copy.deepcopy(subject.model)
+    options = {"temperature_scaling": False, **options}  # half of what the tuning of so small a model is worth
     report = binarize(model, select_linears(model, settings), subject.samples, refine=refine, **options)
     return model, report
 

@@ -1,0 +1,183 @@
+"""The temperature at which a binarized model's predictions are closest to the dense one's (Guo et al., 1706.04599).
+
+Every linear in the blocks is corrected for what its input has lost. The output embedding stays dense and is not: it is
+given the dense model's hidden state and noise, and the logits it makes of the two are too sure of themselves. One
+number makes up for most of that, and it costs nothing to store: the norm before the embedding takes it up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.head import SharedHead
+from optimum_sab.calibration.refine.loss import divergence
+
+SAMPLES = 32  # at most
+TOKENS = 4096  # of theirs that are judged, at most
+SCALES = (0.5, 1.25)  # of the logits; between them the divergence is looked for
+TOLERANCE = 0.02
+CHUNK = 512  # tokens whose logits are held at a time
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What one sample gives to the output embedding in either stream.
+
+    Attributes:
+        dense: of the dense model, [1, tokens, width].
+        binarized: of the binarized one.
+        text: which tokens are judged, bool [tokens].
+    """
+
+    dense: Tensor
+    binarized: Tensor
+    text: Tensor
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """What came of it.
+
+    Attributes:
+        value: by which the logits were divided.
+        before: mean ``KL(dense ‖ binarized)`` per text token of the samples, in nats, at temperature 1.
+        after: the same at ``value``.
+    """
+
+    value: float
+    before: float
+    after: float
+
+
+def spread_samples(count: int) -> list[int]:
+    """At most `SAMPLES` of ``count`` samples, evenly spread."""
+    return sorted({index * count // min(count, SAMPLES) for index in range(min(count, SAMPLES))})
+
+
+@torch.no_grad()
+def set_temperature(
+    model: nn.Module, head: nn.Module, samples: Sequence[HeadInputs], inputs: Mapping[str, Any]
+) -> Temperature | None:
+    """Scale the norm before the output embedding so that the predictions come closest to the dense model's.
+
+    ``s = argmin_s Σ_t KL(p_t ‖ softmax(z_t(s ĥ_t)))``, with ĥ what the binarized model gives to the embedding and z the
+    model's own way from there to its logits. In s the divergence of logits that are linear is convex.
+
+    Args:
+        model: binarized, in eval mode.
+        head: its output embedding.
+        samples: what the streams gave to it.
+        inputs: forward arguments of one short sample.
+
+    Returns:
+        None where the model has no norm before the embedding whose scale is its own, or no text is judged; it is then
+        left as it is.
+    """
+    norm = _find_norm(model, head, inputs)
+    if norm is None or not any(bool(s.text.any()) for s in samples):
+        return None
+    dense = _thinned([s.dense[0][s.text.to(s.dense.device)] for s in samples])
+    mine = _thinned([s.binarized[0][s.text.to(s.binarized.device)] for s in samples])
+    tokens = sum(len(chunk) for chunk in dense)
+    with SharedHead(model, head).open() as shared:
+
+        def mean_divergence(scale: float) -> float:
+            total = 0.0
+            for wanted, given in zip(dense, mine, strict=True):
+                p, q = (shared.logits_of(h[None], inputs)[0] for h in (wanted, scale * given.float()))
+                total += float(divergence(q, p).sum(dtype=torch.float64))
+            return total / tokens
+
+        before = mean_divergence(1.0)
+        scale, after = _minimum(mean_divergence, *SCALES)
+    if not after < before or not norm.scale(scale):
+        return None
+    return Temperature(1.0 / scale, before, after)
+
+
+def _thinned(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """At most `TOKENS` of these [tokens, width], evenly spread, in chunks."""
+    tokens = torch.cat(list(hidden))
+    return tokens[:: -(-len(tokens) // TOKENS)].split(CHUNK)
+
+
+def _minimum(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:
+    """Golden-section search for the minimum of a function with one valley: (where, its value)."""
+    golden = (math.sqrt(5.0) - 1.0) / 2.0
+    left, right = high - golden * (high - low), low + golden * (high - low)
+    at_left, at_right = function(left), function(right)
+    while high - low > TOLERANCE:
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - golden * (high - low)
+            at_left = function(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + golden * (high - low)
+            at_right = function(right)
+    return (left, at_left) if at_left <= at_right else (right, at_right)
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """The norm before the output embedding, with an input to try it on."""
+
+    module: nn.Module
+    input: Tensor
+
+    def scale(self, factor: float) -> bool:
+        """Multiply its output by a factor; False, and nothing changed, where its weight does not do that.
+
+        Most norms multiply by their weight, some by one more than it (Gemma); what is right shows in the output.
+        """
+        vectors = [p for p in self.module.parameters(recurse=False) if p is not None]
+        start = [p.detach().clone() for p in vectors]
+        wanted = factor * self.module(self.input).float()
+        errors = {}
+        for offset in (0.0, 1.0):
+            self._write(start, factor, offset)
+            errors[offset] = float((self.module(self.input).float() - wanted).norm() / wanted.norm())
+        best = min(errors, key=lambda offset: errors[offset])
+        fits = errors[best] < 0.01  # bfloat16 rounds the weight by a quarter of that
+        self._write(start, factor if fits else 1.0, best)
+        return fits
+
+    def _write(self, start: Sequence[Tensor], factor: float, offset: float) -> None:
+        for name, value in zip([n for n, _ in self.module.named_parameters(recurse=False)], start, strict=True):
+            shift = offset if name == "weight" else 0.0
+            moved = (value.float() + shift) * factor - shift
+            self.module.get_parameter(name).data.copy_(value if factor == 1.0 else moved)
+
+
+def _find_norm(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Norm | None:
+    """The module with a one-dimensional weight whose output is what the head is given."""
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
+            calls.append((module, args[0], output))
+
+    shared: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+    norms = [
+        m
+        for m in model.modules()
+        if isinstance(getattr(m, "weight", None), nn.Parameter)
+        and all(p.ndim == 1 and p.is_floating_point() and shared[id(p)] == 1 for p in m.parameters())
+    ]
+    handles = [m.register_forward_hook(watch) for m in norms]
+    try:
+        with SharedHead(model, head).open() as opened:
+            given = opened.given(inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = [c for c in calls if c[2].shape == given.shape and torch.equal(c[2], given)]
+    return _Norm(found[-1][0], found[-1][1]) if found else None

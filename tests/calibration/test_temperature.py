@@ -1,0 +1,106 @@
+"""The temperature of a binarized model's predictions."""
+
+import pytest
+import torch
+
+from optimum_sab.calibration.head import SharedHead
+from optimum_sab.calibration.temperature import SAMPLES, HeadInputs, set_temperature, spread_samples
+
+NORMS = {
+    "llama": "model.norm",
+    "gemma3": "model.norm",  # multiplies by one more than its weight
+    "qwen2_5_vl": "model.language_model.norm",
+    "qwen3_vl": "model.language_model.norm",
+    "llava": "model.language_model.norm",
+}
+ONE = {"input_ids": torch.tensor([[7]])}
+
+
+def head_inputs(subject, noise):
+    """The dense hidden states of every sample, and the same with noise of this relative size."""
+    generator = torch.Generator().manual_seed(3)
+    found = []
+    with torch.no_grad(), SharedHead(subject.model, subject.model.lm_head).open() as shared:
+        for sample in subject.samples * 20:
+            given = shared.given(sample)
+            loud = given + noise * given.std() * torch.randn(given.shape, generator=generator)
+            found.append(HeadInputs(given, loud, torch.ones(given.shape[1], dtype=torch.bool)))
+    return found
+
+
+def sharpened(model):
+    """Give the model a head of its own whose predictions are neither uniform nor certain."""
+    generator = torch.Generator().manual_seed(4)
+    weight = 0.4 * torch.randn(model.lm_head.weight.shape, generator=generator)
+    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def kl(model, pairs, scale):
+    total = tokens = 0
+    with torch.no_grad(), SharedHead(model, model.lm_head).open() as shared:
+        for pair in pairs:
+            p, q = (shared.logits_of(h, ONE)[0].log_softmax(-1) for h in (pair.dense, scale * pair.binarized))
+            total += float((p.exp() * (p - q)).sum())
+            tokens += len(p)
+    return total / tokens
+
+
+@pytest.mark.parametrize("family", NORMS)
+def test_noise_asks_for_a_higher_temperature_and_the_last_norm_takes_it_up(build, family):
+    subject = build(family)
+    model = subject.model
+    sharpened(model)
+    pairs = head_inputs(subject, 0.6)
+    norm = model.get_submodule(NORMS[family])
+    x = torch.randn(1, 5, 64)
+    with torch.no_grad():
+        before, others = norm(x), {n: p.clone() for n, p in model.named_parameters() if p is not norm.weight}
+    found = set_temperature(model, model.lm_head, pairs, ONE)
+    assert found.value > 1.05
+    assert found.after < found.before
+    with torch.no_grad():
+        assert torch.allclose(norm(x) * found.value, before, rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(p, others[n]) for n, p in model.named_parameters() if p is not norm.weight)
+
+
+def test_the_temperature_is_where_the_divergence_is_least(build):
+    subject = build("llama")
+    sharpened(subject.model)
+    pairs = head_inputs(subject, 0.6)
+    at = {scale / 100: kl(subject.model, pairs, scale / 100) for scale in range(50, 126, 5)}
+    found = set_temperature(subject.model, subject.model.lm_head, pairs, ONE)
+    assert found.before == pytest.approx(at[1.0], rel=1e-3)
+    assert found.after <= min(at.values()) * 1.001
+    assert 1 / found.value == pytest.approx(min(at, key=at.get), abs=0.06)
+
+
+def test_equal_streams_leave_the_model_alone(build):
+    subject = build("llama")
+    pairs = head_inputs(subject, 0.0)
+    before = {n: p.clone() for n, p in subject.model.named_parameters()}
+    assert set_temperature(subject.model, subject.model.lm_head, pairs, ONE) is None
+    assert all(torch.equal(p, before[n]) for n, p in subject.model.named_parameters())
+
+
+def test_a_norm_that_stands_elsewhere_too_is_left_alone(build):
+    subject = build("llama")
+    model = subject.model
+    sharpened(model)
+    pairs = head_inputs(subject, 0.6)
+    model.model.layers[0].input_layernorm.weight = model.model.norm.weight
+    assert set_temperature(model, model.lm_head, pairs, ONE) is None
+
+
+def test_no_text_no_temperature(build):
+    subject = build("llama")
+    pairs = [HeadInputs(p.dense, p.binarized, ~p.text) for p in head_inputs(subject, 0.6)]
+    assert set_temperature(subject.model, subject.model.lm_head, pairs, ONE) is None
+
+
+@pytest.mark.parametrize("count", [1, 5, SAMPLES, SAMPLES + 1, 1000])
+def test_samples_are_spread(count):
+    chosen = spread_samples(count)
+    assert len(chosen) == min(count, SAMPLES) == len(set(chosen))
+    assert chosen[0] == 0
+    assert chosen[-1] < count
+    assert max(b - a for a, b in zip(chosen, [*chosen[1:], count], strict=True)) <= -(-count // len(chosen))
