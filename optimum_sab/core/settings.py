@@ -50,7 +50,7 @@ class LayerSettings:
     refit: bool = True
     sweeps: int = 2
     row_scale: str = "fp8"
-    damping: float = 0.01
+    damping: float = 0.1
     propagation: float | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +88,7 @@ class LayerSettings:
             raise ConfigError(f"sweeps={self.sweeps} needs refit=True; set sweeps=0 to keep the scales as fitted.")
         _number("damping", self.damping)
         if not 0.0 < self.damping <= 1.0:
-            raise ConfigError(f"damping={self.damping} must lie in (0, 1]; 0.01 is the usual value.")
+            raise ConfigError(f"damping={self.damping} must lie in (0, 1]; 0.1 is the default, 0.01 the lineage's.")
         if self.propagation is not None:
             _number("propagation", self.propagation)
             if not 0.0 <= self.propagation <= 1.0:

@@ -172,6 +172,7 @@ class SABConfig(QuantizationConfigMixin):
             "refit": False,
             "sweeps": 0,
             "row_scale": "fp16",
+            "damping": 0.01,
             "propagation": 0.0,
             "allocation": "uniform",
             "temperature_scaling": False,
