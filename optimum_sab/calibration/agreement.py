@@ -18,6 +18,7 @@ from optimum_sab.calibration.head import SharedHead, output_embedding
 from optimum_sab.calibration.modality import token_modalities
 from optimum_sab.calibration.placement import map_tensors
 from optimum_sab.calibration.refine.loss import divergence
+from optimum_sab.errors import SampleError
 
 FAR = 2.0  # nats per token: likely tokens have become e² = 7 times less likely
 
@@ -58,6 +59,9 @@ class AgreementCheck:
     Args:
         model: dense.
         samples: forward keyword arguments, one sample each, by kind.
+
+    Raises:
+        SampleError: a sample's tokens at the embedding are not those of its ``input_ids``, or none is text.
     """
 
     def __init__(self, model: nn.Module, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -69,7 +73,7 @@ class AgreementCheck:
         if head is None:
             return
         with _reading(model), SharedHead(model, head).open() as shared:
-            self._dense = {kind: [shared.given(s) for s in some] for kind, some in self._samples.items()}
+            self._dense = {kind: [self._given(shared, s) for s in some] for kind, some in self._samples.items()}
 
     def measure(self) -> dict[str, Agreement]:
         """The model as it is now against the dense one, by kind; empty for a model without an output embedding."""
@@ -79,10 +83,19 @@ class AgreementCheck:
         with _reading(self._model), SharedHead(self._model, head).open() as shared:
             return {kind: Agreement.of(self._logits(kind, shared)) for kind in self._dense}
 
+    def _given(self, shared: SharedHead, sample: Mapping[str, Any]) -> Tensor:
+        given, text = shared.given(sample), self._text(sample)
+        if given.shape[-2] != text.numel() or not bool(text.any()):
+            raise SampleError("its tokens cannot be told apart by what they show.")
+        return given
+
+    def _text(self, sample: Mapping[str, Any]) -> Tensor:
+        return token_modalities(sample, getattr(self._model, "config", None)).text
+
     def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
         for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
             mine, dense = shared.logits(sample, given)
-            text = token_modalities(sample, getattr(self._model, "config", None)).text.to(mine.device)
+            text = self._text(sample).to(mine.device)
             yield mine[0][text], dense[0][text]
 
 

@@ -24,7 +24,13 @@ from optimum_sab.calibration.refine.reconstruction import Reconstruction, recons
 from optimum_sab.calibration.refine.tuning import Tuning
 from optimum_sab.calibration.refine.whole_model import head_to_tune_to, tune_model
 from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder
-from optimum_sab.calibration.temperature import HeadInputs, Temperature, set_temperature, spread_samples
+from optimum_sab.calibration.temperature import (
+    HeadInputs,
+    Temperature,
+    find_last_norm,
+    set_temperature,
+    spread_samples,
+)
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
@@ -162,17 +168,13 @@ def binarize(
     two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
     try:
         lockstep = Lockstep(model, targets.blocks, targets.linears, moved, two_streams, device)
-        scaled = spread_samples(len(samples)) if temperature_scaling and two_streams else []
+        last = None
+        if temperature_scaling and two_streams and head is not None and "input_ids" in moved[0]:
+            last = find_last_norm(model, head, _one_token(moved[0], modalities[0]))
+        scaled = [] if last is None else spread_samples(len(samples))
         to_head = [(i, DENSE) for i in (range(len(samples)) if tuned else scaled)] + [(i, QUANTIZED) for i in scaled]
         at_head = lockstep.run(worker, worker if refine or resume else None, head, to_head)
-        temperature = None
-        if head is not None and at_head:
-            pairs = [
-                HeadInputs(at_head[i, DENSE], at_head[i, QUANTIZED], modalities[i].text)
-                for i in scaled
-                if (i, DENSE) in at_head and (i, QUANTIZED) in at_head
-            ]
-            temperature = set_temperature(model, head, pairs, _one_token(moved[0], modalities[0]))
+        temperature = None if last is None else set_temperature(model, last, _head_inputs(at_head, modalities))
         tuning = None
         if refine is not None and refine.steps:
             teacher = {i: _teacher(at_head, i) for i in range(len(samples))}
@@ -180,6 +182,16 @@ def binarize(
     finally:
         model.train(was_training)
     return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, temperature, tuning)
+
+
+def _head_inputs(at_head: Mapping[tuple[int, str], Tensor], modalities: Sequence[TokenModalities]) -> list[HeadInputs]:
+    """Of the samples that came to the head in both streams, and whose tokens there are known by their modality."""
+    pairs = []
+    for (sample, stream), dense in at_head.items():
+        binarized, text = at_head.get((sample, QUANTIZED)), modalities[sample].text
+        if stream == DENSE and binarized is not None and dense.shape[-2] == text.numel():
+            pairs.append(HeadInputs(dense, binarized, text))
+    return pairs
 
 
 def _teacher(at_head: Mapping[tuple[int, str], Tensor], sample: int) -> Tensor:

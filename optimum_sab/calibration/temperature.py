@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.head import SharedHead
 from optimum_sab.calibration.refine.loss import divergence
+from optimum_sab.errors import CalibrationError
 
 SAMPLES = 32  # at most
 TOKENS = 4096  # of theirs that are judged, at most
@@ -61,9 +62,7 @@ def spread_samples(count: int) -> list[int]:
 
 
 @torch.no_grad()
-def set_temperature(
-    model: nn.Module, head: nn.Module, samples: Sequence[HeadInputs], inputs: Mapping[str, Any]
-) -> Temperature | None:
+def set_temperature(model: nn.Module, last: LastNorm, samples: Sequence[HeadInputs]) -> Temperature | None:
     """Scale the norm before the output embedding so that the predictions come closest to the dense model's.
 
     ``s = argmin_s Σ_t KL(p_t ‖ softmax(z_t(s ĥ_t)))``, with ĥ what the binarized model gives to the embedding and z the
@@ -71,32 +70,29 @@ def set_temperature(
 
     Args:
         model: binarized, in eval mode.
-        head: its output embedding.
-        samples: what the streams gave to it.
-        inputs: forward arguments of one short sample.
+        last: its norm before the embedding (`find_last_norm`).
+        samples: what the streams gave to the embedding.
 
     Returns:
-        None where the model has no norm before the embedding whose scale is its own, or no text is judged; it is then
-        left as it is.
+        None, and the model left as it is, where no text is judged or nothing is gained.
     """
-    norm = _find_norm(model, head, inputs)
-    if norm is None or not any(bool(s.text.any()) for s in samples):
+    if not any(bool(s.text.any()) for s in samples):
         return None
     dense = _thinned([s.dense[0][s.text.to(s.dense.device)] for s in samples])
     mine = _thinned([s.binarized[0][s.text.to(s.binarized.device)] for s in samples])
     tokens = sum(len(chunk) for chunk in dense)
-    with SharedHead(model, head).open() as shared:
+    with SharedHead(model, last.head).open() as shared:
 
         def mean_divergence(scale: float) -> float:
             total = 0.0
             for wanted, given in zip(dense, mine, strict=True):
-                p, q = (shared.logits_of(h[None], inputs)[0] for h in (wanted, scale * given.float()))
+                p, q = (shared.logits_of(h[None], last.one_token)[0] for h in (wanted, scale * given.float()))
                 total += float(divergence(q, p).sum(dtype=torch.float64))
             return total / tokens
 
         before = mean_divergence(1.0)
         scale, after = _minimum(mean_divergence, *SCALES)
-    if not after < before or not norm.scale(scale):
+    if not after < before or not last.scale(scale):
         return None
     return Temperature(1.0 / scale, before, after)
 
@@ -125,10 +121,19 @@ def _minimum(function: Callable[[float], float], low: float, high: float) -> tup
 
 
 @dataclass(frozen=True)
-class _Norm:
-    """The norm before the output embedding, with an input to try it on."""
+class LastNorm:
+    """The norm before the output embedding.
+
+    Attributes:
+        module: the norm.
+        head: the output embedding.
+        one_token: forward arguments that carry the model's forward to either.
+        input: what the norm was given then, to try it on.
+    """
 
     module: nn.Module
+    head: nn.Module
+    one_token: Mapping[str, Any]
     input: Tensor
 
     def scale(self, factor: float) -> bool:
@@ -155,8 +160,18 @@ class _Norm:
             self.module.get_parameter(name).data.copy_(value if factor == 1.0 else moved)
 
 
-def _find_norm(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> _Norm | None:
-    """The module with a one-dimensional weight whose output is what the head is given."""
+@torch.no_grad()
+def find_last_norm(model: nn.Module, head: nn.Module, one_token: Mapping[str, Any]) -> LastNorm | None:
+    """The module with a one-dimensional weight of its own whose output is what the head is given; None without one.
+
+    Args:
+        model: in eval mode.
+        head: its output embedding.
+        one_token: forward arguments of a single token.
+
+    Raises:
+        CalibrationError: the model does not take a single token.
+    """
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def watch(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -175,9 +190,14 @@ def _find_norm(model: nn.Module, head: nn.Module, inputs: Mapping[str, Any]) -> 
     handles = [m.register_forward_hook(watch) for m in norms]
     try:
         with SharedHead(model, head).open() as opened:
-            given = opened.given(inputs)
+            given = opened.given(one_token)
+    except Exception as error:  # whatever a model of any kind may say to it; better now than after the work
+        raise CalibrationError(
+            f"{type(model).__name__} does not read a single token, by which its temperature is found ({error}); use "
+            "temperature_scaling=False."
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
     found = [c for c in calls if c[2].shape == given.shape and torch.equal(c[2], given)]
-    return _Norm(found[-1][0], found[-1][1]) if found else None
+    return LastNorm(found[-1][0], head, one_token, found[-1][1]) if found else None

@@ -197,7 +197,13 @@ class SABHfQuantizer(HfQuantizer):
 
     def _compare(self, check: AgreementCheck) -> None:
         """Record how far the finished model is from the dense one, and say so where it is far."""
-        found = check.measure()
+        try:
+            found = check.measure()
+        except (RuntimeError, ValueError) as error:  # out of memory, say: the finished model must not be lost to that
+            warnings.warn(
+                f"the finished model could not be compared with the dense one: {error}", SABWarning, stacklevel=2
+            )
+            return
         self.report = replace(self.report, agreement=found)
         self.quantization_config.measured["agreement"] = {
             kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in found.items()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.agreement import Agreement, AgreementCheck
+from optimum_sab.errors import SampleError
 from optimum_sab.nn.decoder import find_decoder_blocks
 
 
@@ -67,6 +68,13 @@ def test_the_model_is_left_as_it_was(build):
 def test_a_model_without_a_head_has_nothing_to_compare(build):
     subject = build("llama")
     assert AgreementCheck(subject.model.model, {"some": subject.samples}).measure() == {}
+
+
+def test_tokens_that_are_not_those_of_the_input_ids_are_refused_before_the_work(build):
+    subject = build("llama")
+    sample = {"inputs_embeds": torch.randn(1, 4, 64)}
+    with pytest.raises(SampleError, match="told apart"):
+        AgreementCheck(subject.model, {"some": [sample]})
 
 
 @pytest.mark.parametrize(("kl", "far"), [(0.3, False), (2.0, False), (2.1, True), (math.inf, True), (math.nan, True)])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from optimum_sab.calibration.head import SharedHead
-from optimum_sab.calibration.temperature import SAMPLES, HeadInputs, set_temperature, spread_samples
+from optimum_sab.calibration.temperature import SAMPLES, HeadInputs, find_last_norm, set_temperature, spread_samples
+from optimum_sab.errors import CalibrationError
 
 NORMS = {
     "llama": "model.norm",
@@ -26,6 +27,10 @@ def head_inputs(subject, noise):
             loud = given + noise * given.std() * torch.randn(given.shape, generator=generator)
             found.append(HeadInputs(given, loud, torch.ones(given.shape[1], dtype=torch.bool)))
     return found
+
+
+def fitted(model, pairs):
+    return set_temperature(model, find_last_norm(model, model.lm_head, ONE), pairs)
 
 
 def sharpened(model):
@@ -55,7 +60,7 @@ def test_noise_asks_for_a_higher_temperature_and_the_last_norm_takes_it_up(build
     x = torch.randn(1, 5, 64)
     with torch.no_grad():
         before, others = norm(x), {n: p.clone() for n, p in model.named_parameters() if p is not norm.weight}
-    found = set_temperature(model, model.lm_head, pairs, ONE)
+    found = fitted(model, pairs)
     assert found.value > 1.05
     assert found.after < found.before
     with torch.no_grad():
@@ -68,7 +73,7 @@ def test_the_temperature_is_where_the_divergence_is_least(build):
     sharpened(subject.model)
     pairs = head_inputs(subject, 0.6)
     at = {scale / 100: kl(subject.model, pairs, scale / 100) for scale in range(50, 126, 5)}
-    found = set_temperature(subject.model, subject.model.lm_head, pairs, ONE)
+    found = fitted(subject.model, pairs)
     assert found.before == pytest.approx(at[1.0], rel=1e-3)
     assert found.after <= min(at.values()) * 1.001
     assert 1 / found.value == pytest.approx(min(at, key=at.get), abs=0.06)
@@ -78,23 +83,29 @@ def test_equal_streams_leave_the_model_alone(build):
     subject = build("llama")
     pairs = head_inputs(subject, 0.0)
     before = {n: p.clone() for n, p in subject.model.named_parameters()}
-    assert set_temperature(subject.model, subject.model.lm_head, pairs, ONE) is None
+    assert fitted(subject.model, pairs) is None
     assert all(torch.equal(p, before[n]) for n, p in subject.model.named_parameters())
 
 
 def test_a_norm_that_stands_elsewhere_too_is_left_alone(build):
     subject = build("llama")
     model = subject.model
-    sharpened(model)
-    pairs = head_inputs(subject, 0.6)
     model.model.layers[0].input_layernorm.weight = model.model.norm.weight
-    assert set_temperature(model, model.lm_head, pairs, ONE) is None
+    assert find_last_norm(model, model.lm_head, ONE) is None
+
+
+def test_a_model_that_reads_no_single_token_is_named_before_the_work(build):
+    model = build("llama").model
+    with pytest.raises(
+        CalibrationError, match=r"LlamaForCausalLM does not read a single token.*temperature_scaling=False"
+    ):
+        find_last_norm(model, model.lm_head, {"pixels": 1})
 
 
 def test_no_text_no_temperature(build):
     subject = build("llama")
     pairs = [HeadInputs(p.dense, p.binarized, ~p.text) for p in head_inputs(subject, 0.6)]
-    assert set_temperature(subject.model, subject.model.lm_head, pairs, ONE) is None
+    assert fitted(subject.model, pairs) is None
 
 
 @pytest.mark.parametrize("count", [1, 5, SAMPLES, SAMPLES + 1, 1000])

@@ -232,6 +232,16 @@ def test_dequantize_gives_the_same_logits(llama_packed, token_ids):
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
+def test_a_comparison_that_fails_does_not_lose_the_finished_model(llama_folder, quick_config, texts, monkeypatch):
+    def fail(self):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("optimum_sab.calibration.agreement.AgreementCheck.measure", fail)
+    with pytest.warns(SABWarning, match="could not be compared with the dense one: no room"):
+        model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+    assert packed_linears(model)
+
+
 def test_a_saved_model_can_still_be_dequantized(llama_packed, tmp_path):
     _model, folder = llama_packed
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
