@@ -137,7 +137,7 @@ def changed_sample(subject):
     [
         (changed_weight, {}, "model is"),
         (changed_sample, {}, "samples is"),
-        (None, {"settings": QUICK.replace(damping=0.02)}, r"q_proj\.damping is 0\.01 there and 0\.02 now"),
+        (None, {"settings": QUICK.replace(damping=0.02)}, r"q_proj\.damping is 0\.1 there and 0\.02 now"),
         (None, {"refine": REFINE}, "refine is None there"),
     ],
     ids=["weights", "samples", "settings", "refine"],
