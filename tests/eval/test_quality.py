@@ -48,9 +48,10 @@ def test_seeds_change_the_calibration_and_repeat(quality, llama_folder):
 
 
 def test_bits_come_from_the_packed_tensors(quality):
-    bits = {r.bits_per_weight for r in quality.rows if r.method.startswith("default")}
-    assert len(bits) == 1
-    assert 1.2 < bits.pop() < 1.6
+    bits = [r.bits_per_weight for r in quality.rows if r.method.startswith("default")]
+    assert len(bits) == 2
+    assert max(bits) - min(bits) < 0.02  # one budget, which either seed's allocation fills as far as its steps allow
+    assert 1.2 < min(bits) <= max(bits) < 1.6
 
 
 def test_table_shows_ranges_only_where_seeds_differ(quality):
