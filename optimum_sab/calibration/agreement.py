@@ -69,18 +69,17 @@ class AgreementCheck:
         home = next(model.parameters()).device
         self._samples = {kind: [map_tensors(dict(s), home) for s in some] for kind, some in samples.items()}
         self._dense: dict[str, list[Tensor]] = {}
-        head = output_embedding(model)
-        if head is None:
+        self._head = output_embedding(model)
+        if self._head is None:
             return
-        with _reading(model), SharedHead(model, head).open() as shared:
+        with _reading(model), SharedHead(model, self._head).open() as shared:
             self._dense = {kind: [self._given(shared, s) for s in some] for kind, some in self._samples.items()}
 
     def measure(self) -> dict[str, Agreement]:
         """The model as it is now against the dense one, by kind; empty for a model without an output embedding."""
-        head = output_embedding(self._model)
-        if head is None:
+        if self._head is None:
             return {}
-        with _reading(self._model), SharedHead(self._model, head).open() as shared:
+        with _reading(self._model), SharedHead(self._model, self._head).open() as shared:
             return {kind: Agreement.of(self._logits(kind, shared)) for kind in self._dense}
 
     def _given(self, shared: SharedHead, sample: Mapping[str, Any]) -> Tensor:

@@ -31,9 +31,7 @@ class SharedHead:
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
         self._model = model
         self._head = head
-        self._given: list[Tensor] = []
-        self._other: Tensor | None = None
-        self._instead: Tensor | None = None
+        self._at_head: Callable[[Callable[..., Any], Tensor], Tensor] | None = None
 
     @contextmanager
     def open(self) -> Iterator[SharedHead]:
@@ -49,9 +47,14 @@ class SharedHead:
 
     def given(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the model gives to its head, [batch, tokens, width]."""
-        self._given.clear()
-        self._model(**inputs, use_cache=False)
-        return self._given.pop()
+        caught: list[Tensor] = []
+
+        def keep(head: Callable[..., Any], hidden: Tensor) -> Tensor:
+            caught.append(hidden.detach())
+            return head(hidden)
+
+        self._run(inputs, keep)
+        return caught.pop()
 
     def logits(self, inputs: Mapping[str, Any], other: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [batch, tokens, vocabulary] of the model, and of the other one without gradient.
@@ -60,12 +63,14 @@ class SharedHead:
             inputs: forward arguments of a batch.
             other: what the other model gives to the head, [batch, tokens, width].
         """
-        self._other = other
-        try:
-            both = self._model(**inputs, use_cache=False).logits
-        finally:
-            self._other = None
-            self._given.clear()
+
+        def beside(head: Callable[..., Any], hidden: Tensor) -> Tensor:
+            own = head(hidden)
+            with torch.no_grad():
+                others = head(other.to(hidden.device, hidden.dtype))
+            return torch.cat([own, others])
+
+        both = self._run(inputs, beside).logits
         batch = other.shape[0]
         return both[:batch], both[batch:].detach()
 
@@ -76,24 +81,19 @@ class SharedHead:
             hidden: [batch, tokens, width].
             inputs: any forward arguments, the fewer tokens the better: they only carry the model's forward to the head.
         """
-        self._instead = hidden
-        try:
-            logits: Tensor = self._model(**inputs, use_cache=False).logits
-        finally:
-            self._instead = None
-            self._given.clear()
+        logits: Tensor = self._run(inputs, lambda head, given: head(hidden.to(given.device, given.dtype))).logits
         return logits
+
+    def _run(self, inputs: Mapping[str, Any], at_head: Callable[[Callable[..., Any], Tensor], Tensor]) -> Any:
+        """The model's output, with ``at_head(head, given)`` in the place of ``head(given)``."""
+        self._at_head = at_head
+        try:
+            return self._model(**inputs, use_cache=False)
+        finally:
+            self._at_head = None
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(input: Tensor) -> Any:
-            if self._instead is not None:
-                return original(self._instead.to(input.device, input.dtype))
-            self._given.append(input.detach())
-            own = original(input)
-            if self._other is None:
-                return own
-            with torch.no_grad():
-                other = original(self._other.to(input.device, input.dtype))
-            return torch.cat([own, other])
+            return original(input) if self._at_head is None else self._at_head(original, input)
 
         return forward

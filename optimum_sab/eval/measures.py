@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,16 +37,11 @@ def agreement(dense: Any, quantized: Any, probes: Sequence[Mapping[str, Any]]) -
     Raises:
         ConfigError: no probe has a text token.
     """
-
-    def logits() -> Iterator[tuple[Tensor, Tensor]]:
-        for probe in probes:
-            text = token_modalities(probe, dense.config).text
-            if bool(text.any()):
-                yield quantized(**probe).logits[0][text], dense(**probe).logits[0][text]
-
-    if not any(bool(token_modalities(probe, dense.config).text.any()) for probe in probes):
+    masks = [token_modalities(probe, dense.config).text for probe in probes]
+    judged = [(probe, text) for probe, text in zip(probes, masks, strict=True) if bool(text.any())]
+    if not judged:
         raise ConfigError("the probes have no text token to compare predictions at; give prompts with text.")
-    return Agreement.of(logits())
+    return Agreement.of((quantized(**probe).logits[0][text], dense(**probe).logits[0][text]) for probe, text in judged)
 
 
 @torch.inference_mode()

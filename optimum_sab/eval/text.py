@@ -19,11 +19,11 @@ def mixed_windows(tokenizer: Any, text: str, part: str, count: int, length: int,
     """`text_windows` of one source, or for ``text="mixed"`` of both: as many of either while the shorter one lasts."""
     if text != MIXED:
         return text_windows(tokenizer, text, part, count, length, seed)
-    available = {source: len(_windows(tokenizer, source, part, length)) for source in SOURCES}
-    shorter = min(available, key=lambda source: available[source])
-    few = min(count // 2, available[shorter])
+    windows = {source: _windows(tokenizer, source, part, length) for source in SOURCES}
+    shorter = min(SOURCES, key=lambda source: len(windows[source]))
+    few = min(count // 2, len(windows[shorter]))
     counts = {source: few if source == shorter else count - few for source in SOURCES}
-    return torch.cat([text_windows(tokenizer, s, part, n, length, seed) for s, n in counts.items()])
+    return torch.cat([_drawn(windows[s], s, part, n, seed) for s, n in counts.items()])
 
 
 def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int, seed: int | None = None) -> Tensor:
@@ -45,17 +45,7 @@ def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int
     """
     if source not in SOURCES:
         raise ConfigError(f"text={source!r} is unknown; use one of {', '.join(SOURCES)}, or {MIXED!r} for both.")
-    windows = _windows(tokenizer, source, part, length)
-    available = len(windows)
-    if available < count:
-        raise ConfigError(
-            f"the {part} half of {source!r} has {available} windows of {length} tokens, {count} were asked for; ask "
-            "for fewer or shorter ones."
-        )
-    if seed is None:
-        return windows[:count]
-    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
-    return windows[order[:count].sort().values]
+    return _drawn(_windows(tokenizer, source, part, length), source, part, count, seed)
 
 
 def _windows(tokenizer: Any, source: str, part: str, length: int) -> Tensor:
@@ -66,3 +56,17 @@ def _windows(tokenizer: Any, source: str, part: str, length: int) -> Tensor:
     ids = torch.tensor(tokenizer("\n\n".join(chosen))["input_ids"])
     available = len(ids) // length
     return ids[: available * length].view(available, length)
+
+
+def _drawn(windows: Tensor, source: str, part: str, count: int, seed: int | None) -> Tensor:
+    """``count`` of the windows: drawn by the seed, in their order, or without one the first."""
+    available, length = windows.shape
+    if available < count:
+        raise ConfigError(
+            f"the {part} half of {source!r} has {available} windows of {length} tokens, {count} were asked for; ask "
+            "for fewer or shorter ones."
+        )
+    if seed is None:
+        return windows[:count]
+    order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+    return windows[order[:count].sort().values]
