@@ -18,6 +18,7 @@ from optimum_sab.calibration.pipeline import DecoderTargets, check_weights, deco
 from optimum_sab.calibration.placement import map_tensors
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.sensitivity import output_sensitivity
+from optimum_sab.calibration.spread import spread
 from optimum_sab.core.allocation import Level, allocate_levels
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.settings import LayerSettings
@@ -95,8 +96,8 @@ def allocate(
         CalibrationError: a weight is offloaded, or see `output_sensitivity`.
     """
     check_weights(model, selection)
-    spread = samples[:: max(1, len(samples) // SAMPLES)][:SAMPLES]
-    some = map_tensors([dict(sample) for sample in spread], next(model.parameters()).device)
+    few = [dict(samples[index]) for index in spread(len(samples), SAMPLES)]
+    some = map_tensors(few, next(model.parameters()).device)
     targets = decoder_targets(model, selection)
     stages = len(some) + len(targets.blocks)
 

@@ -24,12 +24,13 @@ from optimum_sab.calibration.refine.reconstruction import Reconstruction, recons
 from optimum_sab.calibration.refine.tuning import Tuning
 from optimum_sab.calibration.refine.whole_model import head_to_tune_to, tune_model
 from optimum_sab.calibration.resume import FinishedBlock, ResumeFolder
+from optimum_sab.calibration.spread import spread
 from optimum_sab.calibration.temperature import (
+    TEMPERATURE_SAMPLES,
     HeadInputs,
     Temperature,
     find_last_norm,
     set_temperature,
-    spread_samples,
 )
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
@@ -171,7 +172,7 @@ def binarize(
         last = None
         if temperature_scaling and two_streams and head is not None and "input_ids" in moved[0]:
             last = find_last_norm(model, head, _one_token(moved[0], modalities[0]))
-        scaled = [] if last is None else spread_samples(len(samples))
+        scaled = [] if last is None else spread(len(samples), TEMPERATURE_SAMPLES)
         to_head = [(i, DENSE) for i in (range(len(samples)) if tuned else scaled)] + [(i, QUANTIZED) for i in scaled]
         at_head = lockstep.run(worker, worker if refine or resume else None, head, to_head)
         temperature = None if last is None else set_temperature(model, last, _head_inputs(at_head, modalities))

@@ -19,7 +19,7 @@ from optimum_sab.calibration.head import SharedHead
 from optimum_sab.calibration.refine.loss import divergence
 from optimum_sab.errors import CalibrationError
 
-SAMPLES = 32  # at most
+TEMPERATURE_SAMPLES = 32  # by which it is fitted, at most
 TOKENS = 4096  # of theirs that are judged, at most
 SCALES = (0.5, 1.25)  # of the logits; between them the divergence is looked for
 TOLERANCE = 0.02
@@ -54,11 +54,6 @@ class Temperature:
     value: float
     before: float
     after: float
-
-
-def spread_samples(count: int) -> list[int]:
-    """At most `SAMPLES` of ``count`` samples, evenly spread."""
-    return sorted({index * count // min(count, SAMPLES) for index in range(min(count, SAMPLES))})
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from optimum_sab.calibration.head import SharedHead
-from optimum_sab.calibration.temperature import SAMPLES, HeadInputs, find_last_norm, set_temperature, spread_samples
+from optimum_sab.calibration.temperature import HeadInputs, find_last_norm, set_temperature
 from optimum_sab.errors import CalibrationError
 
 NORMS = {
@@ -106,12 +106,3 @@ def test_no_text_no_temperature(build):
     subject = build("llama")
     pairs = [HeadInputs(p.dense, p.binarized, ~p.text) for p in head_inputs(subject, 0.6)]
     assert fitted(subject.model, pairs) is None
-
-
-@pytest.mark.parametrize("count", [1, 5, SAMPLES, SAMPLES + 1, 1000])
-def test_samples_are_spread(count):
-    chosen = spread_samples(count)
-    assert len(chosen) == min(count, SAMPLES) == len(set(chosen))
-    assert chosen[0] == 0
-    assert chosen[-1] < count
-    assert max(b - a for a, b in zip(chosen, [*chosen[1:], count], strict=True)) <= -(-count // len(chosen))
