@@ -25,5 +25,6 @@ BASELINES: dict[str, Baseline] = {
     "billm": billm,
     "arb-rc": arb_rc,
     "arb-rc-cgb": partial(arb_rc, column_groups=True),
+    "arb-rc-cgb-rows": partial(arb_rc, column_groups=True, row_thresholds=True),
     "sab-published": sab_published,
 }

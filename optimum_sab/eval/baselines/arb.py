@@ -27,6 +27,7 @@ def arb_rc(
     weight: Float[Tensor, "out in"],
     statistics: InputStatistics,
     column_groups: bool = False,
+    row_thresholds: bool = False,
     rounds: int = ROUNDS,
     damping: float = 0.01,
 ) -> Simulated:
@@ -45,6 +46,7 @@ def arb_rc(
         weight: W.
         statistics: the balanced Hessian compensates.
         column_groups: CGB.
+        row_thresholds: every row has break points of its own between its magnitude groups (ours, not the paper's).
         rounds: of the alternation.
         damping: share of the Hessian's mean diagonal added to it.
 
@@ -53,7 +55,7 @@ def arb_rc(
     """
     W = checked(weight)
     factored = factor_hessian(statistics.hessian, damping)
-    return _alternating(W, factored, torch.ones_like(W[0]), column_groups, rounds)
+    return _alternating(W, factored, torch.ones_like(W[0]), column_groups, rounds, row_thresholds)
 
 
 def sab_published(
@@ -81,7 +83,12 @@ def sab_published(
 
 
 def _alternating(
-    W: Tensor, factored: FactoredHessian, error_weight: Tensor, column_groups: bool, rounds: int
+    W: Tensor,
+    factored: FactoredHessian,
+    error_weight: Tensor,
+    column_groups: bool,
+    rounds: int,
+    row_thresholds: bool = False,
 ) -> Simulated:
     diagonal = factored.inverse_factor.diagonal()
     storage = Storage(*W.shape)
@@ -92,7 +99,7 @@ def _alternating(
         result = torch.empty_like(block)
         for chosen, order, split in ((salient, 2, column_groups), (~salient, 1, True)):
             part, importance = block[:, chosen], error_weight[columns][chosen]
-            groups = _groups(part, importance, split)
+            groups = _groups(part, importance, split, row_thresholds)
             storage.signs(part.shape[1], planes=order)
             storage.bitmap(part.shape[1] if split else 0)
             storage.row_scales(order * len(groups))
@@ -104,11 +111,11 @@ def _alternating(
     return Simulated(compensated(W, factored, quantize), storage.per_weight)
 
 
-def _groups(part: Tensor, error_weight: Tensor, split: bool) -> list[Bool[Tensor, "out width"]]:
+def _groups(part: Tensor, error_weight: Tensor, split: bool, row_thresholds: bool) -> list[Bool[Tensor, "out width"]]:
     """The masks of a part's magnitude groups; the break point is that of one plane, in salient columns too."""
     if not split or not part.shape[1]:
         return [torch.ones_like(part, dtype=torch.bool)] * (2 if split else 1)
-    upper = split_by_magnitude(part, error_weight)
+    upper = split_by_magnitude(part, error_weight, row_thresholds)
     return [~upper, upper]
 
 

@@ -45,9 +45,9 @@ def _second_order_error(values: Tensor) -> float:
 
 
 def split_by_magnitude(
-    values: Float[Tensor, "out width"], error_weight: Float[Tensor, " width"] | None = None
+    values: Float[Tensor, "out width"], error_weight: Float[Tensor, " width"] | None = None, per_row: bool = False
 ) -> Bool[Tensor, "out width"]:
-    """The entries above the best of `PERCENTILES` of the magnitudes: one break point for all rows.
+    """The entries above the best of `PERCENTILES` of the magnitudes: one break point for all rows, or one per row.
 
     A group G of a row under one scale leaves ``Σ λw² − (Σ λ|w|)² / Σ λ``, so the best break point is the one with the
     largest ``Σ_rows Σ_G (Σ λ|w|)² / Σ λ``. All are scored at once, by running sums over the classes that they part the
@@ -56,6 +56,7 @@ def split_by_magnitude(
     Args:
         values: W, of at least one column.
         error_weight: λ > 0 per column; None weighs all alike.
+        per_row: every row takes the best for itself. A bitmap says who is above, so that costs no bit more.
     """
     size = values.abs()
     ordered = size.flatten().sort().values
@@ -70,4 +71,6 @@ def split_by_magnitude(
     upper = lower[:, :, -1:] - lower
     tiny = torch.finfo(values.dtype).tiny
     gain = lower[1].square() / lower[0].clamp_min(tiny) + upper[1].square() / upper[0].clamp_min(tiny)
-    return size > cuts[int(gain.sum(0)[:-1].argmax())]
+    if not per_row:
+        gain = gain.sum(0, keepdim=True)
+    return size > cuts[gain[:, :-1].argmax(1)][:, None]

@@ -31,6 +31,22 @@ def test_split_is_the_best_of_all_break_points(weighted):
     torch.testing.assert_close(error(upper), errors.min())
 
 
+def test_a_break_point_per_row_is_the_best_of_every_row():
+    """As the best of all rows would be, were each row the only one and the candidates the same."""
+    values = block_of(5, 200) * torch.tensor([0.3, 0.6, 1.0, 1.5, 2.0])[:, None]
+    upper = split_by_magnitude(values, per_row=True)
+    assert not torch.equal(upper, split_by_magnitude(values))
+    ordered = values.abs().flatten().sort().values
+    candidates = [ordered[int(p * (values.numel() - 1))] for p in PERCENTILES]
+    for row, found in zip(values.abs(), upper, strict=True):
+        assert within_groups(row, found) == pytest.approx(min(within_groups(row, row > cut) for cut in candidates))
+
+
+def within_groups(sizes, upper):
+    """Squared error of two groups under a mean magnitude each."""
+    return sum(float((group - group.mean()).square().sum()) for group in (sizes[upper], sizes[~upper]) if len(group))
+
+
 def test_split_parts_two_populations():
     values = torch.cat([torch.full((4, 30), 0.1), torch.full((4, 10), 3.0)], 1)
     values[:, ::2] *= -1
