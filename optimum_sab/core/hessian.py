@@ -209,6 +209,13 @@ class InputStatistics:
     tokens: dict[str, int]
     residual: Float[Tensor, "out in"] | None = None
     half: WeightedMoments | None = None
+    _factored: dict[float, FactoredHessian] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def factored(self, damping: float, name: str = "the layer") -> FactoredHessian:
+        """`factor_hessian` of ``hessian``, once for every damping: several weights are solved from the same inputs."""
+        if damping not in self._factored:
+            self._factored[damping] = factor_hessian(self.hessian, damping, name)
+        return self._factored[damping]
 
     @property
     def whole(self) -> WeightedMoments:

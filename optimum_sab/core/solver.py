@@ -74,7 +74,7 @@ def solve(
         raise NonFiniteError(
             f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16."
         )
-    factored = factor_hessian(statistics.hessian, settings.damping, name)
+    factored = statistics.factored(settings.damping, name)
     target = W
     alpha = _propagation(W, statistics, settings)
     if alpha and statistics.drift is not None:

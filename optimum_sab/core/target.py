@@ -46,15 +46,15 @@ def cross_validated_alpha(weight: Float[Tensor, "out in"], statistics: InputStat
         α in [0, 1]; 0 where the streams do not differ.
     """
     assert statistics.half is not None and statistics.drift is not None
-    first = statistics.half
-    second = statistics.whole.without(first)
+    halves = statistics.half, statistics.whole.without(statistics.half)
+    if not all(bool(half.hessian.diagonal().any()) for half in halves):
+        return 0.0
+    corrections = [_correction(weight, half.drift, half.residual) for half in halves]
     found = []
-    for part, other in ((first, second), (second, first)):
-        if not bool(part.hessian.diagonal().any()) or not bool(other.hessian.diagonal().any()):
-            return 0.0
-        D = _correction(weight, part.drift, part.residual) @ factor_hessian(part.hessian, damping).inverse
-        above = float((D * _correction(weight, other.drift, other.residual)).sum(dtype=torch.float64))
-        below = float((D @ other.hessian * D).sum(dtype=torch.float64))
+    for here, there in ((0, 1), (1, 0)):
+        D = corrections[here] @ factor_hessian(halves[here].hessian, damping).inverse
+        above = float((D * corrections[there]).sum(dtype=torch.float64))
+        below = float((D @ halves[there].hessian * D).sum(dtype=torch.float64))
         found.append(above / below if below > 0 else 0.0)
     h = min(1.0, max(0.0, sum(found) / 2))
     return 2 * h / (1 + h)

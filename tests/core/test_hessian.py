@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_sab.core.hessian import InputMoments, accumulate_hessian, damped, factor_hessian
+from optimum_sab.core.hessian import InputMoments, InputStatistics, accumulate_hessian, damped, factor_hessian
 from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessianError
 
 bounded = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
@@ -221,6 +221,15 @@ def test_factor_hessian_gives_up_at_a_hundred_times_the_damping():
     hessian = torch.diag(torch.tensor([-1.5, 1.0, 1.0, 3.5]))  # mean 1; 100 · 0.01 does not lift −1.5 above 0
     with pytest.raises(SingularHessianError, match=r"model\.layers\.3\.q_proj.*damping=1;"):
         factor_hessian(hessian, 0.01, "model.layers.3.q_proj")
+
+
+def test_statistics_factor_their_hessian_once_for_every_damping():
+    hessian = positive(6, 3)
+    statistics = InputStatistics(hessian, {"text": hessian}, None, {"text": 1})
+    for damping in (0.05, 0.2):
+        first, expected = statistics.factored(damping), factor_hessian(hessian, damping)
+        assert torch.equal(first.inverse_factor, expected.inverse_factor)
+        assert statistics.factored(damping) is first
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

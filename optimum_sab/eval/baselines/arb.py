@@ -54,7 +54,7 @@ def arb_rc(
         NonFiniteError: the weight or the Hessian holds NaN or inf.
     """
     W = checked(weight)
-    factored = factor_hessian(statistics.hessian, damping)
+    factored = statistics.factored(damping)
     return _alternating(W, factored, torch.ones_like(W[0]), column_groups, rounds, row_thresholds)
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import InputStatistics, factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.saliency import saliency
 from optimum_sab.eval.baselines.blockwise import binarize, binarize_twice, compensated
 from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked
@@ -35,7 +35,7 @@ def billm(weight: Float[Tensor, "out in"], statistics: InputStatistics, damping:
         NonFiniteError: the weight or the Hessian holds NaN or inf.
     """
     W = checked(weight)
-    factored = factor_hessian(statistics.hessian, damping)
+    factored = statistics.factored(damping)
     diagonal = factored.inverse_factor.diagonal()
     storage = Storage(*W.shape)
 

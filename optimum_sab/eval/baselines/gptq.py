@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import InputStatistics, factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.baselines.blockwise import compensated_by_column
 from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked, fp16_step
@@ -40,7 +40,7 @@ def gptq(
     if not 1 <= bits <= 8:
         raise ConfigError(f"bits={bits} must be 1 to 8; 2, 3 and 4 are the usual ones.")
     W = checked(weight)
-    factored = factor_hessian(statistics.hessian, damping)
+    factored = statistics.factored(damping)
     top = 2**bits - 1
     storage = Storage(*W.shape)
     storage.codes(W.numel(), bits)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import InputStatistics, factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.saliency import saliency
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.baselines.blockwise import BLOCK_SIZE, compensated_by_column, masked_mean, signs
@@ -47,7 +47,7 @@ def pb_llm(
     if not 0.0 < salient_share < 1.0:
         raise ConfigError(f"salient_share={salient_share} must lie in (0, 1); 0.1 is the usual value.")
     W = checked(weight)
-    factored = factor_hessian(statistics.hessian, damping)
+    factored = statistics.factored(damping)
     score = saliency(W, factored.inverse.diagonal()).masked_fill(factored.dead, 0.0)
     count = max(1, round(salient_share * W.numel()))
     salient = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
