@@ -199,7 +199,7 @@ def _probe(
     config = getattr(model, "config", None)
     modalities = [token_modalities(sample, config) for sample in samples]
     probe = _Probe(selection, targets.linears, modalities, free, device, on_step)
-    Lockstep(model, targets.blocks, targets.linears, samples, False, device, may_miss=True).run(probe)
+    Lockstep(model, targets.blocks, targets.linears, samples, False, device).run(probe)
     return probe
 
 
@@ -237,7 +237,9 @@ class _Probe:
                 groups.setdefault(kind, []).append(name)
         if groups:
             device = self._device or members[names[0]].weight.device
-            statistics = HessianPass().collect(names[0], pair_streams(arrivals, self._modalities), device)
+            collector = HessianPass()
+            collector.by_modality = any(settings.significance == "modality" for settings, _ in groups)
+            statistics = collector.collect(names[0], pair_streams(arrivals, self._modalities), device)
             for (settings, _), group in groups.items():
                 self.groups.append(tuple(group))
                 self._measure(settings, {name: members[name].weight for name in group}, statistics)
@@ -259,6 +261,9 @@ class _Probe:
             solution = solve(stack, statistics, quick, next(iter(some)))
             for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
                 self.errors[name][base, fraction] = output_error(each, found, statistics.hessian)
+
+    def miss(self, names: Sequence[str]) -> None:
+        """They stay as they are."""
 
     def leave(self, index: int, drift: float | None) -> None:
         self._on_step(index + 1, len(self._linears))

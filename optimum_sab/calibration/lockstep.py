@@ -35,21 +35,27 @@ class Arrival:
         inputs: of the linear, [..., tokens, in].
         residual: what the linear's output will be added to, [..., tokens, out]; None where that is not known, or the
             linear is not the only one with this input.
+        routed: there are not as many rows as tokens entered the block, as at an expert.
     """
 
     sample: int
     stream: str
     inputs: Tensor
     residual: Tensor | None = None
+    routed: bool = False
 
 
 class Visitor(Protocol):
-    """What the scheduler calls, in this order for every block: `enter`, `solve` per group of linears, `leave`."""
+    """What the scheduler calls for every block: `enter`, `solve` per group of linears, perhaps `miss`, and `leave`."""
 
     def enter(self, index: int) -> None: ...
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         """Binarize the linears that share an input; returns the weight each quantized stream goes on with."""
+        ...
+
+    def miss(self, names: Sequence[str]) -> None:
+        """Called before `leave` with the linears of the block that no token reached, where there are any."""
         ...
 
     def leave(self, index: int, drift: float | None) -> None: ...
@@ -113,7 +119,6 @@ class Lockstep:
         samples: keyword arguments of the model's forward, one dict per sample.
         two_streams: run a dense stream beside the quantized one.
         device: where each block is moved while its samples run; None leaves everything where it is.
-        may_miss: do not mind linears that no token reaches.
     """
 
     model: nn.Module
@@ -122,7 +127,6 @@ class Lockstep:
     samples: Sequence[Mapping[str, Any]]
     two_streams: bool
     device: torch.device | None = None
-    may_miss: bool = False
     _weights: dict[str, Tensor] = field(default_factory=dict, init=False)
     _groups: dict[str, _Group] = field(default_factory=dict, init=False)
     _recording: list[tuple[str, Tensor]] | None = field(default=None, init=False)
@@ -152,7 +156,7 @@ class Lockstep:
         Raises:
             LockstepError: samples disagree about the next block, or one reaches a linear that is already binarized.
         """
-        greenlet = _import_greenlet()
+        greenlet = import_greenlet()
         self._main = greenlet.getcurrent()
         self._current = greenlet.getcurrent
         streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
@@ -234,14 +238,23 @@ class Lockstep:
             visitor.leave(index, _drift(waiting) if self.two_streams else None)
             return waiting
         self._groups, sources = self._probe(index, waiting[self._workers[0]])
+        tokens = {worker: _tokens(pause.payload) for worker, pause in waiting.items()}
+        reached: set[str] = set()
         self._residuals = {worker: {} for worker in self._workers}
         with read_arguments(sources, self._keep_residual):
             waiting = self._resume(waiting)
             while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
                 group, here = self._next_group(index, at_linear)
                 source = sources.get(group.names[0]) if len(group.names) == 1 else None
-                arrivals = [Arrival(*w, p.payload, self._residual(w, source)) for w, p in here.items()]
-                self._weights.update(visitor.solve(group.names, arrivals))
+                arrivals = [
+                    Arrival(*w, p.payload, self._residual(w, source), tokens[w] not in (None, _rows(p.payload)))
+                    for w, p in here.items()
+                ]
+                if any(_rows(a.inputs) for a in arrivals):
+                    self._weights.update(visitor.solve(group.names, arrivals))
+                    reached.update(group.names)
+                else:  # nothing goes through; some models call experts that no token chose all the same
+                    self._weights.update({name: self.linears[index][name].weight for name in group.names})
                 group.solved = True
                 group.seen.update(here)
                 del arrivals
@@ -249,12 +262,9 @@ class Lockstep:
                     pause.payload = None  # frees the inputs of this group
                 waiting.update(self._resume(here))
         self._residuals = {}
-        missed = [n for n in self.linears[index] if n not in self._groups or not self._groups[n].solved]
-        if missed and not self.may_miss:
-            raise LockstepError(
-                f"no calibration token reached {missed[0]} ({len(missed)} linears of its block): give more or more "
-                f"varied samples, or leave it dense with modules_to_not_convert=[{missed[0]!r}]."
-            )
+        missed = [n for n in self.linears[index] if n not in reached]
+        if missed:
+            visitor.miss(missed)
         if self._finisher is not None:
             self._finisher.finish(index, self._passage(index, entries, waiting))
         visitor.leave(index, _drift(waiting) if self.two_streams else None)
@@ -442,6 +452,17 @@ class Lockstep:
         return map_tensors(call[0], self.device), map_tensors(call[1], self.device)
 
 
+def _rows(inputs: Tensor) -> int:
+    return inputs.shape[:-1].numel()
+
+
+def _tokens(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
+    """Tokens of the hidden states a block is called with, which are the first that holds numbers; None without any."""
+    args, kwargs = call
+    given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+    return next((_rows(t) for t in given), None)
+
+
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     # empty tensors all have the data pointer 0: experts that no token chose do not share an input
     return a is b or (
@@ -460,7 +481,12 @@ def _drift(waiting: Mapping[tuple[int, str], _Pause]) -> float:
     return above / below if below else 0.0
 
 
-def _import_greenlet() -> Any:
+def import_greenlet() -> Any:
+    """The package that coroutines come from.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
     try:
         import greenlet
     except ImportError as error:

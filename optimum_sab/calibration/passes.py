@@ -48,46 +48,70 @@ class PairedInputs:
         quantized: x̂ [tokens, in] of the quantized stream.
         dense: x [tokens, in] of the dense stream, or None.
         modalities: of the sample's tokens.
-        residual: r − r̂ [tokens, out], by how much the streams differ in what the linear's output is added to, or None
-            where that is not known.
+        residuals: r and r̂ [..., tokens, out], what the linear's output is added to in the dense and in the quantized
+            stream, or None where that is not known.
+        routed: the rows are only some of the sample's tokens, or stand in another order (an expert's input), so they
+            cannot be told apart by their modality.
     """
 
     quantized: Tensor
     dense: Tensor | None
     modalities: TokenModalities
-    residual: Tensor | None = None
+    residuals: tuple[Tensor, Tensor] | None = None
+    routed: bool = False
+
+    @property
+    def residual(self) -> Tensor | None:
+        """r − r̂ [tokens, out] in float32; None where that is not known."""
+        if self.residuals is None:
+            return None
+        r, r_hat = self.residuals
+        return (r.float() - r_hat.float()).flatten(0, -2)
 
 
 def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> list[PairedInputs]:
     """Bring both streams of every sample together.
 
-    The dense rows are dropped for the whole group when the streams were routed differently (other token counts).
+    The dense rows are dropped for the whole group where tokens are routed: the streams may route others, and then the
+    rows of the two are not the same tokens, even if they are as many.
+
+    Args:
+        arrivals: of one group of linears.
+        modalities: of every sample's tokens, those of samples that did not arrive included.
     """
     dense = {a.sample: a for a in arrivals if a.stream == DENSE}
     quantized = {a.sample: a for a in arrivals if a.stream != DENSE}
-    paired = all(i in dense and dense[i].inputs.shape == a.inputs.shape for i, a in quantized.items())
+    routed = len(quantized) < len(modalities) or any(a.routed for a in arrivals)
+    paired = not routed and all(i in dense and dense[i].inputs.shape == a.inputs.shape for i, a in quantized.items())
     if not paired:
-        return [PairedInputs(a.inputs.flatten(0, -2), None, modalities[i]) for i, a in quantized.items()]
-    residual = {i: _difference(dense[i], a) for i, a in quantized.items()}
-    known = all(r is not None for r in residual.values())
+        return [PairedInputs(a.inputs.flatten(0, -2), None, modalities[i], None, routed) for i, a in quantized.items()]
+    residuals = {i: _residuals(dense[i], a) for i, a in quantized.items()}
+    known = all(r is not None for r in residuals.values())
     return [
         PairedInputs(
-            a.inputs.flatten(0, -2), dense[i].inputs.flatten(0, -2), modalities[i], residual[i] if known else None
+            a.inputs.flatten(0, -2), dense[i].inputs.flatten(0, -2), modalities[i], residuals[i] if known else None
         )
         for i, a in quantized.items()
     ]
 
 
-def _difference(dense: Arrival, quantized: Arrival) -> Tensor | None:
-    """r − r̂ as rows that match the inputs' rows."""
+def _residuals(dense: Arrival, quantized: Arrival) -> tuple[Tensor, Tensor] | None:
+    """r and r̂ where their rows match the inputs' rows."""
     r, r_hat = dense.residual, quantized.residual
     if r is None or r_hat is None or r.shape != r_hat.shape or r.shape[:-1] != quantized.inputs.shape[:-1]:
         return None
-    return (r.float() - r_hat.float()).flatten(0, -2)
+    return r, r_hat
 
 
 class CalibrationPass(ABC):
-    """Gathers statistics of the inputs that a group of linears shares."""
+    """Gathers statistics of the inputs that a group of linears shares.
+
+    Attributes:
+        by_modality: whether the Hessians of each modality are asked for beside the one of all; set by whoever collects.
+            They are as large as that one, and only ``significance="modality"`` reads them.
+    """
+
+    by_modality = True
 
     @abstractmethod
     def collect(self, name: str, inputs: Sequence[PairedInputs], device: torch.device) -> InputStatistics:
@@ -103,16 +127,12 @@ class HessianPass(CalibrationPass):
     def collect(self, name: str, inputs: Sequence[PairedInputs], device: torch.device) -> InputStatistics:
         two_streams = bool(inputs) and all(pair.dense is not None for pair in inputs)
         width = inputs[0].quantized.shape[-1] if inputs else 0
-        moments = InputMoments(width, device, two_streams, name)
-        if not two_streams or len(inputs) < 2:
-            _add(moments, inputs, two_streams)
-            return moments.statistics(self.weighting)
-        first, second = _halves(inputs)
+        first, second = _halves(inputs) if two_streams and len(inputs) > 1 else ([], inputs)
         part = InputMoments(width, device, two_streams, name)
         _add(part, first, two_streams)
+        moments = InputMoments(width, device, two_streams, name)
         _add(moments, second, two_streams)
-        moments.absorb(part)
-        return moments.statistics(self.weighting, part)
+        return moments.statistics(self.weighting, part if first else None, self.by_modality)
 
 
 def _halves(inputs: Sequence[PairedInputs]) -> tuple[list[PairedInputs], list[PairedInputs]]:
@@ -122,52 +142,51 @@ def _halves(inputs: Sequence[PairedInputs]) -> tuple[list[PairedInputs], list[Pa
     return [p for i, p in enumerate(inputs) if i in chosen], [p for i, p in enumerate(inputs) if i not in chosen]
 
 
-def _add(moments: InputMoments, inputs: Sequence[PairedInputs], two_streams: bool) -> None:
-    for modality, quantized, dense, residual in _batches(inputs, two_streams):
-        moments.add(modality, quantized, dense, residual)
-
-
-def _batches(
-    inputs: Sequence[PairedInputs], two_streams: bool, rows: int = 4096
-) -> list[tuple[str, Tensor, Tensor | None, Tensor | None]]:
-    """Rows of many samples by modality, in pieces of about ``rows``: few large products instead of many small ones."""
-    pieces: dict[str, list[PairedInputs]] = {}
-    for pair in inputs:
-        labels = pair.modalities.labels
-        if labels.numel() != pair.quantized.shape[0]:
-            names = pair.modalities.names
-            whole = names[0] if len(names) == 1 else MIXED
-            pieces.setdefault(whole, []).append(pair)
-            continue
-        for index, modality in enumerate(pair.modalities.names):
-            mask = (labels == index).to(pair.quantized.device)
-            if bool(mask.all()):
-                pieces.setdefault(modality, []).append(pair)
-            elif bool(mask.any()):
-                pieces.setdefault(modality, []).append(_rows(pair, mask))
-    batches: list[tuple[str, Tensor, Tensor | None, Tensor | None]] = []
-    for modality, rows_of in pieces.items():
+def _add(moments: InputMoments, inputs: Sequence[PairedInputs], two_streams: bool, rows: int = 4096) -> None:
+    """Add the samples by modality, about ``rows`` rows at a time: few large products instead of many small ones."""
+    for modality, pieces in _by_modality(inputs).items():
         start = 0
-        while start < len(rows_of):
+        while start < len(pieces):
             end, count = start, 0
-            while end < len(rows_of) and count < rows:
-                count += rows_of[end].quantized.shape[0]
+            while end < len(pieces) and count < rows:
+                count += pieces[end].count
                 end += 1
-            part = rows_of[start:end]
-            dense = torch.cat([p.dense for p in part if p.dense is not None]) if two_streams else None
-            residual = [p.residual for p in part if p.residual is not None]
-            batches.append(
-                (modality, torch.cat([p.quantized for p in part]), dense, torch.cat(residual) if residual else None)
+            batch = pieces[start:end]
+            quantized = torch.cat([p.rows(p.pair.quantized) for p in batch])
+            dense = (
+                torch.cat([p.rows(p.pair.dense) for p in batch if p.pair.dense is not None]) if two_streams else None
             )
+            residuals = [p.rows(r) for p in batch for r in [p.pair.residual] if r is not None]
+            moments.add(modality, quantized, dense, torch.cat(residuals) if residuals else None)
             start = end
-    return batches
 
 
-def _rows(pair: PairedInputs, mask: Tensor) -> PairedInputs:
-    """The masked rows of every tensor."""
-    return PairedInputs(
-        pair.quantized[mask],
-        None if pair.dense is None else pair.dense[mask],
-        pair.modalities,
-        None if pair.residual is None else pair.residual[mask],
-    )
+@dataclass(frozen=True)
+class _Piece:
+    """The rows of one sample that are of one modality: those of the mask, all without one."""
+
+    pair: PairedInputs
+    mask: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        return self.pair.quantized.shape[0] if self.mask is None else int(self.mask.sum())
+
+    def rows(self, of: Tensor) -> Tensor:
+        return of if self.mask is None else of[self.mask.to(of.device)]
+
+
+def _by_modality(inputs: Sequence[PairedInputs]) -> dict[str, list[_Piece]]:
+    pieces: dict[str, list[_Piece]] = {}
+    for pair in inputs:
+        labels, names = pair.modalities.labels, pair.modalities.names
+        if pair.routed or labels.numel() != pair.quantized.shape[0]:
+            pieces.setdefault(names[0] if len(names) == 1 else MIXED, []).append(_Piece(pair))
+            continue
+        for index, modality in enumerate(names):
+            mask = labels == index
+            if bool(mask.all()):
+                pieces.setdefault(modality, []).append(_Piece(pair))
+            elif bool(mask.any()):
+                pieces.setdefault(modality, []).append(_Piece(pair, mask))
+    return pieces

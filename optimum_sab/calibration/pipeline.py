@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from optimum_sab.calibration.agreement import Agreement
 from optimum_sab.calibration.head import output_embedding
 from optimum_sab.calibration.lockstep import DENSE, QUANTIZED, Arrival, Lockstep
+from optimum_sab.calibration.memory import calibration_bytes, warn_of_memory
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
 from optimum_sab.calibration.passage import BlockPassage
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
@@ -32,6 +33,7 @@ from optimum_sab.calibration.temperature import (
     find_last_norm,
     set_temperature,
 )
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
@@ -39,6 +41,8 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, set_module
+
+MISSED = 0.25  # of a block's weights: so many may be binarized without data, such as a few of many experts
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,8 @@ def binarize(
             streams and a head.
 
     Raises:
-        CalibrationError: see `head_to_tune_to` and `ResumeFolder`.
+        CalibrationError: no token reaches more than `MISSED` of a block's weights; see also `head_to_tune_to` and
+            `ResumeFolder`.
         SampleError: no samples.
         NonFiniteError: a weight or an activation holds NaN or inf.
         LockstepError, SingularHessianError: see there.
@@ -167,6 +172,9 @@ def binarize(
         model, selection, targets.positions, targets.linears, modalities, collector, device, on_block, refine, resume
     )
     two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
+    widths = [linear.in_features for of_block in targets.linears for linear in of_block.values()]
+    needed = calibration_bytes(sum(tokens.values()), 1 + two_streams, widths[0], max(widths), dtype)
+    warn_of_memory(needed, sum(tokens.values()), device or home)
     try:
         lockstep = Lockstep(model, targets.blocks, targets.linears, moved, two_streams, device)
         last = None
@@ -237,9 +245,31 @@ class _Binarizer:
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         members = [(n, self.linears[self._index][n]) for n in names]
         device = self.device or members[0][1].weight.device
+        self.collector.by_modality = any(self.selection.settings[n].significance == "modality" for n in names)
         statistics = self.collector.collect(names[0], pair_streams(arrivals, self.modalities), device)
+        return self._solve(members, statistics)
+
+    def miss(self, names: Sequence[str]) -> None:
+        linears = self.linears[self._index]
+        missed, all_weights = (sum(linears[n].weight.numel() for n in some) for some in (names, linears))
+        what = (
+            f"no calibration token reached {names[0]} (with it {len(names)} linears and {missed / all_weights:.0%} of "
+            "the weights of its block)"
+        )
+        remedy = f"Give more or more varied samples, or leave it dense with modules_to_not_convert=[{names[0]!r}]."
+        if missed > MISSED * all_weights:
+            raise CalibrationError(f"{what}. {remedy}")
+        warnings.warn(f"{what}: binarized to approximate the weights, without data. {remedy}", SABWarning, stacklevel=2)
+        for name in names:
+            linear = linears[name]
+            device = self.device or linear.weight.device
+            self._solve([(name, linear)], InputStatistics.without_data(linear.in_features, device))
+
+    def _solve(self, members: Sequence[tuple[str, nn.Linear]], statistics: InputStatistics) -> dict[str, Tensor]:
+        """Solve linears that share an input, those with the same settings as one stack."""
+        device = statistics.hessian.device
         weights: dict[str, Tensor] = {}
-        for settings in dict.fromkeys(self.selection.settings[n] for n in names):
+        for settings in dict.fromkeys(self.selection.settings[n] for n, _ in members):
             stack = [(n, m) for n, m in members if self.selection.settings[n] == settings]
             weight = torch.cat([m.weight.to(device, torch.float32) for _, m in stack])
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
@@ -354,16 +384,25 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def check_weights(model: nn.Module, selection: Selection) -> None:
-    """Stop before hours of work: every target weight must be real and finite."""
+def refuse_offloaded(model: nn.Module, selection: Selection) -> None:
+    """Every target weight must be there.
+
+    Raises:
+        CalibrationError: one is on meta.
+    """
     for name in selection.settings:
-        weight = _linear(model, name).weight
-        if weight.device.type == "meta":
+        if _linear(model, name).weight.device.type == "meta":
             raise CalibrationError(
                 f"the weight of {name} is offloaded; load the model on the CPU for binarization (device_map='cpu') and "
                 "name the accelerator in SABConfig(calibration_device=...)."
             )
-        if not bool(torch.isfinite(weight).all()):
+
+
+def check_weights(model: nn.Module, selection: Selection) -> None:
+    """Stop before hours of work: every target weight must be real and finite."""
+    refuse_offloaded(model, selection)
+    for name in selection.settings:
+        if not bool(torch.isfinite(_linear(model, name).weight).all()):
             raise NonFiniteError(
                 f"the weight of {name} holds NaN or inf; the checkpoint is damaged, or overflowed in float16."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,27 @@ class ModalityMoments:
     drift: Float[Tensor, "in in"] | None
     residual: Float[Tensor, "out in"] | None = None
     tokens: int = 0
+
+    def absorb(self, other: ModalityMoments, scale: float = 1.0) -> None:
+        """Add another's sums, times ``scale``, to these in place."""
+        self.hessian.add_(other.hessian, alpha=scale)
+        if self.drift is not None and other.drift is not None:
+            self.drift.add_(other.drift, alpha=scale)
+        if other.residual is not None:
+            self.residual = torch.zeros_like(other.residual) if self.residual is None else self.residual
+            self.residual.add_(other.residual, alpha=scale)
+        self.tokens += other.tokens
+
+    def scale(self, factor: float) -> None:
+        """Multiply the sums in place."""
+        for sums in (self.hessian, self.drift, self.residual):
+            if sums is not None:
+                sums.mul_(factor)
+
+    def copy(self) -> ModalityMoments:
+        """The same sums in other memory."""
+        drift, residual = (None if s is None else s.clone() for s in (self.drift, self.residual))
+        return ModalityMoments(self.hessian.clone(), drift, residual, self.tokens)
 
 
 @dataclass
@@ -104,25 +126,10 @@ class InputMoments:
             )
         return x
 
-    def absorb(self, other: InputMoments) -> None:
-        """Add another's sums to these, in place; the other keeps its own."""
-        for modality, theirs in other.by_modality.items():
-            own = self.by_modality.get(modality)
-            if own is None:
-                own = ModalityMoments(
-                    torch.zeros_like(theirs.hessian),
-                    None if theirs.drift is None else torch.zeros_like(theirs.drift),
-                )
-                self.by_modality[modality] = own
-            own.hessian += theirs.hessian
-            if own.drift is not None and theirs.drift is not None:
-                own.drift += theirs.drift
-            if theirs.residual is not None:
-                own.residual = theirs.residual.clone() if own.residual is None else own.residual.add_(theirs.residual)
-            own.tokens += theirs.tokens
-
-    def statistics(self, weighting: str = "balanced", part: InputMoments | None = None) -> InputStatistics:
-        """Freeze the sums: ``H_μ = 2/N_μ Σ x xᵀ`` per modality, and their trace-balanced mean.
+    def statistics(
+        self, weighting: str = "balanced", part: InputMoments | None = None, by_modality: bool = True
+    ) -> InputStatistics:
+        """``H_μ = 2/N_μ Σ x xᵀ`` per modality, and their trace-balanced mean. Uses the sums up, since they are large.
 
         ``H = 1/z Σ_μ H_μ / tr(H_μ) · m``: every modality weighs the same however many tokens it has
         (image tokens outnumber text ten to one). The drift is scaled alike, so that ``C H⁻¹`` keeps its meaning.
@@ -130,43 +137,44 @@ class InputMoments:
         Args:
             weighting: "balanced"; or, to compare with, "tokens" (every token weighs the same) or "text" (H sees text
                 alone, as the paper's compensation does). Both are scaled to a mean diagonal of 1 too.
-            part: the sums of one half of the samples, which these contain.
+            part: the sums of one half of the samples where these are those of the other; used up as well.
+            by_modality: keep the ``H_μ`` too.
         """
-        live = {name: m for name, m in self.by_modality.items() if m.tokens and float(m.hessian.diagonal().sum()) > 0}
+        sums, halves = self.by_modality, {} if part is None else part.by_modality
+        self.by_modality = {}
+        if part is not None:
+            part.by_modality = {}
+            for modality, theirs in halves.items():
+                if modality in sums:
+                    sums[modality].absorb(theirs)
+                else:
+                    sums[modality] = theirs.copy()
+        tokens = {name: m.tokens for name, m in sums.items()}
+        live = {name: m for name, m in sums.items() if m.tokens and float(m.hessian.diagonal().sum()) > 0}
         if not live:
             raise CalibrationError(
                 f"no calibration token with a non-zero input reached {self.name}; give more samples, or leave the "
                 "module dense with modules_to_not_convert."
             )
-        hessians = {name: m.hessian * (2.0 / m.tokens) for name, m in live.items()}
-        weights = _modality_weights(live, hessians, weighting)
+        weights = _modality_weights(live, weighting)
         scales = {name: 2.0 / m.tokens * weights[name] for name, m in live.items()}
-        whole = _weighted_sum(live, scales)
-        tokens = {name: m.tokens for name, m in self.by_modality.items()}
-        half = None
-        if part is not None:
-            theirs = {name: m for name, m in part.by_modality.items() if name in scales}
-            half = _weighted_sum(theirs, scales) if theirs else None
-        return InputStatistics(whole.hessian, hessians, whole.drift, tokens, whole.residual, half)
+        hessians = {name: m.hessian * (2.0 / m.tokens) for name, m in live.items()} if by_modality else {}
+        half = {name: m for name, m in halves.items() if name in scales}
+        sums.clear()
+        halves.clear()
+        whole, share = _folded(live, scales), _folded(half, scales) if half else None
+        return InputStatistics(whole.hessian, hessians, whole.drift, tokens, whole.residual, share)
 
 
-def _weighted_sum(moments: dict[str, ModalityMoments], scales: dict[str, float]) -> WeightedMoments:
-    """``Σ_μ s_μ · sums_μ`` of everything that was gathered."""
-
-    def total(of: list[tuple[Tensor | None, float]]) -> Tensor | None:
-        result: Tensor | None = None
-        for value, scale in of:
-            if value is not None:
-                result = value * scale if result is None else result.add_(value, alpha=scale)
-        return result
-
-    hessian = total([(m.hessian, scales[name]) for name, m in moments.items()])
-    assert hessian is not None  # there is a modality
-    return WeightedMoments(
-        hessian,
-        total([(m.drift, scales[name]) for name, m in moments.items()]),
-        total([(m.residual, scales[name]) for name, m in moments.items()]),
-    )
+def _folded(moments: dict[str, ModalityMoments], scales: dict[str, float]) -> WeightedMoments:
+    """``Σ_μ s_μ · sums_μ`` of everything that was gathered, in the place of the first sums; the others are let go."""
+    first = next(iter(moments))
+    total = moments.pop(first)
+    total.scale(scales[first])
+    while moments:
+        name = next(iter(moments))
+        total.absorb(moments.pop(name), scales[name])
+    return WeightedMoments(total.hessian, total.drift, total.residual)
 
 
 @dataclass(frozen=True)
@@ -194,7 +202,7 @@ class InputStatistics:
 
     Attributes:
         hessian: trace-balanced mean over modalities, [in, in], mean diagonal 1, undamped.
-        by_modality: ``H_μ`` [in, in] per modality that has tokens, undamped.
+        by_modality: ``H_μ`` [in, in] per modality that has tokens, undamped; empty where they were not asked for.
         drift: ``C = (X − X̂)ᵀ X̂`` [in, in] in the scale of ``hessian``, or None without a dense stream.
         tokens: tokens seen per modality.
         residual: ``R = (r − r̂)ᵀ X̂`` [out, in] in the scale of ``hessian``: by how much the streams differ in what
@@ -211,6 +219,12 @@ class InputStatistics:
     half: WeightedMoments | None = None
     _factored: dict[float, FactoredHessian] = field(default_factory=dict, init=False, repr=False, compare=False)
 
+    @classmethod
+    def without_data(cls, in_features: int, device: torch.device) -> InputStatistics:
+        """Of a linear that no token reached: every input as likely, so that the weight alone is approximated."""
+        identity = torch.eye(in_features, dtype=torch.float32, device=device)
+        return cls(identity, {"text": identity}, None, {})
+
     def factored(self, damping: float, name: str = "the layer") -> FactoredHessian:
         """`factor_hessian` of ``hessian``, once for every damping: several weights are solved from the same inputs."""
         if damping not in self._factored:
@@ -223,11 +237,9 @@ class InputStatistics:
         return WeightedMoments(self.hessian, self.drift, self.residual)
 
 
-def _modality_weights(
-    moments: dict[str, ModalityMoments], hessians: dict[str, Tensor], weighting: str
-) -> dict[str, float]:
+def _modality_weights(moments: dict[str, ModalityMoments], weighting: str) -> dict[str, float]:
     """What each ``H_μ`` is multiplied with before they are added up."""
-    mean = {name: float(H.diagonal().mean()) for name, H in hessians.items()}
+    mean = {name: float((m.hessian.diagonal() * (2.0 / m.tokens)).mean()) for name, m in moments.items()}
     if weighting == "balanced":
         return {name: 1.0 / (mean[name] * len(mean)) for name in mean}
     chosen = ["text"] if weighting == "text" and "text" in mean else list(mean)
@@ -266,19 +278,38 @@ def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = 
         NonFiniteError: the Hessian holds NaN or inf.
         SingularHessianError: no Cholesky factor at a hundred times the damping.
     """
-    if not bool(torch.isfinite(hessian).all()):
-        raise NonFiniteError(f"the Hessian of {name} holds NaN or inf; its inputs overflow, try dtype=torch.float32.")
     dead = hessian.diagonal() == 0
-    for raised in (1.0, 10.0, 100.0):
-        H = damped(hessian, damping * raised)
-        factor, failed = torch.linalg.cholesky_ex(H)
-        if int(failed):
-            continue
+    for H, factor in _cholesky_factors(hessian, damping, name):
         inverse = torch.cholesky_inverse(factor)
+        del factor
         upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
         if not int(failed):
             return FactoredHessian(H, inverse, upper, dead)
-    raise SingularHessianError(
+    raise _singular(damping, name)
+
+
+def solve_damped(
+    right: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer"
+) -> Float[Tensor, "out in"]:
+    """``B H⁻¹`` with H damped as in `factor_hessian`, which raises the same errors; needs less memory than H⁻¹."""
+    for _, factor in _cholesky_factors(hessian, damping, name):
+        return torch.cholesky_solve(right.T, factor).T
+    raise _singular(damping, name)
+
+
+def _cholesky_factors(hessian: Tensor, damping: float, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Damped Hessians that have a lower Cholesky factor, and that factor, from the least damping on."""
+    if not bool(torch.isfinite(hessian).all()):
+        raise NonFiniteError(f"the Hessian of {name} holds NaN or inf; its inputs overflow, try dtype=torch.float32.")
+    for raised in (1.0, 10.0, 100.0):
+        H = damped(hessian, damping * raised)
+        factor, failed = torch.linalg.cholesky_ex(H)
+        if not int(failed):
+            yield H, factor
+
+
+def _singular(damping: float, name: str) -> SingularHessianError:
+    return SingularHessianError(
         f"the Hessian of {name} is still singular with damping={100 * damping:g}; give more calibration samples or "
         "raise damping."
     )

@@ -17,7 +17,7 @@ from optimum_sab.core.saliency import saliency, salient_mask
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.significance import Significance, significance_map
 from optimum_sab.core.target import cross_validated_alpha, propagated_target
-from optimum_sab.errors import NonFiniteError
+from optimum_sab.errors import CalibrationError, NonFiniteError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -66,6 +66,7 @@ def solve(
         name: the module's name, for messages.
 
     Raises:
+        CalibrationError: ``significance`` is "modality" and the statistics hold no Hessians per modality.
         NonFiniteError: W or the Hessian holds NaN or inf.
         SingularHessianError: see `factor_hessian`.
     """
@@ -74,14 +75,19 @@ def solve(
         raise NonFiniteError(
             f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16."
         )
+    alpha = _propagation(W, statistics, settings)  # first, since it needs other factors for as long
     factored = statistics.factored(settings.damping, name)
     target = W
-    alpha = _propagation(W, statistics, settings)
     if alpha and statistics.drift is not None:
         target = propagated_target(W, factored.inverse, statistics.drift, alpha, statistics.residual)
     target = target.masked_fill(factored.dead, 0.0)
     significance = None
     if settings.significance == "modality":
+        if not statistics.by_modality:
+            raise CalibrationError(
+                f"significance='modality' needs the Hessians of each modality, which the calibration pass did not give "
+                f"for {name}; use the 'hessian' pass, or another significance."
+            )
         inverse = [
             factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
         ]

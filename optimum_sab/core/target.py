@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import InputStatistics, factor_hessian
+from optimum_sab.core.hessian import InputStatistics, solve_damped
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -52,7 +52,7 @@ def cross_validated_alpha(weight: Float[Tensor, "out in"], statistics: InputStat
     corrections = [_correction(weight, half.drift, half.residual) for half in halves]
     found = []
     for here, there in ((0, 1), (1, 0)):
-        D = corrections[here] @ factor_hessian(halves[here].hessian, damping).inverse
+        D = solve_damped(corrections[here], halves[here].hessian, damping)
         above = float((D * corrections[there]).sum(dtype=torch.float64))
         below = float((D @ halves[there].hessian * D).sum(dtype=torch.float64))
         found.append(above / below if below > 0 else 0.0)

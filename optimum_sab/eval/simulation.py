@@ -14,6 +14,7 @@ from optimum_sab.calibration.lockstep import Arrival, Lockstep
 from optimum_sab.calibration.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.passes import HessianPass, pair_streams
 from optimum_sab.calibration.pipeline import decoder_targets
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.eval.baselines import Baseline
 from optimum_sab.nn.selection import select_linears
@@ -70,11 +71,19 @@ class _Simulator:
         device = next(iter(members.values())).weight.device
         statistics = HessianPass().collect(names[0], pair_streams(arrivals, self.modalities), device)
         for name, linear in members.items():
-            result = self.baseline(linear.weight.float(), statistics)
-            self.bits += result.bits_per_weight * linear.weight.numel()
-            self.count += linear.weight.numel()
-            self._done[name] = result.weight.to(linear.weight.dtype)
+            self._quantize(name, linear, statistics)
         return {name: self._done[name] for name in names}
+
+    def miss(self, names: Sequence[str]) -> None:
+        for name in names:
+            linear = self.linears[self._index][name]
+            self._quantize(name, linear, InputStatistics.without_data(linear.in_features, linear.weight.device))
+
+    def _quantize(self, name: str, linear: nn.Linear, statistics: InputStatistics) -> None:
+        result = self.baseline(linear.weight.float(), statistics)
+        self.bits += result.bits_per_weight * linear.weight.numel()
+        self.count += linear.weight.numel()
+        self._done[name] = result.weight.to(linear.weight.dtype)
 
     def leave(self, index: int, drift: float | None) -> None:
         for name, linear in self.linears[index].items():

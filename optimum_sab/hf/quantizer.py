@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_sab.errors import ConfigError, FormatError, SABWarning
+from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.hf.checkpoint import check_files, local_files
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.selection import select, source_of
 from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import Selection, replace_with_skeletons, select_linears, set_module
-from optimum_sab.ops.backends import choose_backend
-
-if TYPE_CHECKING:
-    from optimum_sab.calibration.agreement import AgreementCheck
+from optimum_sab.nn.selection import Selection, replace_with_skeletons, set_module
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -37,7 +32,8 @@ class SABHfQuantizer(HfQuantizer):
     required_packages = None
 
     def __init__(self, quantization_config: SABConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        # a copy: the work writes into it, and whoever gave it may load with it again
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
 
     # -- loading ---------------------------------------------------------------------------------------------------
@@ -62,17 +58,25 @@ class SABHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         selection = self._select(model, strict=not self.pre_quantized)  # a bad rule stops here, before any download
-        if self.pre_quantized:
+        if not self.pre_quantized:
+            from optimum_sab.hf.binarization import check_before_loading
+
+            check_before_loading(model, self.quantization_config)
+        else:
             replace_with_skeletons(model, selection)
-            files = kwargs.get("checkpoint_files") or local_files(_source(model))
+            files = kwargs.get("checkpoint_files") or local_files(source_of(model))
             check_files(model, selection.prefix, [f for f in files if str(f).endswith(".safetensors")])
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
-        check = None
         if not self.pre_quantized:
-            check = self._binarize(model)
+            from optimum_sab.hf.binarization import Binarization
+
+            work = Binarization(model, self.quantization_config, self._select(model, strict=True))
+            work.run()
+            self._prepare(model)
+            self.report = work.compared()
         else:
             for name, module in model.named_modules():
                 if isinstance(module, SABLinear) and module.weight.device.type != "meta":
@@ -81,9 +85,7 @@ class SABHfQuantizer(HfQuantizer):
                 self._dequantize(model)
                 self.remove_quantization_config(model)
                 return model
-        self._prepare(model)
-        if check is not None:
-            self._compare(check)
+            self._prepare(model)
         config: Any = model.config
         config.quantization_config = self.quantization_config
         return model
@@ -116,147 +118,7 @@ class SABHfQuantizer(HfQuantizer):
     # -- work ------------------------------------------------------------------------------------------------------
 
     def _select(self, model: nn.Module, strict: bool) -> Selection:
-        config = self.quantization_config
-        rules = list(config.modules_to_not_convert)
-        if not strict:
-            rules += (config.measured or {}).get("left_dense", [])
-        return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
-
-    def _binarize(self, model: nn.Module) -> AgreementCheck | None:
-        """Binarize in place; returns what can compare the result with the dense model."""
-        from optimum_sab.calibration.inputs import calibration_inputs
-        from optimum_sab.calibration.modality import VISUAL, model_modalities
-        from optimum_sab.calibration.pipeline import binarize
-        from optimum_sab.hf.processor import find_processor
-        from optimum_sab.hf.progress import shown_progress
-
-        config = self.quantization_config
-        selection = self._select(model, strict=True)
-        choose_backend(next(model.parameters()).device, config.backend)  # an unusable one is refused before the work
-        processor = find_processor(config.processor, _source(model), VISUAL in model_modalities(model.config))
-        device = None if config.calibration_device is None else torch.device(config.calibration_device)
-        with shown_progress(config.progress) as progress:
-            inputs = calibration_inputs(
-                model,
-                processor,
-                config.calibration,
-                config.calibration_samples,
-                config.sequence_length,
-                config.seed,
-                progress.steps("Writing samples", "answer"),
-            )
-            check = self._agreement_check(model, processor)
-            resume = self._resume_folder(model, selection, inputs)
-            if config.allocation == "sensitivity":
-                on_step = progress.steps("Allocating bits", "step")
-                selection = self._allocate(model, selection, inputs, device, resume, on_step)
-            self.report = binarize(
-                model,
-                selection,
-                inputs,
-                config.calibration_pass,
-                device,
-                progress.on_block,
-                config.refine_settings,
-                resume,
-                progress.steps("Refining", "step"),
-                config.temperature_scaling,
-            )
-        config.calibration = (
-            config.calibration
-            if isinstance(config.calibration, str)
-            else (None if config.calibration is None else {"samples": len(inputs)})
-        )
-        config.processor = config.resume_folder = None
-        config.measured = {
-            "bits_per_weight": round(self.report.bits_per_weight, 6),
-            "calibration_tokens": self.report.tokens,
-            "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
-        }
-        if self.report.temperature is not None:
-            config.measured["temperature"] = round(self.report.temperature.value, 4)
-        if config.target_bits is not None:  # the choice stands in dynamic now
-            config.measured["target_bits"], config.target_bits = config.target_bits, None
-        return check
-
-    def _agreement_check(self, model: nn.Module, processor: Any) -> AgreementCheck | None:
-        """What the dense model says to a few samples that calibrate nothing."""
-        from optimum_sab.calibration.agreement import AgreementCheck
-        from optimum_sab.calibration.inputs import unseen_inputs
-
-        try:
-            return AgreementCheck(model, unseen_inputs(model, processor))
-        except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
-            warnings.warn(
-                "the finished model will not be compared with the dense one, which does not read the samples for that: "
-                f"{error}",
-                SABWarning,
-                stacklevel=2,
-            )
-            return None
-
-    def _compare(self, check: AgreementCheck) -> None:
-        """Record how far the finished model is from the dense one, and say so where it is far."""
-        try:
-            found = check.measure()
-        except (RuntimeError, ValueError) as error:  # out of memory, say: the finished model must not be lost to that
-            warnings.warn(
-                f"the finished model could not be compared with the dense one: {error}", SABWarning, stacklevel=2
-            )
-            return
-        self.report = replace(self.report, agreement=found)
-        self.quantization_config.measured["agreement"] = {
-            kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in found.items()
-        }
-        for kind, each in found.items():
-            if each.far:
-                warnings.warn(
-                    f"the binarized model is far from the dense one on {kind} that did not calibrate it: {each}. It "
-                    "has lost what the calibration samples do not show: give more or more varied ones (some of "
-                    "optimum_sab.data.builtin.builtin_samples among them), or more bits (SABConfig.two_bit()).",
-                    SABWarning,
-                    stacklevel=2,
-                )
-
-    def _resume_folder(self, model: nn.Module, selection: Selection, inputs: list[dict[str, Any]]) -> Any:
-        from optimum_sab.calibration.resume import ResumeFolder, fingerprint
-
-        config = self.quantization_config
-        if config.resume_folder is None:
-            return None
-        marks = fingerprint(model, inputs, selection.settings, config.calibration_pass, config.refine_settings)
-        own = ("allocation", "target_bits", "temperature_scaling")
-        return ResumeFolder(config.resume_folder, {**marks, **{name: getattr(config, name) for name in own}})
-
-    def _allocate(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        inputs: list[dict[str, Any]],
-        device: torch.device | None,
-        resume: Any,
-        on_step: Callable[[int, int], None],
-    ) -> Selection:
-        """Planes per group of linears, written into ``dynamic`` so that a reader finds them there."""
-        from optimum_sab.calibration.allocation import PLANES, allocate
-
-        config = self.quantization_config
-        fixing = [rule for rule, changes in config.dynamic.items() if set(changes) & set(PLANES)]
-        free = [name for name in selection.settings if not any(re.search(rule, name) for rule in fixing)]
-        if not free:
-            if config.target_bits is None:
-                return selection
-            raise ConfigError(
-                f"target_bits={config.target_bits} has nothing to choose: dynamic sets the planes of every linear. "
-                "Leave one of the two out."
-            )
-
-        def rules() -> dict[str, Any]:
-            allocation = allocate(model, selection, free, inputs, config.target_bits, device, on_step)
-            return allocation.rules(selection.prefix)
-
-        config.dynamic = {**config.dynamic, **(rules() if resume is None else resume.rules(rules))}
-        return self._select(model, strict=True)
+        return select(model, self.quantization_config, strict)
 
     def _prepare(self, model: nn.Module) -> None:
         """Layers on an accelerator get the layout of its kernels, and those that share an input are grouped."""
@@ -278,14 +140,5 @@ class SABHfQuantizer(HfQuantizer):
         return model
 
 
-def _source(model: nn.Module) -> str:
-    return getattr(model.config, "_name_or_path", "") or getattr(model.config, "name_or_path", "") or ""
-
-
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
     return dict(model.named_modules()).get(name)
-
-
-def _below_blocks(name: str, prefix: str) -> str:
-    """The name from the block list's last part on, which holds whatever prefix the model is loaded under."""
-    return name[len(prefix) - len(prefix.rpartition(".")[2]) :]

@@ -32,6 +32,9 @@ class Recorder:
                 self.inputs[key] = arrival.inputs.clone()
         return {name: self.weights[name] for name in names}
 
+    def miss(self, names):
+        self.calls.append(("miss", tuple(names)))
+
     def leave(self, index, drift):
         self.calls.append(("leave", index))
         self.drift.append(drift)
@@ -519,14 +522,15 @@ def test_linear_that_is_called_twice_is_named():
         run_pass(subject, Recorder(dense_weights(subject)))
 
 
-def test_linear_that_no_sample_reaches_is_named():
+def test_linear_that_no_sample_reaches_is_told_before_its_block_ends():
     class Idle(Block):
         def forward(self, x):
             return x + self.first(x)
 
     subject = toy(Toy(Block(), Idle()))
-    with pytest.raises(LockstepError, match=r"no calibration token reached layers\.1\.second"):
-        run_pass(subject, Recorder(dense_weights(subject)))
+    recorder = run_pass(subject, Recorder(dense_weights(subject)))
+    assert recorder.calls[-3:] == [("solve", ("layers.1.first",)), ("miss", ("layers.1.second",)), ("leave", 1)]
+    assert [call for call in recorder.calls if call[0] == "miss"] == recorder.calls[-2:-1]
 
 
 def test_route_that_comes_back_to_a_binarized_linear_is_named():
@@ -597,12 +601,34 @@ def test_experts_see_what_a_plain_forward_routes_to_them(call_all):
     assert reached == set(dense_weights(subject))
 
 
-def test_expert_that_no_token_chooses_is_named():
-    subject = mixture(call_all=False)
+@pytest.mark.parametrize("call_all", [False, True])
+def test_expert_that_no_token_chooses_is_missed_and_not_solved(call_all):
+    subject = mixture(call_all)
     with torch.no_grad():
         subject.blocks[1].router.bias[2] = -1e3
-    with pytest.raises(LockstepError, match=r"no calibration token reached layers\.1\.experts\.2\.gate \(3 linears"):
-        run_pass(subject, Recorder(dense_weights(subject)))
+    recorder = run_pass(subject, Recorder(dense_weights(subject)))
+    idle = tuple(f"layers.1.experts.2.{name}" for name in ("gate", "up", "down"))
+    assert [names for kind, names in recorder.calls if kind == "miss"] == [idle]
+    assert not set(idle) & {name for group in recorder.groups for name in group}
+
+
+@pytest.mark.parametrize("call_all", [False, True])
+def test_rows_are_told_to_be_routed_where_they_are_not_the_block_s_tokens(call_all):
+    routed = {}
+
+    class Watcher(Recorder):
+        def solve(self, names, arrivals):
+            for arrival in arrivals:
+                routed[names[0], arrival.sample, arrival.stream] = (arrival.routed, arrival.inputs.shape[-2])
+            return super().solve(names, arrivals)
+
+    subject = mixture(call_all)
+    run_pass(subject, Watcher(dense_weights(subject)))
+    lengths = [s["x"].shape[1] for s in subject.samples]
+    for (name, sample, _), (is_routed, rows) in routed.items():
+        assert is_routed == (rows != lengths[sample])
+        assert not (is_routed and name.endswith("router"))
+    assert {is_routed for is_routed, _ in routed.values()} == {False, True}
 
 
 def test_missing_greenlet_names_the_extra(monkeypatch):

@@ -118,6 +118,33 @@ def test_pairing_drops_the_dense_stream_of_all_samples_where_routes_differ(dense
     assert [p.dense for p in pair_streams(arrivals, [modalities(0), modalities(0)])] == [None, None]
 
 
+def both_streams(*each):
+    """Arrivals of samples 0, 1, … in either stream, from (rows, routed)."""
+    return [
+        Arrival(i, stream, rows(count, seed=i), rows(count), routed)
+        for stream in (DENSE, QUANTIZED)
+        for i, (count, routed) in enumerate(each)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "samples"),
+    [(both_streams((2, True), (3, False)), 2), (both_streams((3, False), (3, False)), 3)],
+    ids=["some rows are not the tokens", "a sample has no rows"],
+)
+def test_rows_of_an_expert_are_not_paired_though_they_are_as_many(arrivals, samples):
+    pairs = pair_streams(arrivals, [modalities(0, 1, 1)] * samples)
+    assert [(p.dense, p.residual, p.routed) for p in pairs] == [(None, None, True)] * 2
+    assert collect(*pairs).tokens == {"mixed": sum(p.quantized.shape[0] for p in pairs)}
+    assert collect(*pairs).drift is None
+
+
+def test_rows_of_all_tokens_of_all_samples_are_paired():
+    pairs = pair_streams(both_streams((3, False), (3, False)), [modalities(0, 1, 1)] * 2)
+    assert [p.routed for p in pairs] == [False, False]
+    assert all(p.dense is not None and p.residual is not None for p in pairs)
+
+
 # -- statistics ---------------------------------------------------------------------------------------------------
 
 
@@ -132,6 +159,18 @@ def test_hessian_is_the_second_moment_of_each_modality():
     assert close(statistics.by_modality["text"], 2 / 5 * text.T @ text)
     assert close(statistics.by_modality["visual"], 2 / 3 * visual.T @ visual)
     assert statistics.drift is None
+
+
+def test_hessians_of_each_modality_are_left_out_unless_they_are_asked_for():
+    pairs = [PairedInputs(rows(5, seed=i), rows(5, seed=9 + i), modalities(0, 1, 1, 0, 1)) for i in range(3)]
+    collector = HessianPass()
+    collector.by_modality = False
+    lean, full = collector.collect("the.linear", pairs, CPU), collect(*pairs)
+    assert lean.by_modality == {}
+    assert set(full.by_modality) == {"text", "visual"}
+    assert torch.equal(lean.hessian, full.hessian)
+    assert torch.equal(lean.drift, full.drift)
+    assert torch.equal(lean.half.hessian, full.half.hessian)
 
 
 def test_hessian_weighs_modalities_alike_however_many_tokens_they_have():

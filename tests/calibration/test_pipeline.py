@@ -11,7 +11,7 @@ from optimum_sab.calibration.passes import HessianPass, register_pass
 from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
-from optimum_sab.errors import CalibrationError, ConfigError, LockstepError, NonFiniteError, SABWarning, SampleError
+from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import select_linears
@@ -296,7 +296,7 @@ def test_dense_stream_runs_only_for_propagation(llama, watched, propagation, str
 
 def test_modalities_reach_the_statistics(build, watched):
     subject = build("qwen2_5_vl")
-    report = quantize(subject, pass_name="watched")
+    report = quantize(subject, QUICK.replace(significance="modality"), pass_name="watched")
     images = sum(int((s["input_ids"] == 60).sum()) for s in subject.samples)
     total = sum(s["input_ids"].numel() for s in subject.samples)
     assert report.tokens == {"text": total - images, "visual": images}
@@ -307,6 +307,12 @@ def test_modalities_reach_the_statistics(build, watched):
     )
     visual = torch.cat([p.quantized[i == 60] for p, i in zip(inputs, ids, strict=True)])
     torch.testing.assert_close(statistics.by_modality["visual"], 2 / images * visual.T @ visual, rtol=1e-4, atol=1e-5)
+
+
+def test_hessians_of_each_modality_are_kept_for_the_significance_map_alone(build, watched):
+    quantize(build("qwen2_5_vl"), pass_name="watched")
+    assert watched
+    assert all(statistics.by_modality == {} for _, statistics in watched.values())
 
 
 def test_experts_as_separate_linears_are_binarized_on_their_own_tokens(watched):
@@ -441,23 +447,40 @@ def test_no_samples_is_an_error(llama):
         quantize(llama)
 
 
-def test_sample_that_a_linear_never_sees_is_an_error_and_not_a_wrong_model():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 32)) for _ in range(2))
-            self.layers[1].add_module("idle", nn.Identity())
-            self.layers[1].idle.spare = nn.Linear(32, 32)
+class Spare(nn.Module):
+    """Blocks of ``used`` linears that are called and ``idle`` ones that are not."""
 
-        def forward(self, x, use_cache):
-            for layer in self.layers:
-                x = layer(x)
-            return x
+    def __init__(self, used, idle):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(*(nn.Linear(32, 32) for _ in range(used))) for _ in range(2))
+        self.layers[1].add_module("idle", nn.Identity())
+        self.layers[1].idle.spare = nn.ModuleList(nn.Linear(32, 32) for _ in range(idle))
 
-    model = Model()
-    selection = select_linears(model, QUICK)
-    with pytest.raises(LockstepError, match=r"no calibration token reached layers\.1\.idle\.spare"):
-        binarize(model, selection, [{"x": torch.randn(1, 40, 32)}])
+    def forward(self, x, use_cache):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_much_of_a_block_that_no_token_reaches_is_an_error_and_not_a_wrong_model():
+    model = Spare(used=2, idle=1)
+    wanted = r"no calibration token reached layers\.1\.idle\.spare\.0 \(with it 1 linears and 33% of the weights"
+    with pytest.raises(CalibrationError, match=wanted):
+        binarize(model, select_linears(model, QUICK), [{"x": torch.randn(1, 40, 32)}])
+
+
+def test_few_linears_that_no_token_reaches_are_binarized_by_their_weights_with_a_warning():
+    torch.manual_seed(0)
+    model = Spare(used=5, idle=1)
+    dense = model.layers[1].idle.spare[0].weight.detach().clone()
+    with pytest.warns(
+        SABWarning, match=r"reached layers\.1\.idle\.spare\.0 .*17%.*without data.*modules_to_not_convert"
+    ):
+        report = binarize(model, select_linears(model, QUICK), [{"x": torch.randn(1, 40, 32)}])
+    packed = model.layers[1].idle.spare[0].dequantize().weight
+    error = float((dense - packed).square().sum() / dense.square().sum())
+    assert 0.1 < error < 0.4  # a sign and a scale alone leave 1 − 3/4 of a uniform distribution
+    assert report.blocks[1].layers[-1].error == pytest.approx(error, rel=1e-4)
 
 
 def warned(subject):

@@ -81,6 +81,9 @@ class Recorder:
         self.arrivals[names] = arrivals
         return {n: 0.9 * self.linears[self.index][n].weight for n in names}
 
+    def miss(self, names):
+        raise AssertionError(f"no token reached {names}")
+
     def leave(self, index, drift):
         pass
 

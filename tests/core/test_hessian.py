@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_sab.core.hessian import InputMoments, InputStatistics, accumulate_hessian, damped, factor_hessian
+from optimum_sab.core.hessian import (
+    InputMoments,
+    InputStatistics,
+    accumulate_hessian,
+    damped,
+    factor_hessian,
+    solve_damped,
+)
 from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessianError
 
 bounded = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
@@ -63,6 +70,62 @@ def test_statistics_balance_the_modalities_by_their_traces(statistics_of):
     assert float(found.hessian.diagonal().mean()) == pytest.approx(1.0)
 
 
+def test_statistics_of_two_halves_are_those_of_all_and_hold_the_first_half_s_part():
+    each = {m: [tokens(n, 4, seed + i) for i in range(4)] for seed, (m, n) in enumerate((("text", 9), ("visual", 30)))}
+
+    def moments(*of):
+        found = InputMoments(4, CPU, True, "layer")
+        for modality, halves in each.items():
+            for i in of:
+                found.add(modality, halves[i], halves[i + 2], halves[i][:, :3])
+        return found
+
+    whole, split = moments(1, 0).statistics(), moments(1).statistics(part=moments(0))
+    for name in ("hessian", "drift", "residual"):
+        torch.testing.assert_close(getattr(split, name), getattr(whole, name))
+    for modality, halves in each.items():
+        torch.testing.assert_close(split.by_modality[modality], whole.by_modality[modality])
+        assert split.tokens[modality] == 2 * len(halves[0])
+    expected = np.zeros((4, 4))
+    for halves in each.values():
+        x = torch.cat(halves[:2])
+        expected += 4 / 2 / np.trace(naive_moment(x, x)) * naive_moment(halves[2] - halves[0], halves[0])
+    np.testing.assert_allclose(split.half.drift.numpy(), expected, atol=1e-5)
+
+
+def test_a_modality_that_one_half_alone_has_is_in_both_sums():
+    rest, part = (InputMoments(4, CPU, False, "layer") for _ in range(2))
+    rest.add("text", tokens(9, 4))
+    part.add("visual", tokens(7, 4, 1))
+    found = rest.statistics(part=part)
+    assert found.tokens == {"text": 9, "visual": 7}
+    text, visual = (naive_moment(x, x) * 2 / np.trace(naive_moment(x, x)) for x in (tokens(9, 4), tokens(7, 4, 1)))
+    np.testing.assert_allclose(found.hessian.numpy(), text + visual, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.half.hessian.numpy(), visual, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_without_data_take_every_input_for_as_likely():
+    found = InputStatistics.without_data(5, CPU)
+    assert torch.equal(found.hessian, torch.eye(5))
+    assert found.drift is None
+    assert found.tokens == {}
+
+
+@bounded
+@hypothesis.given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 4))
+def test_solve_damped_multiplies_with_the_inverse_of_the_damped_hessian(seed, width, out):
+    hessian, right = positive(width, seed), tokens(out, width, seed + 1)
+    expected = right.double().numpy() @ np.linalg.inv(damped(hessian, 0.05).double().numpy())
+    np.testing.assert_allclose(solve_damped(right, hessian, 0.05).numpy(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_solve_damped_raises_the_damping_and_gives_up_as_the_factorization_does():
+    diagonal = torch.tensor([-0.05, 1.0, 1.0, 2.05])
+    torch.testing.assert_close(solve_damped(torch.ones(1, 4), torch.diag(diagonal), 0.01)[0], 1 / (diagonal + 0.1))
+    with pytest.raises(SingularHessianError, match=r"the\.linear.*damping=1;"):
+        solve_damped(torch.ones(1, 4), torch.diag(torch.tensor([-1.5, 1.0, 1.0, 3.5])), 0.01, "the.linear")
+
+
 @bounded
 @hypothesis.given(st.integers(0, 10**6), st.integers(2, 5))
 def test_statistics_do_not_change_when_one_modality_s_tokens_are_repeated(seed, times):
@@ -107,23 +170,25 @@ def test_statistics_hold_the_drift_of_several_modalities_in_the_hessian_s_scale(
 
 def test_statistics_leave_out_a_modality_without_tokens_or_with_zero_inputs():
     moments = InputMoments(4, CPU, False, "layer")
-    moments.add("text", tokens(9, 4))
-    alone = moments.statistics()
+    alone = InputMoments(4, CPU, False, "layer")
+    for each in (moments, alone):
+        each.add("text", tokens(9, 4))
     moments.add("visual", torch.zeros(5, 4))
     moments.add("audio", torch.zeros(0, 4))
     found = moments.statistics()
     assert list(found.by_modality) == ["text"]
     assert found.tokens == {"text": 9, "visual": 5}
-    assert torch.equal(found.hessian, alone.hessian)
+    assert torch.equal(found.hessian, alone.statistics().hessian)
 
 
 def test_statistics_accept_half_precision_inputs():
     moments = InputMoments(4, CPU, False, "layer")
     inputs = tokens(9, 4).to(torch.bfloat16)
     moments.add("text", inputs)
-    assert moments.statistics().hessian.dtype == torch.float32
+    found = moments.statistics()
+    assert found.hessian.dtype == torch.float32
     expected = 2 / 9 * naive_moment(inputs, inputs)
-    np.testing.assert_allclose(moments.statistics().by_modality["text"].numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.by_modality["text"].numpy(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("inputs", [[], [("text", torch.zeros(0, 4))], [("text", torch.zeros(3, 4))]])
@@ -242,20 +307,23 @@ def test_factor_hessian_refuses_what_is_not_finite(bad):
 
 def test_other_weightings_let_tokens_or_text_decide(correlated_inputs):
     text, visual = correlated_inputs(10, 6, 0), 3.0 * correlated_inputs(40, 6, 1)
-    moments = InputMoments(6, torch.device("cpu"), False, "layer")
-    moments.add("text", text)
-    moments.add("visual", visual)
+
+    def statistics(weighting):
+        moments = InputMoments(6, CPU, False, "layer")
+        moments.add("text", text)
+        moments.add("visual", visual)
+        return moments.statistics(weighting)
 
     def unit(matrix):
         return matrix / matrix.diagonal().mean()
 
     together = torch.cat([text, visual])
     for weighting, wanted in (("tokens", together), ("text", text)):
-        found = moments.statistics(weighting)
+        found = statistics(weighting)
         torch.testing.assert_close(found.hessian, unit(wanted.T @ wanted), rtol=1e-4, atol=1e-5)
         assert set(found.by_modality) == {"text", "visual"}
     balanced = 0.5 * (unit(text.T @ text) + unit(visual.T @ visual))
-    torch.testing.assert_close(moments.statistics().hessian, balanced, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(statistics("balanced").hessian, balanced, rtol=1e-4, atol=1e-5)
 
 
 def test_text_weighting_without_text_takes_what_there_is(correlated_inputs):

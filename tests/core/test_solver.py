@@ -10,7 +10,7 @@ from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import output_error, solve
 from optimum_sab.core.target import cross_validated_alpha
-from optimum_sab.errors import NonFiniteError, SingularHessianError
+from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessianError
 
 SMALL = LayerSettings(block_size=32, propagation=0.3)
 PAPER = LayerSettings(
@@ -494,14 +494,20 @@ def test_solve_without_a_set_propagation_takes_the_cross_validated_one(correlate
     for seed, of in ((0, part), (1, moments)):
         quantized = correlated_inputs(300, 64, seed)
         of.add("text", quantized, quantized @ mixing)
-    moments.absorb(part)
+    statistics = moments.statistics(part=part)
     weight = random_weight(16, 64)
     settings = SMALL.replace(propagation=None)
-    found = solve(weight, moments.statistics(part=part), settings)
-    assert found.propagation == cross_validated_alpha(weight, moments.statistics(part=part), settings.damping)
+    found = solve(weight, statistics, settings)
+    assert found.propagation == cross_validated_alpha(weight, statistics, settings.damping)
     assert 0.5 < found.propagation <= 1.0
-    same = solve(weight, moments.statistics(), settings.replace(propagation=found.propagation))
+    same = solve(weight, statistics, settings.replace(propagation=found.propagation))
     assert torch.equal(found.planes.dequantize(), same.planes.dequantize())
+
+
+def test_solve_by_modality_without_hessians_of_each_says_what_is_missing():
+    statistics = InputStatistics(torch.eye(64), {}, None, {"text": 1})
+    with pytest.raises(CalibrationError, match=r"significance='modality' needs.*the\.linear"):
+        solve(random_weight(16, 64), statistics, SMALL.replace(significance="modality"), "the.linear")
 
 
 def test_solve_propagates_nothing_where_it_cannot_be_validated(correlated_inputs, statistics_of):

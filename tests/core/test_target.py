@@ -89,7 +89,6 @@ def halves_of(dense, quantized, residual=None):
     rows = [None if residual is None else residual[s] for s in (slice(n), slice(n, None))]
     part.add("text", quantized[:n], dense[:n], rows[0])
     moments.add("text", quantized[n:], dense[n:], rows[1])
-    moments.absorb(part)
     return moments.statistics(part=part)
 
 

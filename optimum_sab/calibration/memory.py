@@ -1,0 +1,54 @@
+"""Whether the activations of all samples find room, said before the work instead of after hours of it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from optimum_sab.errors import SABWarning
+
+MATRICES = 8  # [in, in] in fp32 that solving the widest linear holds at its most
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device; None where that cannot be asked."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    if device.type != "cpu":
+        return None
+    try:
+        import psutil  # comes with accelerate
+    except ImportError:
+        return None
+    return int(psutil.virtual_memory().available)
+
+
+def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
+    """About what calibration holds beside the model, in bytes.
+
+    Between two groups of linears every token of every stream holds the input of the widest linear, and its hidden state
+    twice: as it came, and normalized. The widest linear's statistics and their factors come on top.
+
+    Args:
+        tokens: of all samples.
+        streams: 2 where a dense stream runs beside the quantized one, else 1.
+        width: features of a hidden state.
+        widest: features of the widest linear's input.
+        dtype: of the activations.
+    """
+    return tokens * streams * (widest + 2 * width) * dtype.itemsize + MATRICES * widest**2 * 4
+
+
+def warn_of_memory(needed: int, tokens: int, device: torch.device) -> None:
+    """Warn where ``needed`` bytes are more than is free on ``device``."""
+    free = free_memory(device)
+    if free is None or needed <= free:
+        return
+    warnings.warn(
+        f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {device} has "
+        f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
+        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size.",
+        SABWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,31 @@
+"""What a configuration says about a model: which linears, and where the checkpoint is."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from optimum_sab.hf.config import SABConfig
+from optimum_sab.nn.selection import Selection, select_linears
+
+
+def select(model: nn.Module, config: SABConfig, strict: bool) -> Selection:
+    """The linears of ``model`` that ``config`` binarizes.
+
+    Args:
+        model: dense.
+        config: the configuration.
+        strict: for a model that is to be binarized: rules that match nothing are errors. Otherwise what its
+            quantization left dense for want of size or kind is left dense again.
+
+    Raises:
+        ConfigError: see `select_linears`.
+    """
+    rules = list(config.modules_to_not_convert)
+    if not strict:
+        rules += (config.measured or {}).get("left_dense", [])
+    return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
+
+
+def source_of(model: nn.Module) -> str:
+    """Path or Hub name the model is loaded from; empty where it is not known."""
+    return getattr(model.config, "_name_or_path", "") or getattr(model.config, "name_or_path", "") or ""

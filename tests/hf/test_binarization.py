@@ -1,0 +1,122 @@
+"""What a configuration is refused for before the work, and what the work leaves of it."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+
+from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError
+from optimum_sab.hf.binarization import Binarization
+from optimum_sab.hf.selection import select
+
+pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Nothing may come to the point where weights are there."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr("optimum_sab.hf.quantizer.SABHfQuantizer._process_model_after_weight_loading", fail)
+
+
+def planes(model):
+    return {n: m.settings for n, m in model.named_modules() if hasattr(m, "settings")}
+
+
+# -- the caller's configuration ----------------------------------------------------------------------------------------
+
+
+def test_the_configuration_that_was_given_stays_as_it_was(llama_folder, quick_config, texts):
+    config = quick_config(calibration=texts, block_size=64, target_bits=1.9)
+    before = config.to_dict()
+    model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    assert config.to_dict() == before
+    assert config.calibration is texts
+    assert model.config.quantization_config is not config
+    assert model.config.quantization_config.measured["target_bits"] == 1.9
+
+
+@pytest.mark.compat
+def test_a_run_is_repeated_and_resumed_with_the_same_configuration(llama_folder, quick_config, texts, tmp_path):
+    config = quick_config(calibration=texts, block_size=64, resume_folder=tmp_path / "run")
+    first = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    again = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    assert planes(first) == planes(again)
+    assert len({(s.base_planes, s.salient_fraction) for s in planes(again).values()}) > 1
+    state = again.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
+
+
+def test_a_resume_folder_of_another_choice_is_refused(llama_folder, quick_config, texts, tmp_path):
+    """A rule that pins planes to what they are changes no layer's settings, but what is left to choose."""
+    settings = {"calibration": texts, "block_size": 64, "resume_folder": tmp_path / "run"}
+    AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(**settings))
+    config = quick_config(**settings)
+    config.dynamic = {"down_proj": {"base_planes": config.base_planes, "residual_planes": config.residual_planes}}
+    with pytest.raises(CalibrationError, match="belongs to another run: free_linears is"):
+        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
+
+
+# -- refused before a weight is read ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration_pass": "hesian"}, "calibration_pass='hesian' is not registered"),
+        ({"calibration_device": "cuda:99"}, r"calibration_device='cuda:99' cannot be used here \(.*leave it out"),
+        ({"calibration_device": "gpu"}, r"calibration_device='gpu' cannot be used here"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_before_a_weight_is_read(
+    llama_folder, quick_config, texts, no_weights, changes, message
+):
+    with pytest.raises(ConfigError, match=message):
+        AutoModelForCausalLM.from_pretrained(
+            llama_folder, quantization_config=quick_config(calibration=texts, **changes)
+        )
+
+
+def test_refinement_without_a_language_head_is_refused_before_a_weight_is_read(
+    llama_folder, quick_config, texts, no_weights
+):
+    with pytest.raises(CalibrationError, match=r"no output embedding.*refine_steps=0"):
+        AutoModel.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts, refine=True))
+
+
+def test_a_missing_package_is_named_before_a_weight_is_read(llama_folder, quick_config, texts, no_weights, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "greenlet", None)
+    with pytest.raises(MissingDependencyError, match=r"optimum-sab\[quantize\]"):
+        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+
+
+# -- refused before a sample is read ------------------------------------------------------------------------------------
+
+
+def loaded(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_offloaded_weights_are_named_also_where_a_run_would_be_resumed(llama_folder, quick_config, texts, tmp_path):
+    model, config = loaded(llama_folder), quick_config(calibration=texts, resume_folder=tmp_path / "run")
+    linear = model.model.layers[1].mlp.up_proj
+    linear.weight = nn.Parameter(linear.weight.to("meta"))
+    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.up_proj is offloaded.*device_map='cpu'"):
+        Binarization(model, config, select(model, config, strict=True))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("places", "refused"), [((0, 1), True), ((0, 0), False)])
+def test_a_calibration_device_beside_a_device_map_over_several_is_refused(
+    llama_folder, quick_config, texts, places, refused
+):
+    model, config = loaded(llama_folder), quick_config(calibration=texts, calibration_device="cpu")
+    model.hf_device_map = {"model.layers.0": places[0], "model.layers.1": places[1]}
+    if refused:
+        with pytest.raises(ConfigError, match=r"calibration_device='cpu' .*device_map over 0, 1.*device_map='cpu'"):
+            Binarization(model, config, select(model, config, strict=True))
+    else:
+        Binarization(model, config, select(model, config, strict=True))
