@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.passage import call_with
+from optimum_sab.calibration.patching import patched_forwards
+from optimum_sab.calibration.placement import brought
+
 
 def output_embedding(model: nn.Module) -> nn.Module | None:
     """The model's language head; None without one."""
@@ -26,24 +30,20 @@ class SharedHead:
     Args:
         model: the model.
         head: its output embedding.
+        device: where the head computes, its weight brought there; None leaves it where it is.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+    def __init__(self, model: nn.Module, head: nn.Module, device: torch.device | None = None) -> None:
         self._model = model
         self._head = head
+        self._device = device
         self._at_head: Callable[[Callable[..., Any], Tensor], Tensor] | None = None
 
     @contextmanager
     def open(self) -> Iterator[SharedHead]:
         """Inside, the other methods work; outside, the head is as it was."""
-        own = vars(self._head).get("forward")  # accelerate's hooks put one there
-        self._head.forward = self._wrap(self._head.forward)
-        try:
+        with patched_forwards({self._head: self._wrap(self._on_device(self._head.forward))}):
             yield self
-        finally:
-            del self._head.forward
-            if own is not None:
-                self._head.forward = own
 
     def given(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the model gives to its head, [batch, tokens, width]."""
@@ -91,6 +91,17 @@ class SharedHead:
             return self._model(**inputs, use_cache=False)
         finally:
             self._at_head = None
+
+    def _on_device(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """The head's forward where it is to compute. Its weight is brought there once, since it is used often."""
+        tensors = brought(self._head, self._device)
+        if not tensors:
+            return original
+
+        def call(hidden: Tensor) -> Any:
+            return call_with(self._head, original, tensors, (hidden.to(self._device),), {})
+
+        return call
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(input: Tensor) -> Any:

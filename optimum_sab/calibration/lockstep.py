@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.passage import BlockPassage, Finisher, call_with, hidden_states
+from optimum_sab.calibration.patching import patched_forwards
 from optimum_sab.calibration.placement import device_of, first_device, map_tensors
 from optimum_sab.calibration.residual import ResidualSource, ResidualWatch, read_arguments
 from optimum_sab.errors import LockstepError, MissingDependencyError
@@ -384,24 +385,13 @@ class Lockstep:
     @contextmanager
     def _patched(self, head: nn.Module | None) -> Iterator[None]:
         self._block_forwards = [block.forward for block in self.blocks]
-        originals = [(b, f) for b, f in zip(self.blocks, self._block_forwards, strict=True)]
-        for index, block in enumerate(self.blocks):
-            block.forward = self._wrap_block(index)
-        for block_linears in self.linears:
-            for name, linear in block_linears.items():
-                originals.append((linear, linear.forward))
-                linear.forward = self._wrap_linear(name, linear, linear.forward)  # type: ignore[method-assign]
+        forwards: dict[nn.Module, Callable[..., Any]] = {b: self._wrap_block(i) for i, b in enumerate(self.blocks)}
+        for linears in self.linears:
+            forwards |= {linear: self._wrap_linear(name, linear, linear.forward) for name, linear in linears.items()}
         if head is not None:
-            originals.append((head, head.forward))
-            head.forward = self._wrap_head(head.forward)
-        try:
+            forwards[head] = self._wrap_head(head.forward)
+        with patched_forwards(forwards):
             yield
-        finally:
-            for module, forward in originals:
-                if module.__dict__.get("forward") is not None:
-                    del module.__dict__["forward"]
-                if module.forward != forward:
-                    module.forward = forward  # it was patched before us (accelerate's hooks do that)
 
     def _wrap_block(self, index: int) -> Callable[..., Any]:
         original = self._block_forwards[index]

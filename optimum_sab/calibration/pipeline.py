@@ -183,7 +183,7 @@ def binarize(
         scaled = [] if last is None else spread(len(samples), TEMPERATURE_SAMPLES)
         to_head = [(i, DENSE) for i in (range(len(samples)) if tuned else scaled)] + [(i, QUANTIZED) for i in scaled]
         at_head = lockstep.run(worker, worker if refine or resume else None, head, to_head)
-        temperature = None if last is None else set_temperature(model, last, _head_inputs(at_head, modalities))
+        temperature = None if last is None else set_temperature(model, last, _head_inputs(at_head, modalities), device)
         tuning = None
         if refine is not None and refine.steps:
             teacher = {i: _teacher(at_head, i) for i in range(len(samples))}

@@ -14,6 +14,13 @@ def device_of(module: nn.Module) -> torch.device | None:
     return None if parameter is None else parameter.device
 
 
+def brought(module: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
+    """The module's parameters and buffers by name on ``device``; none where they are there, or ``device`` is None."""
+    if device is None or device_of(module) == device:
+        return {}
+    return {name: each.to(device) for name, each in (*module.named_parameters(), *module.named_buffers())}
+
+
 def first_device(tree: Any) -> torch.device | None:
     """Device of the first tensor in nested dicts, lists and tuples; None if there is none."""
     if isinstance(tree, Tensor):

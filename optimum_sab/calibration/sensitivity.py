@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.modality import token_modalities
 from optimum_sab.calibration.passage import call_with, recomputed
-from optimum_sab.calibration.placement import device_of
+from optimum_sab.calibration.patching import patched_forwards
+from optimum_sab.calibration.placement import brought
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -60,7 +61,7 @@ def output_sensitivity(
         embeddings = model.get_input_embeddings()  # type: ignore[operator]
         stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
         stack.callback(lambda: [p.requires_grad_(w) for p, w in zip(model.parameters(), wanted, strict=True)])
-        stack.enter_context(_run_again(blocks, device))
+        stack.enter_context(patched_forwards({block: _run_again(block, device) for block in blocks}))
         stack.enter_context(torch.enable_grad())
         model.requires_grad_(False)
         for index, sample in enumerate(samples):
@@ -96,31 +97,14 @@ def _drawn_log_probability(output: Any, text: Tensor, generator: torch.Generator
     return (hidden * direction / hidden.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)).sum()
 
 
-@contextmanager
-def _run_again(blocks: Sequence[nn.Module], device: torch.device | None) -> Iterator[None]:
-    """Let the blocks keep their inputs only, and compute on ``device``."""
-    own = [vars(block).get("forward") for block in blocks]  # accelerate's hooks put one there
-    for block in blocks:
-        block.forward = recomputed(_on_device(block, block.forward, device), device)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, own, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
-
-
-def _on_device(block: nn.Module, original: Callable[..., Any], device: torch.device | None) -> Callable[..., Any]:
-    """The block's forward with its weights brought to ``device`` for as long."""
-    if device is None or device_of(block) == device:
-        return original
+def _run_again(block: nn.Module, device: torch.device | None) -> Callable[..., Any]:
+    """The block's forward that keeps its inputs only, and computes on ``device``."""
+    original = block.forward
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        tensors = {name: each.to(device) for name, each in (*block.named_parameters(), *block.named_buffers())}
-        return call_with(block, original, tensors, args, kwargs)
+        return call_with(block, original, brought(block, device), args, kwargs)
 
-    return call
+    return recomputed(call, device)
 
 
 def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -10,14 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.head import SharedHead
+from optimum_sab.calibration.patching import patched_forwards
 from optimum_sab.calibration.refine.loss import divergence
 from optimum_sab.errors import CalibrationError
+from optimum_sab.nn.decoder import find_decoder_blocks
+from optimum_sab.nn.selection import shared_parameters
 
 TEMPERATURE_SAMPLES = 32  # by which it is fitted, at most
 TOKENS = 4096  # of theirs that are judged, at most
@@ -57,7 +61,9 @@ class Temperature:
 
 
 @torch.no_grad()
-def set_temperature(model: nn.Module, last: LastNorm, samples: Sequence[HeadInputs]) -> Temperature | None:
+def set_temperature(
+    model: nn.Module, last: LastNorm, samples: Sequence[HeadInputs], device: torch.device | None = None
+) -> Temperature | None:
     """Scale the norm before the output embedding so that the predictions come closest to the dense model's.
 
     ``s = argmin_s Σ_t KL(p_t ‖ softmax(z_t(s ĥ_t)))``, with ĥ what the binarized model gives to the embedding and z the
@@ -67,6 +73,7 @@ def set_temperature(model: nn.Module, last: LastNorm, samples: Sequence[HeadInpu
         model: binarized, in eval mode.
         last: its norm before the embedding (`find_last_norm`).
         samples: what the streams gave to the embedding.
+        device: where the embedding computes; None leaves it where it is.
 
     Returns:
         None, and the model left as it is, where no text is judged or nothing is gained.
@@ -76,7 +83,8 @@ def set_temperature(model: nn.Module, last: LastNorm, samples: Sequence[HeadInpu
     dense = _thinned([s.dense[0][s.text.to(s.dense.device)] for s in samples])
     mine = _thinned([s.binarized[0][s.text.to(s.binarized.device)] for s in samples])
     tokens = sum(len(chunk) for chunk in dense)
-    with SharedHead(model, last.head).open() as shared:
+    replayed = {block: partial(_replay, output) for block, output in last.blocks.items()}
+    with patched_forwards(replayed), SharedHead(model, last.head, device).open() as shared:
 
         def mean_divergence(scale: float) -> float:
             total = 0.0
@@ -90,6 +98,10 @@ def set_temperature(model: nn.Module, last: LastNorm, samples: Sequence[HeadInpu
     if not after < before or not last.scale(scale):
         return None
     return Temperature(1.0 / scale, before, after)
+
+
+def _replay(output: Any, *args: Any, **kwargs: Any) -> Any:
+    return output
 
 
 def _thinned(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -124,12 +136,15 @@ class LastNorm:
         head: the output embedding.
         one_token: forward arguments that carry the model's forward to either.
         input: what the norm was given then, to try it on.
+        blocks: the decoder blocks, and what each gave then. Replayed, they carry the forward to the embedding at the
+            embedding's cost alone.
     """
 
     module: nn.Module
     head: nn.Module
     one_token: Mapping[str, Any]
     input: Tensor
+    blocks: Mapping[nn.Module, Any]
 
     def scale(self, factor: float) -> bool:
         """Multiply its output by a factor; False, and nothing changed, where its weight does not do that.
@@ -173,16 +188,20 @@ def find_last_norm(model: nn.Module, head: nn.Module, one_token: Mapping[str, An
         if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
             calls.append((module, args[0], output))
 
-    shared: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
+    shared = shared_parameters(model)
     norms = [
         m
         for m in model.modules()
         if isinstance(getattr(m, "weight", None), nn.Parameter)
-        and all(p.ndim == 1 and p.is_floating_point() and shared[id(p)] == 1 for p in m.parameters())
+        and all(p.ndim == 1 and p.is_floating_point() and id(p) not in shared for p in m.parameters())
     ]
+    blocks: dict[nn.Module, Any] = {}
+
+    def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        blocks[module] = output
+
     handles = [m.register_forward_hook(watch) for m in norms]
+    handles += [block.register_forward_hook(keep) for block in find_decoder_blocks(model).blocks]
     try:
         with SharedHead(model, head).open() as opened:
             given = opened.given(one_token)
@@ -195,4 +214,4 @@ def find_last_norm(model: nn.Module, head: nn.Module, one_token: Mapping[str, An
         for handle in handles:
             handle.remove()
     found = [c for c in calls if c[2].shape == given.shape and torch.equal(c[2], given)]
-    return LastNorm(found[-1][0], head, one_token, found[-1][1]) if found else None
+    return LastNorm(found[-1][0], head, one_token, found[-1][1], blocks) if found else None

@@ -30,6 +30,15 @@ def sign_of(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     return (values >= 0).to(values.dtype) * 2.0 - 1.0
 
 
+def block_sums(values: Float[Tensor, "rows in"], block_size: int) -> Float[Tensor, "rows blocks"]:
+    """Sum over the columns of every block."""
+    blocks = len(block_bounds(values.shape[1], block_size))
+    missing = blocks * block_size - values.shape[1]
+    if missing:
+        values = torch.nn.functional.pad(values, (0, missing))
+    return values.view(values.shape[0], blocks, block_size).sum(2)
+
+
 @dataclass(frozen=True)
 class BinaryPlanes:
     """A weight as binary planes (docs/format.md)::

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.planes import block_bounds
+from optimum_sab.core.planes import block_bounds, block_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -49,23 +49,13 @@ def refit_row_scale(
         gram = target.new_empty(pull.shape[0], K, K)
         right = target.new_empty(pull.shape[0], K)
         for p in range(planes):
-            right[:, p * blocks : (p + 1) * blocks] = _segment_sum(basis[p] * pull, block_size, blocks)
+            right[:, p * blocks : (p + 1) * blocks] = block_sums(basis[p] * pull, block_size)
             for k, (start, end) in enumerate(bounds):
                 product = basis[p][:, start:end] @ hessian[start:end]
                 for q in range(planes):
-                    gram[:, p * blocks + k, q * blocks : (q + 1) * blocks] = _segment_sum(
-                        product * basis[q], block_size, blocks
-                    )
+                    gram[:, p * blocks + k, q * blocks : (q + 1) * blocks] = block_sums(product * basis[q], block_size)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         floor = diagonal.amax(1, keepdim=True) * 1e-8 + torch.finfo(gram.dtype).tiny
         diagonal.add_(RIDGE * diagonal + floor)
         result[part] = torch.linalg.solve(gram, right[:, :, None])[:, :, 0]
     return result.view(out, planes, blocks).permute(1, 2, 0).contiguous()
-
-
-def _segment_sum(values: Float[Tensor, "rows in"], block_size: int, blocks: int) -> Float[Tensor, "rows blocks"]:
-    """Sum over the columns of every block."""
-    missing = blocks * block_size - values.shape[1]
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
-    return values.view(values.shape[0], blocks, block_size).sum(2)

@@ -11,9 +11,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def saliency(weight: Float[Tensor, "out in"], inverse_diagonal: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
-    """``S[i,j] = W[i,j]² / ([H⁻¹]_jj)²`` (BiLLM's sensitivity, method.md section 2)."""
-    return weight.square() / inverse_diagonal.square()
+def saliency(weight: Float[Tensor, "out in"], divisor: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+    """``S[i,j] = W[i,j]² / d_j²`` (BiLLM's sensitivity, docs/method.md).
+
+    Args:
+        weight: W.
+        divisor: d. ``[H⁻¹]_jj`` as it is written in the papers; where columns are chosen during the error feedback, the
+            diagonal of U with ``UᵀU = H⁻¹``, as their code has it: ``W²/U_jj²`` is what the output loses,
+            ``w H wᵀ``, when the weight goes and the columns after it make up for it.
+    """
+    return weight.square() / divisor.square()
 
 
 def salient_mask(column_saliency: Float[Tensor, " width"], count: int) -> Bool[Tensor, " width"]:

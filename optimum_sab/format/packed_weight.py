@@ -82,6 +82,11 @@ class PackedWeight:
         packed.validate()
         return packed
 
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same weight with its tensors on ``device``."""
+        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return PackedWeight(tensors, self.out_features, self.in_features, self.settings)
+
     def row_scale(self) -> Tensor:
         """a, fp32 [planes, blocks, out]."""
         stored = self.tensors["row_scale"]

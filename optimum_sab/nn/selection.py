@@ -69,7 +69,7 @@ def select_linears(
         ConfigError: a rule matches no module, or nothing is left to binarize.
     """
     decoder = find_decoder_blocks(model)
-    shared = _shared_parameters(model)
+    shared = shared_parameters(model)
     used_rules: set[str] = set()
     settings: dict[str, LayerSettings] = {}
     left_dense: list[str] = []
@@ -102,7 +102,7 @@ def select_linears(
     return Selection(decoder.prefix, settings, tuple(left_dense))
 
 
-def _shared_parameters(model: nn.Module) -> set[int]:
+def shared_parameters(model: nn.Module) -> set[int]:
     """ids of parameters that more than one module holds, or one module that stands in several places."""
     seen: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):

@@ -50,9 +50,20 @@ def test_capped_logits_are_those_of_the_model(build):
     model = build("gemma3").model
     model.config.final_logit_softcapping = 0.5  # Gemma caps behind the head
     subject = build("gemma3")
+    other = build("gemma3").model
+    other.config.final_logit_softcapping = 0.5
     check = AgreementCheck(model, {"some": subject.samples})
     spoil(model, 0.5)
-    assert 0 < check.measure()["some"].kl < 1.0  # logits within ±0.5 cannot differ by more
+    with torch.no_grad():
+        capped, head = [], []
+        for sample in subject.samples:
+            p, q = (m(**sample).logits[0].log_softmax(-1) for m in (other, model))
+            capped.append((p.exp() * (p - q)).sum(-1))
+            p, q = (m.lm_head(m.model(**sample)[0])[0].log_softmax(-1) for m in (other, model))
+            head.append((p.exp() * (p - q)).sum(-1))
+    wanted, without = (float(torch.cat(each).mean()) for each in (capped, head))
+    assert without > 2 * wanted > 0.02
+    assert check.measure()["some"].kl == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_model_is_left_as_it_was(build):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_sab.calibration.passage import call_with
+from optimum_sab.calibration.placement import brought
 from optimum_sab.calibration.sensitivity import output_sensitivity
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -106,11 +106,11 @@ def test_sensitivity_keeps_only_what_enters_a_block(llama):
 def test_sensitivity_on_a_device_brings_weights_there_and_leaves_the_model(llama, monkeypatch):
     from optimum_sab.calibration import sensitivity as module
 
-    asked = []
-    monkeypatch.setattr(module, "device_of", lambda block: None)  # as if the blocks lay elsewhere
-    monkeypatch.setattr(module, "call_with", lambda *a: asked.append(a[0]) or call_with(*a))
-    found = output_sensitivity(llama, NAMES, samples(2), llama.model.layers, torch.device("cpu"))
+    elsewhere, asked = torch.device("cpu:0"), []  # which is not cpu to PyTorch
+    monkeypatch.setattr(module, "brought", lambda *a: asked.append(brought(*a)) or asked[-1])
+    found = output_sensitivity(llama, NAMES, samples(2), llama.model.layers, elsewhere)
     assert found == pytest.approx(output_sensitivity(llama, NAMES, samples(2)), rel=1e-6)
+    assert all(len(tensors) == len(list(llama.model.layers[0].parameters())) for tensors in asked)
     assert len(asked) == 2 * 2 * 2  # forward and again on the way back, two blocks, two samples
 
 

@@ -102,6 +102,33 @@ def test_a_model_that_reads_no_single_token_is_named_before_the_work(build):
         find_last_norm(model, model.lm_head, {"pixels": 1})
 
 
+def test_logits_cost_no_pass_through_the_blocks(build, monkeypatch):
+    subject = build("llama")
+    sharpened(subject.model)
+    pairs = head_inputs(subject, 0.6)
+    last = find_last_norm(subject.model, subject.model.lm_head, ONE)
+    calls = []
+    for block in subject.blocks:
+        block.self_attn.register_forward_hook(lambda *args: calls.append(args))
+    assert set_temperature(subject.model, last, pairs) is not None
+    assert not calls
+    subject.model(**ONE)
+    assert len(calls) == len(subject.blocks)
+
+
+def test_the_head_may_compute_on_a_device_of_its_own(build):
+    """cpu:0 is not cpu to PyTorch, so that the weight is brought there."""
+    found = []
+    for device in (None, torch.device("cpu:0")):
+        subject = build("llama")
+        sharpened(subject.model)
+        pairs = head_inputs(subject, 0.6)
+        last = find_last_norm(subject.model, subject.model.lm_head, ONE)
+        found.append(set_temperature(subject.model, last, pairs, device))
+    assert found[0] is not None
+    assert found[0] == found[1]
+
+
 def test_no_text_no_temperature(build):
     subject = build("llama")
     pairs = [HeadInputs(p.dense, p.binarized, ~p.text) for p in head_inputs(subject, 0.6)]

@@ -60,7 +60,7 @@ def test_a_resume_folder_of_another_choice_is_refused(llama_folder, quick_config
         AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
 
 
-# -- refused before a weight is read ------------------------------------------------------------------------------------
+# -- refused before a weight is read -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_missing_package_is_named_before_a_weight_is_read(llama_folder, quick_
         AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
 
 
-# -- refused before a sample is read ------------------------------------------------------------------------------------
+# -- refused before a sample is read -----------------------------------------------------------------------------------
 
 
 def loaded(folder):

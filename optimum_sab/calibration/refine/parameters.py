@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.refine.scales import TrainableScales, power_of_two
 from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.nn.selection import shared_parameters
 
 
 class TrainableVector:
@@ -76,11 +77,11 @@ def vectors_of(module: nn.Module) -> dict[str, nn.Parameter]:
 
     One that stands in several places is left out, since it would no longer be one.
     """
-    places: dict[int, int] = {}
-    for _, parameter in module.named_parameters(remove_duplicate=False):
-        places[id(parameter)] = places.get(id(parameter), 0) + 1
+    shared = shared_parameters(module)
     return {
-        name: p for name, p in module.named_parameters() if p.ndim == 1 and p.is_floating_point() and places[id(p)] == 1
+        name: p
+        for name, p in module.named_parameters()
+        if p.ndim == 1 and p.is_floating_point() and id(p) not in shared
     }
 
 

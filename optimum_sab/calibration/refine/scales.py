@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from optimum_sab.core.planes import BinaryPlanes, block_bounds
+from optimum_sab.core.planes import BinaryPlanes, block_bounds, block_sums
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.format.packed_weight import PackedWeight
 
@@ -21,7 +21,8 @@ class TrainableScales:
 
     They are kept in units that make them about 1, so that one learning rate serves all: ``a = unit · a'`` with one
     power of two per row. `weight` rounds them to their stored precision and passes the gradient straight through, so
-    what is trained is what `packed` stores.
+    what is trained is what `packed` stores. The signs stay packed and are unpacked where they are used, since a whole
+    model's take eight times as much as booleans.
 
     Args:
         packed: the start.
@@ -33,21 +34,14 @@ class TrainableScales:
     """
 
     def __init__(self, packed: PackedWeight, device: torch.device) -> None:
-        planes = packed.unpack()
-        planes = replace(
-            planes,
-            **{
-                name: getattr(planes, name).to(device)
-                for name in ("base_sign", "residual_sign", "residual_index", "row_scale", "column_scale")
-            },
-        )
         self.settings = packed.settings
-        self._planes = planes
         self._home = packed.tensors["weight"].device
-        self._unit = power_of_two(planes.row_scale[:1].square().mean((0, 1), keepdim=True).sqrt())
-        self._live = planes.column_scale != 0
-        self.row = (planes.row_scale / self._unit).requires_grad_()
-        self.column = planes.column_scale.clone().requires_grad_()
+        self._signs = packed.to(device)
+        row, column = self._signs.row_scale(), self._signs.column_scale()
+        self._unit = power_of_two(row[:1].square().mean((0, 1), keepdim=True).sqrt())
+        self._live = column != 0
+        self.row = (row / self._unit).requires_grad_()
+        self.column = column.clone().requires_grad_()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -61,20 +55,14 @@ class TrainableScales:
     def weight(self) -> Float[Tensor, "out in"]:
         """The fp32 weight of the rounded scales, exactly what `packed` dequantizes to; gradients reach the scales."""
         row, column = self._stored()
-        return _PlaneWeight.apply(row, column, self._planes)
+        return _PlaneWeight.apply(row, column, self._signs)
 
     @torch.no_grad()
     def packed(self) -> PackedWeight:
         """The weight as it will be stored."""
         row, column = self._stored()
-        planes = replace(self._planes, row_scale=row, column_scale=column)
-        tensors = PackedWeight.pack(planes, self.settings).tensors
-        return PackedWeight(
-            {name: t.to(self._home) for name, t in tensors.items()},
-            planes.out_features,
-            planes.in_features,
-            self.settings,
-        )
+        planes = replace(self._signs.unpack(), row_scale=row, column_scale=column)
+        return PackedWeight.pack(planes, self.settings).to(self._home)
 
 
 def power_of_two(size: Tensor) -> Tensor:
@@ -114,19 +102,19 @@ class _PlaneWeight(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, row: Tensor, column: Tensor, planes: BinaryPlanes) -> Tensor:
-        plain = replace(planes, row_scale=row, column_scale=torch.ones_like(column)).dequantize()
+    def forward(ctx: Any, row: Tensor, column: Tensor, signs: PackedWeight) -> Tensor:
+        plain = replace(signs.unpack(), row_scale=row, column_scale=torch.ones_like(column)).dequantize()
         ctx.save_for_backward(plain, column)
-        ctx.planes = planes
+        ctx.signs = signs
         return plain * column
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         plain, column = ctx.saved_tensors
-        planes: BinaryPlanes = ctx.planes
+        planes: BinaryPlanes = ctx.signs.unpack()
         size, blocks = planes.block_size, len(block_bounds(planes.in_features, planes.block_size))
         pull = grads[0] * column
-        per_row = [_block_sums(torch.where(sign, pull, -pull), size, blocks) for sign in planes.base_sign]
+        per_row = [block_sums(torch.where(sign, pull, -pull), size) for sign in planes.base_sign]
         if planes.residual_sign.shape[0]:
             narrow = pull[:, planes.residual_index]
             block = planes.residual_index // size
@@ -134,10 +122,3 @@ class _PlaneWeight(torch.autograd.Function):
                 sums = pull.new_zeros(pull.shape[0], blocks)
                 per_row.append(sums.index_add_(1, block, torch.where(sign, narrow, -narrow)))
         return torch.stack([s.T for s in per_row]), (grads[0] * plain).sum(0), None
-
-
-def _block_sums(values: Float[Tensor, "out in"], block_size: int, blocks: int) -> Float[Tensor, "out blocks"]:
-    missing = blocks * block_size - values.shape[1]
-    if missing:
-        values = torch.nn.functional.pad(values, (0, missing))
-    return values.view(values.shape[0], blocks, block_size).sum(2)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.head import SharedHead
 from optimum_sab.calibration.passage import call_with, recomputed
-from optimum_sab.calibration.placement import first_device
+from optimum_sab.calibration.patching import patched_forwards
+from optimum_sab.calibration.placement import brought
 from optimum_sab.calibration.refine.parameters import ModuleParameters
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import set_module
@@ -29,14 +30,14 @@ class TunedModule:
 class Student:
     """A causal model whose tuned modules compute with the parameters built from their trainable tensors.
 
-    Weights are built inside every block's forward, and the block is run again for its gradients (checkpointing), so
-    that one block's dense weights are held at a time.
+    Weights are built inside every block's forward, and what is not trained is brought to the device there, and the
+    block is run again for its gradients (checkpointing), so that one block's dense weights are held at a time.
 
     Args:
         model: binarized.
         tuned: modules in the order the model calls them.
         head: the model's output embedding.
-        device: where the tuned modules compute; None leaves each where it is.
+        device: where the tuned modules and the head compute; None leaves each where it is.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Student:
     ) -> None:
         self.model = model
         self.tuned = tuned
-        self._head = SharedHead(model, head)
+        self._head = SharedHead(model, head, device)
         self._device = device
 
     def logits(self, inputs: Mapping[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,30 +56,17 @@ class Student:
     def prepared(self) -> Iterator[Student]:
         """Inside, `logits` works; outside, the model is as it was: layers, forwards, gradient flags."""
         layers = [(t.module, name, t.module.get_submodule(name)) for t in self.tuned for name in t.parameters.scales]
-        homes = [(t.module, first_device(list(t.module.parameters()))) for t in self.tuned]
         flags = [(p, p.requires_grad) for p in self.model.parameters() if p.is_floating_point()]
-        patched = [t.module for t in self.tuned]
-        originals = [module.__dict__.get("forward") for module in patched]
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
             for owner, name, layer in layers:
                 assert isinstance(layer, SABLinear)
                 set_module(owner, name, _stand_in(layer))
-            for tuned in self.tuned:
-                if self._device is not None:
-                    tuned.module.to(self._device)
-                tuned.module.forward = self._wrap_module(tuned, tuned.module.forward)
-            with self._head.open():
+            forwards = {t.module: self._wrap_module(t, t.module.forward) for t in self.tuned}
+            with patched_forwards(forwards), self._head.open():
                 yield self
         finally:
-            for module, original in zip(patched, originals, strict=True):
-                module.__dict__.pop("forward", None)
-                if original is not None:
-                    module.forward = original
-            for module, home in homes:
-                if self._device is not None and home is not None:
-                    module.to(home)
             for owner, name, layer in layers:
                 set_module(owner, name, layer)
             for parameter, flag in flags:
@@ -86,7 +74,8 @@ class Student:
 
     def _wrap_module(self, tuned: TunedModule, original: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            return call_with(tuned.module, original, tuned.parameters.build(), args, kwargs)
+            tensors = {**brought(tuned.module, self._device), **tuned.parameters.build()}
+            return call_with(tuned.module, original, tensors, args, kwargs)
 
         return recomputed(call, self._device)
 

@@ -56,7 +56,7 @@ def tune_model(
         teacher: what the dense model gives to its output embedding, by sample.
         dtype: in which the binarized linears compute.
         steps: of Adam.
-        device: where the decoder blocks compute; None leaves them where they are.
+        device: where the decoder blocks and the head compute; None leaves them where they are.
         store: see `tune`.
         on_step: see `tune`.
     """

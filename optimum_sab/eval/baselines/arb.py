@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
+from optimum_sab.core.planes import sign_of
 from optimum_sab.core.saliency import saliency
 from optimum_sab.core.significance import significance_map
-from optimum_sab.eval.baselines.blockwise import compensated, signs
+from optimum_sab.eval.baselines.blockwise import compensated
 from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked
 from optimum_sab.eval.baselines.split import salient_columns, split_by_magnitude
 
@@ -138,7 +139,7 @@ def _fit(values: Tensor, group: Tensor, error_weight: Tensor, order: int, rounds
     planes: list[_Plane] = []
     for _ in range(order):
         rows = _ratio((wanted.abs() * error_weight).sum(1, keepdim=True), (error_weight * group).sum(1, keepdim=True))
-        plane = _Plane(rows, torch.ones_like(error_weight), signs(wanted) * group)
+        plane = _Plane(rows, torch.ones_like(error_weight), sign_of(wanted) * group)
         planes.append(plane)
         wanted = wanted - plane.value
     for _ in range(rounds):
@@ -168,10 +169,10 @@ def _update_signs(planes: list[_Plane], values: Tensor, group: Tensor) -> None:
     """The nearest of the ``2^order`` levels: a first plane's sign, and what is left decides the later one's."""
     scales = [plane.rows * plane.columns for plane in planes]
     if len(planes) == 1:
-        planes[0].sign = signs(values * scales[0]) * group
+        planes[0].sign = sign_of(values * scales[0]) * group
         return
     first, second = scales
     # B₁ decides between two pairs of levels; within a pair B₂ follows what B₁ leaves.
     up, down = (values - first).abs() - second.abs(), (values + first).abs() - second.abs()
     planes[0].sign = torch.where(up.abs() <= down.abs(), 1.0, -1.0) * group
-    planes[1].sign = signs((values - planes[0].sign * first) * second) * group
+    planes[1].sign = sign_of((values - planes[0].sign * first) * second) * group

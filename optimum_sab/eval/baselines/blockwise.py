@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.hessian import FactoredHessian
-from optimum_sab.core.planes import block_bounds
+from optimum_sab.core.planes import block_bounds, sign_of
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -80,11 +80,6 @@ def masked_mean(values: Float[Tensor, "out width"], mask: Tensor) -> Float[Tenso
     return (values * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp_min(1)
 
 
-def signs(values: Tensor) -> Tensor:
-    """±1; zero counts as positive, because one bit has no third state."""
-    return torch.where(values >= 0, 1.0, -1.0)
-
-
 def binarize(values: Float[Tensor, "out width"], mask: Tensor, centred: bool = False) -> Float[Tensor, "out width"]:
     """``μ + α sign(w − μ)``, ``α = mean |w − μ|``, per row over the entries of the mask, 0 elsewhere.
 
@@ -95,7 +90,7 @@ def binarize(values: Float[Tensor, "out width"], mask: Tensor, centred: bool = F
     """
     mean = masked_mean(values, mask) if centred else torch.zeros_like(values[:, :1])
     rest = (values - mean) * mask
-    return (mean + masked_mean(rest.abs(), mask) * signs(rest)) * mask
+    return (mean + masked_mean(rest.abs(), mask) * sign_of(rest)) * mask
 
 
 def binarize_twice(

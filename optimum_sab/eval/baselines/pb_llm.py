@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.planes import sign_of
 from optimum_sab.core.saliency import saliency
 from optimum_sab.errors import ConfigError
-from optimum_sab.eval.baselines.blockwise import BLOCK_SIZE, compensated_by_column, masked_mean, signs
+from optimum_sab.eval.baselines.blockwise import BLOCK_SIZE, compensated_by_column, masked_mean
 from optimum_sab.eval.baselines.simulated import Simulated, Storage, checked, fp16_step
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def pb_llm(
 
         def quantize(column: Tensor, place: int) -> Tensor:
             grid = low + ((column - low) / step).round().clamp(0, top) * step
-            return torch.where(inside[place], grid, scale * signs(column))
+            return torch.where(inside[place], grid, scale * sign_of(column))
 
         return quantize
 

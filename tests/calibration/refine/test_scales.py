@@ -51,6 +51,34 @@ def test_what_is_trained_is_what_is_stored(packed):
     assert torch.equal(scales.weight(), stored.dequantize())
 
 
+def held_bytes(thing):
+    """Bytes of all tensors an object refers to, each once."""
+    seen = {}
+
+    def walk(each):
+        if isinstance(each, torch.Tensor):
+            seen[each.data_ptr()] = each.numel() * each.element_size()
+        elif isinstance(each, (list, tuple)):
+            [walk(inner) for inner in each]
+        elif isinstance(each, dict):
+            [walk(inner) for inner in each.values()]
+        elif hasattr(each, "__dict__"):
+            walk(vars(each))
+
+    walk(thing)
+    return sum(seen.values())
+
+
+def test_signs_are_held_packed():
+    packed = random_packed(256, 512, SETTINGS["two planes, fp16"])
+    signs = sum(
+        packed.tensors[name].numel() * packed.tensors[name].element_size() for name in ("weight", "residual_sign")
+    )
+    free = sum(t.numel() * 4 for t in trainable(packed).tensors)
+    assert signs > 2 * 256 * 512 / 8
+    assert held_bytes(trainable(packed)) < packed.stored_bytes + 1.2 * free + 512
+
+
 def test_signs_stay(packed):
     scales = trainable(packed)
     shake(scales)
