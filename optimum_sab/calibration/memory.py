@@ -8,7 +8,7 @@ import torch
 
 from optimum_sab.errors import SABWarning
 
-MATRICES = 8  # [in, in] in fp32 that solving the widest linear holds at its most
+MATRICES = 9  # [in, in] in fp32 that solving the widest linear holds at its most
 
 
 def free_memory(device: torch.device) -> int | None:

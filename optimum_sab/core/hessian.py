@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,8 @@ from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessian
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+RAISED = (1.0, 10.0, 100.0)  # times the damping, until there is a factor
 
 
 def accumulate_hessian(hessian: Float[Tensor, "in in"], inputs: Float[Tensor, "tokens in"]) -> None:
@@ -278,12 +279,17 @@ def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = 
         NonFiniteError: the Hessian holds NaN or inf.
         SingularHessianError: no Cholesky factor at a hundred times the damping.
     """
+    _check_finite(hessian, name)
     dead = hessian.diagonal() == 0
-    for H, factor in _cholesky_factors(hessian, damping, name):
+    for raised in RAISED:
+        H = damped(hessian, damping * raised)
+        factor = _cholesky(H)
+        if factor is None:
+            continue
         inverse = torch.cholesky_inverse(factor)
-        del factor
-        upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-        if not int(failed):
+        del factor  # they are large
+        upper = _cholesky(inverse, upper=True)
+        if upper is not None:
             return FactoredHessian(H, inverse, upper, dead)
     raise _singular(damping, name)
 
@@ -292,20 +298,23 @@ def solve_damped(
     right: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer"
 ) -> Float[Tensor, "out in"]:
     """``B H⁻¹`` with H damped as in `factor_hessian`, which raises the same errors; needs less memory than H⁻¹."""
-    for _, factor in _cholesky_factors(hessian, damping, name):
-        return torch.cholesky_solve(right.T, factor).T
+    _check_finite(hessian, name)
+    for raised in RAISED:
+        factor = _cholesky(damped(hessian, damping * raised))
+        if factor is not None:
+            return torch.cholesky_solve(right.T, factor).T
     raise _singular(damping, name)
 
 
-def _cholesky_factors(hessian: Tensor, damping: float, name: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Damped Hessians that have a lower Cholesky factor, and that factor, from the least damping on."""
+def _check_finite(hessian: Tensor, name: str) -> None:
     if not bool(torch.isfinite(hessian).all()):
         raise NonFiniteError(f"the Hessian of {name} holds NaN or inf; its inputs overflow, try dtype=torch.float32.")
-    for raised in (1.0, 10.0, 100.0):
-        H = damped(hessian, damping * raised)
-        factor, failed = torch.linalg.cholesky_ex(H)
-        if not int(failed):
-            yield H, factor
+
+
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
+    """The Cholesky factor; None where there is none."""
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return None if int(failed) else factor
 
 
 def _singular(damping: float, name: str) -> SingularHessianError:
