@@ -36,7 +36,7 @@ class Arrival:
         inputs: of the linear, [..., tokens, in].
         residual: what the linear's output will be added to, [..., tokens, out]; None where that is not known, or the
             linear is not the only one with this input.
-        routed: there are not as many rows as tokens entered the block, as at an expert.
+        routed: there are fewer rows than entered the block, as at an expert.
     """
 
     sample: int
@@ -239,7 +239,7 @@ class Lockstep:
             visitor.leave(index, _drift(waiting) if self.two_streams else None)
             return waiting
         self._groups, sources = self._probe(index, waiting[self._workers[0]])
-        tokens = {worker: _tokens(pause.payload) for worker, pause in waiting.items()}
+        entered = {worker: _rows_given(pause.payload) for worker, pause in waiting.items()}
         reached: set[str] = set()
         self._residuals = {worker: {} for worker in self._workers}
         with read_arguments(sources, self._keep_residual):
@@ -248,13 +248,13 @@ class Lockstep:
                 group, here = self._next_group(index, at_linear)
                 source = sources.get(group.names[0]) if len(group.names) == 1 else None
                 arrivals = [
-                    Arrival(*w, p.payload, self._residual(w, source), tokens[w] not in (None, _rows(p.payload)))
+                    Arrival(*w, p.payload, self._residual(w, source), _rows(p.payload) < entered[w])
                     for w, p in here.items()
                 ]
-                if any(_rows(a.inputs) for a in arrivals):
+                if any(_rows(a.inputs) for a in arrivals if a.stream == QUANTIZED):
                     self._weights.update(visitor.solve(group.names, arrivals))
                     reached.update(group.names)
-                else:  # nothing goes through; some models call experts that no token chose all the same
+                else:  # the dense stream's alone, or nothing: some models call experts that no token chose all the same
                     self._weights.update({name: self.linears[index][name].weight for name in group.names})
                 group.solved = True
                 group.seen.update(here)
@@ -446,11 +446,11 @@ def _rows(inputs: Tensor) -> int:
     return inputs.shape[:-1].numel()
 
 
-def _tokens(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int | None:
-    """Tokens of the hidden states a block is called with, which are the first that holds numbers; None without any."""
+def _rows_given(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+    """Rows of the hidden states a block is called with, which are the first that holds numbers; 0 without any."""
     args, kwargs = call
     given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-    return next((_rows(t) for t in given), None)
+    return next((_rows(t) for t in given), 0)
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from optimum_sab.errors import SABWarning
+from optimum_sab.nn.selection import Selection
 
 MATRICES = 9  # [in, in] in fp32 that solving the widest linear holds at its most
 
@@ -14,7 +18,8 @@ MATRICES = 9  # [in, in] in fp32 that solving the widest linear holds at its mos
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on a device; None where that cannot be asked."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch's own, to use again
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     if device.type != "cpu":
         return None
     try:
@@ -40,13 +45,34 @@ def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype:
     return tokens * streams * (widest + 2 * width) * dtype.itemsize + MATRICES * widest**2 * 4
 
 
-def warn_of_memory(needed: int, tokens: int, device: torch.device) -> None:
-    """Warn where ``needed`` bytes are more than is free on ``device``."""
-    free = free_memory(device)
-    if free is None or needed <= free:
+def warn_of_memory(
+    model: nn.Module,
+    selection: Selection,
+    samples: Sequence[Mapping[str, Any]],
+    device: torch.device | None,
+    two_streams: bool,
+) -> None:
+    """Warn where calibration takes more than is free.
+
+    Args:
+        model: dense.
+        selection: the linears that will be binarized.
+        samples: forward keyword arguments, one dict per sample.
+        device: where blocks are moved while they are worked on; None leaves them where they are.
+        two_streams: whether a dense stream will run beside the quantized one.
+    """
+    linears = [model.get_submodule(name) for name in selection.settings]
+    widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]
+    place = device or next(model.parameters()).device
+    free = free_memory(place)
+    if free is None or not widths:
+        return
+    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    needed = calibration_bytes(tokens, 1 + two_streams, widths[0], max(widths), next(linears[0].parameters()).dtype)
+    if needed <= free:
         return
     warnings.warn(
-        f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {device} has "
+        f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {place} has "
         f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
         "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size.",
         SABWarning,

@@ -72,8 +72,8 @@ class PairedInputs:
 def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> list[PairedInputs]:
     """Bring both streams of every sample together.
 
-    The dense rows are dropped for the whole group where tokens are routed: the streams may route others, and then the
-    rows of the two are not the same tokens, even if they are as many.
+    The dense rows are dropped for the whole group where tokens are routed, which shows in a sample that has fewer rows
+    than tokens: the streams may route others, and then their rows are not the same tokens, even if they are as many.
 
     Args:
         arrivals: of one group of linears.
@@ -81,7 +81,7 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
     """
     dense = {a.sample: a for a in arrivals if a.stream == DENSE}
     quantized = {a.sample: a for a in arrivals if a.stream != DENSE}
-    routed = len(quantized) < len(modalities) or any(a.routed for a in arrivals)
+    routed = len(quantized) < len(modalities) or any(_is_routed(a, modalities[a.sample]) for a in arrivals)
     paired = not routed and all(i in dense and dense[i].inputs.shape == a.inputs.shape for i, a in quantized.items())
     if not paired:
         return [PairedInputs(a.inputs.flatten(0, -2), None, modalities[i], None, routed) for i, a in quantized.items()]
@@ -93,6 +93,11 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
         )
         for i, a in quantized.items()
     ]
+
+
+def _is_routed(arrival: Arrival, modalities: TokenModalities) -> bool:
+    """A block that carries several hidden states per token is given more rows than its linears; those have one each."""
+    return arrival.routed and arrival.inputs.shape[:-1].numel() != modalities.labels.numel()
 
 
 def _residuals(dense: Arrival, quantized: Arrival) -> tuple[Tensor, Tensor] | None:
@@ -177,11 +182,12 @@ class _Piece:
 
 
 def _by_modality(inputs: Sequence[PairedInputs]) -> dict[str, list[_Piece]]:
+    several = any(len(pair.modalities.names) > 1 for pair in inputs)
     pieces: dict[str, list[_Piece]] = {}
     for pair in inputs:
         labels, names = pair.modalities.labels, pair.modalities.names
         if pair.routed or labels.numel() != pair.quantized.shape[0]:
-            pieces.setdefault(names[0] if len(names) == 1 else MIXED, []).append(_Piece(pair))
+            pieces.setdefault(MIXED if several else names[0], []).append(_Piece(pair))
             continue
         for index, modality in enumerate(names):
             mask = labels == index

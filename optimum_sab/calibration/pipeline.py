@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from optimum_sab.calibration.agreement import Agreement
 from optimum_sab.calibration.head import output_embedding
 from optimum_sab.calibration.lockstep import DENSE, QUANTIZED, Arrival, Lockstep
-from optimum_sab.calibration.memory import calibration_bytes, warn_of_memory
 from optimum_sab.calibration.modality import TEXT, TokenModalities, model_modalities, token_modalities
 from optimum_sab.calibration.passage import BlockPassage
 from optimum_sab.calibration.passes import CalibrationPass, calibration_pass, pair_streams
@@ -42,7 +41,7 @@ from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import Selection, set_module
 
-MISSED = 0.25  # of a block's weights: so many may be binarized without data, such as a few of many experts
+MISSED = 0.25  # of the weights that are binarized in a block: so many may be those of experts without a token
 
 
 @dataclass(frozen=True)
@@ -145,8 +144,8 @@ def binarize(
             streams and a head.
 
     Raises:
-        CalibrationError: no token reaches more than `MISSED` of a block's weights; see also `head_to_tune_to` and
-            `ResumeFolder`.
+        CalibrationError: no token goes through a linear that is not one of a few idle experts; see also
+            `head_to_tune_to` and `ResumeFolder`.
         SampleError: no samples.
         NonFiniteError: a weight or an activation holds NaN or inf.
         LockstepError, SingularHessianError: see there.
@@ -171,10 +170,7 @@ def binarize(
     worker = _Binarizer(
         model, selection, targets.positions, targets.linears, modalities, collector, device, on_block, refine, resume
     )
-    two_streams = refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
-    widths = [linear.in_features for of_block in targets.linears for linear in of_block.values()]
-    needed = calibration_bytes(sum(tokens.values()), 1 + two_streams, widths[0], max(widths), dtype)
-    warn_of_memory(needed, sum(tokens.values()), device or home)
+    two_streams = runs_two_streams(selection, refine)
     try:
         lockstep = Lockstep(model, targets.blocks, targets.linears, moved, two_streams, device)
         last = None
@@ -191,6 +187,11 @@ def binarize(
     finally:
         model.train(was_training)
     return BinarizationReport(tuple(worker.reports), tokens, time.perf_counter() - started, temperature, tuning)
+
+
+def runs_two_streams(selection: Selection, refine: RefineSettings | None) -> bool:
+    """Whether a dense stream runs beside the quantized one."""
+    return refine is not None or any(s.propagation != 0.0 for s in selection.settings.values())
 
 
 def _head_inputs(at_head: Mapping[tuple[int, str], Tensor], modalities: Sequence[TokenModalities]) -> list[HeadInputs]:
@@ -251,19 +252,28 @@ class _Binarizer:
 
     def miss(self, names: Sequence[str]) -> None:
         linears = self.linears[self._index]
-        missed, all_weights = (sum(linears[n].weight.numel() for n in some) for some in (names, linears))
-        what = (
-            f"no calibration token reached {names[0]} (with it {len(names)} linears and {missed / all_weights:.0%} of "
-            "the weights of its block)"
+        missed, selected = (sum(linears[n].weight.numel() for n in some) for some in (names, linears))
+        experts = {name: _idle_expert(name, self._packed) for name in names}
+        remedy = (
+            "Give more or more varied samples, or leave them dense with "
+            f"modules_to_not_convert={list(dict.fromkeys(experts[name] or name for name in names))}."
         )
-        remedy = f"Give more or more varied samples, or leave it dense with modules_to_not_convert=[{names[0]!r}]."
-        if missed > MISSED * all_weights:
-            raise CalibrationError(f"{what}. {remedy}")
-        warnings.warn(f"{what}: binarized to approximate the weights, without data. {remedy}", SABWarning, stacklevel=2)
+        strange = [name for name in names if experts[name] is None]
+        if strange:
+            raise CalibrationError(
+                f"no calibration token goes through {strange[0]}, and it is no expert among others that one goes "
+                f"through: the model may read its weight in another way, or not use it with these samples. {remedy}"
+            )
+        what = f"no calibration token reached {len(names)} linears of experts, such as {names[0]}"
+        if missed > MISSED * selected:
+            raise CalibrationError(f"{what}, {missed / selected:.0%} of what is binarized in their block. {remedy}")
+        warnings.warn(
+            f"{what}: they are binarized to approximate their weights, without data. {remedy}", SABWarning, stacklevel=2
+        )
         for name in names:
-            linear = linears[name]
-            device = self.device or linear.weight.device
-            self._solve([(name, linear)], InputStatistics.without_data(linear.in_features, device))
+            device = self.device or linears[name].weight.device
+            statistics = InputStatistics.without_data(linears[name].in_features, device)
+            self._solve([(name, linears[name])], statistics)
 
     def _solve(self, members: Sequence[tuple[str, nn.Linear]], statistics: InputStatistics) -> dict[str, Tensor]:
         """Solve linears that share an input, those with the same settings as one stack."""
@@ -346,6 +356,17 @@ class _Binarizer:
         self.reports.append(report)
         if self.on_block is not None:
             self.on_block(report, len(self.linears))
+
+
+def _idle_expert(name: str, reached: Collection[str]) -> str | None:
+    """The expert that a linear belongs to, if the same linear of another expert was reached; else None."""
+    parts = name.split(".")
+    for place in reversed([i for i, part in enumerate(parts) if part.isdigit()]):
+        start, end = ".".join(parts[:place]) + ".", "." + ".".join([*parts[place + 1 :], ""])
+        for other in reached:
+            if other.startswith(start) and f"{other}.".endswith(end) and other.count(".") == name.count("."):
+                return ".".join(parts[: place + 1])
+    return None
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,7 @@ def set_temperature(
     dense = _thinned([s.dense[0][s.text.to(s.dense.device)] for s in samples])
     mine = _thinned([s.binarized[0][s.text.to(s.binarized.device)] for s in samples])
     tokens = sum(len(chunk) for chunk in dense)
-    replayed = {block: partial(_replay, output) for block, output in last.blocks.items()}
-    with patched_forwards(replayed), SharedHead(model, last.head, device).open() as shared:
+    with patched_forwards(_replaying(last.blocks)), SharedHead(model, last.head, device).open() as shared:
 
         def mean_divergence(scale: float) -> float:
             total = 0.0
@@ -100,8 +99,25 @@ def set_temperature(
     return Temperature(1.0 / scale, before, after)
 
 
-def _replay(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
+def _replaying(blocks: Mapping[nn.Module, Any]) -> dict[nn.Module, Callable[..., Any]]:
+    """Forwards that give what the blocks gave once."""
+
+    def forward(output: Any, *args: Any, **kwargs: Any) -> Any:
+        return output
+
+    return {block: partial(forward, output) for block, output in blocks.items()}
+
+
+def _can_replay(
+    model: nn.Module, shared: SharedHead, blocks: Mapping[nn.Module, Any], one_token: Mapping[str, Any], given: Tensor
+) -> bool:
+    """Whether nothing behind the blocks asks for more than their output (what routers say, for one)."""
+    wanted = shared.logits_of(given, one_token)
+    try:
+        with patched_forwards(_replaying(blocks)):
+            return torch.equal(shared.logits_of(given, one_token), wanted)
+    except Exception:  # whatever it misses: then the blocks run
+        return False
 
 
 def _thinned(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -137,7 +153,7 @@ class LastNorm:
         one_token: forward arguments that carry the model's forward to either.
         input: what the norm was given then, to try it on.
         blocks: the decoder blocks, and what each gave then. Replayed, they carry the forward to the embedding at the
-            embedding's cost alone.
+            embedding's cost alone; empty where the model asks more of them.
     """
 
     module: nn.Module
@@ -205,6 +221,8 @@ def find_last_norm(model: nn.Module, head: nn.Module, one_token: Mapping[str, An
     try:
         with SharedHead(model, head).open() as opened:
             given = opened.given(one_token)
+            if not _can_replay(model, opened, blocks, one_token, given):
+                blocks = {}
     except Exception as error:  # whatever a model of any kind may say to it; better now than after the work
         raise CalibrationError(
             f"{type(model).__name__} does not read a single token, by which its temperature is found ({error}); use "

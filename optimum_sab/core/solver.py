@@ -75,7 +75,7 @@ def solve(
         raise NonFiniteError(
             f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16."
         )
-    alpha = _propagation(W, statistics, settings)  # first, since it needs other factors for as long
+    alpha = _propagation(W, statistics, settings, name)  # first, since it needs other factors for as long
     factored = statistics.factored(settings.damping, name)
     target = W
     if alpha and statistics.drift is not None:
@@ -125,13 +125,13 @@ def solve(
     return Solution(planes, output_error(target, planes.dequantize(), statistics.hessian), significance, alpha)
 
 
-def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings) -> float:
+def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> float:
     """α: as set, or cross-validated; 0 where there is no dense stream, or only one sample to choose it by."""
     if statistics.drift is None:
         return 0.0
     if settings.propagation is not None:
         return settings.propagation
-    return 0.0 if statistics.half is None else cross_validated_alpha(weight, statistics, settings.damping)
+    return 0.0 if statistics.half is None else cross_validated_alpha(weight, statistics, settings.damping, name)
 
 
 def _error_weight(settings: LayerSettings, factored: FactoredHessian, significance: Significance | None) -> Tensor:

@@ -30,7 +30,9 @@ def propagated_target(
     return weight + alpha * (_correction(weight, drift, residual) @ inverse)
 
 
-def cross_validated_alpha(weight: Float[Tensor, "out in"], statistics: InputStatistics, damping: float) -> float:
+def cross_validated_alpha(
+    weight: Float[Tensor, "out in"], statistics: InputStatistics, damping: float, name: str = "the layer"
+) -> float:
     """The α that one half of the samples asks for when the correction comes from the other half.
 
     With ``D = (W C + R) H⁻¹`` from half A, the error on half B is least at ``α = ⟨D, W C_B + R_B⟩ / ⟨D H_B, D⟩``. Both
@@ -41,6 +43,7 @@ def cross_validated_alpha(weight: Float[Tensor, "out in"], statistics: InputStat
         weight: W.
         statistics: with ``drift`` and ``half``.
         damping: as in `factor_hessian`.
+        name: the module's name, for messages.
 
     Returns:
         α in [0, 1]; 0 where the streams do not differ.
@@ -52,7 +55,7 @@ def cross_validated_alpha(weight: Float[Tensor, "out in"], statistics: InputStat
     corrections = [_correction(weight, half.drift, half.residual) for half in halves]
     found = []
     for here, there in ((0, 1), (1, 0)):
-        D = solve_damped(corrections[here], halves[here].hessian, damping)
+        D = solve_damped(corrections[here], halves[here].hessian, damping, name)
         above = float((D * corrections[there]).sum(dtype=torch.float64))
         below = float((D @ halves[there].hessian * D).sum(dtype=torch.float64))
         found.append(above / below if below > 0 else 0.0)

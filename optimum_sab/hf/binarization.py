@@ -15,9 +15,10 @@ from optimum_sab.calibration.agreement import AgreementCheck
 from optimum_sab.calibration.allocation import PLANES, allocate
 from optimum_sab.calibration.inputs import calibration_inputs, unseen_inputs
 from optimum_sab.calibration.lockstep import import_greenlet
+from optimum_sab.calibration.memory import warn_of_memory
 from optimum_sab.calibration.modality import VISUAL, model_modalities
 from optimum_sab.calibration.passes import calibration_pass
-from optimum_sab.calibration.pipeline import BinarizationReport, binarize, refuse_offloaded
+from optimum_sab.calibration.pipeline import BinarizationReport, binarize, refuse_offloaded, runs_two_streams
 from optimum_sab.calibration.refine.whole_model import head_to_tune_to
 from optimum_sab.calibration.resume import ResumeFolder, fingerprint
 from optimum_sab.errors import ConfigError, SABWarning
@@ -84,6 +85,8 @@ class Binarization:
                 config.seed,
                 progress.steps("Writing samples", "answer"),
             )
+            two_streams = runs_two_streams(self._selection, config.refine_settings)
+            warn_of_memory(model, self._selection, inputs, self._device, two_streams)
             self._check = self._agreement_check(processor)
             resume = self._resume_folder(inputs)
             self._allocate(inputs, resume, progress)
@@ -155,7 +158,7 @@ class Binarization:
         settings = self._selection.settings
         marks = fingerprint(self._model, inputs, settings, config.calibration_pass, config.refine_settings)
         own = {name: getattr(config, name) for name in ("allocation", "target_bits", "temperature_scaling")}
-        return ResumeFolder(config.resume_folder, {**marks, **own, "free_linears": sorted(self._free())})
+        return ResumeFolder(config.resume_folder, {**marks, **own, "free_linears": dict.fromkeys(self._free(), True)})
 
     def _free(self) -> list[str]:
         """The linears whose planes no rule sets."""

@@ -613,6 +613,43 @@ def test_expert_that_no_token_chooses_is_missed_and_not_solved(call_all):
 
 
 @pytest.mark.parametrize("call_all", [False, True])
+def test_expert_that_the_dense_stream_alone_reaches_is_missed(call_all):
+    class Lift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    class HighAndLow(nn.Module):
+        """The second expert takes high tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+        def forward(self, x):
+            out = x + 0.01 * self.experts[0](x)
+            here = x.mean(-1) > 5
+            if call_all or bool(here.any()):
+                out = out.clone()
+                out[here] += self.experts[1](x[here])
+            return out
+
+    subject = toy(Toy(Lift(), HighAndLow()))
+    with torch.no_grad():
+        subject.blocks[0].linear.weight.zero_()
+        subject.blocks[0].linear.weight[:, 0] = 100.0
+        for sample in subject.samples:
+            sample["x"][..., 0] = 1.0
+    weights = dense_weights(subject) | {"layers.0.linear": torch.zeros(8, 8)}
+    recorder = run_pass(subject, Recorder(weights))
+    assert [names for kind, names in recorder.calls if kind == "miss"] == [("layers.1.experts.1",)]
+    assert ("layers.1.experts.1",) not in recorder.groups
+
+
+@pytest.mark.parametrize("call_all", [False, True])
 def test_rows_are_told_to_be_routed_where_they_are_not_the_block_s_tokens(call_all):
     routed = {}
 

@@ -5,7 +5,6 @@ import torch
 
 from optimum_sab.calibration import memory
 from optimum_sab.calibration.memory import calibration_bytes, free_memory, warn_of_memory
-from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import SABWarning
 from optimum_sab.nn.selection import select_linears
@@ -33,25 +32,27 @@ def test_free_memory_is_unknown_without_psutil(monkeypatch):
     assert free_memory(CPU) is None
 
 
-@pytest.mark.parametrize(("free", "warned"), [(None, False), (2**30, False), (2**30 - 1, True)])
-def test_too_little_memory_is_warned_of_with_the_remedy(monkeypatch, free, warned):
-    monkeypatch.setattr(memory, "free_memory", lambda device: free)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        warn_of_memory(2**30, 5000, CPU)
-    said = [str(w.message) for w in caught if issubclass(w.category, SABWarning)]
-    assert bool(said) == warned
-    if warned:
-        for part in ("5000 tokens", "1.0 GiB", "cpu", "calibration_samples", "max_pixels"):
-            assert part in said[0]
+def test_what_pytorch_keeps_to_use_again_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (100, 1000)), ("memory_reserved", 50), ("memory_allocated", 30)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda", 0)) == 120
 
 
-def test_binarizing_asks_for_the_memory_of_its_tokens_and_streams(build, monkeypatch):
-    asked = []
-    monkeypatch.setattr("optimum_sab.calibration.pipeline.warn_of_memory", lambda *args: asked.append(args))
-    for streams, propagation in ((1, 0.0), (2, 0.3)):
-        llama = build("llama")
-        tokens = sum(s["input_ids"].numel() for s in llama.samples)
-        settings = LayerSettings(iterations=1, sweeps=0, propagation=propagation)
-        binarize(llama.model, select_linears(llama.model, settings), llama.samples, temperature_scaling=False)
-        assert asked.pop() == (calibration_bytes(tokens, streams, 64, 96, torch.float32), tokens, CPU)
+@pytest.mark.parametrize("two_streams", [False, True])
+@pytest.mark.parametrize("device", [None, torch.device("cpu:0")])
+def test_too_little_memory_is_warned_of_with_the_remedy(build, monkeypatch, two_streams, device):
+    llama = build("llama")
+    tokens = sum(s["input_ids"].numel() for s in llama.samples)
+    needed = calibration_bytes(tokens, 1 + two_streams, 64, 96, torch.float32)
+    said = []
+    for free in (None, needed, needed - 1):
+        monkeypatch.setattr(memory, "free_memory", lambda place, free=free: free)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            warn_of_memory(
+                llama.model, select_linears(llama.model, LayerSettings()), llama.samples, device, two_streams
+            )
+        said.append([str(w.message) for w in caught if issubclass(w.category, SABWarning)])
+    assert said[:2] == [[], []]
+    for part in (f"{tokens} tokens", "GiB", str(device or CPU), "calibration_samples", "max_pixels"):
+        assert part in said[2][0]

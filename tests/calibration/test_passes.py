@@ -139,6 +139,12 @@ def test_rows_of_an_expert_are_not_paired_though_they_are_as_many(arrivals, samp
     assert collect(*pairs).drift is None
 
 
+def test_rows_of_all_tokens_are_paired_in_a_block_that_carries_several_hidden_states_per_token():
+    pairs = pair_streams(both_streams((3, True), (3, True)), [modalities(0, 1, 1)] * 2)
+    assert [p.routed for p in pairs] == [False, False]
+    assert collect(*pairs).tokens == {"text": 2, "visual": 4}
+
+
 def test_rows_of_all_tokens_of_all_samples_are_paired():
     pairs = pair_streams(both_streams((3, False), (3, False)), [modalities(0, 1, 1)] * 2)
     assert [p.routed for p in pairs] == [False, False]
@@ -221,6 +227,11 @@ def test_rows_that_do_not_match_the_tokens_are_mixed():
     pairs = [PairedInputs(rows(2), None, modalities(0, 1, 1)), PairedInputs(rows(3, seed=1), None, modalities(0, 0, 0))]
     statistics = collect(*pairs)
     assert statistics.tokens == {"mixed": 2, "text": 3}
+
+
+def test_rows_of_an_expert_are_mixed_also_where_a_sample_can_only_be_text():
+    text = PairedInputs(rows(2), None, modalities(0, 0, 0, names=("text",)), routed=True)
+    assert collect(text, PairedInputs(rows(2), None, modalities(0, 1, 1), routed=True)).tokens == {"mixed": 4}
 
 
 def test_rows_that_do_not_match_the_tokens_are_text_in_a_language_model():

@@ -1,3 +1,4 @@
+import ast
 import copy
 import warnings
 import weakref
@@ -447,14 +448,37 @@ def test_no_samples_is_an_error(llama):
         quantize(llama)
 
 
-class Spare(nn.Module):
-    """Blocks of ``used`` linears that are called and ``idle`` ones that are not."""
+class Experts(nn.Module):
+    """Linears by a router that never asks for the last ``idle`` of them."""
 
     def __init__(self, used, idle):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Sequential(*(nn.Linear(32, 32) for _ in range(used))) for _ in range(2))
-        self.layers[1].add_module("idle", nn.Identity())
-        self.layers[1].idle.spare = nn.ModuleList(nn.Linear(32, 32) for _ in range(idle))
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(used + idle))
+        self.used = used
+
+    def forward(self, x):
+        for expert in self.experts[: self.used]:
+            x = x + expert(x)
+        return x
+
+
+class Unread(nn.Module):
+    """A linear whose weight is read without a call, as state space models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.step = nn.ModuleList(nn.Linear(32, 32) for _ in range(5)), nn.Linear(32, 32)
+
+    def forward(self, x):
+        for linear in self.inner:
+            x = x + linear(x)
+        return x + x @ self.step.weight
+
+
+class Stack(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
 
     def forward(self, x, use_cache):
         for layer in self.layers:
@@ -462,22 +486,32 @@ class Spare(nn.Module):
         return x
 
 
-def test_much_of_a_block_that_no_token_reaches_is_an_error_and_not_a_wrong_model():
-    model = Spare(used=2, idle=1)
-    wanted = r"no calibration token reached layers\.1\.idle\.spare\.0 \(with it 1 linears and 33% of the weights"
-    with pytest.raises(CalibrationError, match=wanted):
+def test_linear_that_is_never_called_is_an_error_and_not_a_wrong_model():
+    model = Stack(Unread(), Unread())
+    remedy = r"modules_to_not_convert=\['layers\.0\.step'\]"
+    with pytest.raises(CalibrationError, match=rf"goes through layers\.0\.step, and it is no expert.*{remedy}"):
         binarize(model, select_linears(model, QUICK), [{"x": torch.randn(1, 40, 32)}])
 
 
-def test_few_linears_that_no_token_reaches_are_binarized_by_their_weights_with_a_warning():
+def test_many_idle_experts_are_an_error_whose_remedy_works():
     torch.manual_seed(0)
-    model = Spare(used=5, idle=1)
-    dense = model.layers[1].idle.spare[0].weight.detach().clone()
-    with pytest.warns(
-        SABWarning, match=r"reached layers\.1\.idle\.spare\.0 .*17%.*without data.*modules_to_not_convert"
-    ):
+    model = Stack(Experts(2, 0), Experts(4, 2))
+    with pytest.raises(CalibrationError, match=r"2 linears of experts, such as layers\.1\.experts\.4, 33%") as caught:
+        binarize(model, select_linears(model, QUICK), [{"x": torch.randn(1, 40, 32)}])
+    rules = ast.literal_eval(str(caught.value).partition("modules_to_not_convert=")[2].removesuffix("."))
+    model = Stack(Experts(2, 0), Experts(4, 2))
+    binarize(model, select_linears(model, QUICK, rules), [{"x": torch.randn(1, 40, 32)}])
+    assert len(packed_layers(model)) == 6
+
+
+def test_few_idle_experts_are_binarized_by_their_weights_with_a_warning():
+    torch.manual_seed(0)
+    model = Stack(Experts(5, 0), Experts(5, 1))
+    dense = model.layers[1].experts[5].weight.detach().clone()
+    wanted = r"1 linears of experts, such as layers\.1\.experts\.5.*without data.*\['layers\.1\.experts\.5'\]"
+    with pytest.warns(SABWarning, match=wanted):
         report = binarize(model, select_linears(model, QUICK), [{"x": torch.randn(1, 40, 32)}])
-    packed = model.layers[1].idle.spare[0].dequantize().weight
+    packed = model.layers[1].experts[5].dequantize().weight
     error = float((dense - packed).square().sum() / dense.square().sum())
     assert 0.1 < error < 0.4  # a sign and a scale alone leave 1 − 3/4 of a uniform distribution
     assert report.blocks[1].layers[-1].error == pytest.approx(error, rel=1e-4)

@@ -1,9 +1,14 @@
 """The temperature of a binarized model's predictions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers
 
+from optimum_sab.calibration import head as head_module
 from optimum_sab.calibration.head import SharedHead
+from optimum_sab.calibration.placement import brought
 from optimum_sab.calibration.temperature import HeadInputs, find_last_norm, set_temperature
 from optimum_sab.errors import CalibrationError
 
@@ -116,15 +121,34 @@ def test_logits_cost_no_pass_through_the_blocks(build, monkeypatch):
     assert len(calls) == len(subject.blocks)
 
 
-def test_the_head_may_compute_on_a_device_of_its_own(build):
+def test_a_model_that_asks_more_of_its_blocks_runs_them():
+    """With router logits in its output Mixtral reads what every block's router has said."""
+    config = transformers.MixtralConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).eval()
+    sharpened(model)
+    samples = [{"input_ids": torch.randint(0, 64, (1, 12))} for _ in range(3)]
+    last = find_last_norm(model, model.lm_head, ONE)
+    assert last.module is model.model.norm
+    pairs = head_inputs(SimpleNamespace(model=model, samples=samples), 0.6)
+    assert set_temperature(model, last, pairs).value > 1.05
+
+
+def test_the_head_may_compute_on_a_device_of_its_own(build, monkeypatch):
     """cpu:0 is not cpu to PyTorch, so that the weight is brought there."""
-    found = []
+    found, heads = [], []
+    monkeypatch.setattr(head_module, "brought", lambda *a: heads.append(brought(*a)) or heads[-1])
     for device in (None, torch.device("cpu:0")):
+        heads.clear()
         subject = build("llama")
         sharpened(subject.model)
         pairs = head_inputs(subject, 0.6)
         last = find_last_norm(subject.model, subject.model.lm_head, ONE)
         found.append(set_temperature(subject.model, last, pairs, device))
+        assert set(heads[-1]) == (set() if device is None else {"weight"})
     assert found[0] is not None
     assert found[0] == found[1]
 

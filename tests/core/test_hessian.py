@@ -93,15 +93,22 @@ def test_statistics_of_two_halves_are_those_of_all_and_hold_the_first_half_s_par
     np.testing.assert_allclose(split.half.drift.numpy(), expected, atol=1e-5)
 
 
-def test_a_modality_that_one_half_alone_has_is_in_both_sums():
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_modality_that_one_half_alone_has_is_in_both_sums(dead):
+    """Where the other half's modality has no energy, one of this half's is the first to be summed into."""
+    inputs = {"text": tokens(9, 4), "visual": tokens(7, 4, 1), "audio": tokens(5, 4, 2)}
     rest, part = (InputMoments(4, CPU, False, "layer") for _ in range(2))
-    rest.add("text", tokens(9, 4))
-    part.add("visual", tokens(7, 4, 1))
+    rest.add("text", 0 * inputs["text"] if dead else inputs["text"])
+    for name in ("visual", "audio"):
+        part.add(name, inputs[name])
     found = rest.statistics(part=part)
-    assert found.tokens == {"text": 9, "visual": 7}
-    text, visual = (naive_moment(x, x) * 2 / np.trace(naive_moment(x, x)) for x in (tokens(9, 4), tokens(7, 4, 1)))
-    np.testing.assert_allclose(found.hessian.numpy(), text + visual, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(found.half.hessian.numpy(), visual, rtol=1e-5, atol=1e-5)
+    assert found.tokens == {"text": 9, "visual": 7, "audio": 5}
+    live = list(inputs)[dead:]
+    each = {n: naive_moment(inputs[n], inputs[n]) for n in live}
+    each = {n: H * 4 / len(live) / np.trace(H) for n, H in each.items()}
+    np.testing.assert_allclose(found.hessian.numpy(), sum(each.values()), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found.half.hessian.numpy(), each["visual"] + each["audio"], rtol=1e-5, atol=1e-5)
+    assert found.hessian.data_ptr() != found.half.hessian.data_ptr()
 
 
 def test_statistics_without_data_take_every_input_for_as_likely():

@@ -510,6 +510,18 @@ def test_solve_by_modality_without_hessians_of_each_says_what_is_missing():
         solve(random_weight(16, 64), statistics, SMALL.replace(significance="modality"), "the.linear")
 
 
+@pytest.mark.parametrize("propagation", [None, 0.3])
+def test_solve_names_the_module_whose_hessian_cannot_be_factored(correlated_inputs, propagation):
+    moments, part = (InputMoments(64, torch.device("cpu"), True, "layer") for _ in range(2))
+    for seed, of in ((0, part), (1, moments)):
+        of.add("text", correlated_inputs(90, 64, seed), correlated_inputs(90, 64, seed + 2))
+    statistics = moments.statistics(part=part)
+    for hessian in (statistics.hessian, statistics.half.hessian):
+        hessian.diagonal()[:9] -= 1e3
+    with pytest.raises(SingularHessianError, match=r"the Hessian of the\.linear"):
+        solve(random_weight(16, 64), statistics, SMALL.replace(propagation=propagation), "the.linear")
+
+
 def test_solve_propagates_nothing_where_it_cannot_be_validated(correlated_inputs, statistics_of):
     """A single sample has no other half."""
     quantized = correlated_inputs(300, 64)

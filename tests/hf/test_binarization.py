@@ -1,11 +1,14 @@
 """What a configuration is refused for before the work, and what the work leaves of it."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError
+from optimum_sab.hf import binarization
 from optimum_sab.hf.binarization import Binarization
 from optimum_sab.hf.selection import select
 
@@ -56,8 +59,27 @@ def test_a_resume_folder_of_another_choice_is_refused(llama_folder, quick_config
     AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(**settings))
     config = quick_config(**settings)
     config.dynamic = {"down_proj": {"base_planes": config.base_planes, "residual_planes": config.residual_planes}}
-    with pytest.raises(CalibrationError, match="belongs to another run: free_linears is"):
+    with pytest.raises(
+        CalibrationError,
+        match=r"another run: free_linears\.model\.layers\.0\.mlp\.down_proj is True there and None now",
+    ):
         AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
+
+
+def test_memory_is_looked_at_before_the_allocation(llama_folder, quick_config, texts, monkeypatch):
+    order = []
+    for name in ("warn_of_memory", "allocate"):
+        monkeypatch.setattr(binarization, name, partial(watched, order, name, getattr(binarization, name)))
+    config = quick_config(calibration=texts)
+    AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
+    assert [name for name, _ in order] == ["warn_of_memory", "allocate"]
+    *_, two_streams = order[0][1]
+    assert two_streams is True
+
+
+def watched(order, name, function, *args):
+    order.append((name, args))
+    return function(*args)
 
 
 # -- refused before a weight is read -----------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from optimum_sab.calibration.pipeline import binarize
-from optimum_sab.calibration.refine import reconstruction, tuning
+from optimum_sab.calibration.placement import brought
+from optimum_sab.calibration.refine import reconstruction, student, tuning
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError
@@ -88,6 +89,21 @@ def test_tuning_lowers_the_divergence_and_stores_what_was_judged(llama):
     assert divergence(llama.model, refined, judge) == pytest.approx(report.tuning.after, rel=1e-4)
     assert report.tuning.after < 0.99 * report.tuning.before
     assert not torch.equal(refined.model.norm.weight, plain.model.norm.weight)  # behind the blocks
+
+
+def test_tuning_on_a_device_brings_there_what_is_not_trained(llama, monkeypatch):
+    """cpu:0 is not cpu to PyTorch, so that everything is brought there."""
+    places = []
+    monkeypatch.setattr(student, "brought", lambda *a: places.append(a) or brought(*a))
+    here, report = quantize(llama, RefineSettings(epochs=0, steps=4))
+    assert {device for _, device in places} == {None}
+    places.clear()
+    there, other = quantize(llama, RefineSettings(epochs=0, steps=4), device=torch.device("cpu:0"))
+    assert {module for module, _ in places} == {*there.model.layers, there.model.norm}
+    assert {device for _, device in places} == {torch.device("cpu:0")}
+    assert other.tuning == report.tuning
+    state = there.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in here.state_dict().items())
 
 
 def test_later_blocks_are_calibrated_on_the_refined_stream(llama):
