@@ -23,7 +23,7 @@ class Selection:
     Attributes:
         prefix: dotted name of the decoder's block list.
         settings: per selected linear, by dotted name, in the model's order.
-        left_dense: linears inside the decoder blocks that a rule or a tied weight keeps dense.
+        left_dense: linears inside the decoder blocks that a rule, a tied weight or their place keeps dense.
     """
 
     prefix: str
@@ -55,7 +55,8 @@ def select_linears(
     """Every linear in the decoder blocks, less the rules.
 
     The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
-    linear whose weight is shared with another module. ``modules_to_not_convert`` adds to that, it replaces nothing.
+    linear whose weight is shared with another module, or that stands beside experts: it decides which of them a token
+    goes to, or how much of one comes back. ``modules_to_not_convert`` adds to that, it replaces nothing.
 
     Args:
         model: dense, or a skeleton on meta.
@@ -70,6 +71,7 @@ def select_linears(
     """
     decoder = find_decoder_blocks(model)
     shared = shared_parameters(model)
+    routers = _beside_experts(model)
     used_rules: set[str] = set()
     settings: dict[str, LayerSettings] = {}
     left_dense: list[str] = []
@@ -80,7 +82,11 @@ def select_linears(
         inside = name.startswith(decoder.prefix + ".") if decoder.prefix else True
         if not inside or not isinstance(module, (nn.Linear, SABLinear)):
             continue
-        if id(module.weight) in shared or any(name_matches(rule, name) for rule in modules_to_not_convert):
+        if (
+            id(module.weight) in shared
+            or name in routers
+            or any(name_matches(rule, name) for rule in modules_to_not_convert)
+        ):
             left_dense.append(name)
             continue
         own = defaults
@@ -100,6 +106,17 @@ def select_linears(
     if strict:
         _warn_fused(model, decoder.prefix)
     return Selection(decoder.prefix, settings, tuple(left_dense))
+
+
+def _beside_experts(model: nn.Module) -> set[str]:
+    """Names of the linears whose parent holds experts too: the router, and the gate of a shared expert."""
+    found = set()
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        if "experts" in children:
+            start = f"{name}." if name else ""
+            found |= {start + child for child, each in children.items() if isinstance(each, nn.Linear)}
+    return found
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
