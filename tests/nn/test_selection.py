@@ -245,6 +245,29 @@ def test_a_linear_that_stands_in_two_blocks_stays_dense():
     assert not [name for name in select_linears(model, SMALL).settings if "up_proj" in name]
 
 
+class Mixture(nn.Module):
+    """Qwen2-MoE's names: a router and a shared expert with a gate of its own beside the experts."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.gate = nn.Linear(width, 3, bias=False)
+        self.experts = nn.ModuleList(Mlp(width) for _ in range(3))
+        self.shared_expert = Mlp(width)
+        self.shared_expert_gate = nn.Linear(width, 1, bias=False)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_routers_stay_dense_and_experts_do_not(strict):
+    model = VisionLanguage()
+    model.model.language_model.layers[1].mlp = Mixture(16)
+    found = select_linears(model, SMALL, strict=strict)
+    start = "model.language_model.layers.1.mlp"
+    assert found.left_dense == (f"{start}.gate", f"{start}.shared_expert_gate")
+    experts = [f"experts.{i}" for i in range(3)]
+    wanted = {f"{start}.{owner}.{name}" for owner in (*experts, "shared_expert") for name in ("up_proj", "down_proj")}
+    assert {name for name in found.settings if name.startswith(start)} == wanted
+
+
 def test_fused_experts_are_warned_of():
     model = VisionLanguage()
     mlp = model.model.language_model.layers[1].mlp
