@@ -360,12 +360,11 @@ class _Binarizer:
 
 def _idle_expert(name: str, reached: Collection[str]) -> str | None:
     """The expert that a linear belongs to, if the same linear of another expert was reached; else None."""
-    parts = name.split(".")
+    parts, others = name.split("."), [other.split(".") for other in reached]
     for place in reversed([i for i, part in enumerate(parts) if part.isdigit()]):
-        start, end = ".".join(parts[:place]) + ".", "." + ".".join([*parts[place + 1 :], ""])
-        for other in reached:
-            if other.startswith(start) and f"{other}.".endswith(end) and other.count(".") == name.count("."):
-                return ".".join(parts[: place + 1])
+        before, after = parts[:place], parts[place + 1 :]
+        if any(len(o) == len(parts) and o[:place] == before and o[place + 1 :] == after for o in others):
+            return ".".join(parts[: place + 1])
     return None
 
 

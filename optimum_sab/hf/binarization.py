@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -102,9 +101,8 @@ class Binarization:
                 progress.steps("Refining", "step"),
                 config.temperature_scaling,
             )
-        config.calibration = describe_calibration(config.calibration)
-        if isinstance(config.calibration, dict):
-            config.calibration = {"samples": len(inputs)}
+        described = describe_calibration(config.calibration)
+        config.calibration = {"samples": len(inputs)} if isinstance(described, dict) else described
         config.processor = config.resume_folder = None
         config.measured = self._measured()
         if config.target_bits is not None:  # the choice stands in dynamic now
@@ -177,7 +175,7 @@ class Binarization:
                 f"target_bits={config.target_bits} has nothing to choose: dynamic sets the planes of every linear. "
                 "Leave one of the two out."
             )
-        on_step: Callable[[int, int], None] = progress.steps("Allocating bits", "step")
+        on_step = progress.steps("Allocating bits", "step")
 
         def rules() -> dict[str, Any]:
             allocation = allocate(self._model, selection, free, inputs, config.target_bits, self._device, on_step)

@@ -17,7 +17,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.selection import select, source_of
 from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import Selection, replace_with_skeletons, set_module
+from optimum_sab.nn.selection import replace_with_skeletons, set_module
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -57,7 +57,7 @@ class SABHfQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        selection = self._select(model, strict=not self.pre_quantized)  # a bad rule stops here, before any download
+        selection = select(model, self.quantization_config, strict=not self.pre_quantized)  # a bad rule stops here
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import check_before_loading
 
@@ -73,7 +73,7 @@ class SABHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import Binarization
 
-            work = Binarization(model, self.quantization_config, self._select(model, strict=True))
+            work = Binarization(model, self.quantization_config, select(model, self.quantization_config, strict=True))
             work.run()
             self._prepare(model)
             self.report = work.compared()
@@ -116,9 +116,6 @@ class SABHfQuantizer(HfQuantizer):
         return True
 
     # -- work ------------------------------------------------------------------------------------------------------
-
-    def _select(self, model: nn.Module, strict: bool) -> Selection:
-        return select(model, self.quantization_config, strict)
 
     def _prepare(self, model: nn.Module) -> None:
         """Layers on an accelerator get the layout of its kernels, and those that share an input are grouped."""

@@ -14,8 +14,8 @@ def select(model: nn.Module, config: SABConfig, strict: bool) -> Selection:
     Args:
         model: dense.
         config: the configuration.
-        strict: for a model that is to be binarized: rules that match nothing are errors. Otherwise what its
-            quantization left dense for want of size or kind is left dense again.
+        strict: for a model that is to be binarized: rules that match nothing are errors. Otherwise what was left dense
+            when it was binarized is left dense again.
 
     Raises:
         ConfigError: see `select_linears`.
