@@ -1,5 +1,5 @@
-"""Calibration: samples, the lockstep forward, the registered Hessian pass, and the pipeline that binarizes a model."""
+"""Calibration: a run is a list of stages (`pipeline`), from samples and statistics to a packed model."""
 
-from optimum_sab.calibration.passes import CalibrationPass as CalibrationPass
-from optimum_sab.calibration.passes import register_pass as register_pass
 from optimum_sab.calibration.pipeline import binarize as binarize
+from optimum_sab.calibration.statistics.passes import CalibrationPass as CalibrationPass
+from optimum_sab.calibration.statistics.passes import register_pass as register_pass

@@ -1,4 +1,4 @@
-"""How the calibration says where it is."""
+"""How a step of the calibration says how far it is."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.agreement import Agreement
-from optimum_sab.calibration.modality import TEXT, TokenModalities, token_modalities
+from optimum_sab.calibration.predictions.agreement import Agreement
+from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, token_modalities
 from optimum_sab.errors import ConfigError
 
 

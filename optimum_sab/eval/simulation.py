@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.lockstep import Arrival, Lockstep
-from optimum_sab.calibration.modality import TokenModalities, token_modalities
-from optimum_sab.calibration.passes import HessianPass, pair_streams
-from optimum_sab.calibration.pipeline import decoder_targets
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.modality import TokenModalities
+from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.statistics.pairing import pair_streams
+from optimum_sab.calibration.streams.lockstep import Lockstep
+from optimum_sab.calibration.streams.targets import decoder_targets
+from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.eval.baselines import Baseline
@@ -43,8 +46,8 @@ def simulate(model: nn.Module, samples: Sequence[Mapping[str, Any]], baseline: B
         baseline: what is done to each linear.
     """
     targets = decoder_targets(model, select_linears(model, LayerSettings()))
-    config = getattr(model, "config", None)
-    worker = _Simulator(targets.linears, [token_modalities(sample, config) for sample in samples], baseline)
+    modalities = CalibrationSamples.of(samples, getattr(model, "config", None)).modalities
+    worker = _Simulator(targets.linears, modalities, baseline)
     model.eval()
     started = time.perf_counter()
     Lockstep(model, targets.blocks, targets.linears, samples, two_streams=False).run(worker)

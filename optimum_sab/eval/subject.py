@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
-from optimum_sab.calibration.inputs import calibration_inputs
-from optimum_sab.calibration.samples import encode_samples
+from optimum_sab.calibration.samples.encoding import encode_samples
+from optimum_sab.calibration.samples.inputs import SampleSource, calibration_inputs
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.architecture import MARK
@@ -84,7 +84,8 @@ class Subject:
     def inputs(self, model: Any, seed: int) -> list[dict[str, Any]]:
         """Calibration samples as inputs of the dense model, the same that `SABConfig` makes."""
         budget = self.budget
-        return calibration_inputs(model, self.processor, self.calibration(seed), budget.samples, budget.length, seed)
+        source = SampleSource(self.calibration(seed), budget.samples, budget.length, seed)
+        return calibration_inputs(model, self.processor, source)
 
 
 def find_subject(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from optimum_sab.calibration.passes import HessianPass, register_pass
+from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.statistics.passes import register_pass
 
 
 @register_pass("hessian-tokens")

@@ -281,13 +281,20 @@ class SABConfig(QuantizationConfigMixin):
     __hash__ = None  # type: ignore[assignment]
 
 
-def describe_calibration(calibration: Any) -> Any:
-    """How calibration data is recorded: a name or path as it is, samples as ``{"samples": count}``."""
-    if calibration is None or isinstance(calibration, (str, dict)):
+def describe_calibration(calibration: Any, used: int | None = None) -> Any:
+    """How calibration data is recorded: a name or path as it is, samples as ``{"samples": count}``.
+
+    Args:
+        calibration: `SABConfig.calibration`.
+        used: how many samples calibrated; None before that, when as many are taken as were given.
+    """
+    if calibration is None or isinstance(calibration, str):
         return calibration
     if isinstance(calibration, Path):
         return str(calibration)
-    return {"samples": len(calibration)}
+    if used is None and isinstance(calibration, dict):  # recorded already
+        return calibration
+    return {"samples": len(calibration) if used is None else used}
 
 
 _PARAMETERS = tuple(p for p in inspect.signature(SABConfig.__init__).parameters if p not in ("self", "unknown"))

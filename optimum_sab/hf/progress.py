@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-from optimum_sab.calibration.pipeline import BlockReport
+from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.calibration.progress import OnStep, no_step
 
 

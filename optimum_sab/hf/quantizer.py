@@ -15,8 +15,8 @@ from optimum_sab.hf.checkpoint import check_files, local_files
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.selection import select, source_of
-from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons, set_module
 
 
@@ -71,12 +71,9 @@ class SABHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
         if not self.pre_quantized:
-            from optimum_sab.hf.binarization import Binarization
+            from optimum_sab.hf.binarization import binarize_loaded
 
-            work = Binarization(model, self.quantization_config, select(model, self.quantization_config, strict=True))
-            work.run()
-            self._prepare(model)
-            self.report = work.compared()
+            self.report = binarize_loaded(model, self.quantization_config)
         else:
             for name, module in model.named_modules():
                 if isinstance(module, SABLinear) and module.weight.device.type != "meta":
@@ -85,7 +82,7 @@ class SABHfQuantizer(HfQuantizer):
                 self._dequantize(model)
                 self.remove_quantization_config(model)
                 return model
-            self._prepare(model)
+            prepare_layers(model, self.quantization_config.backend)
         config: Any = model.config
         config.quantization_config = self.quantization_config
         return model
@@ -116,14 +113,6 @@ class SABHfQuantizer(HfQuantizer):
         return True
 
     # -- work ------------------------------------------------------------------------------------------------------
-
-    def _prepare(self, model: nn.Module) -> None:
-        """Layers on an accelerator get the layout of its kernels, and those that share an input are grouped."""
-        for module in model.modules():
-            if isinstance(module, SABLinear):
-                module.backend = self.quantization_config.backend
-                module.prepare()
-        group_linears(model)
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Packed layers become dense linears in ``dtype`` (default: the model's)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,11 @@ class Selection:
     settings: dict[str, LayerSettings]
     left_dense: tuple[str, ...]
 
+    def with_rules(self, dynamic: Mapping[str, Mapping[str, Any]]) -> Selection:
+        """The same linears with the settings that more rules of ``dynamic`` give them."""
+        own = {name: overridden(settings, name, dynamic) for name, settings in self.settings.items()}
+        return replace(self, settings=own)
+
 
 def name_matches(rule: str, name: str) -> bool:
     """Whether a module rule covers ``name``.
@@ -43,6 +48,14 @@ def name_matches(rule: str, name: str) -> bool:
         except re.error as error:
             raise ConfigError(f"the module rule {rule!r} is no regular expression: {error}.") from error
     return f".{rule}." in f".{name}."
+
+
+def overridden(settings: LayerSettings, name: str, dynamic: Mapping[str, Mapping[str, Any]]) -> LayerSettings:
+    """Settings with what the regular expressions found in ``name`` change, in their order."""
+    for pattern, changes in dynamic.items():
+        if re.search(pattern, name):
+            settings = settings.replace(**changes)
+    return settings
 
 
 def select_linears(
@@ -89,12 +102,8 @@ def select_linears(
         ):
             left_dense.append(name)
             continue
-        own = defaults
-        for pattern, changes in (dynamic or {}).items():
-            if re.search(pattern, name):
-                used_rules.add(pattern)
-                own = own.replace(**changes)
-        settings[name] = own
+        used_rules.update(pattern for pattern in dynamic or {} if re.search(pattern, name))
+        settings[name] = overridden(defaults, name, dynamic or {})
     unused = [r for r in [*modules_to_not_convert, *(dynamic or {})] if r not in used_rules]
     if strict and unused:
         example = next(iter(settings), "none")

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_sab.calibration import passes
-from optimum_sab.calibration.passes import HessianPass, register_pass
+from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
+from optimum_sab.calibration.run import Silent
+from optimum_sab.calibration.statistics import passes
+from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.statistics.passes import register_pass
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError, SABWarning, SampleError
@@ -44,9 +47,17 @@ def watched(monkeypatch):
     return seen
 
 
-def quantize(subject, settings=QUICK, dense=(), dynamic=None, **options):
+class Told(Silent):
+    """Hands every block on."""
+
+    def __init__(self, on_block):
+        self.on_block = on_block
+
+
+def quantize(subject, settings=QUICK, dense=(), dynamic=None, progress=None, **options):
     selection = select_linears(subject.model, settings, dense, dynamic)
-    return binarize(subject.model, selection, subject.samples, **{"temperature_scaling": False, **options})
+    options = RunOptions(**{"temperature_scaling": False, **options})
+    return binarize(subject.model, selection, subject.samples, options, progress)
 
 
 def packed_layers(model):
@@ -133,7 +144,7 @@ def test_binarize_gives_the_training_flag_back_after_an_error(llama, training):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        quantize(llama, on_block=stop)
+        quantize(llama, progress=Told(stop))
     assert {module.training for module in llama.model.modules()} == {training}
 
 
@@ -152,7 +163,7 @@ def test_binarize_switches_dropout_off(build):
 def test_dense_weights_of_a_block_are_freed_when_it_is_done(llama):
     weights = [[weakref.ref(m.weight) for m in block.values()] for block in llama.linears]
     alive = []
-    quantize(llama, on_block=lambda *_: alive.append([sum(w() is not None for w in block) for block in weights]))
+    quantize(llama, progress=Told(lambda *_: alive.append([sum(w() is not None for w in block) for block in weights])))
     assert alive == [[0, 7], [0, 0]]
 
 
@@ -171,7 +182,7 @@ def packed_tensors(model):
 
 def test_linears_with_one_input_are_solved_as_one_stack_in_calling_order(llama, watched):
     dense = copy.deepcopy(llama.model)
-    quantize(llama, pass_name="watched")
+    quantize(llama, calibration_pass="watched")
     for block in range(2):
         for group in GROUPS:
             names = [f"model.layers.{block}.{n}" for n in group]
@@ -206,7 +217,7 @@ def test_layer_of_a_stack_approximates_its_own_weight(llama):
 
 def test_different_settings_inside_one_group_are_both_honoured(llama, watched):
     dense = copy.deepcopy(llama.model)
-    quantize(llama, dynamic={"v_proj": {"base_planes": 2}}, pass_name="watched")
+    quantize(llama, dynamic={"v_proj": {"base_planes": 2}}, calibration_pass="watched")
     two = QUICK.replace(base_planes=2)
     stem = "model.layers.0.self_attn"
     q, k, v = (llama.model.get_submodule(f"{stem}.{n}_proj") for n in "qkv")
@@ -233,7 +244,7 @@ def test_binarize_is_deterministic(build):
 def test_packed_model_is_the_quantized_stream(subject, watched):
     """Every packed layer's input in an ordinary forward is what the layer was calibrated on."""
     before = last_hidden(subject)
-    report = quantize(subject, pass_name="watched")
+    report = quantize(subject, calibration_pass="watched")
     found = plain_inputs(subject, watched)
     for name, (inputs, _) in watched.items():
         torch.testing.assert_close(torch.cat([p.quantized for p in inputs]), found[name], rtol=1e-4, atol=1e-4)
@@ -280,7 +291,7 @@ def test_one_stream_and_no_head_have_no_temperature(build):
 
 def test_dense_stream_is_the_model_as_it_was(llama, watched):
     expected = plain_inputs(llama, [f"model.layers.{b}.{group[0]}" for b in range(2) for group in GROUPS])
-    quantize(llama, pass_name="watched")
+    quantize(llama, calibration_pass="watched")
     for name, rows in expected.items():
         assert torch.equal(torch.cat([p.dense for p in watched[name][0]]), rows)
 
@@ -289,7 +300,7 @@ def test_dense_stream_is_the_model_as_it_was(llama, watched):
 def test_dense_stream_runs_only_for_propagation(llama, watched, propagation, streams):
     calls = []
     llama.model.model.embed_tokens.register_forward_hook(lambda *_: calls.append(1))
-    report = quantize(llama, QUICK.replace(propagation=propagation), pass_name="watched")
+    report = quantize(llama, QUICK.replace(propagation=propagation), calibration_pass="watched")
     assert len(calls) == streams * len(llama.samples)
     assert all((p.dense is not None) == (streams == 2) for inputs, _ in watched.values() for p in inputs)
     assert all((block.drift is not None) == (streams == 2) for block in report.blocks)
@@ -297,7 +308,7 @@ def test_dense_stream_runs_only_for_propagation(llama, watched, propagation, str
 
 def test_modalities_reach_the_statistics(build, watched):
     subject = build("qwen2_5_vl")
-    report = quantize(subject, QUICK.replace(significance="modality"), pass_name="watched")
+    report = quantize(subject, QUICK.replace(significance="modality"), calibration_pass="watched")
     images = sum(int((s["input_ids"] == 60).sum()) for s in subject.samples)
     total = sum(s["input_ids"].numel() for s in subject.samples)
     assert report.tokens == {"text": total - images, "visual": images}
@@ -311,7 +322,7 @@ def test_modalities_reach_the_statistics(build, watched):
 
 
 def test_hessians_of_each_modality_are_kept_for_the_significance_map_alone(build, watched):
-    quantize(build("qwen2_5_vl"), pass_name="watched")
+    quantize(build("qwen2_5_vl"), calibration_pass="watched")
     assert watched
     assert all(statistics.by_modality == {} for _, statistics in watched.values())
 
@@ -346,7 +357,7 @@ def test_experts_as_separate_linears_are_binarized_on_their_own_tokens(watched):
     torch.manual_seed(0)
     model = Model().eval()
     samples = [{"input_ids": torch.randint(0, 500, (1, n))} for n in (40, 60, 50)]
-    report = binarize(model, select_linears(model, QUICK), samples, pass_name="watched")
+    report = binarize(model, select_linears(model, QUICK), samples, RunOptions(calibration_pass="watched"))
     assert len(packed_layers(model)) == 6
     for index in range(2):
         seen = [sum(watched[f"layers.{index}.experts.{e}"][1].tokens.values()) for e in range(3)]
@@ -360,7 +371,7 @@ def test_experts_as_separate_linears_are_binarized_on_their_own_tokens(watched):
 
 def test_report_describes_every_block_and_layer(llama):
     told = []
-    report = quantize(llama, on_block=lambda block, blocks: told.append((block, blocks)))
+    report = quantize(llama, progress=Told(lambda block, blocks: told.append((block, blocks))))
     assert told == [(block, 2) for block in report.blocks]
     assert [block.index for block in report.blocks] == [0, 1]
     names = [[f"model.layers.{b}.{n}" for group in GROUPS for n in group] for b in range(2)]
@@ -389,7 +400,7 @@ def test_report_counts_blocks_by_their_place_in_the_decoder(build):
 def test_error_of_a_layer_is_that_of_its_output(llama, watched):
     """Without propagation the target is the weight itself, so that the report can be checked by hand."""
     dense = copy.deepcopy(llama.model).requires_grad_(False)
-    report = quantize(llama, QUICK.replace(propagation=0.0), pass_name="watched")
+    report = quantize(llama, QUICK.replace(propagation=0.0), calibration_pass="watched")
     for block in report.blocks:
         for layer in block.layers:
             group = next(g for g in GROUPS if layer.name.endswith(g))
@@ -406,13 +417,13 @@ def test_error_of_a_layer_is_that_of_its_output(llama, watched):
 
 
 def test_binarize_uses_the_registered_pass(llama, watched):
-    quantize(llama, pass_name="watched")
+    quantize(llama, calibration_pass="watched")
     assert list(watched) == [f"model.layers.{b}.{group[0]}" for b in range(2) for group in GROUPS]
 
 
 def test_binarize_refuses_an_unknown_pass_before_any_work(llama):
     with pytest.raises(ConfigError, match="calibration_pass='unknown'"):
-        quantize(llama, pass_name="unknown")
+        quantize(llama, calibration_pass="unknown")
     assert packed_layers(llama.model) == {}
 
 

@@ -1,8 +1,8 @@
 import pytest
 from PIL import Image
 
-from optimum_sab.calibration.modality import token_modalities
-from optimum_sab.calibration.samples import encode_samples
+from optimum_sab.calibration.samples.encoding import encode_samples
+from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.data.builtin import IMAGE_SIZE, builtin_samples
 from optimum_sab.data.passages import text_samples
 from optimum_sab.data.questions import SCENE_TASKS, Turn, scene_turns

@@ -93,7 +93,7 @@ def test_layer_error_is_the_output_error_on_the_dense_model_s_inputs(llama, prob
 
 
 def test_layer_errors_are_told_apart_by_modality():
-    from optimum_sab.calibration.samples import encode_samples
+    from optimum_sab.calibration.samples.encoding import encode_samples
     from optimum_sab.data.builtin import builtin_samples
     from optimum_sab.hf.processor import load_processor
 

@@ -1,15 +1,15 @@
 """What a configuration is refused for before the work, and what the work leaves of it."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.stages import allocation, memory
 from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError
-from optimum_sab.hf import binarization
-from optimum_sab.hf.binarization import Binarization
+from optimum_sab.hf.binarization import binarize_loaded, stages
+from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
 
 pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
@@ -68,18 +68,21 @@ def test_a_resume_folder_of_another_choice_is_refused(llama_folder, quick_config
 
 def test_memory_is_looked_at_before_the_allocation(llama_folder, quick_config, texts, monkeypatch):
     order = []
-    for name in ("warn_of_memory", "allocate"):
-        monkeypatch.setattr(binarization, name, partial(watched, order, name, getattr(binarization, name)))
+    for module, name in ((memory, "warn_of_memory"), (allocation, "output_sensitivity"), (allocation, "allocate")):
+        monkeypatch.setattr(module, name, watched(order, name, getattr(module, name)))
     config = quick_config(calibration=texts)
     AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
-    assert [name for name, _ in order] == ["warn_of_memory", "allocate"]
+    assert [name for name, _ in order] == ["warn_of_memory", "output_sensitivity", "allocate"]
     *_, two_streams = order[0][1]
     assert two_streams is True
 
 
-def watched(order, name, function, *args):
-    order.append((name, args))
-    return function(*args)
+def watched(order, name, function):
+    def called(*args, **options):
+        order.append((name, args))
+        return function(*args, **options)
+
+    return called
 
 
 # -- refused before a weight is read -----------------------------------------------------------------------------------
@@ -122,23 +125,37 @@ def loaded(folder):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def test_offloaded_weights_are_named_also_where_a_run_would_be_resumed(llama_folder, quick_config, texts, tmp_path):
+@pytest.fixture
+def no_samples(monkeypatch):
+    """Nothing may come to the point where samples are read."""
+
+    def fail(*args, **kwargs):
+        raise AssertionError("samples were read")
+
+    monkeypatch.setattr("optimum_sab.calibration.stages.samples.calibration_inputs", fail)
+
+
+def test_offloaded_weights_are_named_also_where_a_run_would_be_resumed(
+    llama_folder, quick_config, texts, no_samples, tmp_path
+):
     model, config = loaded(llama_folder), quick_config(calibration=texts, resume_folder=tmp_path / "run")
     linear = model.model.layers[1].mlp.up_proj
     linear.weight = nn.Parameter(linear.weight.to("meta"))
     with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.up_proj is offloaded.*device_map='cpu'"):
-        Binarization(model, config, select(model, config, strict=True))
+        binarize_loaded(model, config)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("places", "refused"), [((0, 1), True), ((0, 0), False)])
 def test_a_calibration_device_beside_a_device_map_over_several_is_refused(
-    llama_folder, quick_config, texts, places, refused
+    llama_folder, quick_config, texts, no_samples, places, refused
 ):
     model, config = loaded(llama_folder), quick_config(calibration=texts, calibration_device="cpu")
     model.hf_device_map = {"model.layers.0": places[0], "model.layers.1": places[1]}
     if refused:
         with pytest.raises(ConfigError, match=r"calibration_device='cpu' .*device_map over 0, 1.*device_map='cpu'"):
-            Binarization(model, config, select(model, config, strict=True))
+            binarize_loaded(model, config)
     else:
-        Binarization(model, config, select(model, config, strict=True))
+        run = Run(model, select(model, config, strict=True), run_options(config))
+        for stage in stages(config):
+            stage.prepare(run)

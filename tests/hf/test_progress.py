@@ -2,7 +2,7 @@ import io
 
 import pytest
 
-from optimum_sab.calibration.pipeline import BlockReport
+from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.hf import progress as module
 from optimum_sab.hf.progress import shown_progress
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import optimum_sab
 from optimum_sab import AutoModelForVision2Seq, SABConfig, SABLinear
-from optimum_sab.calibration.inputs import unseen_inputs
+from optimum_sab.calibration.samples.inputs import unseen_inputs
 from optimum_sab.errors import ConfigError, FormatError, FormatVersionError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.eval.measures import agreement
 from optimum_sab.example.tasks import held_out_questions
@@ -205,7 +205,7 @@ def test_a_finished_model_is_compared_with_the_dense_one(llama_packed, llama_fol
 
 
 def test_a_model_far_from_the_dense_one_is_said_to_be(llama_folder, quick_config, texts, monkeypatch):
-    monkeypatch.setattr("optimum_sab.calibration.agreement.FAR", 0.0)
+    monkeypatch.setattr("optimum_sab.calibration.predictions.agreement.FAR", 0.0)
     with pytest.warns(SABWarning, match=r"far from the dense one on text .* KL \d"):
         AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
 
@@ -213,7 +213,7 @@ def test_a_model_far_from_the_dense_one_is_said_to_be(llama_folder, quick_config
 def test_a_model_that_does_not_read_the_samples_of_the_comparison_is_binarized_all_the_same(
     llama_folder, quick_config, texts, monkeypatch
 ):
-    monkeypatch.setattr("optimum_sab.calibration.inputs.unseen_texts", lambda: ["<image>", ""])
+    monkeypatch.setattr("optimum_sab.calibration.samples.inputs.unseen_texts", lambda: ["<image>", ""])
     with pytest.warns(SABWarning, match="will not be compared with the dense one.*no tokens"):
         model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
     assert packed_linears(model)
@@ -236,7 +236,7 @@ def test_a_comparison_that_fails_does_not_lose_the_finished_model(llama_folder, 
     def fail(self):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr("optimum_sab.calibration.agreement.AgreementCheck.measure", fail)
+    monkeypatch.setattr("optimum_sab.calibration.predictions.agreement.AgreementCheck.measure", fail)
     with pytest.warns(SABWarning, match="could not be compared with the dense one: no room"):
         model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
     assert packed_linears(model)

@@ -170,7 +170,7 @@ def test_every_module_of_the_package_belongs_to_a_layer():
         ("optimum_sab.core.planes", "if TYPE_CHECKING:\n    pass\nelse:\n    from jaxtyping import Float"),
         ("optimum_sab.errors", "from optimum_sab.core import planes"),
         ("optimum_sab.nn.linear", "from transformers import PreTrainedModel"),
-        ("optimum_sab.calibration.lockstep", "import transformers.utils"),
+        ("optimum_sab.calibration.streams.lockstep", "import transformers.utils"),
         ("optimum_sab.hf.config", "from optimum_sab.report.html import write"),
         ("optimum_sab.eval.tasks", "from optimum_sab.cli.main import main"),
         ("sab_kernels.decode", "from optimum_sab.core.planes import BinaryPlanes"),

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.passage import BlockPassage, hidden_states
+from optimum_sab.calibration.refine.hidden_error import hidden_error
 from optimum_sab.calibration.refine.holdout import split_samples
-from optimum_sab.calibration.refine.loss import hidden_error
 from optimum_sab.calibration.refine.parameters import ModuleParameters, copied, restore
+from optimum_sab.calibration.streams.passage import BlockPassage, hidden_states
 from optimum_sab.errors import CalibrationError
 
 RATE = 0.01  # of parameters that are about 1

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.head import SharedHead
-from optimum_sab.calibration.passage import call_with, recomputed
-from optimum_sab.calibration.patching import patched_forwards
-from optimum_sab.calibration.placement import brought
+from optimum_sab.calibration.predictions.head import SharedHead
 from optimum_sab.calibration.refine.parameters import ModuleParameters
+from optimum_sab.calibration.streams.passage import call_with, recomputed
+from optimum_sab.calibration.streams.patching import patched_forwards
+from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import set_module
 

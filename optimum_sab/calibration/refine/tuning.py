@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from optimum_sab.calibration.modality import TokenModalities
+from optimum_sab.calibration.predictions.divergence import divergence
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.refine.holdout import split_samples
-from optimum_sab.calibration.refine.loss import divergence
 from optimum_sab.calibration.refine.parameters import copied, restore
 from optimum_sab.calibration.refine.reconstruction import BETAS, cosine
 from optimum_sab.calibration.refine.student import Student
+from optimum_sab.calibration.refine.tuning_store import TuningStore
+from optimum_sab.calibration.samples.modality import TokenModalities
 
 RATE = 0.003  # of parameters that are about 1
 BATCH = 4  # samples per step
@@ -41,14 +42,6 @@ class Tuning:
     before: float
     after: float
     improved: bool
-
-
-class TuningStore(Protocol):
-    """Where the state of the tuning is kept between runs."""
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, float]] | None: ...
-
-    def save(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None: ...
 
 
 @dataclass(frozen=True)

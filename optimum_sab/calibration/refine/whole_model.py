@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from optimum_sab.calibration.head import output_embedding
-from optimum_sab.calibration.modality import TokenModalities
-from optimum_sab.calibration.placement import device_of
-from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.predictions.head import output_embedding
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.student import Student, TunedModule
-from optimum_sab.calibration.refine.tuning import Tuning, TuningSample, TuningStore, tune
+from optimum_sab.calibration.streams.placement import device_of
 from optimum_sab.errors import CalibrationError
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
@@ -36,43 +32,29 @@ def head_to_tune_to(model: nn.Module) -> nn.Module:
     return head
 
 
-def tune_model(
-    model: nn.Module,
-    samples: Sequence[Mapping[str, Any]],
-    modalities: Sequence[TokenModalities],
-    teacher: Mapping[int, Tensor],
-    dtype: torch.dtype,
-    steps: int,
-    device: torch.device | None = None,
-    store: TuningStore | None = None,
-    on_step: OnStep = no_step,
-) -> Tuning:
-    """Tune a binarized model in place; it is left as it is where nothing beats that.
+def make_student(model: nn.Module, dtype: torch.dtype, device: torch.device | None = None) -> Student:
+    """A binarized model as what is trained.
 
     Args:
         model: in eval mode, its layers packed.
-        samples: forward arguments.
-        modalities: of every sample's tokens.
-        teacher: what the dense model gives to its output embedding, by sample.
         dtype: in which the binarized linears compute.
-        steps: of Adam.
         device: where the decoder blocks and the head compute; None leaves them where they are.
-        store: see `tune`.
-        on_step: see `tune`.
+
+    Raises:
+        CalibrationError: see `head_to_tune_to`.
     """
-    tuned = list(_tuned_modules(model, dtype, device))
-    student = Student(model, tuned, head_to_tune_to(model), device)
-    judged = [TuningSample(s, teacher[i], modalities[i]) for i, s in enumerate(samples)]
-    outcome = tune(student, judged, steps, store, on_step)
-    if outcome.improved:
-        for each in tuned:
-            for name, packed in each.parameters.packed().items():
-                old = each.module.get_submodule(name)
-                assert isinstance(old, SABLinear)
-                layer = SABLinear.from_packed(packed, old.bias).to(packed.tensors["weight"].device)
-                set_module(each.module, name, layer.train(old.training))
-            write_vectors(each.module, each.parameters.built_vectors())
-    return outcome
+    return Student(model, list(_tuned_modules(model, dtype, device)), head_to_tune_to(model), device)
+
+
+def adopt(student: Student) -> None:
+    """Put into the model what its student has learned: packed layers, norms and biases."""
+    for each in student.tuned:
+        for name, packed in each.parameters.packed().items():
+            old = each.module.get_submodule(name)
+            assert isinstance(old, SABLinear)
+            layer = SABLinear.from_packed(packed, old.bias).to(packed.tensors["weight"].device)
+            set_module(each.module, name, layer.train(old.training))
+        write_vectors(each.module, each.parameters.built_vectors())
 
 
 def _tuned_modules(model: nn.Module, dtype: torch.dtype, device: torch.device | None) -> Iterator[TunedModule]:

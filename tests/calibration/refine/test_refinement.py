@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
+from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
-from optimum_sab.calibration.placement import brought
 from optimum_sab.calibration.refine import reconstruction, student, tuning
+from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError
@@ -23,8 +24,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
 def quantize(subject, refine=None, settings=QUICK, **options):
     """A binarized copy of the subject's model, and the report."""
     model = copy.deepcopy(subject.model)
-    options = {"temperature_scaling": False, **options}  # half of what the tuning of so small a model is worth
-    report = binarize(model, select_linears(model, settings), subject.samples, refine=refine, **options)
+    # the temperature is half of what the tuning of so small a model is worth
+    options = RunOptions(refine=refine, temperature_scaling=False, **options)
+    report = binarize(model, select_linears(model, settings), subject.samples, options)
     return model, report
 
 
@@ -206,7 +208,6 @@ def test_only_text_is_judged(build):
 
 
 def test_tuning_needs_a_language_head(llama):
+    options = RunOptions(refine=RefineSettings(1, 1))
     with pytest.raises(CalibrationError, match="refine_steps=0"):
-        binarize(
-            llama.model.model, select_linears(llama.model.model, QUICK), llama.samples, refine=RefineSettings(1, 1)
-        )
+        binarize(llama.model.model, select_linears(llama.model.model, QUICK), llama.samples, options)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optimum_sab import SABConfig
-from optimum_sab.calibration.modality import VISUAL, token_modalities
+from optimum_sab.calibration.samples.modality import VISUAL, token_modalities
 from optimum_sab.errors import ConfigError, OutputExistsError
 from optimum_sab.eval.reader.__main__ import main
 from optimum_sab.eval.reader.architecture import EMBEDDINGS, WEIGHTS, read_language_config, write_reader

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from optimum_sab.calibration.samples import read_samples
+from optimum_sab.calibration.samples.reading import read_samples
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.cifar import CLASSES, Pictures
 from optimum_sab.eval.reader.sight import CANDIDATES, SightSettings, sight_batches

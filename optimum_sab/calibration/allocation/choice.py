@@ -1,0 +1,120 @@
+"""Choose the planes of every linear under a budget of stored bits, from sensitivities and measured errors."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from optimum_sab.calibration.allocation.ladder import PLANES, expected_error, ladder_of
+from optimum_sab.calibration.allocation.probe import AnchorErrors
+from optimum_sab.core.allocation import Level, allocate_levels
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError
+from optimum_sab.format.layout import stored_bits_per_weight
+from optimum_sab.nn.selection import Selection
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Planes per linear; linears of one shape that share an input have the same.
+
+    Attributes:
+        settings: of every linear that has chosen.
+        sensitivity: expected KL per relative output error, nats (`output_sensitivity`).
+        bits_per_weight: stored bits over weights, the linears that had no choice included.
+    """
+
+    settings: dict[str, LayerSettings]
+    sensitivity: dict[str, float]
+    bits_per_weight: float
+
+    def rules(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """The same as rules for ``dynamic``, one per distinct choice; names begin at the decoder's block list."""
+        chosen: dict[tuple[int, int, float], list[str]] = {}
+        start = len(prefix) + 1 if prefix else 0
+        for name, own in self.settings.items():
+            key = (own.base_planes, own.residual_planes, own.salient_fraction)
+            chosen.setdefault(key, []).append(re.escape(name[start:]))
+        last = re.escape(prefix.rpartition(".")[2])
+        head = rf"(?:^|\.){last}\." if last else "^"
+        return {
+            f"{head}(?:{'|'.join(names)})$": dict(zip(PLANES, choice, strict=True)) for choice, names in chosen.items()
+        }
+
+
+def allocate(
+    model: nn.Module,
+    selection: Selection,
+    sensitivity: Mapping[str, float],
+    probed: AnchorErrors,
+    target_bits: float | None = None,
+) -> Allocation:
+    """Find the planes of the linears that were probed such that all selected ones take at most the budget.
+
+    Expected loss of a linear at a level = its sensitivity times its relative output error there (`expected_error`).
+    Linears of one group choose together (k and v; gate and up): they are solved as one stack and run in one launch.
+
+    Args:
+        model: dense; not changed.
+        selection: all linears that will be binarized; the settings of those probed give everything but planes.
+        sensitivity: of every linear that was probed, at least.
+        probed: groups and their errors.
+        target_bits: stored bits per weight at most; None for what ``selection`` takes as it is.
+
+    Raises:
+        ConfigError: the budget is below the cheapest choice; the message says what that needs.
+    """
+    costs = _Costs(model, selection, sensitivity, probed.errors)
+    groups = {names[0]: names for names in probed.groups}
+    ladders = {first: ladder_of(selection.settings[first]) for first in groups}
+    levels = {first: [costs.level(groups[first], *each) for each in ladders[first].items()] for first in groups}
+    measured = {name for names in groups.values() for name in names}
+    fixed = sum(costs.bits(name, own) for name, own in selection.settings.items() if name not in measured)
+    weights = sum(costs.weights(name) for name in selection.settings)
+    bits = target_bits
+    if bits is None:
+        bits = sum(costs.bits(name, own) for name, own in selection.settings.items()) / weights
+    least = (fixed + sum(min(level.bits for level in of) for of in levels.values())) / weights
+    if bits < least - 1e-9:
+        raise ConfigError(
+            f"target_bits={bits:g} is less than the {least:.3f} bits that this model's linears take at least; "
+            "raise it, or use larger blocks (block_size)."
+        )
+    chosen = allocate_levels(levels, bits * weights - fixed)
+    total = (fixed + sum(levels[first][index].bits for first, index in chosen.items())) / weights
+    picked = {first: list(ladders[first].values())[index] for first, index in chosen.items()}
+    by_name = {name: picked[first] for first, names in groups.items() for name in names}
+    return Allocation({n: by_name[n] for n in selection.settings if n in by_name}, dict(sensitivity), total)
+
+
+@dataclass(frozen=True)
+class _Costs:
+    """What a linear costs at a level, in bits and in expected loss."""
+
+    model: nn.Module
+    selection: Selection
+    sensitivity: Mapping[str, float]
+    errors: Mapping[str, Mapping[tuple[int, float], float]]
+
+    def weights(self, name: str) -> int:
+        return math.prod(self._shape(name))
+
+    def bits(self, name: str, settings: LayerSettings) -> float:
+        """Stored bits of the linear, its bias among them, which stays as it is."""
+        bias = self.model.get_submodule(name).bias
+        kept = bias.element_size() * bias.numel() if isinstance(bias, Tensor) else 0
+        return stored_bits_per_weight(*self._shape(name), settings) * self.weights(name) + 8 * kept
+
+    def level(self, names: Sequence[str], step: tuple[int, float], settings: LayerSettings) -> Level:
+        """Of linears that choose together."""
+        loss = sum(self.sensitivity[name] * expected_error(self.errors[name], step) for name in names)
+        return Level(sum(self.bits(name, settings) for name in names), loss)
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        linear = self.model.get_submodule(name)
+        return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""Errors of every linear at a few levels, from the dense model's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.allocation.ladder import ANCHORS, ladder_of
+from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.statistics.gathering import Gathering
+from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.streams.lockstep import Lockstep
+from optimum_sab.calibration.streams.targets import decoder_targets
+from optimum_sab.calibration.streams.visitor import Arrival
+from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.solver import output_error, solve
+from optimum_sab.nn.selection import Selection
+
+ROWS = 64  # of a weight; its error with every anchor is measured on so many
+
+
+@dataclass(frozen=True)
+class AnchorErrors:
+    """What the probe found.
+
+    Attributes:
+        groups: the linears that choose together: of one shape and the same settings, with one input.
+        errors: relative output error of every one of them at the `ANCHORS`, on `ROWS` of its rows.
+    """
+
+    groups: list[tuple[str, ...]] = field(default_factory=list)
+    errors: dict[str, dict[tuple[int, float], float]] = field(default_factory=dict)
+
+
+def measure_errors(
+    model: nn.Module,
+    selection: Selection,
+    free: Collection[str],
+    samples: CalibrationSamples,
+    device: torch.device | None = None,
+    on_step: OnStep = no_step,
+) -> AnchorErrors:
+    """Let the dense model's inputs pass every free linear once.
+
+    Args:
+        model: dense, in eval mode; not changed.
+        selection: all linears that will be binarized.
+        free: names of those to measure.
+        samples: what the model reads.
+        device: where blocks are moved while they are worked on; None leaves them where they are.
+        on_step: told after every block.
+
+    Returns:
+        Without the linears that no token of these samples reaches.
+    """
+    targets = decoder_targets(model, selection)
+    gathering = Gathering(HessianPass(), samples.modalities)
+    probe = _Probe(selection.settings, targets.linears, gathering, frozenset(free), device, on_step)
+    Lockstep(model, targets.blocks, targets.linears, samples.inputs, False, device).run(probe)
+    return probe.found
+
+
+class _Probe:
+    """A visitor that measures and changes nothing: the stream goes on through the dense weights."""
+
+    def __init__(
+        self,
+        settings: Mapping[str, LayerSettings],
+        linears: Sequence[Mapping[str, nn.Linear]],
+        gathering: Gathering,
+        free: frozenset[str],
+        device: torch.device | None,
+        on_step: OnStep,
+    ) -> None:
+        self.found = AnchorErrors()
+        self._settings, self._linears, self._gathering, self._free = settings, linears, gathering, free
+        self._index, self._device, self._on_step = 0, device, on_step
+
+    def enter(self, index: int) -> None:
+        self._index = index
+
+    def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
+        members = {name: self._linears[self._index][name] for name in names}
+        groups: dict[tuple[LayerSettings, torch.Size], list[str]] = {}
+        for name in names:
+            if name in self._free:
+                groups.setdefault((self._settings[name], members[name].weight.shape), []).append(name)
+        if groups:
+            device = self._device or members[names[0]].weight.device
+            settings = [each for each, _ in groups]
+            statistics = self._gathering.statistics(names[0], arrivals, settings, device)
+            for (own, _), group in groups.items():
+                self.found.groups.append(tuple(group))
+                self._measure(own, {name: members[name].weight for name in group}, statistics)
+        return {name: linear.weight for name, linear in members.items()}
+
+    def _measure(self, settings: LayerSettings, weights: Mapping[str, Tensor], statistics: InputStatistics) -> None:
+        generator = torch.Generator().manual_seed(0)
+        errors = self.found.errors
+        some = {}
+        for name, weight in weights.items():
+            rows = torch.randperm(weight.shape[0], generator=generator)[:ROWS].to(weight.device)
+            some[name] = weight[rows].to(statistics.hessian.device, torch.float32)
+            errors[name] = {}
+        stack, sizes = torch.cat(list(some.values())), [len(each) for each in some.values()]
+        ladder = ladder_of(settings)
+        for base, fraction in ANCHORS:
+            quick = ladder.get((base, fraction))
+            if quick is None:  # blocks too narrow for an eighth
+                quick = settings.replace(base_planes=base, residual_planes=0)
+            quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
+            solution = solve(stack, statistics, quick, next(iter(some)))
+            for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
+                errors[name][base, fraction] = output_error(each, found, statistics.hessian)
+
+    def miss(self, names: Sequence[str]) -> None:
+        """They stay as they are."""
+
+    def leave(self, index: int, drift: float | None) -> None:
+        self._on_step(index + 1, len(self._linears))

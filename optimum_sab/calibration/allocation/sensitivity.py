@@ -1,0 +1,141 @@
+"""How much the model's predictions suffer from an error in each linear's output, from one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.samples.modality import token_modalities
+from optimum_sab.calibration.streams.passage import call_with, recomputed
+from optimum_sab.calibration.streams.patching import patched_forwards
+from optimum_sab.calibration.streams.placement import brought
+from optimum_sab.errors import CalibrationError, NonFiniteError
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """Decoder blocks that keep their inputs only and run again for their gradients.
+
+    Args:
+        blocks: which.
+        device: where they compute, their weights brought there for as long; None leaves them where they are.
+    """
+
+    blocks: Sequence[nn.Module]
+    device: torch.device | None = None
+
+    def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
+        """What stands in for the blocks' forwards."""
+        return {block: self._again(block, block.forward) for block in self.blocks}
+
+    def _again(self, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return call_with(block, original, brought(block, self.device), args, kwargs)
+
+        return recomputed(call, self.device)
+
+
+def output_sensitivity(
+    model: nn.Module,
+    names: Sequence[str],
+    samples: Sequence[Mapping[str, Any]],
+    recomputation: Recomputation | None = None,
+    seed: int = 0,
+    on_step: OnStep = no_step,
+) -> dict[str, float]:
+    """``s = 1/(2T) Σ_t ‖y_t‖²/n · E‖∂ log p(ŷ)/∂y_t‖²`` of every linear, ŷ drawn from the model's own predictions.
+
+    To second order an error δ in a linear's output y costs ``KL = ½ δᵀ F δ``, with F the Fisher information of the
+    predictions (at all later tokens too). For an error with the relative energy e that points anywhere that is
+    ``e · s``: so ``s`` times the relative output error is the expected KL per token, in nats. Of a model without
+    logits the relative squared error of its last hidden states h takes the divergence's place: ``log p(ŷ)`` is then
+    ``zᵀh / ‖h‖`` with z drawn from a normal distribution.
+
+    Args:
+        model: dense, with gradients possible; its parameters' ``requires_grad`` is put back.
+        names: dotted names of the linears.
+        samples: forward keyword arguments, one dict per sample.
+        recomputation: blocks that are run again on the way back; None keeps all activations.
+        seed: of the drawn predictions.
+        on_step: told after every sample.
+
+    Raises:
+        NonFiniteError: the model's output or a gradient holds NaN or inf.
+        CalibrationError: the model's gradients do not reach a linear, or inference mode forbids them.
+    """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise CalibrationError(
+            "inside torch.inference_mode() no gradient can be had to allocate bits by; load the model outside of it "
+            "(torch.no_grad() is fine), or use allocation='uniform'."
+        )
+    sums = dict.fromkeys(names, 0.0)
+    tokens = 0
+    wanted = [p.requires_grad for p in model.parameters()]
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(_watch(sums, name)).remove)
+        embeddings = model.get_input_embeddings()  # type: ignore[operator]
+        stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        stack.callback(lambda: [p.requires_grad_(w) for p, w in zip(model.parameters(), wanted, strict=True)])
+        stack.enter_context(patched_forwards({} if recomputation is None else recomputation.forwards()))
+        stack.enter_context(torch.enable_grad())
+        model.requires_grad_(False)
+        for index, sample in enumerate(samples):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            text = token_modalities(sample, getattr(model, "config", None)).text
+            _drawn_log_probability(model(**sample, use_cache=False), text, generator).backward()
+            tokens += int(text.sum())
+            on_step(index + 1, len(samples))
+    for name, total in sums.items():
+        if not torch.isfinite(torch.tensor(total)):
+            raise NonFiniteError(f"the gradient at {name} holds NaN or inf; load the model in bfloat16 or float32.")
+    if not any(sums.values()):
+        raise CalibrationError(
+            f"no gradient reaches the linears of {type(model).__name__}, so it cannot be measured which of them need "
+            "more bits; use allocation='uniform'."
+        )
+    return {name: total / (2 * max(1, tokens)) for name, total in sums.items()}
+
+
+def _drawn_log_probability(output: Any, text: Tensor, generator: torch.Generator) -> Tensor:
+    """What is differentiated: summed over the text tokens [tokens, booleans]."""
+    logits = getattr(output, "logits", None)
+    given = output[0] if logits is None else logits
+    if not bool(torch.isfinite(given).all()):
+        raise NonFiniteError("the model's output holds NaN or inf; load the model in bfloat16 or float32.")
+    if logits is not None:
+        log_p = logits[0].float()[text.to(logits.device)].log_softmax(-1)
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
+        return log_p.gather(1, drawn).sum()
+    hidden = output[0][0].float()
+    hidden = hidden[text.to(hidden.device)]
+    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
+    return (hidden * direction / hidden.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)).sum()
+
+
+def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+    def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        energy = output.detach().float().square().sum(-1)
+        width = output.shape[-1]
+
+        def add(gradient: Tensor) -> None:
+            sums[name] += float((energy * gradient.float().square().sum(-1)).sum()) / width
+
+        if output.requires_grad:
+            output.register_hook(add)
+
+    return hook
+
+
+def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    """Frozen parameters record no graph; from the embeddings' output on there is one.
+
+    It is a copy, because models write pictures into it in place, which autograd refuses on a leaf.
+    """
+    return output if output.requires_grad else output.detach().requires_grad_(True).clone()

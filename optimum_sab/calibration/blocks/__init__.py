@@ -1,0 +1,1 @@
+"""A decoder block's linears are binarized."""

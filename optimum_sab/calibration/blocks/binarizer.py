@@ -1,0 +1,149 @@
+"""The lockstep's visitor that binarizes: each group is solved as it comes up, and a block's linears are swapped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.blocks.finished import FinishedBlock, is_finished
+from optimum_sab.calibration.blocks.idle_experts import allow_idle_experts
+from optimum_sab.calibration.blocks.report import BlockReport, LayerReport
+from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
+from optimum_sab.calibration.refine.reconstruction import reconstruct
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.statistics.gathering import Gathering
+from optimum_sab.calibration.statistics.passes import calibration_pass
+from optimum_sab.calibration.streams.passage import BlockPassage
+from optimum_sab.calibration.streams.targets import DecoderTargets
+from optimum_sab.calibration.streams.visitor import Arrival
+from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.solver import solve
+from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.selection import set_module
+
+
+class BlockBinarizer:
+    """Visits the blocks of a run, and finishes them: refined, or taken over from an interrupted run.
+
+    Args:
+        run: with its samples.
+        targets: the blocks.
+
+    Attributes:
+        reports: of the blocks that are done.
+    """
+
+    def __init__(self, run: Run, targets: DecoderTargets) -> None:
+        self.reports: list[BlockReport] = []
+        self._run = run
+        self._targets = targets
+        self._settings = run.selection.settings
+        self._device = run.options.device
+        self._gathering = Gathering(calibration_pass(run.options.calibration_pass)(), run.samples.modalities)
+
+    def enter(self, index: int) -> None:
+        self._started = time.perf_counter()
+        self._index = index
+        self._linears = self._targets.linears[index]
+        self._block = FinishedBlock({}, {}, {}, None)
+
+    # -- groups ----------------------------------------------------------------------------------------------------
+
+    def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
+        device = self._device or self._linears[names[0]].weight.device
+        settings = [self._settings[name] for name in names]
+        return self._solve(names, self._gathering.statistics(names[0], arrivals, settings, device))
+
+    def miss(self, names: Sequence[str]) -> None:
+        allow_idle_experts(names, self._linears, self._block.packed)
+        for name in names:
+            linear = self._linears[name]
+            device = self._device or linear.weight.device
+            self._solve((name,), InputStatistics.without_data(linear.in_features, device))
+
+    def _solve(self, names: Sequence[str], statistics: InputStatistics) -> dict[str, Tensor]:
+        """Solve linears that share an input, those with the same settings as one stack."""
+        device = statistics.hessian.device
+        weights: dict[str, Tensor] = {}
+        for settings in dict.fromkeys(self._settings[name] for name in names):
+            stack = {name: self._linears[name] for name in names if self._settings[name] == settings}
+            weight = torch.cat([m.weight.to(device, torch.float32) for m in stack.values()])
+            with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
+                solution = solve(weight, statistics, settings, next(iter(stack)))
+            parts = solution.planes.split([m.out_features for m in stack.values()])
+            for (name, dense), planes in zip(stack.items(), parts, strict=True):
+                packed = PackedWeight.pack(planes, settings)
+                self._block.packed[name] = packed
+                self._block.errors[name] = solution.error
+                weights[name] = packed.dequantize().to(dense.weight.device, dense.weight.dtype)
+        return weights
+
+    # -- ends of blocks --------------------------------------------------------------------------------------------
+
+    def known(self, index: int) -> bool:
+        return is_finished(self._run.resume, index)
+
+    def finish(self, index: int, passage: BlockPassage) -> None:
+        if self.known(index):
+            self._block = self._read()
+        elif not self._refine(passage):
+            return
+        # from here on the outputs come from the stored values, the same in a run that is resumed and one that is not
+        write_vectors(passage.block, self._block.vectors)
+        weights = {
+            f"{name.removeprefix(self._start)}.weight": self._block.packed[name]
+            .dequantize()
+            .to(linear.weight.device, linear.weight.dtype)
+            for name, linear in self._linears.items()
+        }
+        for sample in passage.samples:
+            passage.replace(sample, passage.run(sample, weights))
+
+    def _refine(self, passage: BlockPassage) -> bool:
+        """Reconstruct the block's output; whether that improved it."""
+        refine = self._run.options.refine
+        if refine is None or not refine.epochs:
+            return False
+        packed = {name.removeprefix(self._start): weight for name, weight in self._block.packed.items()}
+        dense = next(iter(self._linears.values())).weight
+        parameters = ModuleParameters(packed, dense.dtype, vectors_of(passage.block), dense.device)
+        found = reconstruct(passage, parameters, refine.epochs, seed=self._index)
+        if not found.improved:
+            self._block = FinishedBlock(self._block.packed, self._block.errors, {}, found)
+            return False
+        refined = {**self._block.packed, **{self._start + n: weight for n, weight in parameters.packed().items()}}
+        self._block = FinishedBlock(refined, self._block.errors, parameters.built_vectors(), found)
+        return True
+
+    def _read(self) -> FinishedBlock:
+        """What an interrupted run had finished."""
+        assert self._run.resume is not None
+        shapes = {n: (m.out_features, m.in_features, self._settings[n]) for n, m in self._linears.items()}
+        return FinishedBlock.read(self._run.resume, self._index, shapes)
+
+    @property
+    def _start(self) -> str:
+        """What the names of the block's modules begin with."""
+        prefix, position = self._run.selection.prefix, self._targets.positions[self._index]
+        return f"{prefix}.{position}." if prefix else f"{position}."
+
+    def leave(self, index: int, drift: float | None) -> None:
+        if self._run.resume is not None and not self.known(index):
+            self._block.write(self._run.resume, index)
+        layers = tuple(self._swap(name, dense) for name, dense in self._linears.items())
+        seconds = time.perf_counter() - self._started
+        report = BlockReport(self._targets.positions[index], layers, drift, seconds, self._block.reconstruction)
+        self.reports.append(report)
+        self._run.progress.on_block(report, len(self._targets.linears))
+
+    def _swap(self, name: str, dense: nn.Linear) -> LayerReport:
+        """Put the packed layer in the dense one's place."""
+        layer = SABLinear.from_packed(self._block.packed[name], dense.bias).to(dense.weight.device)
+        set_module(self._run.model, name, layer.train(dense.training))
+        dense._parameters["weight"] = None  # the lockstep still refers to the module; its weight can go
+        weights = layer.in_features * layer.out_features
+        return LayerReport(name, self._block.errors[name], layer.bits_per_weight, weights)

@@ -1,0 +1,78 @@
+"""A finished block as an interrupted run keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from optimum_sab.calibration.refine.reconstruction import Reconstruction
+from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.format.packed_weight import PackedWeight
+
+_BAR = "|"  # parts the names in a block's file; module names have no such character
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """What is kept of a decoder block.
+
+    Attributes:
+        packed: its linears by dotted name.
+        errors: their relative output errors.
+        vectors: its one-dimensional parameters by name inside the block, where the refinement changed them.
+        reconstruction: what the refinement made of it; None without it.
+    """
+
+    packed: dict[str, PackedWeight]
+    errors: dict[str, float]
+    vectors: dict[str, Tensor]
+    reconstruction: Reconstruction | None
+
+    def write(self, folder: ResumeFolder, index: int) -> None:
+        """Keep it."""
+        tensors = {f"{name}{_BAR}{k}": t for name, packed in self.packed.items() for k, t in packed.tensors.items()}
+        tensors |= {f"{_BAR}{name}": vector for name, vector in self.vectors.items()}
+        found = None if self.reconstruction is None else asdict(self.reconstruction)
+        folder.write_tensors(_name(index), tensors, {"errors": self.errors, "reconstruction": found})
+
+    @classmethod
+    def read(
+        cls, folder: ResumeFolder, index: int, layers: Mapping[str, tuple[int, int, LayerSettings]]
+    ) -> FinishedBlock:
+        """The one that was kept.
+
+        Args:
+            folder: where.
+            index: which.
+            layers: out_features, in_features and settings of its linears by dotted name.
+
+        Raises:
+            CalibrationError: its file cannot be read.
+            FormatError: it holds other tensors than these layers need.
+        """
+        tensors, about = folder.read_tensors(_name(index))
+        named: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
+        vectors: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            owner, _, name = key.partition(_BAR)
+            if owner:
+                named[owner][name] = tensor
+            else:
+                vectors[name] = tensor
+        packed = {name: PackedWeight(named[name], *shape) for name, shape in layers.items()}
+        for name, weight in packed.items():
+            weight.validate(name)
+        found = about["reconstruction"]
+        return cls(packed, about["errors"], vectors, None if found is None else Reconstruction(**found))
+
+
+def is_finished(folder: ResumeFolder | None, index: int) -> bool:
+    """Whether the folder keeps a block."""
+    return folder is not None and folder.knows(_name(index))
+
+
+def _name(index: int) -> str:
+    return f"block-{index:05d}.safetensors"

@@ -1,0 +1,98 @@
+"""How far a binarized model's predictions are from the dense one's on samples that did not calibrate it.
+
+A calibration can go well by every figure of its own and leave a model that has lost what its samples did not show. So
+the dense model reads a few samples before the work, and the finished one the same samples after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.predictions.divergence import divergence
+from optimum_sab.calibration.predictions.head import SharedHead, output_embedding
+from optimum_sab.calibration.samples.modality import token_modalities
+from optimum_sab.calibration.streams.modes import reading
+from optimum_sab.calibration.streams.placement import map_tensors
+from optimum_sab.errors import SampleError
+
+FAR = 2.0  # nats per token: likely tokens have become e² = 7 times less likely
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Next-token predictions against the dense model's, over text tokens.
+
+    Attributes:
+        kl: mean ``KL(dense ‖ binarized)`` in nats.
+        top1: share of tokens for which both models' likeliest token is the same.
+    """
+
+    kl: float
+    top1: float
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement:
+        """Over all tokens of pairs of logits [tokens, vocabulary], the binarized model's first."""
+        kl, same = [], []
+        for mine, dense in pairs:
+            kl.append(divergence(mine, dense).double().cpu())
+            same.append((mine.argmax(-1) == dense.argmax(-1)).double().cpu())
+        return cls(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
+
+    def __str__(self) -> str:
+        return f"KL {self.kl:.2f} nats per token, {self.top1:.0%} of the likeliest tokens the same"
+
+    @property
+    def far(self) -> bool:
+        """Whether the predictions have little to do with the dense model's."""
+        return not self.kl <= FAR  # NaN too
+
+
+class AgreementCheck:
+    """Of every sample it keeps what the dense model gives to its output embedding.
+
+    Args:
+        model: dense.
+        samples: forward keyword arguments, one sample each, by kind.
+
+    Raises:
+        SampleError: a sample's tokens at the embedding are not those of its ``input_ids``, or none is text.
+    """
+
+    def __init__(self, model: nn.Module, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        self._model = model
+        home = next(model.parameters()).device
+        self._samples = {kind: [map_tensors(dict(s), home) for s in some] for kind, some in samples.items()}
+        self._dense: dict[str, list[Tensor]] = {}
+        self._head = output_embedding(model)
+        if self._head is None:
+            return
+        with reading(model), SharedHead(model, self._head).open() as shared:
+            self._dense = {kind: [self._given(shared, s) for s in some] for kind, some in self._samples.items()}
+
+    def measure(self) -> dict[str, Agreement]:
+        """The model as it is now against the dense one, by kind; empty for a model without an output embedding."""
+        if self._head is None:
+            return {}
+        with reading(self._model), SharedHead(self._model, self._head).open() as shared:
+            return {kind: Agreement.of(self._logits(kind, shared)) for kind in self._dense}
+
+    def _given(self, shared: SharedHead, sample: Mapping[str, Any]) -> Tensor:
+        given, text = shared.given(sample), self._text(sample)
+        if given.shape[-2] != text.numel() or not bool(text.any()):
+            raise SampleError("its tokens cannot be told apart by what they show.")
+        return given
+
+    def _text(self, sample: Mapping[str, Any]) -> Tensor:
+        return token_modalities(sample, getattr(self._model, "config", None)).text
+
+    def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
+        for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
+            mine, dense = shared.logits(sample, given)
+            text = self._text(sample).to(mine.device)
+            yield mine[0][text], dense[0][text]

@@ -1,0 +1,1 @@
+"""Interrupted runs: a folder that keeps what is finished, and what tells whose it is."""

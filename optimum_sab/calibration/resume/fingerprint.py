@@ -1,0 +1,58 @@
+"""What tells a run from every other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.options import RunOptions
+from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.nn.selection import Selection
+from optimum_sab.version import __version__
+
+PROBES = 4096  # values of every parameter that go into the fingerprint
+
+
+def fingerprint(
+    model: nn.Module, selection: Selection, samples: Sequence[Mapping[str, Any]], options: RunOptions
+) -> dict[str, Any]:
+    """What decides the result, as JSON values: two runs may share a folder only if theirs are equal.
+
+    The model is told by the names, shapes and dtypes of its parameters and by `PROBES` values of each, the samples by
+    all they hold.
+    """
+    weights, data = hashlib.sha256(), hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().flatten()
+        _update(weights, name, parameter, flat[:: max(1, flat.numel() // PROBES)])
+    for sample in samples:
+        for name, value in sample.items():
+            if isinstance(value, Tensor):
+                _update(data, name, value, value.flatten())
+            else:
+                data.update(repr((name, value)).encode())
+    allocation = options.allocation
+    return {
+        "release": __version__,
+        "torch": torch.__version__,
+        "format_version": FORMAT_VERSION,
+        "model": weights.hexdigest(),
+        "samples": data.hexdigest(),
+        "calibration_pass": options.calibration_pass,
+        "refine": None if options.refine is None else asdict(options.refine),
+        "layers": {name: asdict(settings) for name, settings in selection.settings.items()},
+        "allocation": "uniform" if allocation is None else "sensitivity",
+        "target_bits": None if allocation is None else allocation.target_bits,
+        "temperature_scaling": options.temperature_scaling,
+        "free_linears": {} if allocation is None else dict.fromkeys(allocation.free(selection), True),
+    }
+
+
+def _update(digest: Any, name: str, tensor: Tensor, values: Tensor) -> None:
+    digest.update(repr((name, tuple(tensor.shape), str(tensor.dtype))).encode())
+    digest.update(values.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

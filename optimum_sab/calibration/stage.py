@@ -1,0 +1,78 @@
+"""A run is a list of stages: what a stage is, and how a list is gone through."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from torch import nn
+
+from optimum_sab.calibration.options import RunOptions
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.report import BinarizationReport, StageReport
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.streams.modes import reading
+
+
+class Stage(ABC):
+    """One thing done to a run.
+
+    What can be refused is refused as early as it shows: by `check` before a weight is read, by `prepare` with the dense
+    model there and nothing done yet.
+
+    Attributes:
+        name: of its section of the report.
+        title: of its progress; empty for one that takes no time.
+        unit: of its progress.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str] = ""
+    unit: ClassVar[str] = "step"
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:  # noqa: B027  # most have nothing to refuse
+        """Refuse what cannot work, before a weight is read: the model's may be on meta."""
+
+    def prepare(self, run: Run) -> None:  # noqa: B027
+        """Refuse what cannot work, before any stage has begun: the model is loaded."""
+
+    def wanted(self, run: Run) -> bool:
+        """Whether there is anything to do: the options ask for it, and no interrupted run has done it all."""
+        return True
+
+    @abstractmethod
+    def apply(self, run: Run, on_step: OnStep) -> Any:
+        """Do it.
+
+        Args:
+            run: what earlier stages have kept is there.
+            on_step: told how far the stage is.
+
+        Returns:
+            The stage's section of the report; None where it has nothing to say.
+        """
+
+
+def check_stages(stages: Sequence[Stage], model: nn.Module, options: RunOptions) -> None:
+    """Let every stage refuse what cannot work, before a weight is read."""
+    for stage in stages:
+        stage.check(model, options)
+
+
+def run_stages(run: Run, stages: Sequence[Stage]) -> BinarizationReport:
+    """Go through the list. After an error the model may be half binarized: discard it.
+
+    The model is in eval mode meanwhile, and in the mode it was in afterwards.
+    """
+    with reading(run.model):
+        for stage in stages:
+            stage.prepare(run)
+        return BinarizationReport(tuple(_timed(run, stage) for stage in stages if stage.wanted(run)))
+
+
+def _timed(run: Run, stage: Stage) -> StageReport:
+    started = time.perf_counter()
+    section = stage.apply(run, run.progress.steps(stage.title, stage.unit))
+    return StageReport(stage.name, time.perf_counter() - started, section)

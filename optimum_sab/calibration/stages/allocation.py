@@ -1,0 +1,115 @@
+"""Give every linear its planes: measure what its errors cost, then choose under the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from optimum_sab.calibration.allocation.choice import Allocation, allocate
+from optimum_sab.calibration.allocation.probe import measure_errors
+from optimum_sab.calibration.allocation.sensitivity import Recomputation, output_sensitivity
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.streams.targets import decoder_targets
+from optimum_sab.errors import ConfigError
+
+SAMPLES = 16
+_RULES = "rules.json"
+
+
+@dataclass(frozen=True)
+class Sensitivities:
+    """Of the linears that have a choice: expected KL per relative output error, in nats."""
+
+    of: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class AllocationReport:
+    """Which planes were chosen.
+
+    Attributes:
+        rules: for ``dynamic``, in which a reader of the packed model finds them.
+        choice: how they came about; None where an interrupted run had made it.
+    """
+
+    rules: dict[str, dict[str, Any]]
+    choice: Allocation | None
+
+
+class MeasureSensitivities(Stage):
+    """Leaves `Sensitivities`."""
+
+    name: ClassVar[str] = "sensitivities"
+    title: ClassVar[str] = "Measuring sensitivities"
+    unit: ClassVar[str] = "sample"
+
+    def prepare(self, run: Run) -> None:
+        asked = run.options.allocation
+        if asked is not None and asked.target_bits is not None and not asked.free(run.selection):
+            raise ConfigError(
+                f"target_bits={asked.target_bits} has nothing to choose: dynamic sets the planes of every linear. "
+                "Leave one of the two out."
+            )
+
+    def wanted(self, run: Run) -> bool:
+        return bool(_free(run)) and not _known(run)
+
+    def apply(self, run: Run, on_step: OnStep) -> Sensitivities:
+        blocks = decoder_targets(run.model, run.selection).blocks
+        samples = _few_samples(run).inputs
+        recomputation = Recomputation(blocks, run.options.device)
+        found = Sensitivities(
+            output_sensitivity(run.model, _free(run), samples, recomputation, on_step=on_step),
+        )
+        run.keep(found)
+        return found
+
+
+class AllocateBits(Stage):
+    """Puts other settings in the place of the selection's, and reports them as rules.
+
+    The rules are kept for a run that is resumed, since rounding on an accelerator could make them others then.
+    """
+
+    name: ClassVar[str] = "allocation"
+    title: ClassVar[str] = "Allocating bits"
+    unit: ClassVar[str] = "block"
+
+    def wanted(self, run: Run) -> bool:
+        return bool(_free(run))
+
+    def apply(self, run: Run, on_step: OnStep) -> AllocationReport:
+        report = self._read(run) if _known(run) else self._choose(run, on_step)
+        run.selection = run.selection.with_rules(report.rules)
+        return report
+
+    def _choose(self, run: Run, on_step: OnStep) -> AllocationReport:
+        sensitivities, asked = run.kept(Sensitivities), run.options.allocation
+        assert sensitivities is not None and asked is not None
+        probed = measure_errors(run.model, run.selection, _free(run), _few_samples(run), run.options.device, on_step)
+        choice = allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)
+        rules = choice.rules(run.selection.prefix)
+        if run.resume is not None:
+            run.resume.write_json(_RULES, rules)
+        return AllocationReport(rules, choice)
+
+    def _read(self, run: Run) -> AllocationReport:
+        assert run.resume is not None
+        return AllocationReport(run.resume.read_json(_RULES), None)
+
+
+def _free(run: Run) -> list[str]:
+    return [] if run.options.allocation is None else run.options.allocation.free(run.selection)
+
+
+def _known(run: Run) -> bool:
+    """Whether an interrupted run has chosen."""
+    return run.resume is not None and run.resume.knows(_RULES)
+
+
+def _few_samples(run: Run) -> CalibrationSamples:
+    return run.samples.spread(SAMPLES)

@@ -1,0 +1,30 @@
+"""Remember what the dense model answers to samples that calibrate nothing."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+from optimum_sab.calibration.predictions.agreement import AgreementCheck
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.inputs import unseen_inputs
+from optimum_sab.calibration.stage import Stage
+from optimum_sab.errors import SABWarning
+
+
+class RememberAnswers(Stage):
+    """Leaves an `AgreementCheck` for `CompareAnswers`, where the model reads the samples for it."""
+
+    name: ClassVar[str] = "answers"
+
+    def apply(self, run: Run, on_step: OnStep) -> None:
+        try:
+            run.keep(AgreementCheck(run.model, unseen_inputs(run.model, run.processor)))
+        except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
+            warnings.warn(
+                "the finished model will not be compared with the dense one, which does not read the samples for that: "
+                f"{error}",
+                SABWarning,
+                stacklevel=2,
+            )

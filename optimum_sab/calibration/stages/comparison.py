@@ -1,0 +1,42 @@
+"""Compare the finished model's answers with the dense one's."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+from optimum_sab.calibration.predictions.agreement import Agreement, AgreementCheck
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.stage import Stage
+from optimum_sab.errors import SABWarning
+
+
+class CompareAnswers(Stage):
+    """Warns where they are far apart. The finished model computes with the kernels it will have."""
+
+    name: ClassVar[str] = "comparison"
+
+    def wanted(self, run: Run) -> bool:
+        return run.kept(AgreementCheck) is not None
+
+    def apply(self, run: Run, on_step: OnStep) -> dict[str, Agreement] | None:
+        check = run.kept(AgreementCheck)
+        assert check is not None
+        try:
+            found = check.measure()
+        except (RuntimeError, ValueError) as error:  # out of memory, say: the finished model must not be lost to that
+            warnings.warn(
+                f"the finished model could not be compared with the dense one: {error}", SABWarning, stacklevel=2
+            )
+            return None
+        for kind, each in found.items():
+            if each.far:
+                warnings.warn(
+                    f"the binarized model is far from the dense one on {kind} that did not calibrate it: {each}. It "
+                    "has lost what the calibration samples do not show: give more or more varied ones (some of "
+                    "optimum_sab.data.builtin.builtin_samples among them), or more bits (SABConfig.two_bit()).",
+                    SABWarning,
+                    stacklevel=2,
+                )
+        return found

@@ -1,0 +1,25 @@
+"""Open the folder that keeps what an interrupted run has finished."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.resume.fingerprint import fingerprint
+from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.stage import Stage
+
+
+class OpenResumeFolder(Stage):
+    """From here on `Run.resume` is there. Comes behind the samples, which are part of what tells runs apart."""
+
+    name: ClassVar[str] = "resume"
+
+    def wanted(self, run: Run) -> bool:
+        return run.options.resume_folder is not None
+
+    def apply(self, run: Run, on_step: OnStep) -> None:
+        assert run.options.resume_folder is not None
+        marks = fingerprint(run.model, run.selection, run.samples.inputs, run.options)
+        run.resume = ResumeFolder(run.options.resume_folder, marks)

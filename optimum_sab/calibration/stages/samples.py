@@ -1,0 +1,99 @@
+"""Read the calibration samples, or let the model write them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.inputs import calibration_inputs
+from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, model_modalities
+from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.streams.placement import map_tensors
+from optimum_sab.calibration.streams.targets import target_linear
+from optimum_sab.errors import SABWarning, SampleError
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """What calibrates.
+
+    Attributes:
+        count: samples.
+        tokens: of each modality that there is.
+    """
+
+    count: int
+    tokens: dict[str, int]
+
+
+class ReadSamples(Stage):
+    """Leaves `CalibrationSamples`."""
+
+    name: ClassVar[str] = "samples"
+    title: ClassVar[str] = "Writing samples"
+    unit: ClassVar[str] = "answer"
+
+    def apply(self, run: Run, on_step: OnStep) -> SampleReport:
+        inputs = self.inputs(run, on_step)
+        if not inputs:
+            raise SampleError(
+                "no calibration samples; give at least one text or chat message, or calibration='builtin'."
+            )
+        samples = CalibrationSamples.of(map_tensors([dict(sample) for sample in inputs], run.home), _config(run))
+        tokens = _count_tokens(samples.modalities, _config(run))
+        _warn_few_tokens(sum(tokens.values()), run)
+        run.keep(samples)
+        return SampleReport(len(samples), tokens)
+
+    def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
+        """Forward arguments, one sample each."""
+        return calibration_inputs(run.model, run.processor, run.options.source, on_step)
+
+
+class GivenSamples(ReadSamples):
+    """Samples that whoever starts the run has encoded already.
+
+    Args:
+        inputs: keyword arguments of the model's forward, one dict per sample.
+    """
+
+    def __init__(self, inputs: Sequence[Mapping[str, Any]]) -> None:
+        self._inputs = inputs
+
+    def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
+        return self._inputs
+
+
+def _config(run: Run) -> Any:
+    return getattr(run.model, "config", None)
+
+
+def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[str, int]:
+    expected = model_modalities(config)
+    names = dict.fromkeys([*expected, *(n for m in modalities for n in m.names)])
+    tokens = {name: sum(m.count(name) for m in modalities) for name in names}
+    for name in expected:
+        if not tokens[name] and name != TEXT:
+            warnings.warn(
+                f"no calibration sample has {name} tokens: that modality is left out of the Hessians and of the "
+                f"significance map. Give samples with {name} input if the model will see it.",
+                SABWarning,
+                stacklevel=3,
+            )
+    return {name: count for name, count in tokens.items() if count}
+
+
+def _warn_few_tokens(tokens: int, run: Run) -> None:
+    width, widest = max((target_linear(run.model, name).in_features, name) for name in run.selection.settings)
+    if tokens < width:
+        warnings.warn(
+            f"{tokens} calibration tokens are fewer than the {width} input features of {widest}: its Hessian is "
+            "rank-deficient and the result will overfit. Give more samples.",
+            SABWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,215 @@
+"""One decoder block while all samples are in it: who waits at which linear, and what is done there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.groups import Groups
+from optimum_sab.calibration.streams.passage import BlockPassage, Finisher, call_with, hidden_states
+from optimum_sab.calibration.streams.placement import map_tensors
+from optimum_sab.calibration.streams.residual import ResidualSource, ResidualWatch, read_arguments
+from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Arrival, Visitor, Worker, row_count
+
+Waiting = dict[Worker, Pause]
+
+
+@dataclass(frozen=True)
+class LockstepBlock:
+    """A decoder block as the lockstep has it.
+
+    Attributes:
+        index: its place among the blocks that are visited.
+        module: itself.
+        forward: its own, before it was wrapped.
+        linears: its target linears by dotted name.
+        device: where its inputs are brought; None leaves them.
+    """
+
+    index: int
+    module: nn.Module
+    forward: Callable[..., Any]
+    linears: Mapping[str, nn.Linear]
+    device: torch.device | None
+
+    def brought(self, call: Any) -> Any:
+        """Arguments where the block computes."""
+        return call if self.device is None else map_tensors(call, self.device)
+
+
+class BlockVisit:
+    """All samples' way through one block.
+
+    Args:
+        block: which.
+        coroutines: all of them, waiting at the block's entry.
+    """
+
+    def __init__(self, block: LockstepBlock, coroutines: Coroutines) -> None:
+        self._block = block
+        self._coroutines = coroutines
+        self._two_streams = any(stream == DENSE for _, stream in coroutines.workers)
+        self._weights: dict[str, Tensor] = {}
+        self._groups: Groups | None = None
+        self._calls: list[tuple[str, Tensor]] | None = None  # of one sample, while it shows who shares an input
+        self._watch: ResidualWatch | None = None
+        self._unstopped = False  # no one waits at linears
+        self._residuals: dict[Worker, dict[ResidualSource, Tensor]] = {}
+
+    def run(self, waiting: Waiting, visitor: Visitor, finisher: Finisher | None) -> Waiting:
+        """From the block's entry to its end: every group is solved, and what is known already is taken over."""
+        known = finisher is not None and finisher.known(self._block.index)
+        entries = waiting if finisher is not None else {}
+        if known:
+            with self._nobody_waits():
+                waiting = self._coroutines.resume(waiting)
+        else:
+            waiting = self._solve_groups(waiting, visitor)
+        if finisher is not None:
+            finisher.finish(self._block.index, self._passage(entries, waiting))
+        visitor.leave(self._block.index, _drift(waiting) if self._two_streams else None)
+        return waiting
+
+    # -- what the wrapped forwards call, inside a coroutine --------------------------------------------------------
+
+    def call_block(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The block's output; none yet for the quantized stream of a block whose result is known."""
+        worker = self._coroutines.current
+        if self._unstopped and worker is not None and worker[1] == QUANTIZED:
+            return None
+        return self._block.forward(*args, **kwargs)
+
+    def call_linear(self, name: str, linear: nn.Linear, original: Callable[..., Any], inputs: Tensor) -> Any:
+        """A linear's output in the stream that calls it, after its weight was found."""
+        if self._calls is not None:
+            self._calls.append((name, inputs))
+            output = original(inputs)
+            if self._watch is not None:
+                self._watch.output(name, output)
+            return output
+        if self._unstopped:
+            return original(inputs)
+        worker = self._coroutines.current
+        assert worker is not None
+        group = None if self._groups is None else self._groups.get(name)
+        if group is None or worker not in group.seen:
+            self._coroutines.pause(Pause("linear", name, inputs))
+        if worker[1] == DENSE:
+            return original(inputs)
+        return nn.functional.linear(inputs, self._weights[name], linear.bias)
+
+    # -- groups ----------------------------------------------------------------------------------------------------
+
+    def _solve_groups(self, waiting: Waiting, visitor: Visitor) -> Waiting:
+        linears = self._block.linears
+        sources = self._probe(waiting[self._coroutines.workers[0]])
+        assert self._groups is not None
+        entered = {worker: _rows_given(pause.payload) for worker, pause in waiting.items()}
+        reached: set[str] = set()
+        self._residuals = {worker: {} for worker in self._coroutines.workers}
+        with read_arguments(sources, self._keep_residual):
+            waiting = self._coroutines.resume(waiting)
+            while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
+                group, here = self._groups.next(at_linear)
+                source = sources.get(group.names[0]) if len(group.names) == 1 else None
+                arrivals = [Arrival(*w, p.payload, self._residual(w, source), entered[w]) for w, p in here.items()]
+                if any(arrival.rows for arrival in arrivals if arrival.stream == QUANTIZED):
+                    self._weights.update(visitor.solve(group.names, arrivals))
+                    reached.update(group.names)
+                else:  # the dense stream's alone, or nothing: some models call experts that no token chose all the same
+                    self._weights.update({name: linears[name].weight for name in group.names})
+                group.solved = True
+                group.seen.update(here)
+                del arrivals
+                for pause in here.values():
+                    pause.payload = None  # frees the inputs of this group
+                waiting.update(self._coroutines.resume(here))
+        self._residuals = {}
+        missed = [name for name in linears if name not in reached]
+        if missed:
+            visitor.miss(missed)
+        return waiting
+
+    def _probe(self, pause: Pause) -> dict[str, ResidualSource]:
+        """Run the block once on one sample; returns what the outputs of its linears are added to.
+
+        That also shows which linears are given the same tensor, in which order.
+        """
+        self._calls, self._watch = [], ResidualWatch(self._block.module)
+        args, kwargs = self._block.brought(pause.payload)
+        try:
+            if pause.state is not None:
+                pause.state.restore()
+            with self._watch.watching():
+                self._block.forward(*args, **kwargs)
+            self._groups = Groups(self._block.index, list(self._block.linears), self._calls)
+            sources = self._watch.sources()
+        finally:
+            self._calls = self._watch = None
+            self._coroutines.restore()
+        return sources if self._two_streams else {}
+
+    def _keep_residual(self, source: ResidualSource, value: Tensor) -> None:
+        worker = self._coroutines.current
+        if worker is not None:
+            self._residuals[worker][source] = value
+
+    def _residual(self, worker: Worker, source: ResidualSource | None) -> Tensor | None:
+        return None if source is None else self._residuals[worker].get(source)
+
+    # -- the block's end -------------------------------------------------------------------------------------------
+
+    def _passage(self, entries: Waiting, ends: Waiting) -> BlockPassage:
+        def run(sample: int, parameters: Mapping[str, Tensor]) -> Any:
+            entry, grad = entries[sample, QUANTIZED], torch.is_grad_enabled()
+            args, kwargs = self._block.brought(entry.payload)
+            if entry.state is not None:
+                entry.state.restore()
+            torch.set_grad_enabled(grad)
+            try:
+                with self._nobody_waits():
+                    return call_with(self._block.module, self._block.forward, parameters, args, kwargs)
+            finally:
+                self._coroutines.restore()
+                torch.set_grad_enabled(grad)
+
+        def dense(sample: int) -> Tensor | None:
+            return hidden_states(ends[sample, DENSE].payload) if self._two_streams else None
+
+        def replace(sample: int, output: Any) -> None:
+            ends[sample, QUANTIZED].payload = output
+
+        samples = [sample for sample, stream in self._coroutines.workers if stream == QUANTIZED]
+        return BlockPassage(self._block.module, samples, run, dense, replace)
+
+    @contextmanager
+    def _nobody_waits(self) -> Iterator[None]:
+        self._unstopped = True
+        try:
+            yield
+        finally:
+            self._unstopped = False
+
+
+def _rows_given(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+    """Rows of the hidden states a block is called with, which are the first that holds numbers; 0 without any."""
+    args, kwargs = call
+    given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+    return next((row_count(t) for t in given), 0)
+
+
+def _drift(waiting: Waiting) -> float:
+    """``Σ ‖h − ĥ‖² / Σ ‖h‖²`` of the block's outputs, dense against quantized stream."""
+    outputs = {w: hidden_states(p.payload) for w, p in waiting.items()}
+    above = below = 0.0
+    for (sample, stream), dense in outputs.items():
+        if stream == DENSE:
+            above += float((dense.float() - outputs[sample, QUANTIZED].float()).square().sum())
+            below += float(dense.float().square().sum())
+    return above / below if below else 0.0

@@ -1,0 +1,99 @@
+"""Linears that share one input are binarized together, and in which order the groups of a block come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from optimum_sab.calibration.streams.coroutines import Pause
+from optimum_sab.calibration.streams.visitor import Worker
+from optimum_sab.errors import LockstepError
+
+
+@dataclass
+class Group:
+    """Linears that share one input, in calling order."""
+
+    names: tuple[str, ...]
+    solved: bool = False
+    seen: set[Worker] = field(default_factory=set)  # coroutines that waited here
+
+
+class Groups:
+    """The groups of one block.
+
+    Args:
+        index: the block's, for messages.
+        names: its linears, in the order in which they are defined.
+        calls: every linear one sample called, in calling order, and the input it was given.
+
+    Raises:
+        LockstepError: a linear was called twice.
+    """
+
+    def __init__(self, index: int, names: Sequence[str], calls: Sequence[tuple[str, Tensor]]) -> None:
+        self._index = index
+        self._order = {name: place for place, name in enumerate(names)}
+        self._of = {name: group for group in _by_input(calls) for name in group.names}
+
+    def get(self, name: str) -> Group | None:
+        """The group of a linear; None for one that was not called."""
+        return self._of.get(name)
+
+    def next(self, waiting: Mapping[Worker, Pause]) -> tuple[Group, dict[Worker, Pause]]:
+        """The group to solve next, and who waits there.
+
+        Usually all wait at one group. Where the route depends on the token (experts as separate linears) they may
+        not; then the group defined first in the block goes first, since whoever could still come to it is there.
+
+        Args:
+            waiting: coroutines at linears.
+
+        Raises:
+            LockstepError: a linear is not the block's, or binarized already.
+        """
+        names = {str(pause.key) for pause in waiting.values()}
+        for name in names:
+            if name not in self._order:
+                raise LockstepError(
+                    f"{name} is called inside decoder block {self._index}, where it does not belong; leave it dense "
+                    f"with modules_to_not_convert=[{name!r}]."
+                )
+            self._of.setdefault(name, Group((name,)))
+        late = next((name for name in names if self._of[name].solved), None)
+        if late is not None:
+            raise LockstepError(
+                f"a sample reaches {late} after it was binarized; its route through the block differs from the "
+                f"others'. Leave it dense with modules_to_not_convert=[{late!r}]."
+            )
+        groups = {id(self._of[name]): self._of[name] for name in names}
+        group = min(groups.values(), key=lambda each: min(self._order[name] for name in each.names))
+        return group, {w: pause for w, pause in waiting.items() if self._of[str(pause.key)] is group}
+
+
+def _by_input(calls: Sequence[tuple[str, Tensor]]) -> list[Group]:
+    found: list[tuple[Tensor, list[str]]] = []
+    seen: set[str] = set()
+    for name, inputs in calls:
+        if name in seen:
+            raise LockstepError(
+                f"{name} is called more than once in one forward; leave it dense with "
+                f"modules_to_not_convert=[{name!r}]."
+            )
+        seen.add(name)
+        for shared, names in found:
+            if _same_tensor(shared, inputs):
+                names.append(name)
+                break
+        else:
+            found.append((inputs, [name]))
+    return [Group(tuple(names)) for _, names in found]
+
+
+def _same_tensor(a: Tensor, b: Tensor) -> bool:
+    # empty tensors all have the data pointer 0: experts that no token chose do not share an input
+    return a is b or (
+        a.numel() > 0 and a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    )

@@ -1,0 +1,180 @@
+"""Every sample runs the model's own forward once; all wait for each other at every linear that is binarized.
+
+A sample is a coroutine (greenlet) per stream. Target linears and decoder blocks have their ``forward`` wrapped: the
+coroutine pauses there and hands its input to the scheduler. When all that will ever come have come, the visitor
+binarizes the linears that share this input, and the coroutines go on, the quantized stream through the new weight.
+So no code here knows an architecture, each stream is one forward in all, and each linear's calibration input already
+carries the error of every linear before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.streams.block_visit import BlockVisit, LockstepBlock, Waiting
+from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.passage import Finisher
+from optimum_sab.calibration.streams.patching import patched_forwards
+from optimum_sab.calibration.streams.placement import device_of, first_device, map_tensors
+from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Visitor, Worker
+from optimum_sab.errors import LockstepError
+
+_END = "end of the forward"
+
+
+@dataclass
+class Lockstep:
+    """The scheduler.
+
+    Args:
+        model: in eval mode, weights on real devices.
+        blocks: the decoder blocks, in the order the model calls them.
+        linears: target linears by dotted name, per block.
+        samples: keyword arguments of the model's forward, one dict per sample.
+        two_streams: run a dense stream beside the quantized one.
+        device: where each block is moved while its samples run; None leaves everything where it is.
+    """
+
+    model: nn.Module
+    blocks: Sequence[nn.Module]
+    linears: Sequence[Mapping[str, nn.Linear]]
+    samples: Sequence[Mapping[str, Any]]
+    two_streams: bool
+    device: torch.device | None = None
+    _visit: BlockVisit | None = field(default=None, init=False)
+
+    def run(
+        self,
+        visitor: Visitor,
+        finisher: Finisher | None = None,
+        head: nn.Module | None = None,
+        to_head: Collection[Worker] = (),
+    ) -> dict[Worker, Tensor]:
+        """Drive all samples through all blocks.
+
+        Args:
+            visitor: what binarizes.
+            finisher: what may change a block once it is binarized, or knows it from before.
+            head: the output embedding.
+            to_head: the streams, as (sample, stream), that go on until it is called.
+
+        Returns:
+            What each of ``to_head`` gave to ``head``; those that end without calling it are missing.
+
+        Raises:
+            LockstepError: samples disagree about the next block, or one reaches a linear that is already binarized.
+            MissingDependencyError: see `import_greenlet`.
+        """
+        streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
+        workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
+        with torch.no_grad(), self._patched(head):
+            self._coroutines = Coroutines(workers, self._forward)
+            try:
+                waiting = self._coroutines.start()
+                for index in range(len(self.blocks)):
+                    waiting = self._visit_block(index, waiting, visitor, finisher)
+                return self._finish(to_head if head is not None else ())
+            finally:
+                self._coroutines.close()
+
+    def _visit_block(self, index: int, waiting: Waiting, visitor: Visitor, finisher: Finisher | None) -> Waiting:
+        for worker, pause in waiting.items():
+            if pause.kind != "block" or pause.key != index:
+                raise LockstepError(
+                    f"sample {worker[0]} is at {pause} while the others enter decoder block {index}: "
+                    "every sample must go through every block once, in order. Remove the sample, or report the model."
+                )
+        visitor.enter(index)
+        self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines)
+        with self._brought(self.blocks[index]):
+            waiting = self._visit.run(waiting, visitor, finisher)
+        return self._coroutines.resume(waiting) if index + 1 < len(self.blocks) else waiting
+
+    @contextmanager
+    def _brought(self, block: nn.Module) -> Iterator[None]:
+        home = device_of(block)
+        if self.device is None or home is None or home == self.device:
+            yield
+            return
+        block.to(self.device)
+        try:
+            yield
+        finally:
+            block.to(home)
+
+    def _finish(self, to_head: Collection[Worker]) -> dict[Worker, Tensor]:
+        """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""
+        at_head: dict[Worker, Tensor] = {}
+        for worker in to_head:
+            pause = self._coroutines.go_on(worker)
+            if pause.kind == "head":
+                at_head[worker] = pause.payload
+            else:
+                _check_end(pause)
+        first = self._coroutines.workers[0]
+        if not self._coroutines.ended(first):
+            pause = self._coroutines.go_on(first)
+            _check_end(self._coroutines.go_on(first) if pause.kind == "head" else pause)
+        return at_head
+
+    # -- inside the coroutines ---------------------------------------------------------------------------------------
+
+    def _forward(self, sample: int) -> Pause:
+        self.model(**self.samples[sample], use_cache=False)
+        return Pause(_END, "")
+
+    @contextmanager
+    def _patched(self, head: nn.Module | None) -> Iterator[None]:
+        self._lockstep_blocks = [
+            LockstepBlock(i, block, block.forward, self.linears[i], self.device) for i, block in enumerate(self.blocks)
+        ]
+        forwards: dict[nn.Module, Callable[..., Any]] = {b.module: self._wrap_block(b) for b in self._lockstep_blocks}
+        for linears in self.linears:
+            forwards |= {linear: self._wrap_linear(name, linear, linear.forward) for name, linear in linears.items()}
+        if head is not None:
+            forwards[head] = self._wrap_head(head.forward)
+        with patched_forwards(forwards):
+            yield
+
+    def _wrap_block(self, block: LockstepBlock) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self._coroutines.pause(Pause("block", block.index, (args, kwargs)))
+            home = first_device((args, kwargs))
+            args, kwargs = block.brought((args, kwargs))
+            assert self._visit is not None
+            end = Pause("end of block", block.index, self._visit.call_block(args, kwargs))
+            self._coroutines.pause(end)
+            output = end.payload
+            return output if self.device is None or home is None else map_tensors(output, home)
+
+        return forward
+
+    def _wrap_linear(self, name: str, linear: nn.Linear, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(input: Tensor) -> Any:  # the name it has in nn.Linear, for models that pass it by keyword
+            if self._visit is None:  # before the first block
+                self._coroutines.pause(Pause("linear", name, input))
+            assert self._visit is not None
+            return self._visit.call_linear(name, linear, original, input)
+
+        return forward
+
+    def _wrap_head(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(input: Tensor) -> Any:
+            self._coroutines.pause(Pause("head", "", input))
+            return original(input)
+
+        return forward
+
+
+def _check_end(pause: Pause) -> None:
+    if pause.kind != _END:
+        raise LockstepError(
+            f"a sample comes to {pause} again after the last decoder block; models that use a block twice in one "
+            "forward cannot be binarized."
+        )

@@ -1,0 +1,58 @@
+"""Moving nested arguments between devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.errors import ConfigError
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """Device of the module's first parameter; None if it has none."""
+    parameter = next(module.parameters(), None)
+    return None if parameter is None else parameter.device
+
+
+def brought(module: nn.Module, device: torch.device | None) -> dict[str, Tensor]:
+    """The module's parameters and buffers by name on ``device``; none where they are there, or ``device`` is None."""
+    if device is None or device_of(module) == device:
+        return {}
+    return {name: each.to(device) for name, each in (*module.named_parameters(), *module.named_buffers())}
+
+
+def first_device(tree: Any) -> torch.device | None:
+    """Device of the first tensor in nested dicts, lists and tuples; None if there is none."""
+    if isinstance(tree, Tensor):
+        return tree.device
+    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ()
+    return next((d for d in map(first_device, children) if d is not None), None)
+
+
+def map_tensors(tree: Any, device: torch.device) -> Any:
+    """The tree with every tensor moved; other objects are passed on as they are."""
+    if isinstance(tree, Tensor):
+        return tree.to(device)
+    if isinstance(tree, dict):
+        return {k: map_tensors(v, device) for k, v in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(v, device) for v in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(map_tensors(v, device) for v in tree)
+    return tree
+
+
+def refuse_spread(model: nn.Module, device: torch.device | None) -> None:
+    """Weights that a device map has spread are moved about by its hooks already.
+
+    Raises:
+        ConfigError: a device is named beside such a map.
+    """
+    places = {str(place) for place in getattr(model, "hf_device_map", {}).values()}
+    if device is not None and len(places) > 1:
+        raise ConfigError(
+            f"calibration_device={str(device)!r} cannot be used with a device_map over {', '.join(sorted(places))}: "
+            "the blocks are worked on where they are then. Leave calibration_device out, or load with device_map='cpu'."
+        )

@@ -1,0 +1,47 @@
+"""What is written into the configuration of a model that was binarized."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optimum_sab.calibration.report import BinarizationReport
+from optimum_sab.hf.config import SABConfig, describe_calibration
+from optimum_sab.nn.selection import Selection
+
+
+def record(config: SABConfig, selection: Selection, report: BinarizationReport) -> None:
+    """Write what was chosen and measured, and leave out what belongs to the one call.
+
+    Args:
+        config: the model's own.
+        selection: as it was binarized.
+        report: of the run.
+    """
+    allocation = report.section("allocation")
+    if allocation is not None:  # a reader finds the choice among the rules
+        config.dynamic = {**config.dynamic, **allocation.rules}
+    config.calibration = describe_calibration(config.calibration, report.samples)
+    config.processor = config.resume_folder = None
+    config.measured = _measured(selection, report)
+    if config.target_bits is not None:  # the choice stands in dynamic now
+        config.measured["target_bits"], config.target_bits = config.target_bits, None
+
+
+def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any]:
+    measured: dict[str, Any] = {
+        "bits_per_weight": round(report.bits_per_weight, 6),
+        "calibration_tokens": report.tokens,
+        "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
+    }
+    if report.temperature is not None:
+        measured["temperature"] = round(report.temperature.value, 4)
+    if report.section("comparison") is not None:
+        measured["agreement"] = {
+            kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in report.agreement.items()
+        }
+    return measured
+
+
+def _below_blocks(name: str, prefix: str) -> str:
+    """The name from the block list's last part on, which holds whatever prefix the model is loaded under."""
+    return name[len(prefix) - len(prefix.rpartition(".")[2]) :]

@@ -1,0 +1,22 @@
+"""Packed layers of a whole model, ready to compute."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from optimum_sab.nn.input_group import group_linears
+from optimum_sab.nn.linear import SABLinear
+
+
+def prepare_layers(model: nn.Module, backend: str | None = None) -> None:
+    """Layers on an accelerator get the layout of its kernels, and those that share an input are grouped.
+
+    Args:
+        model: with packed layers.
+        backend: what computes; None or "auto" leaves it to the device.
+    """
+    for module in model.modules():
+        if isinstance(module, SABLinear):
+            module.backend = backend
+            module.prepare()
+    group_linears(model)

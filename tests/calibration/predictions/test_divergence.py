@@ -1,0 +1,17 @@
+"""The divergence by hand."""
+
+import torch
+
+from optimum_sab.calibration.predictions.divergence import divergence
+
+
+def test_divergence_is_the_sum_over_the_vocabulary():
+    p, q = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0.2, 0.4, 0.4]])
+    expected = 0.5 * torch.tensor(0.5 / 0.2).log() + 0.5 * torch.tensor(0.25 / 0.4).log()
+    torch.testing.assert_close(divergence(q.log() + 3.0, p.log() - 1.0), expected[None])
+    assert not torch.allclose(divergence(p.log(), q.log()), expected[None])
+
+
+def test_divergence_of_equal_distributions_is_zero():
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(divergence(logits, logits), torch.zeros(4))

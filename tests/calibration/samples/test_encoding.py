@@ -1,0 +1,219 @@
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import BatchFeature
+
+from optimum_sab.calibration.samples.encoding import encode_samples
+from optimum_sab.errors import SampleError
+from optimum_sab.example import checkpoint_path
+from optimum_sab.hf.processor import load_processor
+
+CHAT = [{"role": "user", "content": "Who has the key?"}, {"role": "assistant", "content": "Zoe"}]
+PICTURED_TOKENS = 16  # of a 112 x 112 picture
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(checkpoint_path())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(processor):
+    """A language model's: its template joins strings, as those of text models do."""
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture
+def picture():
+    return Image.new("RGB", (112, 112), (200, 100, 50))
+
+
+def shown(image, text="What is this?"):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+def text_of(processor, inputs):
+    return processor.tokenizer.decode(inputs["input_ids"][0])
+
+
+@pytest.mark.compat
+def test_text_is_encoded_and_cut_to_the_sequence_length(processor):
+    text = "The red boat left the harbour at noon. " * 20
+    whole, cut = (encode_samples([text], processor, n)[0] for n in (10_000, 12))
+    assert text_of(processor, whole) == text
+    assert cut["input_ids"].shape == cut["attention_mask"].shape == (1, 12)
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :12])
+    assert "pixel_values" not in whole
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("parts", [False, True])
+def test_chat_without_pictures_is_encoded_and_cut(processor, parts):
+    chat = [{**m, "content": [{"type": "text", "text": m["content"]}] if parts else m["content"]} for m in CHAT]
+    whole, cut = (encode_samples([chat], processor, n)[0] for n in (10_000, 6))
+    assert text_of(processor, whole) == (
+        "<|im_start|>user\nWho has the key?<|im_end|>\n<|im_start|>assistant\nZoe<|im_end|>\n"
+    )
+    assert {v.shape for v in cut.values()} == {(1, 6)}
+    assert torch.equal(cut["input_ids"], whole["input_ids"][:, :6])
+
+
+@pytest.mark.compat
+def test_chat_with_a_picture_keeps_all_its_image_tokens(processor, picture):
+    [inputs] = encode_samples([shown(picture)], processor, 4)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == PICTURED_TOKENS
+    assert inputs["pixel_values"].shape[0] == 4 * PICTURED_TOKENS
+    assert text_of(processor, inputs).endswith("What is this?<|im_end|>\n")
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("form", ["image", "path", "url", "image_url", "image_url text"])
+def test_picture_may_be_given_in_every_form_of_the_processors(processor, picture, tmp_path, form):
+    picture.save(tmp_path / "a.png")
+    file = str(tmp_path / "a.png")
+    part = {
+        "image": {"type": "image", "image": file},
+        "path": {"type": "image", "path": file},
+        "url": {"type": "image", "url": file},
+        "image_url": {"type": "image_url", "image_url": {"url": file}},
+        "image_url text": {"type": "image_url", "image_url": file},
+    }[form]
+    [inputs] = encode_samples([[{"role": "user", "content": [part]}]], processor, 64)
+    [expected] = encode_samples([[{"role": "user", "content": shown(picture)[0]["content"][:1]}]], processor, 64)
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert torch.equal(inputs["input_ids"], expected["input_ids"])
+
+
+def test_parts_with_empty_entries_are_read_as_if_without(processor, picture):
+    """Rows of a dataset have every key in every part, None where it does not apply."""
+    strict = copy.copy(processor)  # templates ask which keys a part has, as Qwen's own does
+    strict.chat_template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if 'image' in c %}<|image_pad|>"
+        "{% elif 'text' in c %}{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    parts = [
+        {"type": "image", "image": picture, "text": None},
+        {"type": "text", "text": "What is this?", "image": None},
+    ]
+    [inputs] = encode_samples([[{"role": "user", "content": parts}]], strict, 64)
+    assert text_of(processor, inputs) == "<|image_pad|>" * PICTURED_TOKENS + "What is this?"
+
+
+def test_samples_are_not_changed_by_encoding(processor, picture):
+    sample = [*shown(picture), {"role": "assistant", "content": "a colour"}]
+    before = copy.deepcopy(plain([sample]))
+    encode_samples([sample], processor, 64)
+    assert plain([sample]) == before
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_tokenizers_template_is_given_plain_strings(tokenizer, parts):
+    chat = [
+        {**m, "content": [{"type": "text", "text": t} for t in m["content"].partition(" ")] if parts else m["content"]}
+        for m in CHAT
+    ]
+    [inputs] = encode_samples([chat], tokenizer, 64)
+    assert tokenizer.decode(inputs["input_ids"][0]) == "user: Who has the key?\nassistant: Zoe\n"
+    [cut] = encode_samples([chat], tokenizer, 3)
+    assert cut["input_ids"].shape == (1, 3)
+
+
+@pytest.mark.parametrize("placeholder", ["<image>", "<|image_pad|>", "<image_soft_token>", "[IMG]"])
+@pytest.mark.parametrize("form", ["text", "string", "part"])
+def test_placeholder_without_its_picture_is_named(processor, placeholder, form):
+    text = f"See {placeholder} here."
+    content = [{"type": "text", "text": text}] if form == "part" else text
+    sample = text if form == "text" else [{"role": "user", "content": content}]
+    with pytest.raises(SampleError) as error:
+        encode_samples(["fine", sample], processor, 64)
+    assert str(error.value).startswith("calibration sample 1 refers to a picture")
+    assert repr(placeholder) in str(error.value)
+    assert "{'type': 'image', 'image': ...}" in str(error.value)
+
+
+def test_placeholder_of_the_processor_itself_is_refused():
+    own = SimpleNamespace(image_token="<pic>", tokenizer=None)
+    with pytest.raises(SampleError, match=r"calibration sample 0 refers to a picture .'<pic>'."):
+        encode_samples(["See <pic>."], own, 64)
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        (user({"type": "image"}), r"has a part of type 'image' without one; give \{'type': 'image', 'image': ...\}"),
+        (user({"type": "image", "image": None}), "has a part of type 'image' without one"),
+        (user({"type": "image_url", "image_url": {}}), "has a part of type 'image' without one"),
+        (user({"type": "video"}), "has a part of type 'video' without one"),
+        (
+            user({"type": "video", "video": "a.mp4"}),
+            "(holds a video and the model's processor reads none|cannot be prepared)",
+        ),
+        (user({"type": "image", "path": "/gone.png"}), "cannot be prepared by the model's processor: .*gone.png"),
+        (user({"type": "image", "image": 5}), "cannot be prepared by the model's processor"),
+        (user({"text": "no type"}), "has a message with the content .*no type.*; give a text, or a list of parts"),
+        (user({"type": "text"}), "has a message with the content"),
+        (user("a string"), "has a message with the content"),
+        ([{"role": "user", "content": None}], "has a message with the content 'None'"),
+        ([{"role": "user", "content": 5}], "has a message with the content '5'"),
+        ("", "has no tokens; remove it"),
+    ],
+)
+def test_sample_that_cannot_be_encoded_is_named_by_its_number(processor, sample, message):
+    with pytest.raises(SampleError, match=f"^calibration sample 2 {message}"):
+        encode_samples(["fine", CHAT, sample], processor, 64)
+
+
+def test_template_that_refuses_a_chat_is_a_sample_error(tokenizer):
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(SampleError, match=r"calibration sample 0 cannot be prepared.*roles must alternate"):
+        encode_samples([CHAT], strict, 64)
+
+
+def test_chat_needs_a_template(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(SampleError, match=r"calibration sample 1 is a chat and .* no chat template; give plain texts"):
+        encode_samples(["fine", CHAT], bare, 64)
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_picture_is_refused_where_only_text_is_read(tokenizer, kind):
+    sample = user({"type": kind, kind: "file"}, {"type": "text", "text": "What?"})
+    with pytest.raises(SampleError, match=r"calibration sample 0 holds more than text and .* takes text only"):
+        encode_samples([sample], tokenizer, 64)
+
+
+def test_picture_that_the_processor_passes_over_is_an_error(picture):
+    class Deaf:
+        chat_template = "has one"
+        tokenizer = None
+
+        def apply_chat_template(self, messages, **options):
+            return BatchFeature({"input_ids": torch.ones(1, 4), "attention_mask": torch.ones(1, 4)})
+
+    with pytest.raises(SampleError, match=r"calibration sample 0 holds a picture and .* passed it over"):
+        encode_samples([shown(picture)], Deaf(), 64)
+    assert encode_samples([CHAT], Deaf(), 64)[0]["input_ids"].shape == (1, 4)
+
+
+def test_package_that_the_processor_lacks_is_not_blamed_on_the_sample():
+    class Lacking:
+        chat_template = "has one"
+        tokenizer = None
+
+        def apply_chat_template(self, messages, **options):
+            raise ImportError("apply_chat_template requires jinja2")
+
+    with pytest.raises(ImportError, match="requires jinja2"):
+        encode_samples([CHAT], Lacking(), 64)

@@ -1,0 +1,271 @@
+import json
+import sys
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from optimum_sab.calibration.samples.reading import read_samples
+from optimum_sab.data.builtin import builtin_samples
+from optimum_sab.errors import MissingDependencyError, SampleError
+
+CHAT = [{"role": "user", "content": "Who has the key?"}, {"role": "assistant", "content": "Zoe"}]
+
+
+@pytest.fixture
+def picture():
+    return Image.new("RGB", (112, 112), (200, 100, 50))
+
+
+def shown(image, text="What is this?"):
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+def read(source, count=10, seed=0, visual=True):
+    return read_samples(source, count, seed, visual)
+
+
+def write_lines(path, *records):
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records), encoding="utf-8")
+    return path
+
+
+def plain(samples):
+    """Samples with pictures as their colour in the middle, so that they compare."""
+
+    def part(p):
+        return {**p, "image": p["image"].getpixel((5, 5))} if isinstance(p.get("image"), Image.Image) else p
+
+    return [
+        s
+        if isinstance(s, str)
+        else [
+            {**m, "content": m["content"] if isinstance(m["content"], str) else list(map(part, m["content"]))}
+            for m in s
+        ]
+        for s in samples
+    ]
+
+
+# -- forms --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", [None, "builtin"])
+@pytest.mark.parametrize("visual", [True, False])
+def test_builtin_set_is_the_default(source, visual):
+    samples = read_samples(source, 5, 3, visual)
+    expected = list(builtin_samples(5, 3, visual))
+    assert len(samples) == 5
+    assert plain(samples) == plain(expected)
+    assert any(not isinstance(sample, str) for sample in samples) == visual
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("One text.", ["One text."]),
+        (["One.", "Two."], ["One.", "Two."]),
+        (("One.", "Two."), ["One.", "Two."]),
+        (CHAT, [CHAT]),
+        ([CHAT, CHAT], [CHAT, CHAT]),
+        (["One.", CHAT, {"messages": CHAT}], ["One.", CHAT, CHAT]),
+    ],
+    ids=["text", "texts", "tuple", "chat", "chats", "mixed"],
+)
+def test_texts_and_chats_are_taken_as_they_are(source, expected):
+    assert read(source) == expected
+
+
+@pytest.mark.parametrize("source", [["a", "b", "c"], [CHAT, "b", "c"]])
+def test_count_takes_the_first_samples(source):
+    assert read(source, count=2) == source[:2]
+
+
+def test_jsonl_holds_texts_chats_and_pictures_beside_the_file(tmp_path, picture, monkeypatch):
+    (tmp_path / "data" / "pictures").mkdir(parents=True)
+    picture.save(tmp_path / "data" / "pictures" / "a.png")
+    picture.save(tmp_path / "elsewhere.png")
+    content = [{"type": "image", "image": "pictures/a.png"}, {"type": "text", "text": "Look."}]
+    url = [{"type": "image", "image": "https://example.org/a.png"}, {"type": "image", "path": "pictures/a.png"}]
+    path = write_lines(
+        tmp_path / "data" / "samples.jsonl",
+        {"text": "A text."},
+        "",
+        {"messages": CHAT},
+        {"text": "<image>\nWhat is it?", "image": "pictures/a.png"},
+        {"text": "Both?", "images": ["pictures/a.png", str(tmp_path / "elsewhere.png")]},
+        {"messages": [{"role": "user", "content": content}]},
+        {"messages": [{"role": "user", "content": url}]},
+        {"text": "No picture.", "image": None},
+        '"A bare string."',
+    )
+    monkeypatch.chdir("/")
+    dot = {"type": "image", "image": (200, 100, 50)}
+    for source in (path, str(path)):
+        samples = read(source)
+        assert plain(samples) == [
+            "A text.",
+            CHAT,
+            [{"role": "user", "content": [dot, {"type": "text", "text": "What is it?"}]}],
+            [{"role": "user", "content": [dot, dot, {"type": "text", "text": "Both?"}]}],
+            [{"role": "user", "content": [dot, {"type": "text", "text": "Look."}]}],
+            [{"role": "user", "content": [url[0], dot]}],
+            "No picture.",
+            "A bare string.",
+        ]
+
+
+def test_jsonl_may_hold_unicode_line_separators_inside_strings(tmp_path):
+    text = "one\u2028two\x85three\x0cfour"
+    path = write_lines(tmp_path / "s.jsonl", json.dumps({"text": text}, ensure_ascii=False), {"text": "next"})
+    assert read(path) == [text, "next"]
+
+
+def test_picture_of_a_file_is_rgb(tmp_path):
+    Image.new("RGBA", (8, 8), (1, 2, 3, 4)).save(tmp_path / "a.png")
+    [[message]] = read(write_lines(tmp_path / "s.jsonl", {"text": "What?", "image": "a.png"}))
+    assert message["content"][0]["image"].mode == "RGB"
+
+
+class Rows(list):
+    """A streamed dataset, as far as it is used."""
+
+    def shuffle(self, seed, buffer_size):
+        self.seed = seed
+        return Rows(self[seed:] + self[:seed])
+
+    def take(self, count):
+        return Rows(self[:count])
+
+
+@pytest.fixture
+def datasets(monkeypatch):
+    """A stand-in for the `datasets` package; set its rows, read the calls."""
+    module = ModuleType("datasets")
+    module.rows, module.calls = Rows(), []
+
+    def load_dataset(name, **options):
+        module.calls.append((name, options))
+        if isinstance(module.rows, Exception):
+            raise module.rows
+        return module.rows
+
+    module.load_dataset = load_dataset
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    return module
+
+
+def test_dataset_rows_become_samples(datasets, picture):
+    datasets.rows = Rows(
+        [
+            {"messages": CHAT, "id": 1},
+            {"text": "A text."},
+            {"question": "What is it?", "image": picture},
+            {"caption": "Two of them.", "images": [picture, picture]},
+            {"prompt": "No picture.", "image": None},
+        ]
+    )
+    dot = {"type": "image", "image": (200, 100, 50)}
+    assert plain(read("owner/name")) == [
+        CHAT,
+        "A text.",
+        [{"role": "user", "content": [dot, {"type": "text", "text": "What is it?"}]}],
+        [{"role": "user", "content": [dot, dot, {"type": "text", "text": "Two of them."}]}],
+        "No picture.",
+    ]
+    assert datasets.calls == [("owner/name", {"split": "train", "streaming": True})]
+
+
+def test_dataset_takes_split_count_and_seed(datasets):
+    datasets.rows = Rows({"text": str(i)} for i in range(6))
+    assert read("owner/na.me-1:validation", count=3, seed=2) == ["2", "3", "4"]
+    assert datasets.calls == [("owner/na.me-1", {"split": "validation", "streaming": True})]
+
+
+def test_text_with_a_slash_is_not_a_dataset(datasets):
+    assert read("This and/or that.") == ["This and/or that."]
+    assert datasets.calls == []
+
+
+# -- bad sources --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "no calibration samples; give at least one, or calibration='builtin'"),
+        (42, "calibration=int is not understood; give texts, chats"),
+        ({"text": "a"}, "calibration=dict is not understood"),
+        (["ok", 42], "calibration sample 1 is a int; give a text, or a list of messages"),
+        (["ok", "ok", {"text": "a"}], "calibration sample 2 is a dict"),
+        (["ok", []], "calibration sample 1 is a list"),
+        ([CHAT, [{"role": "user"}]], "calibration sample 1 is a list"),
+        ("missing.jsonl", "the calibration file 'missing.jsonl' does not exist"),
+    ],
+)
+def test_source_that_is_not_understood_is_named(source, message):
+    with pytest.raises(SampleError, match=message):
+        read(source)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ("{'text': 'a'}", "is not JSON"),
+        ({"caption": "a"}, "needs a 'text' or a 'messages' entry"),
+        ({"text": 5}, "needs a 'text' or a 'messages' entry"),
+        ("[1, 2]", "needs a 'text' or a 'messages' entry"),
+        ({"messages": "hello"}, "'messages' must be a list of messages with 'role' and 'content'"),
+        ({"messages": [{"from": "human"}]}, "'messages' must be a list of messages"),
+        ({"text": "a", "image": "gone.png"}, "the picture '.*gone.png' does not exist"),
+        ({"text": "a", "image": "text.png"}, "the picture '.*text.png' cannot be read"),
+        ({"text": "a", "image": "torn.png"}, "the picture '.*torn.png' cannot be read"),
+        ({"text": "a", "image": 5}, "'image' must be a path, and 'images' a list of paths"),
+        ({"text": "a", "images": "a.png"}, "'image' must be a path, and 'images' a list of paths"),
+        ({"messages": shown("gone.png")}, "the picture '.*gone.png' does not exist"),
+    ],
+)
+def test_bad_line_is_named_by_its_number(tmp_path, record, message):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (64, 64), (9, 8, 7)).save(tmp_path / "whole.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    path = write_lines(tmp_path / "samples.jsonl", {"text": "fine"}, "", record)
+    with pytest.raises(SampleError, match=rf"^samples\.jsonl line 3.*{message}"):
+        read(path)
+
+
+def test_empty_file_is_an_error(tmp_path):
+    with pytest.raises(SampleError, match="no calibration samples"):
+        read(write_lines(tmp_path / "s.jsonl", "", "  "))
+
+
+def test_file_in_another_encoding_is_an_error(tmp_path):
+    (tmp_path / "s.jsonl").write_bytes('{"text": "Größe"}'.encode("latin-1"))
+    with pytest.raises(SampleError, match=r"s\.jsonl' is not UTF-8"):
+        read(tmp_path / "s.jsonl")
+
+
+def test_dataset_row_without_text_names_its_columns(datasets):
+    datasets.rows = Rows([{"text": "fine"}, {"label": 3, "image": None}])
+    with pytest.raises(SampleError, match="owner/name row 1 has columns label, image; one of 'messages', 'text'"):
+        read("owner/name")
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no such dataset"), ValueError("unknown split")])
+def test_dataset_that_cannot_be_loaded_is_named(datasets, error):
+    datasets.rows = error
+    with pytest.raises(SampleError, match=f"calibration='owner/name' cannot be read as a Hub dataset: {error}"):
+        read("owner/name")
+
+
+def test_missing_datasets_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependencyError, match=r"'owner/name' names a Hub dataset.*pip install datasets"):
+        read("owner/name")
+
+
+def test_missing_pillow_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    path = write_lines(tmp_path / "s.jsonl", {"text": "a", "image": "a.png"})
+    with pytest.raises(MissingDependencyError, match=r"pip install 'optimum-sab\[quantize\]'"):
+        read(path)
