@@ -1,4 +1,4 @@
-"""Packed models computed by the Triton kernels, interpreted where there is no GPU, under both lines of Transformers."""
+"""Packed models computed by the Triton kernels, interpreted where there is no GPU, under every line of Transformers."""
 
 import copy
 import json
