@@ -20,6 +20,7 @@ TEST = [
     "hypothesis>=6.100",
     "optimum>=2.0",
     "pytest>=8.0",
+    "pytest-xdist>=3.5",
     "triton>=3.2; platform_system == 'Linux'",
 ]
 

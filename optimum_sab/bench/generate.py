@@ -19,6 +19,7 @@ from optimum_sab.bench.timing import capture
 from optimum_sab.bench.verification import WrongResultError
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.hf.compat import CACHE_ARGUMENT
 
 WARM_STEPS = 3
 CACHE_MULTIPLE = 64  # cache lengths are rounded up to it, which attention kernels like
@@ -151,9 +152,9 @@ class GreedyDecoder:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=position.expand(3, len(tokens), -1),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE_ARGUMENT: self._cache},
             **({"cache_position": position} if self._tell_position else {}),
         )
         logits: Tensor = output.logits[:, -1]

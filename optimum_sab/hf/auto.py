@@ -1,4 +1,4 @@
-"""`AutoModelForVision2Seq` under both lines: Transformers 5 renamed it to `AutoModelForImageTextToText`."""
+"""`AutoModelForVision2Seq` under every line: Transformers 5 renamed it to `AutoModelForImageTextToText`."""
 
 from __future__ import annotations
 

@@ -4,5 +4,11 @@ from __future__ import annotations
 
 import transformers
 
+_LINE = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+
 # 4.57 reads tensors it offloaded to disk back as the model's float dtype, which destroys packed integers.
-OFFLOADS_INTEGERS = int(transformers.__version__.split(".")[0]) >= 5
+OFFLOADS_INTEGERS = _LINE >= (5, 0)
+
+# What a model's forward calls its cache. From 5.24 on the old name warns; lines before it swallow the new one among
+# their further arguments and compute without a cache.
+CACHE_ARGUMENT = "cache" if _LINE >= (5, 24) else "past_key_values"

@@ -45,9 +45,9 @@ class PictureProcessor(Qwen2_5_VLProcessor):
 def load_processor(path: str | Path) -> Any:
     """The processor of a checkpoint: `AutoProcessor`'s, or for Qwen2.5-VL without torchvision one that lacks videos.
 
-    Transformers cannot build a Qwen2.5-VL processor where torchvision is missing, neither 4.57 nor 5.23, because its
-    video processor imports it. Pictures and text need nothing of it, and both processors prepare them alike. A
-    checkpoint of a language model gives its tokenizer.
+    No supported line of Transformers can build a Qwen2.5-VL processor where torchvision is missing, because its video
+    processor imports it. Pictures and text need nothing of it, and both processors prepare them alike. A checkpoint of
+    a language model gives its tokenizer.
     """
     try:
         return AutoProcessor.from_pretrained(path)

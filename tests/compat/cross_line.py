@@ -1,7 +1,7 @@
 """A checkpoint packed under one line of Transformers, read under another. `.ci/run` calls this twice:
 
-python tests/compat/cross_line.py write FOLDER    # under 4.57
-python tests/compat/cross_line.py check FOLDER    # under 5
+python tests/compat/cross_line.py write FOLDER    # under the oldest line
+python tests/compat/cross_line.py check FOLDER    # under the newest
 """
 
 import sys

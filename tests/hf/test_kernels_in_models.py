@@ -1,4 +1,4 @@
-"""Packed models computed by the Triton kernels, interpreted where there is no GPU, under both lines of Transformers."""
+"""Packed models computed by the Triton kernels, interpreted where there is no GPU, under every line of Transformers."""
 
 import copy
 import json
@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, St
 from optimum_sab import SABConfig, SABLinear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.hf.compat import CACHE_ARGUMENT
 from optimum_sab.nn.input_group import SHARED
 from optimum_sab.nn.selection import select_linears, set_module
 from optimum_sab.ops import force_backend
@@ -211,11 +212,11 @@ def test_compiled_decode_step_with_a_static_cache_is_one_graph(folder, reference
     prefix = tokens.shape[1] - 3
     with torch.no_grad():
         start = torch.arange(prefix, device=device)
-        model(input_ids=tokens[:, :prefix].to(device), past_key_values=cache, cache_position=start)
+        model(input_ids=tokens[:, :prefix].to(device), cache_position=start, **{CACHE_ARGUMENT: cache})
         for position in range(prefix, tokens.shape[1]):
             where = torch.tensor([position], device=device)
             token = tokens[:, position : position + 1].to(device)
-            out = step(input_ids=token, past_key_values=cache, cache_position=where)
+            out = step(input_ids=token, cache_position=where, **{CACHE_ARGUMENT: cache})
             assert_near(out.logits[:, -1].cpu(), reference[:, position])
     assert counter.frame_count <= 2  # the second where the cache's own bookkeeping becomes dynamic
 

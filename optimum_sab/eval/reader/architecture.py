@@ -52,7 +52,7 @@ CHAT_TEMPLATE = """\
 def write_reader(
     language: Path | str, output: Path | str, vision: Path | str = WEIGHTS, overwrite: bool = False
 ) -> Path:
-    """Write the complete checkpoint, loadable by the auto classes of Transformers 4.57 and 5.23.
+    """Write the complete checkpoint, loadable by the auto classes of every supported line of Transformers.
 
     Args:
         language: folder with the language model's config.json, safetensors and tokenizer.json.

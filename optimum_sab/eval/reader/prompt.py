@@ -26,6 +26,7 @@ from optimum_sab.eval.reader.signs import random_words
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
 from optimum_sab.eval.reader.tower import TOKENS
 from optimum_sab.example.optimization import set_learning_rate
+from optimum_sab.hf.compat import CACHE_ARGUMENT
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -140,8 +141,9 @@ def _prompt_loss(
     embedded[:, :CAPTION_TOKENS] = (exact + noise * torch.rand(len(drawn), 1, 1) * error).to(embedded.dtype)
     prefix = torch.cat([table(torch.tensor([encode(before)])), prompt[None].to(embedded.dtype)], dim=1)
     cache = DynamicCache()
-    model(inputs_embeds=prefix, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cached = {CACHE_ARGUMENT: cache, "use_cache": True}
+    model(inputs_embeds=prefix, logits_to_keep=1, **cached)
     cache.batch_repeat_interleave(len(drawn))
-    hidden = model.model(inputs_embeds=embedded, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = model.model(inputs_embeds=embedded, **cached).last_hidden_state
     loss, hits = answer_loss(model, hidden, rows)
     return loss, float(hits.float().mean())
