@@ -7,14 +7,13 @@ Hessians never saw image tokens is binarized for text alone.
 from __future__ import annotations
 
 import random
-from typing import Any
 
 from optimum_sab.data import documents, scenes
+from optimum_sab.data.chat import Message, Turn, chat_messages
 from optimum_sab.data.passages import text_samples
-from optimum_sab.data.questions import SCENE_TASKS, Turn, scene_turns
+from optimum_sab.data.questions import SCENE_TASKS, scene_turns
 from optimum_sab.errors import ConfigError
 
-Message = dict[str, Any]
 IMAGE_SIZE = 336
 
 
@@ -59,31 +58,21 @@ def _scene_chat(rng: random.Random, size: int) -> list[Message]:
     scene = scenes.random_scene(rng)
     turns = [turn for task in SCENE_TASKS for turn in scene_turns(task, scene)]
     rng.shuffle(turns)
-    return _chat(scenes.render(scene, size), [*turns[:5], Turn("Describe the picture.", scenes.describe_scene(scene))])
+    asked = [*turns[:5], Turn("Describe the picture.", scenes.describe_scene(scene))]
+    return chat_messages(asked, scenes.render(scene, size))
 
 
 def _document_chat(rng: random.Random, size: int) -> list[Message]:
     document = documents.random_document(rng)
-    turns = [Turn(q.prompt, q.answer) for q in document.questions]
+    turns = list(document.questions)
     rng.shuffle(turns)
-    return _chat(documents.render(document, size), [*turns[:4], Turn("Read everything.", document.text)])
+    return chat_messages([*turns[:4], Turn("Read everything.", document.text)], documents.render(document, size))
 
 
 def _text_chat(rng: random.Random) -> list[Message]:
     """Questions about what a document says, its text given instead of its picture."""
     document = documents.random_document(rng)
-    turns = [Turn(q.prompt, q.answer) for q in document.questions]
+    turns = list(document.questions)
     rng.shuffle(turns)
     first, *others = turns[:4]
-    return _chat(None, [Turn(f"{document.text}\n\n{first.prompt}", first.answer), *others])
-
-
-def _chat(image: object | None, turns: list[Turn]) -> list[Message]:
-    messages: list[Message] = []
-    for turn in turns:
-        content: list[Message] = [{"type": "text", "text": turn.prompt}]
-        if image is not None and not messages:
-            content.insert(0, {"type": "image", "image": image})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    return messages
+    return chat_messages([Turn(f"{document.text}\n\n{first.prompt}", first.answer), *others])

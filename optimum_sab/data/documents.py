@@ -4,13 +4,14 @@ A document is rows of text cells, whatever it stands for. One renderer lays the 
 size; small print needs pixels, and only `sign` stays legible below about 300. The typeface is the one inside Pillow.
 """
 
-import functools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from optimum_sab.data.chat import Turn
+from optimum_sab.data.typeface import typeface
 from optimum_sab.errors import ConfigError
 
 Colour = tuple[int, int, int]
@@ -27,14 +28,6 @@ NOTICES = ("EXIT", "OPEN", "CLOSED", "STOP", "PUSH", "PULL", "TICKETS", "PARKING
 
 
 @dataclass(frozen=True)
-class DocumentQuestion:
-    """A question whose answer is printed in the document, or follows from what is printed."""
-
-    prompt: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class Document:
     """Rows of text on a coloured page.
 
@@ -46,7 +39,7 @@ class Document:
         paper: RGB colour of the page.
         shift: (x, y) displacement of the text as fractions of the image side.
         scale: multiplies the largest type that fits; 1 fills the page.
-        questions: what can be asked of the document.
+        questions: what can be asked of the document; the answers are printed in it, or follow from what is printed.
     """
 
     kind: str
@@ -56,7 +49,7 @@ class Document:
     paper: Colour
     shift: tuple[float, float]
     scale: float
-    questions: tuple[DocumentQuestion, ...]
+    questions: tuple[Turn, ...]
 
     @property
     def text(self) -> str:
@@ -89,9 +82,9 @@ def number_sign(number: int, rng: random.Random) -> Document:
     """
     digits = str(number)
     questions = (
-        DocumentQuestion("What number is shown?", digits),
-        DocumentQuestion("What is the first digit?", digits[0]),
-        DocumentQuestion("What is the last digit?", digits[-1]),
+        Turn("What number is shown?", digits),
+        Turn("What is the first digit?", digits[0]),
+        Turn("What is the last digit?", digits[-1]),
     )
     return _sheet(rng, "sign", ((digits,),), questions)
 
@@ -113,7 +106,7 @@ def render(document: Document, size: int) -> Image.Image:
         y = top + (index + 0.5) * height
         for x, cell in zip(_cell_centres(row, size), row, strict=True):
             place = (x + document.shift[0] * size, y + document.shift[1] * size)
-            canvas.text(place, cell, fill=document.ink, font=_font(type_size), anchor="mm")
+            canvas.text(place, cell, fill=document.ink, font=typeface(type_size), anchor="mm")
     if document.ruled:
         _rule(canvas, document, size, top, height)
     return image
@@ -122,7 +115,7 @@ def render(document: Document, size: int) -> Image.Image:
 def _fitting_size(row: tuple[str, ...], size: int) -> float:
     """Largest type size, in pixels, at which every cell of a row fits its column."""
     reference = 100
-    longest = max(_font(reference).getlength(cell) for cell in row)
+    longest = max(typeface(reference).getlength(cell) for cell in row)
     column = size * (1 - 2 * MARGIN) / len(row)
     return 0.94 * reference * column / longest
 
@@ -142,16 +135,11 @@ def _rule(canvas: ImageDraw.ImageDraw, document: Document, size: int, top: float
         canvas.line((x, top, x, top + height * len(document.rows)), fill=document.ink, width=width)
 
 
-@functools.lru_cache(maxsize=256)
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=size)
-
-
 def _sheet(
     rng: random.Random,
     kind: str,
     rows: tuple[tuple[str, ...], ...],
-    questions: tuple[DocumentQuestion, ...],
+    questions: tuple[Turn, ...],
     ruled: bool = False,
 ) -> Document:
     dark = (rng.randint(0, 90), rng.randint(0, 90), rng.randint(0, 90))
@@ -174,7 +162,7 @@ def _sign(rng: random.Random) -> Document:
     if rng.random() < 0.5:
         return number_sign(rng.randint(10, 9999), rng)
     notice = rng.choice(NOTICES)
-    questions = (DocumentQuestion("What does the sign say?", notice),)
+    questions = (Turn("What does the sign say?", notice),)
     return _sheet(rng, "sign", tuple((word,) for word in notice.split()), questions)
 
 
@@ -183,10 +171,10 @@ def _label(rng: random.Random) -> Document:
     street, postcode = rng.randint(1, 199), rng.randint(1000, 99999)
     rows = ((person,), (f"{street} {rng.choice(('Mill', 'High', 'North', 'Park'))} Street",), (f"{postcode} {town}",))
     questions = (
-        DocumentQuestion("To whom is the parcel addressed?", person),
-        DocumentQuestion("To which town does it go?", town),
-        DocumentQuestion("What is the postcode?", str(postcode)),
-        DocumentQuestion("What is the house number?", str(street)),
+        Turn("To whom is the parcel addressed?", person),
+        Turn("To which town does it go?", town),
+        Turn("What is the postcode?", str(postcode)),
+        Turn("What is the house number?", str(street)),
     )
     return _sheet(rng, "label", rows, questions)
 
@@ -199,10 +187,10 @@ def _receipt(rng: random.Random) -> Document:
     rows = ((shop,), *lines, ("TOTAL", _money(sum(prices))))
     asked = rng.randrange(len(goods))
     questions = (
-        DocumentQuestion("What is the total?", _money(sum(prices))),
-        DocumentQuestion(f"How much was the {goods[asked]}?", _money(prices[asked])),
-        DocumentQuestion("Which shop is this receipt from?", shop),
-        DocumentQuestion("How many items were bought?", str(len(goods))),
+        Turn("What is the total?", _money(sum(prices))),
+        Turn(f"How much was the {goods[asked]}?", _money(prices[asked])),
+        Turn("Which shop is this receipt from?", shop),
+        Turn("How many items were bought?", str(len(goods))),
     )
     return _sheet(rng, "receipt", rows, questions)
 
@@ -216,11 +204,11 @@ def _table(rng: random.Random) -> Document:
     town, year = rng.choice(towns), rng.choice(years)
     leader = max(towns, key=lambda name: counts[name, year])
     questions = [
-        DocumentQuestion(f"What is the value for {town} in {year}?", str(counts[town, year])),
-        DocumentQuestion("How many towns are listed?", str(len(towns))),
+        Turn(f"What is the value for {town} in {year}?", str(counts[town, year])),
+        Turn("How many towns are listed?", str(len(towns))),
     ]
     if sum(counts[name, year] == counts[leader, year] for name in towns) == 1:
-        questions.append(DocumentQuestion(f"Which town has the highest value in {year}?", leader))
+        questions.append(Turn(f"Which town has the highest value in {year}?", leader))
     return _sheet(rng, "table", rows, tuple(questions), ruled=True)
 
 
@@ -234,7 +222,7 @@ def _form(rng: random.Random) -> Document:
     }
     names = rng.sample(sorted(fields), rng.randint(3, 5))
     rows = (("REGISTRATION",), *((f"{name}:", fields[name]) for name in names))
-    questions = tuple(DocumentQuestion(f"What is entered under {name}?", fields[name]) for name in names)
+    questions = tuple(Turn(f"What is entered under {name}?", fields[name]) for name in names)
     return _sheet(rng, "form", rows, questions, ruled=True)
 
 

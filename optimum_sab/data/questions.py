@@ -1,20 +1,12 @@
 """Questions a scene answers unambiguously, by kind of question."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
+from optimum_sab.data.chat import Turn
 from optimum_sab.data.scenes import Scene, Shape
 from optimum_sab.errors import ConfigError
 
 SCENE_TASKS = ("colour", "shape", "counting", "position")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One question and its answer."""
-
-    prompt: str
-    answer: str
 
 
 def scene_turns(task: str, scene: Scene) -> list[Turn]:

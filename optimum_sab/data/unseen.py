@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from importlib import resources
 
-from optimum_sab.data.builtin import Message, builtin_samples
+from optimum_sab.data.builtin import builtin_samples
+from optimum_sab.data.chat import Message
 from optimum_sab.data.passages import SEPARATOR
 
-SEED = 2**20  # of pictures; calibration seeds are small numbers
+UNSEEN_SEED = 2**20  # of built-in samples; calibration seeds are small numbers
 PICTURES = 4
 
 
@@ -19,5 +20,5 @@ def unseen_texts() -> list[str]:
 
 def unseen_chats() -> list[list[Message]]:
     """Questions and answers about a few drawn scenes and documents, all with a picture."""
-    with_picture = builtin_samples(2 * PICTURES, SEED)[::2]
+    with_picture = builtin_samples(2 * PICTURES, UNSEEN_SEED)[::2]
     return [sample for sample in with_picture if not isinstance(sample, str)]

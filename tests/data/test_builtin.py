@@ -4,8 +4,9 @@ from PIL import Image
 from optimum_sab.calibration.samples.encoding import encode_samples
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.data.builtin import IMAGE_SIZE, builtin_samples
+from optimum_sab.data.chat import Turn
 from optimum_sab.data.passages import text_samples
-from optimum_sab.data.questions import SCENE_TASKS, Turn, scene_turns
+from optimum_sab.data.questions import SCENE_TASKS, scene_turns
 from optimum_sab.data.scenes import PALETTE, Scene, Shape
 from optimum_sab.errors import ConfigError
 from optimum_sab.example import checkpoint_path
