@@ -60,7 +60,7 @@ class InputGroup:
         first = members[0]
         self.shape = LayerShape.of(sum(self.sizes), first.in_features, first.settings)
 
-    def output_of(self, member: SABLinear, inputs: Tensor) -> Tensor | None:
+    def output_of(self, member: nn.Module, inputs: Tensor) -> Tensor | None:
         """The member's output for these inputs, or None: then it computes alone."""
         tracing = torch.compiler.is_compiling()
         if tracing and not self.proven:
@@ -75,7 +75,7 @@ class InputGroup:
             biases = [m.bias for m in self.members if m.bias is not None]
             if torch.is_grad_enabled() and any(b.requires_grad for b in biases):
                 return None
-            outputs = stacked_linear(inputs, self._stack, self.shape, self.sizes, biases, member.backend)
+            outputs = stacked_linear(inputs, self._stack, self.shape, self.sizes, biases, self.members[0].backend)
             version = 0 if tracing else _version(inputs)
             self._pending = _Pending(inputs, version, _mode(inputs), (None, *outputs[1:]))
             return outputs[0]
@@ -113,7 +113,7 @@ class InputGroup:
         for member in self.members:
             member.group = None
 
-    def _index(self, member: SABLinear) -> int:
+    def _index(self, member: nn.Module) -> int:
         for index, each in enumerate(self.members):
             if each is member:
                 return index

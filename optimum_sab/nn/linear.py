@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.layout import tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.nn.layer_group import LayerGroup
 from optimum_sab.ops.backends import backend_name
 from optimum_sab.ops.operator import binary_linear
 from optimum_sab.ops.shape import LayerShape
-
-if TYPE_CHECKING:
-    from optimum_sab.nn.input_group import InputGroup
 
 
 class SABLinear(nn.Module):
@@ -62,7 +60,7 @@ class SABLinear(nn.Module):
         self.settings = settings
         self.backend: str | None = None
         self.layout = "stored"
-        self.group: InputGroup | None = None
+        self.group: LayerGroup | None = None
         self.shape = LayerShape.of(out_features, in_features, settings)
         self._names = self.shape.names  # kept, so that torch.compile does not trace how they are found
         for name, spec in tensor_specs(out_features, in_features, settings).items():
