@@ -86,7 +86,7 @@ def test_linear_of_any_shape_is_the_reference_s(random_layer, assert_near, way, 
     assert_near(product(layer, x, way), layer.expected(x))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("planes", [(1, 0), (1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("block_size", [32, 64, 96, 128, 256, 512])
 @pytest.mark.parametrize("way", ["decode", "small_batch"])  # what makes the weight dense: test_dequantize.py

@@ -1,0 +1,260 @@
+"""Plant faults one at a time and see that the fast suite catches each. Run by hand, outside CI:
+
+    .venv/bin/python -m tests.repo.planted_faults            all of them, in about half an hour on two cores
+    .venv/bin/python -m tests.repo.planted_faults scale tail those whose names hold one of these words
+
+Each is planted in a copy of the repository, and the tests named beside it, which are part of the ordinary run, are run
+there until the first fails. A fault that none of them notices ends the command with status 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+COPIED = ("optimum_sab", "kernels", "tests", "docs", "pyproject.toml", "setup.py", "README.md", "CHANGELOG.md")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One line made wrong.
+
+    Attributes:
+        name: what is wrong then.
+        file: where.
+        right: what stands there, once.
+        wrong: what is put in its place.
+        tests: folders or files of the ordinary run that have to notice.
+    """
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+FAULTS = (
+    Fault(
+        "bits of a byte packed in the other order",
+        "optimum_sab/format/bits.py",
+        "return (groups << shifts).sum(-1, dtype=torch.uint8)",
+        "return (groups.flip(-1) << shifts).sum(-1, dtype=torch.uint8)",
+        ("tests/format",),
+    ),
+    Fault(
+        "the sign of a base plane flipped in the packing",
+        "optimum_sab/core/planes.py",
+        "torch.where(sign, ",
+        "torch.where(~sign, ",
+        ("tests/core", "tests/format"),
+    ),
+    Fault(
+        "row scales not rounded after the refit",
+        "optimum_sab/core/solver.py",
+        "            row_scale = round_row_scale(row_scale, settings.row_scale)\n",
+        "",
+        ("tests/core/test_solver.py",),
+    ),
+    Fault(
+        "the error of a column not fed back",
+        "optimum_sab/core/feedback.py",
+        "error, alpha=-1.0)",
+        "error, alpha=0.0)",
+        ("tests/core/test_feedback.py",),
+    ),
+    Fault(
+        "the error of a block not fed back to later blocks",
+        "optimum_sab/core/solver.py",
+        "rest[:, end:] -= errors @ U[start:end, end:]",
+        "rest[:, end:] -= 0.0 * errors @ U[start:end, end:]",
+        ("tests/core/test_solver.py",),
+    ),
+    Fault(
+        "a modality weighed double",
+        "optimum_sab/core/hessian.py",
+        "return {name: 1.0 / (mean[name] * len(mean)) for name in mean}",
+        'return {name: (1 + (name == "visual")) / (mean[name] * len(mean)) for name in mean}',
+        ("tests/core/test_hessian.py",),
+    ),
+    Fault(
+        "the drift between the streams with the wrong sign",
+        "optimum_sab/core/hessian.py",
+        "(self._finite(modality, dense) - x).T, x)",
+        "(x - self._finite(modality, dense)).T, x)",
+        ("tests/core/test_hessian.py",),
+    ),
+    Fault(
+        "the gradient of sign descent left stale between columns",
+        "optimum_sab/core/descent.py",
+        "gradient[j + 1 :].addr_(local[j, j + 1 :], change)",
+        "gradient[j + 1 :].addr_(local[j, j + 1 :], 0.0 * change)",
+        ("tests/core/test_descent.py",),
+    ),
+    Fault(
+        "an unvalidated header: shape and dtype of a stored tensor not looked at",
+        "optimum_sab/hf/checkpoint.py",
+        "if (found.shape, found.dtype) != (spec.shape, _DTYPES[spec.dtype]):",
+        "if False:",
+        ("tests/hf/test_quantizer.py",),
+    ),
+    Fault(
+        "scales that are NaN accepted",
+        "optimum_sab/format/packed_weight.py",
+        "if not bool(torch.isfinite(self.row_scale()).all() and torch.isfinite(self.column_scale()).all()):",
+        "if False:",
+        ("tests/format/test_packed_weight.py",),
+    ),
+    Fault(
+        "a stale group: its stack not renewed after the members were moved",
+        "optimum_sab/nn/input_group.py",
+        "if tuple(m.weight.data_ptr() for m in self.members) == self._pointers:",
+        "if self._pointers:",
+        ("tests/nn/test_input_group.py",),
+    ),
+    Fault(
+        "an output taken from a group though the input was changed in place",
+        "optimum_sab/nn/input_group.py",
+        "if not tracing and pending.version != _version(inputs):",
+        "if False:",
+        ("tests/nn/test_input_group.py",),
+    ),
+    Fault(
+        "a wrong tail mask: the columns behind the last one read as if they were there",
+        "kernels/torch-ext/sab_kernels/prepare.py",
+        "mask=(token < tokens)[:, None] & inside[None, :],",
+        "mask=(token < tokens)[:, None],",
+        ("tests/kernels/test_linear.py",),
+    ),
+    Fault(
+        "the bias added in every part of a split product",
+        "kernels/torch-ext/sab_kernels/finish.py",
+        "HAS_BIAS",
+        "SPLIT",
+        ("tests/kernels/test_linear.py",),
+    ),
+    Fault(
+        "the quantized stream goes on through the dense weight",
+        "optimum_sab/calibration/streams/block_visit.py",
+        "return nn.functional.linear(inputs, self._weights[name], linear.bias)",
+        "return original(inputs)",
+        ("tests/calibration/streams/test_lockstep.py",),
+    ),
+    Fault(
+        "grad mode leaks from one coroutine into another",
+        "optimum_sab/calibration/streams/coroutines.py",
+        "        self._main.switch(pause)\n        state.restore()",
+        "        self._main.switch(pause)",
+        ("tests/calibration/streams/test_lockstep.py",),
+    ),
+    Fault(
+        "rows of an expert paired with those of other tokens",
+        "optimum_sab/calibration/statistics/pairing.py",
+        "    if len(came) < len(modalities):\n        return True\n",
+        "",
+        ("tests/calibration/statistics",),
+    ),
+    Fault(
+        "a resume folder of other samples accepted",
+        "optimum_sab/calibration/resume/fingerprint.py",
+        "                _update(data, name, value, value.flatten())",
+        "                _update(data, name, value, value.flatten()[:0])",
+        ("tests/calibration/resume",),
+    ),
+    Fault(
+        "stages begun before all were prepared",
+        "optimum_sab/calibration/stage.py",
+        "            stage.prepare(run)\n        return",
+        "            pass\n        return",
+        ("tests/calibration/test_stage.py",),
+    ),
+    Fault(
+        "the temperature taken the wrong way round",
+        "optimum_sab/calibration/predictions/temperature.py",
+        "return Temperature(1.0 / scale, before, after)",
+        "return Temperature(scale, before, after)",
+        ("tests/calibration/predictions/test_temperature.py",),
+    ),
+    Fault(
+        "the divergence of the dense from the binarized model instead of the other",
+        "optimum_sab/calibration/predictions/divergence.py",
+        "return (p.exp() * (p - q)).sum(-1)",
+        "return (q.exp() * (q - p)).sum(-1)",
+        ("tests/calibration/predictions/test_divergence.py",),
+    ),
+    Fault(
+        "unknown settings dropped in silence",
+        "optimum_sab/hf/config.py",
+        "        if unknown:\n            raise _unknown(next(iter(unknown)))\n",
+        "",
+        ("tests/hf/test_config.py",),
+    ),
+    Fault(
+        "bits counted without the column scales",
+        "optimum_sab/format/packed_weight.py",
+        "return sum(t.numel() * t.element_size() for t in self.tensors.values())",
+        'return sum(t.numel() * t.element_size() for n, t in self.tensors.items() if n != "col_scale")',
+        ("tests/format/test_packed_weight.py",),
+    ),
+)
+
+
+def plant(fault: Fault, folder: Path) -> None:
+    """Make the fault in a copy of the repository.
+
+    Raises:
+        LookupError: what is to be made wrong does not stand there once: the list is out of date.
+    """
+    path = folder / fault.file
+    source = path.read_text(encoding="utf-8")
+    if source.count(fault.right) != 1:
+        raise LookupError(f"{fault.name!r}: {fault.right!r} stands {source.count(fault.right)} times in {fault.file}.")
+    path.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
+
+
+def is_caught(fault: Fault) -> bool:
+    """Whether a test fails with the fault."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for each in COPIED:
+            place = ROOT / each
+            if place.is_dir():
+                shutil.copytree(place, folder / each, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(place, folder / each)
+        plant(fault, folder)
+        paths = os.pathsep.join([str(folder), str(folder / "kernels" / "torch-ext")])
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *fault.tests]
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise RuntimeError(
+                f"{fault.name!r}: the tests could not be run.\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            )
+        return done.returncode == 1
+
+
+def main(words: list[str]) -> int:
+    """Plant those that are asked for, all without words; the exit status."""
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.name for word in words)]
+    missed = 0
+    for fault in chosen:
+        started = time.perf_counter()
+        caught = is_caught(fault)
+        missed += not caught
+        print(
+            f"{'caught' if caught else 'MISSED'} in {time.perf_counter() - started:4.0f} s   {fault.name}", flush=True
+        )
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return 1 if missed or not chosen else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
