@@ -47,8 +47,8 @@ class SABConfig(QuantizationConfigMixin):
             ``re:``.
         dynamic: regular expression → layer settings for the modules it is found in, e.g.
             ``{"layers\\.0\\.": {"base_planes": 2}}``.
-        calibration: the data; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set, "self"
-            lets the dense model write its own.
+        calibration: the data; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set,
+            "self" lets the dense model write its own.
         calibration_samples: how many samples to use at most.
         sequence_length: calibration texts are cut to this many tokens.
         seed: seed of the built-in set, of what the model writes for itself, and of a dataset's order.

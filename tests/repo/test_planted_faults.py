@@ -1,6 +1,7 @@
 """The list of faults fits the sources. Whether they are caught is seen by hand: python -m tests.repo.planted_faults."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 _PATH = Path(__file__).with_name("planted_faults.py")
 _SPEC = importlib.util.spec_from_file_location("planted_faults", _PATH)
 planted_faults = importlib.util.module_from_spec(_SPEC)
-__import__("sys").modules["planted_faults"] = planted_faults
+sys.modules["planted_faults"] = planted_faults
 _SPEC.loader.exec_module(planted_faults)
 
 FAULTS = planted_faults.FAULTS
@@ -29,5 +30,5 @@ def test_the_faults_have_names_of_their_own_and_tests_that_exist():
 def test_a_fault_that_no_longer_fits_is_named(tmp_path):
     (tmp_path / "one.py").write_text("a = 1\na = 1\n")
     fault = planted_faults.Fault("twice", "one.py", "a = 1", "a = 2", ())
-    with pytest.raises(LookupError, match="stands 2 times in one.py"):
+    with pytest.raises(LookupError, match=r"stands 2 times in one\.py"):
         planted_faults.plant(fault, tmp_path)
