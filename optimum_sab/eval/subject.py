@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from optimum_sab.calibration.samples.encoding import encode_samples
 from optimum_sab.calibration.samples.inputs import SampleSource, calibration_inputs
 from optimum_sab.data.builtin import builtin_samples
+from optimum_sab.data.unseen import UNSEEN_SEED
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.architecture import MARK
 from optimum_sab.eval.reader.tasks import READER_TASKS, reader_chats, reader_questions
@@ -26,7 +28,6 @@ from optimum_sab.hf.load import auto_class, reads_pictures
 from optimum_sab.hf.processor import load_processor
 
 EXAMPLE = "example"
-HELD_OUT_SEED = 2**20  # of built-in samples that no calibration seed in use draws
 
 
 @dataclass(frozen=True)
@@ -154,18 +155,15 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
         random.Random(seed).shuffle(drawn)
         return [answered_messages(question) for question in drawn[: budget.samples]]
 
-    questions = [q for task in TASKS for q in held_out_questions(task, budget.questions, 0)]
-    asked = [q for task in TASKS for q in held_out_questions(task, -(-budget.probes // len(TASKS)), 1)]
-    return Subject(
+    subject = Subject(
         name="embedded example",
         source=source,
         processor=processor,
         dtype=dtype,
         calibration=_calibration(calibration, own, budget),
         budget=budget,
-        questions=tuple(questions),
-        probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
     )
+    return _asked(subject, TASKS, held_out_questions)
 
 
 def _reader(
@@ -177,9 +175,7 @@ def _reader(
     def own(seed: int) -> list[list[dict[str, Any]]]:
         return reader_chats(budget.samples, seed, cifar)
 
-    questions = [q for task in tasks for q in reader_questions(task, budget.questions, 0, cifar)]
-    asked = [q for task in tasks for q in reader_questions(task, -(-budget.probes // len(tasks)), 1, cifar)]
-    return Subject(
+    subject = Subject(
         name="reader",
         source=model,
         processor=processor,
@@ -187,9 +183,18 @@ def _reader(
         calibration=_calibration(calibration, own, budget),
         budget=budget,
         texts=_held_out_texts(processor.tokenizer, budget),
-        questions=tuple(questions),
-        probes=tuple(encode_samples([answered_messages(q) for q in asked], processor, budget.length)),
     )
+    return _asked(subject, tasks, functools.partial(reader_questions, cifar=cifar))
+
+
+def _asked(subject: Subject, tasks: Sequence[str], ask: Callable[[str, int, int], list[Question]]) -> Subject:
+    """A subject with questions of its tasks, and as probes other questions with their answers."""
+    budget = subject.budget
+    questions = [question for task in tasks for question in ask(task, budget.questions, 0)]
+    each = -(-budget.probes // len(tasks))
+    chats = [answered_messages(question) for task in tasks for question in ask(task, each, 1)]
+    probes = encode_samples(chats, subject.processor, budget.length)
+    return replace(subject, questions=tuple(questions), probes=tuple(probes))
 
 
 def _held_out_texts(tokenizer: Any, budget: Budget) -> dict[str, Tensor]:
@@ -219,5 +224,5 @@ def _vision_language(model: str, calibration: str | None, budget: Budget, dtype:
         calibration=lambda seed: calibration,
         budget=budget,
         texts=texts,
-        probes=tuple(encode_samples(builtin_samples(budget.probes, HELD_OUT_SEED), processor, budget.length)),
+        probes=tuple(encode_samples(builtin_samples(budget.probes, UNSEEN_SEED), processor, budget.length)),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pydoc_data.topics
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimum_sab.data.passages import passages
+from optimum_sab.data.reference import reference_topics
 from optimum_sab.errors import ConfigError
 
 SOURCES = ("reference", "passages")
@@ -50,8 +50,7 @@ def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int
 
 def _windows(tokenizer: Any, source: str, part: str, length: int) -> Tensor:
     """Every window [available, length] of one half of a text."""
-    topics: dict[str, str] = pydoc_data.topics.topics
-    pieces = [topics[key] for key in sorted(topics)] if source == "reference" else list(passages())
+    pieces = reference_topics() if source == "reference" else passages()
     chosen = pieces[0 if part == "calibration" else 1 :: 2]
     ids = torch.tensor(tokenizer("\n\n".join(chosen))["input_ids"])
     available = len(ids) // length

@@ -1,15 +1,17 @@
 """The embedded example's architecture: a Qwen2.5-VL of about six million parameters."""
 
-import json
 import pathlib
 
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from optimum_sab.example.chatml import TURN_END, TURN_START
+from optimum_sab.example.processor import write_json
+
 VOCABULARY_SIZE = 1024
 PATCH_SIZE, MERGE_SIZE, TEMPORAL_PATCH_SIZE = 14, 2, 2
 EMBEDDING_SCALE = 0.25
-END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 SPECIAL_TOKENS = (
     END_OF_TEXT,
     TURN_START,
@@ -103,10 +105,6 @@ def save_model(model: Qwen2_5_VLForConditionalGeneration, folder: pathlib.Path) 
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=state)
     config = model_config()
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(folder / "generation_config.json", {**ends, "do_sample": False})
-
-
-def _write_json(path: pathlib.Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    write_json(folder / "generation_config.json", {**ends, "do_sample": False})

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, ProcessorMixin
 
+from optimum_sab.data.chat import Message, Turn, chat_messages
 from optimum_sab.errors import ConfigError
 from optimum_sab.example.tasks import TASKS, Question
 
@@ -105,18 +106,14 @@ def answer(
     return replies
 
 
-def question_messages(question: Question) -> list[dict[str, object]]:
+def question_messages(question: Question) -> list[Message]:
     """The question in the chat format of Transformers, the picture before the prompt."""
-    content: list[dict[str, object]] = [{"type": "text", "text": question.prompt}]
-    if question.image is not None:
-        content.insert(0, {"type": "image", "image": question.image})
-    return [{"role": "user", "content": content}]
+    return answered_messages(question)[:1]
 
 
-def answered_messages(question: Question) -> list[dict[str, object]]:
+def answered_messages(question: Question) -> list[Message]:
     """The question and its answer as a chat, to calibrate on or to compare predictions on."""
-    reply: dict[str, object] = {"role": "assistant", "content": [{"type": "text", "text": question.answer}]}
-    return [*question_messages(question), reply]
+    return chat_messages([Turn(question.prompt, question.answer)], question.image)
 
 
 @torch.inference_mode()

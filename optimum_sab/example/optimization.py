@@ -1,9 +1,31 @@
-"""The optimizers of both stages of the example's training."""
+"""The optimizers and the loop of every training here: steps along a schedule, lines of progress, saves."""
 
-from collections.abc import Iterable
+from __future__ import annotations
+
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model made of a batch.
+
+    Attributes:
+        loss: scalar, with a gradient.
+        right: which answers were right, by what they were about; booleans of any shape.
+    """
+
+    loss: Tensor
+    right: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def make_optimizers(module: nn.Module, learning_rate: float, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
@@ -27,7 +49,63 @@ def make_optimizers(module: nn.Module, learning_rate: float, weight_decay: float
     )
 
 
-def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
+def write_line(line: str) -> None:
+    """Write a line of progress to standard output at once."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def optimize(
+    name: str,
+    outcome_of: Callable[[Batch], Outcome],
+    batches: Iterable[Batch],
+    optimizers: Sequence[torch.optim.Optimizer],
+    rates: Sequence[float],
+    report: Callable[[str], None] = write_line,
+    report_every: int = 50,
+    save: Callable[[], None] | None = None,
+    save_every: int = 100,
+    clipped: Sequence[nn.Parameter] = (),
+) -> None:
+    """Take one step for each learning rate.
+
+    Args:
+        name: begins every line of progress.
+        outcome_of: runs the model on a batch.
+        batches: what it runs on; as many are drawn as there are steps.
+        optimizers: of all that is trained.
+        rates: the learning rate of every step.
+        report: called with a line of progress: the loss and what share was right since the line before.
+        report_every: steps between lines.
+        save: called at times and after the last step.
+        save_every: steps between saves.
+        clipped: parameters whose gradient, taken as one vector, is clipped to length 1.
+    """
+    began, loss, shares = time.monotonic(), 0.0, defaultdict[str, float](float)
+    for step, (rate, batch) in enumerate(zip(rates, batches), 1):
+        _set_learning_rate(optimizers, rate)
+        outcome = outcome_of(batch)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        outcome.loss.backward()
+        if clipped:
+            nn.utils.clip_grad_norm_(clipped, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        loss += outcome.loss.item()
+        for about, marks in outcome.right.items():
+            shares[about] += marks.float().mean().item()
+        if step % report_every == 0:
+            parts = [f"loss {loss / report_every:.4f}"]
+            parts += [f"{about} {share / report_every:.3f}" for about, share in shares.items()]
+            report(f"{name} {step:5d}  {'  '.join(parts)}  {time.monotonic() - began:6.0f} s")
+            loss = 0.0
+            shares.clear()
+        if save is not None and (step % save_every == 0 or step == len(rates)):
+            save()
+
+
+def _set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:
     """Use `learning_rate` from the next step on."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -8,7 +8,6 @@ single answers through the decoder would teach in hours.
 
 import math
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -20,7 +19,9 @@ from optimum_sab.data.documents import number_sign
 from optimum_sab.data.documents import render as render_document
 from optimum_sab.data.scenes import GRID, PLACES, Scene
 from optimum_sab.data.scenes import render as render_scene
-from optimum_sab.example.optimization import make_optimizers, set_learning_rate
+from optimum_sab.example.chatml import token_ids
+from optimum_sab.example.learning_rate import linear_rates
+from optimum_sab.example.optimization import Outcome, make_optimizers, optimize, write_line
 from optimum_sab.example.tasks import IMAGE_SIZE, NOTHING, training_number, training_scene
 
 TOKENS_ACROSS = 4
@@ -51,7 +52,7 @@ def teach_sight(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: ProcessorMixin,
     settings: SightSettings,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = write_line,
 ) -> None:
     """Train the vision tower of `model` in place.
 
@@ -64,25 +65,20 @@ def teach_sight(
     visual = model.model.visual
     directions = nn.functional.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
     optimizers = make_optimizers(visual, settings.learning_rate, weight_decay=0.05)
-    warmup = min(100, settings.steps // 4)
-    began, running = time.monotonic(), 0.0
-    for step, batch in zip(range(1, settings.steps + 1), sight_batches(processor, settings)):
-        set_learning_rate(optimizers, settings.learning_rate * min(step / warmup, 1.05 - step / settings.steps))
+    tokens: Tensor
+
+    def look(batch: SightBatch) -> Outcome:
+        nonlocal tokens
         with torch.autocast("cpu", dtype=torch.bfloat16):
             tokens = torch.stack(model.get_image_features(batch.pixel_values, batch.image_grid_thw).pooler_output)
         seen = nn.functional.rms_norm(tokens[:, CELL_TOKENS].float(), tokens.shape[-1:])
         logits = seen @ directions.T
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch.words.flatten(0, 1))
-        visual.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        running += loss.item()
-        if step % 50 == 0:
-            right, elapsed = recognized(logits, batch.words > 0).float(), time.monotonic() - began
-            shares = f"cells {right[: settings.scenes].mean():.2f}  digits {right[settings.scenes :].mean():.2f}"
-            report(f"sight {step:5d}  loss {running / 50:.4f}  {shares}  {elapsed:6.0f} s")
-            running = 0.0
+        right = recognized(logits, batch.words > 0)
+        return Outcome(loss, {"cells": right[: settings.scenes], "digits": right[settings.scenes :]})
+
+    rates = linear_rates(settings.learning_rate, settings.steps, min(100, settings.steps // 4), last=0.05)
+    optimize("sight", look, sight_batches(processor, settings), optimizers, rates, report)
     _match_scale(model, tokens.detach().float())
 
 
@@ -143,6 +139,6 @@ def _distributions(cells: list[list[str]], tokenizer: PreTrainedTokenizerBase) -
     """For every cell equal probabilities for the tokens of its words, [cells, vocabulary]."""
     target = torch.zeros(len(cells), len(tokenizer))
     for row, words in zip(target, cells, strict=True):
-        tokens = [token for word in words for token in tokenizer.encode(word, add_special_tokens=False)]
+        tokens = [token for word in words for token in token_ids(tokenizer, word)]
         row[tokens] = 1.0
     return target / target.sum(-1, keepdim=True)

@@ -1,32 +1,29 @@
 """The six tasks of the embedded example and their questions.
 
 Held out means never trained on. Every question hangs on a key that says what is in it: the layout of a scene (which
-shape of which colour in which cell), the number on a sign, the facts of a text. Keys whose checksum is a multiple of
-`RESERVED_MODULUS` are reserved; `held_out_questions` draws only those, `training_conversation` never does. A held-out
+shape of which colour in which cell), the number on a sign, the facts of a text. Some keys are reserved (see
+`optimum_sab.data.held_out`); `held_out_questions` draws only those, `training_conversation` never does. A held-out
 question is thus a new combination of known parts: its layout, number or facts occur in no training example.
 """
 
 import random
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from PIL import Image
 
+from optimum_sab.data.chat import Turn
 from optimum_sab.data.documents import number_sign
 from optimum_sab.data.documents import render as render_document
-from optimum_sab.data.questions import SCENE_TASKS, Turn, scene_turns
+from optimum_sab.data.held_out import draw
+from optimum_sab.data.questions import SCENE_TASKS, scene_turns
 from optimum_sab.data.scenes import GRID, Scene, random_scene
 from optimum_sab.data.scenes import render as render_scene
 from optimum_sab.errors import ConfigError
 
-Drawn = TypeVar("Drawn")
-
 TASKS: tuple[str, ...] = ("colour", "shape", "counting", "position", "reading", "text")
 SUBJECTS: tuple[str, ...] = ("scene", "sign", "text")
 IMAGE_SIZE = 112
-RESERVED_MODULUS = 10
 NOTHING = "none"
 
 NAMES = ("Tom", "Ann", "Sam", "Eva", "Ben", "Mia", "Leo", "Zoe", "Max", "Ivy", "Dan", "Amy", "Jon", "Kim", "Ned", "Sue")
@@ -45,7 +42,7 @@ class Question:
         image: the picture asked about, None for the `text` task.
         prompt: what the user says.
         answer: what the model must answer, exactly.
-        key: what the question is about; reserved or not, see `is_reserved`.
+        key: what the question is about; reserved or not, see `optimum_sab.data.held_out`.
     """
 
     task: str
@@ -79,11 +76,6 @@ class Facts:
     turns: tuple[Turn, ...]
 
 
-def is_reserved(key: str) -> bool:
-    """Whether questions with this key are kept for evaluation."""
-    return zlib.crc32(key.encode()) % RESERVED_MODULUS == 0
-
-
 def held_out_questions(task: str, count: int, seed: int) -> list[Question]:
     """Questions that training never draws; equal seeds give equal questions.
 
@@ -112,6 +104,18 @@ def training_questions(task: str, count: int, seed: int) -> list[Question]:
     return _questions(task, count, random.Random(f"training {task} {seed}"), reserved=False)
 
 
+def check_asked(task: str, known: Sequence[str], count: int) -> None:
+    """Refuse to ask what is no task, or nothing.
+
+    Raises:
+        ConfigError: if the task is not one of `known` or `count` is not positive.
+    """
+    if task not in known:
+        raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(known)}.")
+    if count < 1:
+        raise ConfigError(f"count={count} must be at least 1.")
+
+
 def training_conversation(rng: random.Random, about: str) -> Conversation:
     """Draw a training conversation: the tasks' questions in random order, then one question that asks for everything.
 
@@ -135,7 +139,7 @@ def training_conversation(rng: random.Random, about: str) -> Conversation:
         rng.shuffle(turns)
         turns = [*turns[:7], inventory(scene)] if rng.random() < 0.3 else turns[:9]
         return Conversation(render_scene(scene, IMAGE_SIZE), tuple(turns), (scene.layout,))
-    facts = [_draw(rng, random_facts, lambda facts: facts.key, reserved=False) for _ in range(3)]
+    facts = [draw(rng, random_facts, lambda facts: facts.key, reserved=False) for _ in range(3)]
     turns = [turn for each in facts for turn in _discussed(each, rng, questions=3)]
     keys = tuple(each.key for each in facts)
     if about == "text":
@@ -143,19 +147,19 @@ def training_conversation(rng: random.Random, about: str) -> Conversation:
         return Conversation(None, (*turns, Turn(f"Repeat: {words}", words)), keys)
     number = training_number(rng)
     sign = number_sign(number, rng)
-    asked = [Turn(each.prompt, each.answer) for each in sign.questions]
+    asked = list(sign.questions)
     rng.shuffle(asked)
     return Conversation(render_document(sign, IMAGE_SIZE), (*asked, *turns[:3]), (str(number), keys[0]))
 
 
 def training_scene(rng: random.Random) -> Scene:
     """Draw a scene from the part that training may see."""
-    return _draw(rng, random_scene, lambda scene: scene.layout, reserved=False)
+    return draw(rng, random_scene, lambda scene: scene.layout, reserved=False)
 
 
 def training_number(rng: random.Random) -> int:
     """Draw the number of a sign from the part that training may see."""
-    return _draw(rng, _random_number, str, reserved=False)
+    return draw(rng, _random_number, str, reserved=False)
 
 
 def inventory(scene: Scene) -> Turn:
@@ -192,18 +196,15 @@ def random_list(rng: random.Random) -> Facts:
 
 
 def _questions(task: str, count: int, rng: random.Random, reserved: bool) -> list[Question]:
-    if task not in _ASK:
-        raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(TASKS)}.")
-    if count < 1:
-        raise ConfigError(f"count={count} must be at least 1.")
+    check_asked(task, TASKS, count)
     return [_ASK[task](rng, reserved) for _ in range(count)]
 
 
 def _ask_about_scene(task: str) -> Callable[[random.Random, bool], Question]:
     def ask(rng: random.Random, reserved: bool) -> Question:
-        scene = _draw(rng, random_scene, lambda scene: scene.layout, reserved)
+        scene = draw(rng, random_scene, lambda scene: scene.layout, reserved)
         while not (turns := scene_turns(task, scene)):
-            scene = _draw(rng, random_scene, lambda scene: scene.layout, reserved)
+            scene = draw(rng, random_scene, lambda scene: scene.layout, reserved)
         turn = rng.choice(turns)
         return Question(task, render_scene(scene, IMAGE_SIZE), turn.prompt, turn.answer, scene.layout)
 
@@ -211,14 +212,14 @@ def _ask_about_scene(task: str) -> Callable[[random.Random, bool], Question]:
 
 
 def _ask_to_read(rng: random.Random, reserved: bool) -> Question:
-    number = _draw(rng, _random_number, str, reserved)
+    number = draw(rng, _random_number, str, reserved)
     sign = number_sign(number, rng)
     asked = sign.questions[0]
     return Question("reading", render_document(sign, IMAGE_SIZE), asked.prompt, asked.answer, str(number))
 
 
 def _ask_about_text(rng: random.Random, reserved: bool) -> Question:
-    facts = _draw(rng, random_list, lambda facts: facts.key, reserved)
+    facts = draw(rng, random_list, lambda facts: facts.key, reserved)
     turn = _posed(facts, rng.choice(facts.turns[:2]))
     return Question("text", None, turn.prompt, turn.answer, facts.key)
 
@@ -228,18 +229,6 @@ _ASK: dict[str, Callable[[random.Random, bool], Question]] = {
     "reading": _ask_to_read,
     "text": _ask_about_text,
 }
-
-
-def _draw(
-    rng: random.Random,
-    generate: Callable[[random.Random], Drawn],
-    key: Callable[[Drawn], str],
-    reserved: bool,
-) -> Drawn:
-    """Draw until the key falls on the wanted side of the split."""
-    while is_reserved(key(drawn := generate(rng))) != reserved:
-        pass
-    return drawn
 
 
 def _discussed(facts: Facts, rng: random.Random, questions: int) -> list[Turn]:

@@ -1,49 +1,28 @@
 """The embedded example's tokenizer and picture preprocessing, and the texts the tokenizer is trained on."""
 
-import json
 import pathlib
-import pydoc_data.topics
 import random
 from collections.abc import Iterator
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from optimum_sab.data.reference import reference_topics
 from optimum_sab.example.architecture import (
     END_OF_TEXT,
     MERGE_SIZE,
     PATCH_SIZE,
     SPECIAL_TOKENS,
     TEMPORAL_PATCH_SIZE,
-    TURN_END,
     VOCABULARY_SIZE,
 )
+from optimum_sab.example.chatml import TURN_END, chat_template
+from optimum_sab.example.processor import ProcessorClasses, special_token, write_processor_files
 from optimum_sab.example.tasks import IMAGE_SIZE, SUBJECTS, training_conversation
 
 PRE_TOKENIZATION = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string %}
-{{- message['content'] }}
-{%- else %}
-{%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}
-{{- '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- elif part['type'] == 'video' %}
-{{- '<|vision_start|><|video_pad|><|vision_end|>' }}
-{%- elif part['type'] == 'text' %}
-{{- part['text'] }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
+IMAGE, VIDEO = "<|vision_start|><|image_pad|><|vision_end|>", "<|vision_start|><|video_pad|><|vision_end|>"
 
 
 def write_processor(folder: pathlib.Path, texts: Iterator[str]) -> None:
@@ -62,19 +41,17 @@ def write_processor(folder: pathlib.Path, texts: Iterator[str]) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY_SIZE,
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[special_token(token) for token in SPECIAL_TOKENS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "processor_class": "Qwen2_5_VLProcessor",
+    write_processor_files(
+        folder,
+        ProcessorClasses("Qwen2_5_VLProcessor", "Qwen2Tokenizer", "Qwen2VLImageProcessor"),
+        tokenizer,
+        chat_template(IMAGE, VIDEO),
+        tokenizer_config={
             "model_max_length": 2048,
             "eos_token": TURN_END,
             "pad_token": END_OF_TEXT,
@@ -86,26 +63,19 @@ def write_processor(folder: pathlib.Path, texts: Iterator[str]) -> None:
             "split_special_tokens": False,
             "errors": "replace",
         },
-    )
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
+        preprocessor_config={
             "min_pixels": (2 * PATCH_SIZE * MERGE_SIZE) ** 2,
             "max_pixels": IMAGE_SIZE**2,
             "patch_size": PATCH_SIZE,
             "temporal_patch_size": TEMPORAL_PATCH_SIZE,
             "merge_size": MERGE_SIZE,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
         },
     )
 
 
 def prose_passages(rng: random.Random, length: int = 300) -> Iterator[str]:
     """Endless passages of `length` characters from the reference documentation inside Python."""
-    text = "\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items()))
+    text = "\n\n".join(reference_topics())
     while True:
         start = rng.randrange(len(text) - length)
         yield text[start : start + length]
@@ -120,7 +90,3 @@ def tokenizer_texts(seed: int) -> Iterator[str]:
             yield f"user\n{turn.prompt}"
             yield f"assistant\n{turn.answer}"
         yield next(passages)
-
-
-def _write_json(path: pathlib.Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -11,11 +11,9 @@ Sums in bfloat16 depend on the processor, so a rerun gives a model as good, not 
 """
 
 import argparse
-import math
 import pathlib
 import random
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,11 +21,15 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration
 
+from optimum_sab.data.chat import chat_messages
 from optimum_sab.example.acceleration import accelerate
-from optimum_sab.example.architecture import TURN_END, TURN_START, build_model, save_model
-from optimum_sab.example.optimization import make_optimizers, set_learning_rate
+from optimum_sab.example.architecture import build_model, save_model
+from optimum_sab.example.chatml import answer_mask
+from optimum_sab.example.learning_rate import cosine_rates
+from optimum_sab.example.optimization import Outcome, make_optimizers, optimize, write_line
+from optimum_sab.example.predictions import predict_learnt
 from optimum_sab.example.sight import SightSettings, teach_sight
-from optimum_sab.example.tasks import Conversation, training_conversation
+from optimum_sab.example.tasks import training_conversation
 from optimum_sab.example.tokenization import prose_passages, tokenizer_texts, write_processor
 from optimum_sab.hf.processor import load_processor
 
@@ -71,39 +73,6 @@ class Batch:
     loss_weight: Tensor
 
 
-def messages(conversation: Conversation) -> list[dict[str, object]]:
-    """The conversation in the chat format of Transformers; the picture stands before the first prompt."""
-    chat: list[dict[str, object]] = []
-    for turn in conversation.turns:
-        content: list[dict[str, object]] = [{"type": "text", "text": turn.prompt}]
-        if conversation.image is not None and not chat:
-            content.insert(0, {"type": "image", "image": conversation.image})
-        chat.append({"role": "user", "content": content})
-        chat.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    return chat
-
-
-def answer_mask(input_ids: Tensor, processor: ProcessorMixin) -> Tensor:
-    """Which tokens belong to an assistant's answer, its closing token included.
-
-    Args:
-        input_ids: token ids, [batch, length].
-        processor: the processor that made them.
-
-    Returns:
-        Booleans, [batch, length].
-    """
-    opening = processor.tokenizer.encode(f"{TURN_START}assistant\n", add_special_tokens=False)
-    closing = processor.tokenizer.convert_tokens_to_ids(TURN_END)
-    begins = torch.zeros_like(input_ids, dtype=torch.bool)
-    windows = input_ids.unfold(1, len(opening), 1)
-    begins[:, len(opening) :] = (windows == torch.tensor(opening)).all(-1)[:, :-1]
-    closed_before = (input_ids == closing).long().cumsum(1) - (input_ids == closing).long()
-    opened = begins.long().cumsum(1)
-    latest = torch.where(begins, closed_before, 0).cummax(1).values
-    return (opened > 0) & (closed_before == latest)
-
-
 def batches(processor: ProcessorMixin, settings: TrainingSettings) -> Iterator[Batch]:
     """The endless training stream."""
     rng = random.Random(f"training {settings.seed}")
@@ -111,7 +80,8 @@ def batches(processor: ProcessorMixin, settings: TrainingSettings) -> Iterator[B
     subjects = ["scene"] * settings.scenes + ["sign"] * settings.signs + ["text"] * settings.texts
     while True:
         conversations = [training_conversation(rng, subject) for subject in subjects]
-        texts = [processor.apply_chat_template(messages(each), tokenize=False) for each in conversations]
+        chats = [chat_messages(each.turns, each.image) for each in conversations]
+        texts = [processor.apply_chat_template(chat, tokenize=False) for chat in chats]
         texts += [next(passages) for _ in range(settings.prose)]
         inputs = processor(
             text=texts,
@@ -121,19 +91,18 @@ def batches(processor: ProcessorMixin, settings: TrainingSettings) -> Iterator[B
             max_length=settings.length,
             return_tensors="pt",
         )
-        weight = answer_mask(inputs["input_ids"], processor).float()
+        weight = answer_mask(inputs["input_ids"], processor.tokenizer).float()
         weight[len(conversations) :] = settings.prose_weight
         yield Batch(inputs=dict(inputs), loss_weight=weight * inputs["attention_mask"])
 
 
 def weighted_loss(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
     """Mean cross-entropy of the next token over the tokens that count; logits are made for those only."""
-    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state[:, :-1]
-    weight, target = batch.loss_weight[:, 1:], batch.inputs["input_ids"][:, 1:]
-    counts = weight > 0
-    logits = model.lm_head(hidden[counts]).float()
-    losses = torch.nn.functional.cross_entropy(logits, target[counts], reduction="none")
-    return (losses * weight[counts]).sum() / weight.sum()
+    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    predicted = predict_learnt(model, hidden, batch.inputs["input_ids"], batch.loss_weight > 0)
+    losses = torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
+    weight = batch.loss_weight[:, 1:]
+    return (losses * weight[weight > 0]).sum() / weight.sum()
 
 
 def train(
@@ -157,31 +126,21 @@ def train(
     """
     model.model.visual.requires_grad_(False)
     optimizers = make_optimizers(model, settings.learning_rate, settings.weight_decay)
-    stream = batches(processor, settings)
-    began, running = time.monotonic(), 0.0
-    for step in range(1, settings.steps + 1):
-        set_learning_rate(optimizers, settings.learning_rate * schedule(step, settings))
+
+    def converse(batch: Batch) -> Outcome:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = weighted_loss(model, next(stream))
-        model.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        running += loss.item()
-        if step % 50 == 0:
-            print(f"step {step:5d}  loss {running / 50:.4f}  {time.monotonic() - began:6.0f} s", flush=True)
-            running = 0.0
-        if step % save_every == 0 or step == settings.steps:
-            save_model(model, output)
+            return Outcome(weighted_loss(model, batch))
 
-
-def schedule(step: int, settings: TrainingSettings) -> float:
-    """Factor on the learning rate: linear warm-up, then a cosine down to one hundredth."""
-    if step <= settings.warmup:
-        return step / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress))
+    optimize(
+        "step",
+        converse,
+        batches(processor, settings),
+        optimizers,
+        cosine_rates(settings.learning_rate, settings.steps, settings.warmup),
+        save=lambda: save_model(model, output),
+        save_every=save_every,
+        clipped=[each for each in model.parameters() if each.requires_grad],
+    )
 
 
 def main() -> None:
@@ -207,7 +166,7 @@ def main() -> None:
     processor = load_processor(arguments.output)
     model.train()
     accelerate(model)
-    print(f"{sum(each.numel() for each in model.parameters()):,} parameters", flush=True)
+    write_line(f"{sum(each.numel() for each in model.parameters()):,} parameters")
     if arguments.sight_steps > 0:
         teach_sight(model, processor, SightSettings(seed=arguments.seed, steps=arguments.sight_steps))
         save_model(model, arguments.output)

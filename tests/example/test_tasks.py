@@ -3,15 +3,14 @@ import re
 
 import pytest
 
+from optimum_sab.data.held_out import is_reserved
 from optimum_sab.data.scenes import COLOURS, KINDS, PLACES
 from optimum_sab.errors import ConfigError
 from optimum_sab.example.tasks import (
     IMAGE_SIZE,
-    RESERVED_MODULUS,
     SUBJECTS,
     TASKS,
     held_out_questions,
-    is_reserved,
     random_facts,
     training_conversation,
     training_questions,
@@ -53,11 +52,6 @@ def test_training_conversations_never_contain_a_reserved_key():
         conversation = training_conversation(rng, SUBJECTS[index % 3])
         assert conversation.keys
         assert not any(map(is_reserved, conversation.keys))
-
-
-def test_about_one_key_in_the_modulus_is_reserved():
-    share = sum(is_reserved(str(number)) for number in range(10000)) / 10000
-    assert share == pytest.approx(1 / RESERVED_MODULUS, rel=0.15)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -6,14 +6,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.architecture import build_model, model_config
-from optimum_sab.example.training import (
-    TrainingSettings,
-    answer_mask,
-    batches,
-    schedule,
-    train,
-    weighted_loss,
-)
+from optimum_sab.example.training import TrainingSettings, batches, train, weighted_loss
 from optimum_sab.hf.processor import load_processor
 
 SMALL = TrainingSettings(steps=10, scenes=2, signs=1, texts=1, prose=1, warmup=4)
@@ -29,22 +22,6 @@ def processor():
 @pytest.fixture(scope="module")
 def batch(processor):
     return next(batches(processor, SMALL))
-
-
-def test_answer_mask_marks_answers_and_their_closing_tokens_only(processor):
-    text = (
-        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\nAnn<|im_end|>\n"
-        "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\ntop left<|im_end|>\n"
-    )
-    ids = torch.tensor([processor.tokenizer.encode(text)])
-    marked = ids[answer_mask(ids, processor)]
-    assert processor.tokenizer.decode(marked) == "Ann<|im_end|>top left<|im_end|>"
-
-
-def test_answer_mask_is_empty_without_an_answer(processor):
-    text = "<|im_start|>user\nWho?<|im_end|>\nplain prose, nothing else at all"
-    ids = torch.tensor([processor.tokenizer.encode(text)])
-    assert not answer_mask(ids, processor).any()
 
 
 def test_batches_are_determined_by_the_seed(processor, batch):
@@ -99,13 +76,6 @@ def test_train_saves_a_changed_decoder_and_leaves_the_tower_alone(processor, tmp
         torch.testing.assert_close(
             each, dict(model.named_parameters())[name].to(torch.bfloat16).float(), rtol=0, atol=0
         )
-
-
-def test_schedule_warms_up_and_decays_to_a_hundredth():
-    factors = [schedule(step, SMALL) for step in range(1, SMALL.steps + 1)]
-    assert factors[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
-    assert factors[-1] == pytest.approx(0.01)
-    assert all(later < earlier for earlier, later in zip(factors[3:], factors[4:]))
 
 
 def test_model_config_matches_the_vocabulary_and_the_picture_features():

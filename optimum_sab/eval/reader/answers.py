@@ -1,21 +1,32 @@
-"""What both trainings through the language model share: rows of tokens that end in an answer, and the answers' loss."""
+"""What both trainings through the language model share: the chat around a picture, its rows of tokens, their loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.example.chatml import ANSWER_START, TURN_END, TURN_START
+from optimum_sab.example.predictions import predict_learnt
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64
 
 
-def token_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a piece of a chat, with nothing put in front or behind."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
+BEFORE_PICTURE = f"{TURN_START}user\n"
+
+
+def after_picture(question: str) -> str:
+    """The chat's text between the picture and the answer, as the reader's chat template writes it."""
+    return f"\n{question}{TURN_END}\n{ANSWER_START}"
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """Adam, for what is moved by gradients that come back through the language model."""
+    return torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.95))
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ def answer_loss(
         hidden: its last hidden states at the rows' tokens.
         rows: the tokens.
     """
-    logits = model.lm_head(hidden[:, :-1][rows.learnt[:, 1:]]).float()
-    targets = rows.ids[:, 1:][rows.learnt[:, 1:]]
-    hits = (logits.argmax(-1) == targets).split(list(rows.lengths))
-    return nn.functional.cross_entropy(logits, targets), torch.stack([each.all() for each in hits])
+    predicted = predict_learnt(model, hidden, rows.ids, rows.learnt)
+    hits = (predicted.logits.argmax(-1) == predicted.targets).split(list(rows.lengths))
+    loss = nn.functional.cross_entropy(predicted.logits, predicted.targets)
+    return loss, torch.stack([each.all() for each in hits])

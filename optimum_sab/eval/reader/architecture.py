@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.tower import IMAGE_SIZE, PATCH_SIZE, TOKENS, tower_config
+from optimum_sab.example.chatml import chat_template
+from optimum_sab.example.processor import ProcessorClasses, special_token, write_json, write_processor_files
 from optimum_sab.hf.load import check_output, written_whole
 
 WEIGHTS = Path(__file__).with_name("vision.safetensors")
@@ -27,26 +29,6 @@ RECIPE = "docs/benchmarks.md says how to make the checkpoint of SmolLM2-135M-Ins
 EMBEDDINGS = "model.embed_tokens.weight"
 # Of the folder's tokens; Transformers' two lines name their classes and store roles differently, so they are read.
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-CHAT_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|im_start|>' + message['role'] + '\\n' }}
-{%- if message['content'] is string %}
-{{- message['content'] }}
-{%- else %}
-{%- for part in message['content'] %}
-{%- if part['type'] == 'image' %}
-{{- '<image>\\n' }}
-{%- elif part['type'] == 'text' %}
-{{- part['text'] }}
-{%- endif %}
-{%- endfor %}
-{%- endif %}
-{{- '<|im_end|>\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
 
 
 def write_reader(
@@ -90,8 +72,8 @@ def write_reader(
     ends: dict[str, Any] = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
     with written_whole(output, overwrite) as partial:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        _write_json(partial / "config.json", reader_config(config, placeholder, table.dtype))
-        _write_json(partial / "generation_config.json", ends)
+        write_json(partial / "config.json", reader_config(config, placeholder, table.dtype))
+        write_json(partial / "generation_config.json", ends)
         _write_processor(partial, tokenizer, _roles(language))
     return output
 
@@ -178,7 +160,7 @@ def _read_tokenizer(language: Path) -> tuple[Tokenizer, int]:
     tokenizer = Tokenizer.from_file(str(path))
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.add_special_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)])
+    tokenizer.add_special_tokens([special_token(IMAGE_TOKEN)])
     placeholder = tokenizer.get_vocab_size() - 1  # the last token added
     return tokenizer, placeholder
 
@@ -193,33 +175,25 @@ def _roles(language: Path) -> dict[str, str]:
 
 
 def _write_processor(folder: Path, tokenizer: Tokenizer, roles: dict[str, str]) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "processor_class": "LlavaProcessor",
+    write_processor_files(
+        folder,
+        ProcessorClasses("LlavaProcessor", "PreTrainedTokenizerFast", "SiglipImageProcessor"),
+        tokenizer,
+        chat_template(f"{IMAGE_TOKEN}\n"),
+        tokenizer_config={
             "model_max_length": 8192,
             "model_input_names": ["input_ids", "attention_mask"],  # Transformers 4 adds token types otherwise
             "clean_up_tokenization_spaces": False,
             **roles,
         },
-    )
-    _write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "SiglipImageProcessor",
-            "processor_class": "LlavaProcessor",
+        preprocessor_config={
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
             "resample": 3,  # bicubic
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_std": [0.5, 0.5, 0.5],
         },
     )
-    _write_json(
+    write_json(
         folder / "processor_config.json",
         {
             "processor_class": "LlavaProcessor",
@@ -229,7 +203,3 @@ def _write_processor(folder: Path, tokenizer: Tokenizer, roles: dict[str, str]) 
             "image_token": IMAGE_TOKEN,
         },
     )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

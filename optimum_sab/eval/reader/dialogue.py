@@ -7,7 +7,6 @@ comes back through the language model, whose weights stay, and moves the tower a
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from optimum_sab.eval.reader.answers import AnsweredRows, answer_loss, answered_rows, token_ids
+from optimum_sab.eval.reader.answers import (
+    BEFORE_PICTURE,
+    AnsweredRows,
+    after_picture,
+    answer_loss,
+    answered_rows,
+    make_optimizer,
+)
 from optimum_sab.eval.reader.cifar import Pictures
 from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightBatch, SightSettings, sight_batches
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
-from optimum_sab.example.optimization import set_learning_rate
+from optimum_sab.example.chatml import token_ids
+from optimum_sab.example.learning_rate import linear_rates
+from optimum_sab.example.optimization import Outcome, optimize, write_line
 
 
 @dataclass(frozen=True)
@@ -40,9 +48,7 @@ def teach_dialogue(
     sight: Sight,
     pictures: Pictures,
     settings: DialogueSettings,
-    before: str,
-    after: Callable[[str], str],
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = write_line,
     save: Callable[[], None] | None = None,
 ) -> None:
     """Train tower and connector in place.
@@ -53,52 +59,47 @@ def teach_dialogue(
         sight: as the first stage left it.
         pictures: CIFAR-10's training half.
         settings: how long and on what.
-        before: the chat's text before the picture.
-        after: a question → the chat's text after the picture, up to where the answer begins.
         report: called with a line of progress every ten steps.
         save: called every fifty steps and at the end.
     """
     model.requires_grad_(False)
     trained = [*sight.tower.parameters(), *sight.connector.parameters()]
-    optimizer = torch.optim.Adam(trained, lr=settings.learning_rate, betas=(0.9, 0.95))
     drawn = SightSettings(signs=settings.signs, pictures=settings.pictures, seed=settings.seed)
-    rng, began, running = random.Random(f"dialogue {settings.seed}"), time.monotonic(), torch.zeros(3)
-    for step, batch in zip(range(1, settings.steps + 1), sight_batches(pictures, drawn)):
-        share = min(step / settings.warmup, 1.02 - step / settings.steps)
-        set_learning_rate([optimizer], settings.learning_rate * share)
-        rows = _rows(tokenizer, batch, settings.signs, rng, after)
-        loss, hits = _dialogue_loss(model, tokenizer, sight, batch, rows, before)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        parts = [part.float().mean() for part in hits.split([settings.signs, settings.pictures])]
-        running += torch.stack([loss.detach(), *parts])
-        if step % 10 == 0:
-            loss_, signs, named = (running / 10).tolist()
-            elapsed = time.monotonic() - began
-            report(f"dialogue {step:4d}  loss {loss_:.4f}  signs {signs:.3f}  pictures {named:.3f}  {elapsed:5.0f} s")
-            running.zero_()
-        if save is not None and (step % 50 == 0 or step == settings.steps):
-            save()
+    rng = random.Random(f"dialogue {settings.seed}")
+
+    def converse(batch: SightBatch) -> Outcome:
+        rows = _rows(tokenizer, batch, settings.signs, rng)
+        loss, hits = _dialogue_loss(model, tokenizer, sight, batch, rows)
+        return Outcome(loss, {"signs": hits[: settings.signs], "pictures": hits[settings.signs :]})
+
+    optimize(
+        "dialogue",
+        converse,
+        sight_batches(pictures, drawn),
+        [make_optimizer(trained, settings.learning_rate)],
+        linear_rates(settings.learning_rate, settings.steps, settings.warmup, last=0.02),
+        report,
+        report_every=10,
+        save=save,
+        save_every=50,
+    )
 
 
-def _rows(
-    tokenizer: Any, batch: SightBatch, signs: int, rng: random.Random, after: Callable[[str], str]
-) -> AnsweredRows:
+def _rows(tokenizer: Any, batch: SightBatch, signs: int, rng: random.Random) -> AnsweredRows:
     """A question about every picture, from behind the picture on, with its answer."""
     answers = ["".join(CANDIDATES[index] for index in row if index).strip() for row in batch.captions.tolist()]
     prompts = [READING_PROMPTS if number < signs else NAMING_PROMPTS for number in range(len(answers))]
-    starts = [token_ids(tokenizer, after(rng.choice(each))) for each in prompts]
+    starts = [token_ids(tokenizer, after_picture(rng.choice(each))) for each in prompts]
     return answered_rows(starts, [token_ids(tokenizer, answer) for answer in answers], tokenizer.eos_token_id)
 
 
 def _dialogue_loss(
-    model: Any, tokenizer: Any, sight: Sight, batch: SightBatch, rows: AnsweredRows, before: str
+    model: Any, tokenizer: Any, sight: Sight, batch: SightBatch, rows: AnsweredRows
 ) -> tuple[Tensor, Tensor]:
     table = model.get_input_embeddings()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         seen = sight.connector(sight(batch.pixels)[2])
-    opening = table(torch.tensor([token_ids(tokenizer, before)]))
+    opening = table(torch.tensor([token_ids(tokenizer, BEFORE_PICTURE)]))
     embedded = [opening.expand(len(seen), -1, -1), seen.to(opening.dtype), table(rows.ids)]
     hidden = model.model(inputs_embeds=torch.cat(embedded, dim=1), use_cache=False).last_hidden_state
     return answer_loss(model, hidden[:, -rows.ids.shape[1] :], rows)

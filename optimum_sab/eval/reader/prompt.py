@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 import random
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +18,16 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from optimum_sab.eval.reader.answers import answer_loss, answered_rows, token_ids
+from optimum_sab.data.chat import Turn
+from optimum_sab.eval.reader.answers import BEFORE_PICTURE, after_picture, answer_loss, answered_rows, make_optimizer
 from optimum_sab.eval.reader.cifar import CLASSES
 from optimum_sab.eval.reader.sight import CAPTION_TOKENS, NOTHING
 from optimum_sab.eval.reader.signs import random_words
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
 from optimum_sab.eval.reader.tower import TOKENS
-from optimum_sab.example.optimization import set_learning_rate
+from optimum_sab.example.chatml import token_ids
+from optimum_sab.example.learning_rate import linear_rates
+from optimum_sab.example.optimization import Outcome, optimize, write_line
 from optimum_sab.hf.compat import CACHE_ARGUMENT
 
 if TYPE_CHECKING:
@@ -71,9 +73,7 @@ def tune_prompt(
     tokenizer: Any,
     prompt: Tensor,
     settings: PromptSettings,
-    before: str,
-    after: Callable[[str], str],
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = write_line,
 ) -> Tensor:
     """Tune the prompt through the frozen language model.
 
@@ -82,68 +82,64 @@ def tune_prompt(
         tokenizer: its tokenizer.
         prompt: where to start, float32 [61, hidden].
         settings: how long and on what.
-        before: the chat's text before the picture.
-        after: a question → the chat's text after the picture, up to where the answer begins.
         report: called with a line of progress every ten steps.
 
     Returns:
         The tuned prompt, float32 [61, hidden].
     """
     model.requires_grad_(False)
-    prompt = nn.Parameter(prompt.clone())
-    optimizer = torch.optim.Adam([prompt], lr=settings.learning_rate, betas=(0.9, 0.95))
-    rng, began, losses, right = random.Random(f"prompt {settings.seed}"), time.monotonic(), 0.0, 0.0
-    for step in range(1, settings.steps + 1):
-        set_learning_rate([optimizer], settings.learning_rate * min(step / 10, 1.05 - step / settings.steps))
-        drawn = [_reading(rng) for _ in range(settings.captions)] + [_naming(rng) for _ in range(settings.captions)]
-        loss, exact = _prompt_loss(model, tokenizer, prompt, drawn, settings.noise, before, after)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses, right = losses + loss.item(), right + exact
-        if step % 10 == 0:
-            elapsed = time.monotonic() - began
-            report(f"prompt {step:4d}  loss {losses / 10:.4f}  exact {right / 10:.3f}  {elapsed:5.0f} s")
-            losses, right = 0.0, 0.0
-    return prompt.detach()
+    tuned = nn.Parameter(prompt.clone())
+
+    def ask(drawn: list[Turn]) -> Outcome:
+        loss, exact = _prompt_loss(model, tokenizer, tuned, drawn, settings.noise)
+        return Outcome(loss, {"exact": exact})
+
+    optimize(
+        "prompt",
+        ask,
+        _captions(settings),
+        [make_optimizer([tuned], settings.learning_rate)],
+        linear_rates(settings.learning_rate, settings.steps, warmup=10, last=0.05),
+        report,
+        report_every=10,
+    )
+    return tuned.detach()
 
 
-def _reading(rng: random.Random) -> tuple[str, str, str]:
+def _captions(settings: PromptSettings) -> Iterator[list[Turn]]:
+    """The endless stream of questions whose answers are the captions; those about signs come first."""
+    rng = random.Random(f"prompt {settings.seed}")
+    while True:
+        yield [_reading(rng) for _ in range(settings.captions)] + [_naming(rng) for _ in range(settings.captions)]
+
+
+def _reading(rng: random.Random) -> Turn:
     words = " ".join(random_words(rng, reserved=False))
-    return f" {words}", rng.choice(READING_PROMPTS), words
+    return Turn(rng.choice(READING_PROMPTS), words)
 
 
-def _naming(rng: random.Random) -> tuple[str, str, str]:
+def _naming(rng: random.Random) -> Turn:
     name = rng.choice(CLASSES)
-    return f" {name}", rng.choice(NAMING_PROMPTS), name
+    return Turn(rng.choice(NAMING_PROMPTS), name)
 
 
-def _prompt_loss(
-    model: Any,
-    tokenizer: Any,
-    prompt: Tensor,
-    drawn: list[tuple[str, str, str]],
-    noise: float,
-    before: str,
-    after: Callable[[str], str],
-) -> tuple[Tensor, float]:
-    """Cross-entropy of the answers' tokens, and the share of answers that are right token by token."""
+def _prompt_loss(model: Any, tokenizer: Any, prompt: Tensor, drawn: list[Turn], noise: float) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the answers' tokens, and whose answers are right token by token."""
     encode = functools.partial(token_ids, tokenizer)
     table = model.get_input_embeddings()
     nothing = encode(NOTHING)[-1]
-    captions = [encode(caption) for caption, _, _ in drawn]
+    captions = [encode(f" {turn.answer}") for turn in drawn]
     captions = [[*ids, *[nothing] * (CAPTION_TOKENS - len(ids))] for ids in captions]
-    starts = [[*c, *encode(after(question))] for c, (_, question, _) in zip(captions, drawn, strict=True)]
-    rows = answered_rows(starts, [encode(answer) for _, _, answer in drawn], tokenizer.eos_token_id)
+    starts = [[*c, *encode(after_picture(turn.prompt))] for c, turn in zip(captions, drawn, strict=True)]
+    rows = answered_rows(starts, [encode(turn.answer) for turn in drawn], tokenizer.eos_token_id)
     embedded = table(rows.ids).detach().clone()
     exact = embedded[:, :CAPTION_TOKENS].float()
     error = nn.functional.normalize(torch.randn_like(exact), dim=-1) * exact.norm(dim=-1, keepdim=True)
     embedded[:, :CAPTION_TOKENS] = (exact + noise * torch.rand(len(drawn), 1, 1) * error).to(embedded.dtype)
-    prefix = torch.cat([table(torch.tensor([encode(before)])), prompt[None].to(embedded.dtype)], dim=1)
+    prefix = torch.cat([table(torch.tensor([encode(BEFORE_PICTURE)])), prompt[None].to(embedded.dtype)], dim=1)
     cache = DynamicCache()
     cached = {CACHE_ARGUMENT: cache, "use_cache": True}
     model(inputs_embeds=prefix, logits_to_keep=1, **cached)
     cache.batch_repeat_interleave(len(drawn))
     hidden = model.model(inputs_embeds=embedded, **cached).last_hidden_state
-    loss, hits = answer_loss(model, hidden, rows)
-    return loss, float(hits.float().mean())
+    return answer_loss(model, hidden, rows)

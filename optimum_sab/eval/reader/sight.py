@@ -10,7 +10,6 @@ on it after two layers and the word on it after four, and the mean of all patche
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 from optimum_sab.eval.reader.cifar import CLASSES, Pictures
 from optimum_sab.eval.reader.signs import WORDS, Sign, draw_sign, random_words
 from optimum_sab.eval.reader.tower import GRID, IMAGE_SIZE, NEIGHBOUR_LAYERS, PATCH_SIZE, TOKENS, WIDTH
-from optimum_sab.example.optimization import make_optimizers, set_learning_rate
+from optimum_sab.example.learning_rate import linear_rates
+from optimum_sab.example.optimization import Outcome, make_optimizers, optimize, write_line
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -173,7 +173,7 @@ def teach_sight(
     embeddings: Tensor,
     prompt: Tensor | None,
     settings: SightSettings,
-    report: Callable[[str], None] = print,
+    report: Callable[[str], None] = write_line,
     save: Callable[[], None] | None = None,
 ) -> None:
     """Train in place, in bfloat16 arithmetic on float32 weights.
@@ -187,25 +187,20 @@ def teach_sight(
         report: called with a line of progress every fifty steps.
         save: called every hundred steps and at the end.
     """
-    optimizers = make_optimizers(sight, settings.learning_rate, weight_decay=0.05)
-    began, running, right = time.monotonic(), 0.0, torch.zeros(2)
-    for step, batch in zip(range(1, settings.steps + 1), sight_batches(pictures, settings)):
-        set_learning_rate(
-            optimizers, settings.learning_rate * min(step / settings.warmup, 1.02 - step / settings.steps)
-        )
+
+    def look(batch: SightBatch) -> Outcome:
         loss, hits = sight_loss(sight, batch, embeddings, prompt, settings.prompt_weight)
-        sight.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        running += loss.item()
-        right += torch.stack([part.float().mean() for part in hits.split([settings.signs, settings.pictures])])
-        if step % 50 == 0:
-            shares = f"signs {right[0] / 50:.3f}  pictures {right[1] / 50:.3f}"
-            report(f"sight {step:5d}  loss {running / 50:.4f}  {shares}  {time.monotonic() - began:6.0f} s")
-            running, right = 0.0, torch.zeros(2)
-        if save is not None and (step % 100 == 0 or step == settings.steps):
-            save()
+        return Outcome(loss, {"signs": hits[: settings.signs], "pictures": hits[settings.signs :]})
+
+    optimize(
+        "sight",
+        look,
+        sight_batches(pictures, settings),
+        make_optimizers(sight, settings.learning_rate, weight_decay=0.05),
+        linear_rates(settings.learning_rate, settings.steps, settings.warmup, last=0.02),
+        report,
+        save=save,
+    )
 
 
 def _endless_order(count: int, generator: np.random.Generator) -> Iterator[int]:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import random
-import zlib
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from optimum_sab.data.held_out import draw
+from optimum_sab.data.typeface import typeface
 
 SIDE = 64
 MARGIN = 2
-RESERVED_MODULUS = 10
 CONTRAST = 90.0
 SIZES = (13, 18)  # of the letters, in pixels
 
@@ -48,30 +48,26 @@ class Sign:
         return " ".join(self.words)
 
 
-def is_reserved(words: tuple[str, ...]) -> bool:
-    """Whether signs with these words in this order are kept for evaluation."""
-    return zlib.crc32(" ".join(words).encode()) % RESERVED_MODULUS == 0
-
-
 def random_words(rng: random.Random, reserved: bool) -> tuple[str, ...]:
-    """One to three words of `WORDS` from the wanted side of the split, each number equally likely."""
+    """One to three words of `WORDS` from the wanted side of the split, each number equally likely.
+
+    Their key (see `optimum_sab.data.held_out`) is the words in their order with spaces between them.
+    """
     count = rng.randint(1, 3)
-    while is_reserved(words := tuple(rng.sample(WORDS, count))) != reserved:
-        pass
-    return words
+    return draw(rng, lambda rng: tuple(rng.sample(WORDS, count)), " ".join, reserved)
 
 
 def draw_sign(words: tuple[str, ...], rng: random.Random) -> Sign:
     """Draw words in a random size and two random colours at a random place."""
-    widest = max(words, key=lambda word: _font(SIZES[1]).getlength(word))
+    widest = max(words, key=lambda word: typeface(SIZES[1]).getlength(word))
     size = rng.randint(*SIZES)
-    while size > SIZES[0] and _font(size).getlength(widest) > SIDE - 2 * MARGIN:
+    while size > SIZES[0] and typeface(size).getlength(widest) > SIDE - 2 * MARGIN:
         size -= 1
-    font, pitch = _font(size), rng.uniform(1.0, 1.2) * size
+    font, pitch = typeface(size), rng.uniform(1.0, 1.2) * size
     widths = [font.getlength(word) for word in words]
     paper, ink = _colours(rng)
     image = Image.new("RGB", (SIDE, SIDE), paper)
-    draw = ImageDraw.Draw(image)
+    canvas = ImageDraw.Draw(image)
     room = SIDE - 2 * MARGIN
     top = MARGIN + rng.random() * max(0.0, room - pitch * len(words))
     left, centred = MARGIN + rng.random() * max(0.0, room - max(widths)), rng.random() < 0.5
@@ -79,17 +75,10 @@ def draw_sign(words: tuple[str, ...], rng: random.Random) -> Sign:
     for line, (word, width) in enumerate(zip(words, widths, strict=True)):
         x = left + (max(widths) - width) / 2 * centred
         y = top + line * pitch
-        draw.text((x, y), word, fill=ink, font=font)
+        canvas.text((x, y), word, fill=ink, font=font)
         letters.append(tuple(x + font.getlength(word[:end]) for end in range(len(word) + 1)))
         lines.append((y, y + size))
     return Sign(words, image, tuple(letters), tuple(lines))
-
-
-@functools.cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(size)
-    assert isinstance(font, ImageFont.FreeTypeFont)
-    return font
 
 
 def _colours(rng: random.Random) -> tuple[tuple[int, int, int], tuple[int, int, int]]:

@@ -1,7 +1,7 @@
 """What the reader is asked, and chats of the same kind to calibrate it on.
 
 Two tasks: "reading", the one to three words of a drawn sign, and "naming", what a picture of CIFAR-10 shows. Held out
-are the sequences of words whose checksum is reserved (see `signs`), so a question shows words that training knows in a
+are the sequences of words whose key is reserved (see `signs`), so a question shows words that training knows in a
 sequence, at a place and in colours that it does not, and CIFAR-10's test half.
 """
 
@@ -16,7 +16,7 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.cifar import Pictures, read_cifar
 from optimum_sab.eval.reader.signs import draw_sign, random_words
 from optimum_sab.example.evaluation import answered_messages
-from optimum_sab.example.tasks import Question
+from optimum_sab.example.tasks import Question, check_asked
 
 READER_TASKS: tuple[str, ...] = ("reading", "naming")
 READING_PROMPTS = ("What does the sign say?", "Which words are written here?", "Read the sign.")
@@ -39,10 +39,7 @@ def reader_questions(
         ConfigError: the task is unknown, `count` does not fit, or `cifar` is missing where it is needed.
         SampleError: CIFAR-10 cannot be read.
     """
-    if task not in READER_TASKS:
-        raise ConfigError(f"task={task!r} is unknown; choose one of {', '.join(READER_TASKS)}.")
-    if count < 1:
-        raise ConfigError(f"count={count} must be at least 1.")
+    check_asked(task, READER_TASKS, count)
     rng = random.Random(f"reader {task} {held_out} {seed}")
     if task == "reading":
         return [_reading(rng, held_out) for _ in range(count)]

@@ -15,7 +15,6 @@ held-out signs and name 218 of 300 of CIFAR-10's test pictures (float32, seed 0)
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -27,14 +26,14 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from optimum_sab.eval.reader.answers import token_ids
 from optimum_sab.eval.reader.cifar import Pictures, read_cifar
 from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
 from optimum_sab.eval.reader.prompt import PromptSettings, tune_prompt, written_prompt
 from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightSettings, flat_patches, sight_batches, teach_sight
 from optimum_sab.eval.reader.tower import initialize_tower, tower_config
+from optimum_sab.example.chatml import token_ids
+from optimum_sab.example.optimization import write_line
 
-BEFORE_PICTURE = "<|im_start|>user\n"
 PREFIXES = {"tower.": "vision_tower.vision_model.", "connector.": "multi_modal_projector."}
 Report = Callable[[str], None]
 
@@ -46,11 +45,6 @@ class Language:
     model: Any
     tokenizer: Any
     embeddings: Tensor
-
-
-def after_picture(question: str) -> str:
-    """The chat's text between the picture and the answer, as the reader's chat template writes it."""
-    return f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def load_language(folder: Path) -> Language:
@@ -130,17 +124,7 @@ def train(
         save_vision(sight, output / "vision.safetensors")
 
     teach_sight(sight, pictures, speaker.embeddings[ids].clone(), prompt, sight_settings, report, save)
-    teach_dialogue(
-        speaker.model,
-        speaker.tokenizer,
-        sight,
-        pictures,
-        dialogue_settings,
-        BEFORE_PICTURE,
-        after_picture,
-        report,
-        save,
-    )
+    teach_dialogue(speaker.model, speaker.tokenizer, sight, pictures, dialogue_settings, report, save)
 
 
 def _prompt(speaker: Language, path: Path, settings: PromptSettings, report: Report) -> Tensor | None:
@@ -150,7 +134,7 @@ def _prompt(speaker: Language, path: Path, settings: PromptSettings, report: Rep
         return None
     torch.manual_seed(settings.seed)
     start = written_prompt(speaker.tokenizer, speaker.embeddings)
-    tuned = tune_prompt(speaker.model, speaker.tokenizer, start, settings, BEFORE_PICTURE, after_picture, report)
+    tuned = tune_prompt(speaker.model, speaker.tokenizer, start, settings, report)
     save_file({"prompt": tuned}, path)
     return tuned
 
@@ -186,13 +170,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings["dialogue"],
         given.initial,
         not given.no_compile,
-        _write_line,
+        write_line,
     )
-
-
-def _write_line(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -2,22 +2,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from optimum_sab.eval.reader.answers import answered_rows
+from optimum_sab.eval.reader.answers import BEFORE_PICTURE, after_picture, answered_rows
 from optimum_sab.eval.reader.architecture import write_reader
 from optimum_sab.eval.reader.cifar import read_cifar
 from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
 from optimum_sab.eval.reader.prompt import PROMPT_TOKENS, PromptSettings
 from optimum_sab.eval.reader.sight import SightSettings
 from optimum_sab.eval.reader.tasks import reader_questions
-from optimum_sab.eval.reader.training import (
-    BEFORE_PICTURE,
-    after_picture,
-    load_language,
-    main,
-    make_sight,
-    tune_prompt,
-    written_prompt,
-)
+from optimum_sab.eval.reader.training import load_language, main, make_sight, tune_prompt, written_prompt
 from optimum_sab.example.evaluation import question_messages
 
 
@@ -57,7 +49,7 @@ def test_tune_prompt_changes_the_prompt_and_not_the_model(language):
     start = written_prompt(tokenizer, model.get_input_embeddings().weight)
     lines = []
     settings = PromptSettings(steps=20, captions=2, learning_rate=2e-2)
-    tuned = tune_prompt(model, tokenizer, start, settings, BEFORE_PICTURE, after_picture, lines.append)
+    tuned = tune_prompt(model, tokenizer, start, settings, lines.append)
     assert not torch.equal(tuned, start)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     first, last = (float(line.split("loss")[1].split()[0]) for line in lines)
@@ -71,9 +63,7 @@ def test_teach_dialogue_lowers_the_answers_loss_and_leaves_the_model(language, c
     sight = make_sight(576, pictures, SightSettings(signs=4, pictures=4))
     settings = DialogueSettings(steps=30, signs=2, pictures=2, learning_rate=2e-3)
     lines = []
-    teach_dialogue(
-        speaker.model, speaker.tokenizer, sight, pictures, settings, BEFORE_PICTURE, after_picture, lines.append
-    )
+    teach_dialogue(speaker.model, speaker.tokenizer, sight, pictures, settings, lines.append)
     first, _, last = (float(line.split("loss")[1].split()[0]) for line in lines)
     assert last < first
     assert all(torch.equal(tensor, before[name]) for name, tensor in speaker.model.state_dict().items())
