@@ -204,6 +204,13 @@ def test_dynamic_overrides_apply_in_their_order():
     assert turned[f"{prefix}.1.mlp.down_proj"] == SMALL.replace(base_planes=2, block_size=64)
 
 
+def test_more_rules_change_the_settings_of_the_same_linears_as_selecting_with_them_does():
+    defaults, first, more = SMALL, {"q_proj": {"block_size": 64}}, {r"layers\.1\.": {"base_planes": 2}}
+    found = select_linears(VisionLanguage(), defaults, dynamic=first).with_rules(more)
+    assert found == select_linears(VisionLanguage(), defaults, dynamic={**first, **more})
+    assert found.settings != select_linears(VisionLanguage(), defaults, dynamic=first).settings
+
+
 def test_a_dynamic_rule_that_matches_nothing_is_refused_by_name():
     with pytest.raises(ConfigError, match="gate_proj"):
         select_linears(VisionLanguage(), SMALL, dynamic={"gate_proj": {"base_planes": 2}})
