@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from optimum_sab.cli.main import main
-from optimum_sab.example import checkpoint_path
 from optimum_sab.ops.backends import _triton_problem as triton_problem
 from optimum_sab.version import __version__
 
@@ -17,9 +16,9 @@ QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations"
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
+def packed(small_example, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli") / "example-sab"
-    assert main(["quantize", str(checkpoint_path()), "--output", str(folder), *QUICK]) == 0
+    assert main(["quantize", str(small_example), "--output", str(folder), *QUICK]) == 0
     return folder
 
 
@@ -33,8 +32,8 @@ def test_quantize_writes_a_whole_checkpoint(packed):
     assert [p.name for p in packed.parent.iterdir()] == [packed.name]  # no partial folder is left
 
 
-def test_quantize_reports_blocks_and_json(tmp_path, capsys):
-    code = main(["quantize", str(checkpoint_path()), "--output", str(tmp_path / "out"), "--json", *QUICK])
+def test_quantize_reports_blocks_and_json(small_example, tmp_path, capsys):
+    code = main(["quantize", str(small_example), "--output", str(tmp_path / "out"), "--json", *QUICK])
     captured = capsys.readouterr()
     report = json.loads(captured.out)  # nothing but the object on standard output
     assert code == 0
@@ -45,24 +44,24 @@ def test_quantize_reports_blocks_and_json(tmp_path, capsys):
         assert f"block {block['index']:3d}" in captured.err
 
 
-def test_quantize_refuses_a_folder_with_files(packed, capsys):
+def test_quantize_refuses_a_folder_with_files(small_example, packed, capsys):
     before = {p: p.stat().st_mtime_ns for p in packed.iterdir()}
-    assert main(["quantize", str(checkpoint_path()), "--output", str(packed), *QUICK]) == 1
+    assert main(["quantize", str(small_example), "--output", str(packed), *QUICK]) == 1
     assert "not empty" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in packed.iterdir()} == before
 
 
-def test_quantize_overwrites_when_asked(tmp_path):
+def test_quantize_overwrites_when_asked(small_example, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "old.txt").write_text("old")
-    assert main(["quantize", str(checkpoint_path()), "--output", str(folder), "--overwrite", *QUICK]) == 0
+    assert main(["quantize", str(small_example), "--output", str(folder), "--overwrite", *QUICK]) == 0
     assert (folder / "config.json").exists()
     assert not (folder / "old.txt").exists()
 
 
-def test_quantize_leaves_nothing_behind_when_it_fails(tmp_path, capsys):
-    command = ["quantize", str(checkpoint_path()), "--output", str(tmp_path / "out"), "--keep-dense", "nothing_like_it"]
+def test_quantize_leaves_nothing_behind_when_it_fails(small_example, tmp_path, capsys):
+    command = ["quantize", str(small_example), "--output", str(tmp_path / "out"), "--keep-dense", "nothing_like_it"]
     assert main([*command, *QUICK]) == 1
     assert "'nothing_like_it'" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -78,8 +77,8 @@ def test_quantize_leaves_nothing_behind_when_it_fails(tmp_path, capsys):
         (["--calibration-pass", "none"], "calibration_pass='none'"),
     ],
 )
-def test_quantize_names_bad_values(tmp_path, capsys, arguments, message):
-    command = ["quantize", str(checkpoint_path()), "--output", str(tmp_path / "out"), *QUICK, *arguments]
+def test_quantize_names_bad_values(small_example, tmp_path, capsys, arguments, message):
+    command = ["quantize", str(small_example), "--output", str(tmp_path / "out"), *QUICK, *arguments]
     assert main(command) == 1
     assert message in capsys.readouterr().err
 
@@ -112,12 +111,13 @@ def test_inspect_prints_modules_and_settings(packed, capsys):
     assert "format version 1" in text
 
 
-def test_inspect_refuses_a_dense_checkpoint(capsys):
-    assert main(["inspect", str(checkpoint_path())]) == 1
+def test_inspect_refuses_a_dense_checkpoint(small_example, capsys):
+    assert main(["inspect", str(small_example)]) == 1
     assert "not a packed SAB checkpoint" in capsys.readouterr().err
 
 
-def test_demo_reports_what_the_issue_asks_for(capsys):
+def test_demo_reports_what_the_issue_asks_for(small_example, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_sab.example.demonstration.checkpoint_path", lambda: small_example)  # CI runs it whole
     assert main(["demo", "--questions", "4", "--json", *QUICK]) == 0
     found = json_of(capsys)
     assert set(found["tasks"]) == {"colour", "shape", "counting", "position", "reading", "text"}

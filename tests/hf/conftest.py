@@ -48,8 +48,8 @@ def llama_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def example():
-    return checkpoint_path()
+def example(small_example):
+    return small_example
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Products with packed weights against the reference, interpreted where there is no GPU."""
 
+from itertools import product as product_of
+
 import pytest
 import torch
 
@@ -45,6 +47,14 @@ def product(layer, x, way, bias=None, **launch):
     return found
 
 
+# what makes the weight dense: test_dequantize.py
+SAMPLED = {("decode", 32, (2, 2)), ("decode", 96, (1, 0)), ("small_batch", 64, (2, 1)), ("small_batch", 512, (1, 1))}
+PLANES_AND_BLOCKS = [
+    pytest.param(*case, marks=() if case in SAMPLED else pytest.mark.full)
+    for case in product_of(["decode", "small_batch"], [32, 64, 96, 128, 256, 512], [(1, 0), (1, 1), (2, 1), (2, 2)])
+]
+
+
 @pytest.fixture(scope="module")
 def layer(random_layer):
     """Three row tiles and three column tiles, neither full."""
@@ -86,10 +96,7 @@ def test_linear_of_any_shape_is_the_reference_s(random_layer, assert_near, way, 
     assert_near(product(layer, x, way), layer.expected(x))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("planes", [(1, 0), (1, 1), (2, 1), (2, 2)])
-@pytest.mark.parametrize("block_size", [32, 64, 96, 128, 256, 512])
-@pytest.mark.parametrize("way", ["decode", "small_batch"])  # what makes the weight dense: test_dequantize.py
+@pytest.mark.parametrize(("way", "block_size", "planes"), PLANES_AND_BLOCKS)
 def test_linear_of_any_planes_and_blocks_is_the_reference_s(random_layer, assert_near, way, block_size, planes):
     row_scale = "fp16" if (block_size // 32 + sum(planes)) % 2 else "fp8"
     layer = random_layer(20, 140, **settings_of(block_size, planes, row_scale, 0.3))

@@ -1,8 +1,9 @@
 """The examples of README.md and docs/ run as they stand.
 
 A document is one story: its `python` and `bash` blocks run in order in one empty folder, the python blocks in one
-namespace, offline. `./example-vlm` there is a copy of the example checkpoint. A comment directly above a block says so
-where a block is not run: `<!-- not executed: REASON -->`, or `<!-- ci: NAME -->` where .ci/run runs it.
+namespace, offline. `./example-vlm` there is the example checkpoint with two of its decoder blocks. A comment directly
+above a block says so where a block is not run: `<!-- not executed: REASON -->`, or `<!-- ci: NAME -->` where .ci/run
+runs it.
 """
 
 import json
@@ -22,7 +23,6 @@ from optimum_sab.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-EXAMPLE = ROOT / "optimum_sab" / "example" / "checkpoint"
 
 EXECUTED = ("python", "bash")
 SHOWN = ("text", "json", "yaml", "toml", "html", "markdown", "mermaid", "diff", "bibtex")
@@ -167,11 +167,11 @@ def test_document_says_of_every_block_what_becomes_of_it(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
-def test_document_runs_as_it_stands(path, tmp_path):
+def test_document_runs_as_it_stands(path, small_example, tmp_path):
     found = document_blocks(path)
     if not any(block.executed for block in found):
         pytest.skip("the document has no block to run")
-    shutil.copytree(EXAMPLE, tmp_path / "example-vlm")
+    shutil.copytree(small_example, tmp_path / "example-vlm")
     finished = run(found, tmp_path)
     assert finished.returncode == 0, finished.stdout
 

@@ -1,12 +1,17 @@
+import copy
 import re
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from optimum_sab.calibration.allocation.choice import allocate as choose
 from optimum_sab.calibration.allocation.ladder import ANCHORS, LADDER, expected_error
+from optimum_sab.calibration.allocation.probe import measure_errors
+from optimum_sab.calibration.allocation.sensitivity import output_sensitivity
 from optimum_sab.calibration.options import AllocationSettings, RunOptions
 from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import run_stages
 from optimum_sab.calibration.stages import allocation as module
 from optimum_sab.calibration.stages.allocation import AllocateBits, MeasureSensitivities
@@ -20,14 +25,14 @@ from optimum_sab.nn.selection import select_linears
 SETTINGS = LayerSettings(block_size=32)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, initializer_range=0.2, **sizes)).eval()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def samples():
     generator = torch.Generator().manual_seed(1)
     return [{"input_ids": torch.randint(0, 64, (1, 32), generator=generator)} for _ in range(6)]
@@ -51,15 +56,33 @@ def allocate(model, selection, samples, target=None, fixed=()):
     return found.choice
 
 
-@pytest.mark.parametrize("target", [2.6, 3.0, 3.4])
-def test_allocation_uses_the_budget_and_leaves_the_model_alone(llama, samples, target):
-    before = {n: p.clone() for n, p in llama.named_parameters()}
+@pytest.fixture(scope="module")
+def measured(llama, samples):
+    """``measured(selection, target)``: a choice from sensitivities and errors that are measured once.
+
+    Neither hangs on how many planes the settings have.
+    """
     selection = select_linears(llama, SETTINGS)
-    found = allocate(llama, selection, samples, target)
+    names, shown = list(selection.settings), CalibrationSamples.of(samples, llama.config)
+    sensitivity = output_sensitivity(llama, names, samples)
+    probed = measure_errors(llama, selection, names, shown)
+    return lambda asked, target=None: choose(llama, asked, sensitivity, probed, target)
+
+
+@pytest.mark.parametrize("target", [2.6, 3.0, 3.4])
+def test_allocation_uses_the_budget(llama, measured, target):
+    found = measured(select_linears(llama, SETTINGS), target)
     assert found.bits_per_weight == pytest.approx(bits_of(llama, found.settings))
     assert target - 0.1 < found.bits_per_weight <= target
-    assert all(torch.equal(p, before[n]) for n, p in llama.named_parameters())
     assert len({(s.base_planes, s.salient_fraction) for s in found.settings.values()}) > 1
+
+
+def test_the_stages_find_what_is_measured_step_by_step_and_leave_the_model_alone(llama, samples, measured):
+    before = {n: p.clone() for n, p in llama.named_parameters()}
+    selection = select_linears(llama, SETTINGS)
+    found = allocate(llama, selection, samples, 3.0)
+    assert found.settings == measured(selection, 3.0).settings
+    assert all(torch.equal(p, before[n]) for n, p in llama.named_parameters())
 
 
 def test_allocation_gives_more_to_linears_whose_errors_cost_more(llama, samples, monkeypatch):
@@ -82,9 +105,9 @@ def test_allocation_counts_what_it_may_not_choose(llama, samples):
     assert found.bits_per_weight <= 3.0
 
 
-def test_allocation_rules_select_the_same_settings_under_any_prefix(llama, samples):
+def test_allocation_rules_select_the_same_settings_under_any_prefix(llama, measured):
     selection = select_linears(llama, SETTINGS)
-    found = allocate(llama, selection, samples, 2.8)
+    found = measured(selection, 2.8)
     rules = found.rules(selection.prefix)
     assert select_linears(llama, SETTINGS, dynamic=rules).settings == found.settings
     inner = select_linears(llama.model, SETTINGS, dynamic=rules).settings
@@ -92,10 +115,10 @@ def test_allocation_rules_select_the_same_settings_under_any_prefix(llama, sampl
     assert not any(re.search(rule, "model.layers.10.mlp.up_proj") for rule in rules)
 
 
-def test_allocation_names_the_least_that_is_possible(llama, samples):
+def test_allocation_names_the_least_that_is_possible(llama, measured):
     selection = select_linears(llama, SETTINGS)
     with pytest.raises(ConfigError, match=r"target_bits=1.1 is less than the \d\.\d+ bits"):
-        allocate(llama, selection, samples, 1.1)
+        measured(selection, 1.1)
 
 
 def test_error_falls_along_the_ladder():
@@ -105,9 +128,9 @@ def test_error_falls_along_the_ladder():
     assert [expected_error(anchors, step) for step in ANCHORS] == pytest.approx(list(anchors.values()))
 
 
-def test_linears_of_one_shape_that_share_an_input_have_the_same_planes(llama, samples):
+def test_linears_of_one_shape_that_share_an_input_have_the_same_planes(llama, measured):
     selection = select_linears(llama, SETTINGS)
-    found = allocate(llama, selection, samples, 2.6).settings
+    found = measured(selection, 2.6).settings
     for layer in ("model.layers.0", "model.layers.1"):
         assert len({found[f"{layer}.self_attn.{name}_proj"] for name in "qkv"}) == 1
         assert found[f"{layer}.mlp.gate_proj"] == found[f"{layer}.mlp.up_proj"]
@@ -134,19 +157,19 @@ def test_linears_that_share_an_input_and_not_their_settings_choose_apart(llama, 
     assert all(found[n].block_size == s.block_size for n, s in selection.settings.items())
 
 
-def test_without_a_target_the_settings_bits_are_spent(llama, samples):
+def test_without_a_target_the_settings_bits_are_spent(llama, measured):
     selection = select_linears(llama, SETTINGS)
-    found = allocate(llama, selection, samples)
+    found = measured(selection)
     plain = bits_of(llama, selection.settings)
     assert plain - 0.1 < found.bits_per_weight <= plain
     assert len(set(found.settings.values())) > 1
 
 
 @pytest.mark.parametrize("base", [1, 2, 3, 4])
-def test_every_number_of_planes_is_within_reach(llama, samples, base):
+def test_every_number_of_planes_is_within_reach(llama, measured, base):
     settings = SETTINGS.replace(base_planes=base, residual_planes=0)
     selection = select_linears(llama, settings)
-    found = allocate(llama, selection, samples)
+    found = measured(selection)
     assert found.bits_per_weight == pytest.approx(bits_of(llama, selection.settings), abs=0.15)
 
 
@@ -161,6 +184,8 @@ def test_biases_are_counted(samples):
 
 
 def test_a_linear_that_no_token_reaches_stays_as_it_is(llama, samples):
+    llama = copy.deepcopy(llama)
+
     class Unused(torch.nn.Module):
         def __init__(self, inner):
             super().__init__()
@@ -178,6 +203,7 @@ def test_a_linear_that_no_token_reaches_stays_as_it_is(llama, samples):
 
 
 def test_allocation_names_a_damaged_weight(llama, samples):
+    llama = copy.deepcopy(llama)
     with torch.no_grad():
         llama.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     selection = select_linears(llama, SETTINGS)

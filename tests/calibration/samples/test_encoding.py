@@ -33,6 +33,23 @@ def picture():
     return Image.new("RGB", (112, 112), (200, 100, 50))
 
 
+def plain(samples):
+    """Samples with pictures as their colour in the middle, so that they compare."""
+
+    def part(p):
+        return {**p, "image": p["image"].getpixel((5, 5))} if isinstance(p.get("image"), Image.Image) else p
+
+    return [
+        s
+        if isinstance(s, str)
+        else [
+            {**m, "content": m["content"] if isinstance(m["content"], str) else list(map(part, m["content"]))}
+            for m in s
+        ]
+        for s in samples
+    ]
+
+
 def shown(image, text="What is this?"):
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
 
