@@ -43,6 +43,7 @@ TOP_LEVEL = {
     "kernels",
     "tests",
     "docs",
+    "findings",
     "setup.py",
     "pyproject.toml",
     "MANIFEST.in",
