@@ -7,35 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.feedback import LevelPicker
-from optimum_sab.core.planes import block_bounds
+from optimum_sab.core.planes import WeightFit, block_bounds
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
 
-def descend_signs(
-    signs: list[Float[Tensor, "out in"]],
-    salient: Bool[Tensor, " in"],
-    row_scale: Float[Tensor, "planes blocks out"],
-    column_scale: Float[Tensor, " in"],
-    target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
-    block_size: int,
-    base_planes: int,
-) -> None:
+def descend_signs(fit: WeightFit, target: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
     """One sweep over the columns; each takes the level that minimises ``(t − q) H (t − q)ᵀ`` given all others.
 
     With error ``E = T − Q`` and gradient ``G = E H`` the best real value of column j is ``q_j + G_j / H_jj``;
     the nearest level to it is the exact minimiser, so the error never rises. G is kept for one block of columns and
-    brought up to date between blocks by one product. ``signs`` is changed in place.
+    brought up to date between blocks by one product. ``fit.signs`` is changed in place.
     """
-    value = column_scale * _dense(signs, row_scale, block_size)
+    signs, column_scale, block_size = fit.signs, fit.column_scale, fit.settings.block_size
+    value = column_scale * _dense(signs, fit.row_scale, block_size)
     error = target - value
     diagonal = hessian.diagonal().tolist()
-    salient_columns = salient.tolist()
+    salient_columns = fit.salient.tolist()
     for k, (start, end) in enumerate(block_bounds(target.shape[1], block_size)):
-        picker = LevelPicker(row_scale[:, k], base_planes)
+        picker = LevelPicker(fit.row_scale[:, k], fit.settings.base_planes)
         gradient = (error @ hessian[:, start:end]).T.contiguous()  # [width, out]
         current = value[:, start:end].T.contiguous()
         local = hessian[start:end, start:end]

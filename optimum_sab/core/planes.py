@@ -113,6 +113,51 @@ class BlockFit:
         return self.column_scale * (self.row_scale[:, :, None] * self.sign).sum(0)
 
 
+@dataclass
+class WeightFit:
+    """Planes of a whole weight while they are fitted.
+
+    Attributes:
+        signs: ±1 fp32 [out, in] of every plane, base planes first; 0 where a residual plane has no column.
+        salient: bool [in].
+        row_scale: a [planes, blocks, out].
+        column_scale: c [in].
+        settings: planes and block size.
+    """
+
+    signs: list[Float[Tensor, "out in"]]
+    salient: Bool[Tensor, " in"]
+    row_scale: Float[Tensor, "planes blocks out"]
+    column_scale: Float[Tensor, " in"]
+    settings: LayerSettings
+
+    @classmethod
+    def empty(cls, like: Float[Tensor, "out in"], settings: LayerSettings) -> WeightFit:
+        """All zeros, of the shape, dtype and device of a weight."""
+        blocks = len(block_bounds(like.shape[1], settings.block_size))
+        return cls(
+            [like.new_zeros(like.shape) for _ in range(settings.planes)],
+            like.new_zeros(like.shape[1], dtype=torch.bool),
+            like.new_zeros(settings.planes, blocks, like.shape[0]),
+            like.new_zeros(like.shape[1]),
+            settings,
+        )
+
+    def planes(self) -> BinaryPlanes:
+        """What was found, as it is stored."""
+        columns = self.salient.nonzero()[:, 0]
+        base, residual = self.signs[: self.settings.base_planes], self.signs[self.settings.base_planes :]
+        no_residual = self.salient.new_zeros(0, base[0].shape[0], 0)
+        return BinaryPlanes(
+            base_sign=torch.stack([s > 0 for s in base]),
+            residual_sign=torch.stack([s[:, columns] > 0 for s in residual]) if residual else no_residual,
+            residual_index=columns,
+            row_scale=self.row_scale,
+            column_scale=self.column_scale,
+            block_size=self.settings.block_size,
+        )
+
+
 def objective(
     weight: Float[Tensor, "out width"], fit: BlockFit, significance: Float[Tensor, "rows width"]
 ) -> Float[Tensor, ""]:

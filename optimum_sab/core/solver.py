@@ -10,7 +10,7 @@ import torch
 from optimum_sab.core.descent import descend_signs
 from optimum_sab.core.feedback import block_feedback, column_feedback
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
-from optimum_sab.core.planes import BinaryPlanes, block_bounds, fit_block
+from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds, fit_block
 from optimum_sab.core.refit import refit_row_scale
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.core.saliency import saliency, salient_mask
@@ -92,36 +92,14 @@ def solve(
             factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
         ]
         significance = significance_map(W, torch.stack(inverse))
-    signs, salient, row_scale, column_scale = _forward_pass(
-        target, factored, _error_weight(settings, factored, significance), settings
-    )
+    fit = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings)
     if settings.refit:
         for sweep in range(settings.sweeps + 1):
             if sweep:
-                descend_signs(
-                    signs,
-                    salient,
-                    row_scale,
-                    column_scale,
-                    target,
-                    factored.hessian,
-                    settings.block_size,
-                    settings.base_planes,
-                )
-            row_scale = refit_row_scale(signs, column_scale, target, factored.hessian, settings.block_size)
-            row_scale = round_row_scale(row_scale, settings.row_scale)
-    columns = salient.nonzero()[:, 0]
-    base, residual = signs[: settings.base_planes], signs[settings.base_planes :]
-    planes = BinaryPlanes(
-        base_sign=torch.stack([s > 0 for s in base]),
-        residual_sign=torch.stack([s[:, columns] > 0 for s in residual])
-        if residual
-        else torch.zeros(0, W.shape[0], 0, dtype=torch.bool, device=W.device),
-        residual_index=columns,
-        row_scale=row_scale,
-        column_scale=column_scale,
-        block_size=settings.block_size,
-    )
+                descend_signs(fit, target, factored.hessian)
+            row_scale = refit_row_scale(fit.signs, fit.column_scale, target, factored.hessian, settings.block_size)
+            fit.row_scale = round_row_scale(row_scale, settings.row_scale)
+    planes = fit.planes()
     return Solution(planes, output_error(target, planes.dequantize(), statistics.hessian), significance, alpha)
 
 
@@ -147,25 +125,20 @@ def _error_weight(settings: LayerSettings, factored: FactoredHessian, significan
 
 def _forward_pass(
     target: Tensor, factored: FactoredHessian, error_weight: Tensor, settings: LayerSettings
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+) -> WeightFit:
     """Fit block after block, each on what the error feedback of the earlier ones made of it."""
-    out, width = target.shape
-    bounds = block_bounds(width, settings.block_size)
-    device = target.device
-    signs = [torch.zeros(out, width, dtype=target.dtype, device=device) for _ in range(settings.planes)]
-    salient = torch.zeros(width, dtype=torch.bool, device=device)
-    row_scale = torch.zeros(settings.planes, len(bounds), out, dtype=target.dtype, device=device)
-    column_scale = torch.zeros(width, dtype=target.dtype, device=device)
+    found = WeightFit.empty(target, settings)
+    width = target.shape[1]
     U = factored.inverse_factor
     rest = target.clone()
-    for k, (start, end) in enumerate(bounds):
+    for k, (start, end) in enumerate(block_bounds(width, settings.block_size)):
         block = rest[:, start:end].masked_fill(factored.dead[start:end], 0.0)
         score = saliency(block, U.diagonal()[start:end]).sum(0)
-        salient[start:end] = salient_mask(score, settings.salient_columns(end - start))
+        salient = salient_mask(score, settings.salient_columns(end - start))
         weight = error_weight[start:end]
         if not bool((weight > 0).any()):
             weight = (~factored.dead[start:end]).float()
-        fit = fit_block(block, weight[None], salient[start:end], settings)
+        fit = fit_block(block, weight[None], salient, settings)
         fit.column_scale = round_column_scale(fit.column_scale.masked_fill(factored.dead[start:end], 0.0))
         fit.row_scale = round_row_scale(fit.row_scale[:, None], settings.row_scale)[:, 0]
         corner = U[start:end, start:end]
@@ -176,6 +149,7 @@ def _forward_pass(
         if end < width:
             rest[:, end:] -= errors @ U[start:end, end:]
         for p in range(settings.planes):
-            signs[p][:, start:end] = fit.sign[p]
-        row_scale[:, k], column_scale[start:end] = fit.row_scale, fit.column_scale
-    return signs, salient, row_scale, column_scale
+            found.signs[p][:, start:end] = fit.sign[p]
+        found.salient[start:end] = salient
+        found.row_scale[:, k], found.column_scale[start:end] = fit.row_scale, fit.column_scale
+    return found
