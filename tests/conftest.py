@@ -16,8 +16,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
 
 
+FIRST = ("test_documentation.py", "test_main.py", "test_training.py")  # so that no worker is left alone with them
+
+
 def pytest_collection_modifyitems(items):
-    """Tests marked gpu are skipped, by name and reason, where there is no CUDA device."""
+    """The longest come first; those marked gpu are skipped, by name and reason, where there is no CUDA device."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if torch.cuda.is_available():
         return
     for item in items:
