@@ -23,6 +23,7 @@ from optimum_sab.eval.reader.answers import (
     make_optimizer,
 )
 from optimum_sab.eval.reader.cifar import Pictures
+from optimum_sab.eval.reader.language import Language
 from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightBatch, SightSettings, sight_batches
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
 from optimum_sab.example.chatml import token_ids
@@ -43,8 +44,7 @@ class DialogueSettings:
 
 
 def teach_dialogue(
-    model: Any,
-    tokenizer: Any,
+    speaker: Language,
     sight: Sight,
     pictures: Pictures,
     settings: DialogueSettings,
@@ -54,14 +54,14 @@ def teach_dialogue(
     """Train tower and connector in place.
 
     Args:
-        model: the language model, in any dtype; its weights stay.
-        tokenizer: its tokenizer.
+        speaker: the language model, in any dtype, whose weights stay, and its tokenizer.
         sight: as the first stage left it.
         pictures: CIFAR-10's training half.
         settings: how long and on what.
         report: called with a line of progress every ten steps.
         save: called every fifty steps and at the end.
     """
+    model, tokenizer = speaker.model, speaker.tokenizer
     model.requires_grad_(False)
     trained = [*sight.tower.parameters(), *sight.connector.parameters()]
     drawn = SightSettings(signs=settings.signs, pictures=settings.pictures, seed=settings.seed)

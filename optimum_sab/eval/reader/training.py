@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaForCausalLM, LlavaConfig, SiglipVisionModel
+from transformers import LlavaConfig, SiglipVisionModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from optimum_sab.eval.reader.cifar import Pictures, read_cifar
 from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
+from optimum_sab.eval.reader.language import Language, load_language
 from optimum_sab.eval.reader.prompt import PromptSettings, tune_prompt, written_prompt
 from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightSettings, flat_patches, sight_batches, teach_sight
 from optimum_sab.eval.reader.tower import initialize_tower, tower_config
@@ -36,22 +37,6 @@ from optimum_sab.example.optimization import write_line
 
 PREFIXES = {"tower.": "vision_tower.vision_model.", "connector.": "multi_modal_projector."}
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Language:
-    """What the training needs of the language model: itself in bfloat16, its tokenizer, its embeddings in float32."""
-
-    model: Any
-    tokenizer: Any
-    embeddings: Tensor
-
-
-def load_language(folder: Path) -> Language:
-    """The frozen language model."""
-    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
-    embeddings = model.get_input_embeddings().weight.detach().float()
-    return Language(model, AutoTokenizer.from_pretrained(folder), embeddings)
 
 
 def make_sight(width: int, pictures: Pictures, settings: SightSettings) -> Sight:
@@ -124,7 +109,7 @@ def train(
         save_vision(sight, output / "vision.safetensors")
 
     teach_sight(sight, pictures, speaker.embeddings[ids].clone(), prompt, sight_settings, report, save)
-    teach_dialogue(speaker.model, speaker.tokenizer, sight, pictures, dialogue_settings, report, save)
+    teach_dialogue(speaker, sight, pictures, dialogue_settings, report, save)
 
 
 def _prompt(speaker: Language, path: Path, settings: PromptSettings, report: Report) -> Tensor | None:

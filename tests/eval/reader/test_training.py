@@ -6,10 +6,11 @@ from optimum_sab.eval.reader.answers import BEFORE_PICTURE, after_picture, answe
 from optimum_sab.eval.reader.architecture import write_reader
 from optimum_sab.eval.reader.cifar import read_cifar
 from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
+from optimum_sab.eval.reader.language import load_language
 from optimum_sab.eval.reader.prompt import PROMPT_TOKENS, PromptSettings
 from optimum_sab.eval.reader.sight import SightSettings
 from optimum_sab.eval.reader.tasks import reader_questions
-from optimum_sab.eval.reader.training import load_language, main, make_sight, tune_prompt, written_prompt
+from optimum_sab.eval.reader.training import main, make_sight, tune_prompt, written_prompt
 from optimum_sab.example.evaluation import question_messages
 
 
@@ -63,7 +64,7 @@ def test_teach_dialogue_lowers_the_answers_loss_and_leaves_the_model(language, c
     sight = make_sight(576, pictures, SightSettings(signs=4, pictures=4))
     settings = DialogueSettings(steps=30, signs=2, pictures=2, learning_rate=2e-3)
     lines = []
-    teach_dialogue(speaker.model, speaker.tokenizer, sight, pictures, settings, lines.append)
+    teach_dialogue(speaker, sight, pictures, settings, lines.append)
     first, _, last = (float(line.split("loss")[1].split()[0]) for line in lines)
     assert last < first
     assert all(torch.equal(tensor, before[name]) for name, tensor in speaker.model.state_dict().items())
