@@ -16,7 +16,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
 
 
-FIRST = ("test_documentation.py", "test_main.py", "test_training.py")  # so that no worker is left alone with them
+FIRST = (
+    "test_documentation.py",
+    "test_main.py",
+    "test_training.py",
+    "test_compile.py",
+)  # so that no worker is left alone with them
 
 
 def pytest_collection_modifyitems(items):

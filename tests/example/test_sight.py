@@ -57,6 +57,7 @@ def test_teach_sight_changes_the_tower_and_nothing_else(processor):
     assert changed == {name for name in before if name.startswith("model.visual.")}
 
 
+@pytest.mark.full  # the reader's, of the same loop, shows it in every run
 def test_teach_sight_lowers_its_loss(processor):
     torch.manual_seed(0)
     model = build_model()
