@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
 
 
-FIRST = (
+# so that no worker is left alone with them at the end
+FIRST = ("test_documentation.py", "test_main.py", "test_training.py", "test_compile.py")
     "test_documentation.py",
     "test_main.py",
     "test_training.py",
