@@ -18,11 +18,6 @@ if not torch.cuda.is_available():
 
 # so that no worker is left alone with them at the end
 FIRST = ("test_documentation.py", "test_main.py", "test_training.py", "test_compile.py")
-    "test_documentation.py",
-    "test_main.py",
-    "test_training.py",
-    "test_compile.py",
-)  # so that no worker is left alone with them
 
 
 def pytest_collection_modifyitems(items):
