@@ -59,8 +59,8 @@ FAULTS = (
     Fault(
         "row scales not rounded after the refit",
         "optimum_sab/core/solver.py",
-        "            row_scale = round_row_scale(row_scale, settings.row_scale)\n",
-        "",
+        "fit.row_scale = round_row_scale(row_scale, settings.row_scale)",
+        "fit.row_scale = row_scale",
         ("tests/core/test_solver.py",),
     ),
     Fault(
