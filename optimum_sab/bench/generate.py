@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.qwen import random_model, weight_bytes
 from optimum_sab.bench.timing import capture
@@ -163,37 +164,28 @@ class GreedyDecoder:
 
 def compare_generation(
     size: str,
-    settings: LayerSettings,
-    device: torch.device,
-    dtype: torch.dtype = torch.bfloat16,
+    conditions: Conditions,
     prompt_tokens: int = 512,
     new_tokens: int = 64,
     batch: int = 1,
     cuda_graphs: bool | None = None,
-    backend: str = "auto",
-    repeats: int = 3,
-    seed: int = 0,
 ) -> GenerationReport:
     """Time a dense and a packed model of one size, one after the other, on the same random prompt.
 
     Args:
         size: "7b" or "tiny" (`bench.qwen`).
-        settings: of the packed linears.
-        device: CPU or CUDA.
-        dtype: of activations and of what is dense.
+        conditions: everything else.
         prompt_tokens: per sequence.
         new_tokens: per sequence, after the first one, which the prefill gives.
         batch: sequences.
         cuda_graphs: replay the decode step as a CUDA graph; None: on CUDA.
-        backend: name of a backend of the packed linears, or "auto".
-        repeats: runs per median.
-        seed: of weights and prompt.
 
     Raises:
         ConfigError: a number is below 1, CUDA graphs are asked for without CUDA, or the size is unknown.
         WrongResultError: a model computes NaN or inf.
         CaptureError: the decode step cannot be captured.
     """
+    device, repeats = conditions.device, conditions.repeats
     numbers = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens, "--batch": batch, "--repeats": repeats}
     for name, value in numbers.items():
         if value < 1:
@@ -203,11 +195,11 @@ def compare_generation(
     if cuda_graphs and device.type != "cuda":
         raise ConfigError(f"--cuda-graphs needs a CUDA device, not {str(device)!r}; use --no-cuda-graphs.")
 
-    def measure(name: str, layer_settings: LayerSettings | None) -> GenerationTiming:
+    def measure(name: str, settings: LayerSettings | None) -> GenerationTiming:
         _reset_memory(device)
-        model = random_model(size, layer_settings, device, dtype, seed)
+        model = random_model(size, settings, device, conditions.dtype, conditions.seed)
         stored = weight_bytes(model)  # before the first forward, which may convert the packed weights
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(conditions.seed)
         vocabulary = model.config.get_text_config().vocab_size
         prompt = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).to(device)
         decoder = GreedyDecoder(model, prompt, new_tokens, cuda_graphs)
@@ -224,9 +216,9 @@ def compare_generation(
             weight_bytes=stored,
         )
 
-    with chosen_backend(backend, device) as chosen:
+    with chosen_backend(conditions.backend, device) as chosen:
         environment = describe_environment(device)
-        rows = (measure("dense", None), measure("packed", settings))
+        rows = (measure("dense", None), measure("packed", conditions.settings))
     return GenerationReport(environment, chosen, cuda_graphs, rows, _ratios(*rows))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.gemlite_linears import BITS, check_gemlite, gemlite_linear, gemlite_weight, supports
 from optimum_sab.bench.int4_linears import check_int4, int4_bytes, int4_linear, int4_weight
@@ -20,7 +21,6 @@ from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.bench.shapes import LinearShape
 from optimum_sab.bench.timing import Call, median_seconds, rotation_bytes
 from optimum_sab.bench.verification import check_error, linear_error
-from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.random_weight import SCALE
 
@@ -91,16 +91,12 @@ class KernelReport:
 
 @dataclass(frozen=True)
 class _Run:
-    """What all shapes of a run share."""
+    """What all shapes of a run share; the conditions name the backend that was chosen."""
 
-    settings: LayerSettings
-    device: torch.device
-    dtype: torch.dtype
-    backend: str
-    repeats: int
+    conditions: Conditions
+    environment: Environment
     gemlite: bool
     int4: bool
-    seed: int
 
 
 @dataclass
@@ -116,14 +112,9 @@ class _Side:
 def compare_kernels(
     shapes: Sequence[LinearShape],
     tokens: Sequence[int],
-    settings: LayerSettings,
-    device: torch.device,
-    dtype: torch.dtype = torch.bfloat16,
-    backend: str = "auto",
-    repeats: int = 20,
+    conditions: Conditions,
     gemlite: bool = False,
     int4: bool = False,
-    seed: int = 0,
     on_row: Callable[[KernelTiming], None] | None = None,
 ) -> KernelReport:
     """Time every shape at every number of tokens, dense and packed in turns, after checking the packed result.
@@ -134,14 +125,9 @@ def compare_kernels(
     Args:
         shapes: the linears.
         tokens: rows of the input, M.
-        settings: of the packed layers.
-        device: CPU or CUDA.
-        dtype: of inputs and dense weights.
-        backend: name of a backend of the packed linear, or "auto".
-        repeats: samples per median.
+        conditions: everything else.
         gemlite: time gemlite's 1-, 2- and 4-bit linears as well.
         int4: time torch's int4 kernel for the CPU as well.
-        seed: of all random content.
         on_row: is given every row as soon as it is there.
 
     Raises:
@@ -150,7 +136,8 @@ def compare_kernels(
         WrongResultError: the packed linear's result is not the dense one's.
         CaptureError: the packed linear cannot be captured in a CUDA graph.
     """
-    for name, value in [("--repeats", repeats), *(("--tokens", m) for m in tokens)]:
+    device, dtype = conditions.device, conditions.dtype
+    for name, value in [("--repeats", conditions.repeats), *(("--tokens", m) for m in tokens)]:
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1.")
     if gemlite:
@@ -158,11 +145,11 @@ def compare_kernels(
     if int4:
         check_int4(device, dtype)
     rows: list[KernelTiming] = []
-    with chosen_backend(backend, device) as chosen:
+    with chosen_backend(conditions.backend, device) as chosen:
         environment = describe_environment(device)
-        run = _Run(settings, device, dtype, chosen, repeats, gemlite, int4, seed)
+        run = _Run(replace(conditions, backend=chosen), environment, gemlite, int4)
         for shape in shapes:
-            for row in _time_shape(shape, tokens, run, environment):
+            for row in _time_shape(shape, tokens, run):
                 rows.append(row)
                 if on_row is not None:
                     on_row(row)
@@ -170,22 +157,20 @@ def compare_kernels(
     return KernelReport(environment, tuple(rows))
 
 
-def _time_shape(
-    shape: LinearShape, tokens: Sequence[int], run: _Run, environment: Environment
-) -> Iterator[KernelTiming]:
-    generator = torch.Generator(run.device).manual_seed(run.seed)
-    inputs = {
-        m: torch.randn(m, shape.in_features, dtype=run.dtype, device=run.device, generator=generator) for m in tokens
-    }
-    packed, bits = _packed_side(shape, inputs, run)
-    sides = {"packed": packed, "dense": _dense_side(shape, run, generator)}
+def _time_shape(shape: LinearShape, tokens: Sequence[int], run: _Run) -> Iterator[KernelTiming]:
+    conditions, environment = run.conditions, run.environment
+    device, dtype = conditions.device, conditions.dtype
+    generator = torch.Generator(device).manual_seed(conditions.seed)
+    inputs = {m: torch.randn(m, shape.in_features, dtype=dtype, device=device, generator=generator) for m in tokens}
+    packed, bits = _packed_side(shape, inputs, conditions)
+    sides = {"packed": packed, "dense": _dense_side(shape, conditions, generator)}
     if run.gemlite and supports(shape):
-        sides |= {f"gemlite_{b}bit": _gemlite_side(b, shape, inputs, run) for b in BITS}
+        sides |= {f"gemlite_{b}bit": _gemlite_side(b, shape, inputs, conditions) for b in BITS}
     if run.int4 and int4_supports(shape):
-        sides["int4"] = _int4_side(shape, inputs, run)
+        sides["int4"] = _int4_side(shape, inputs, conditions)
     for m in tokens:
-        seconds = median_seconds(_calls(sides, inputs[m]), run.device, run.repeats)
-        moved = packed.bytes + m * (shape.in_features + shape.out_features) * run.dtype.itemsize
+        seconds = median_seconds(_calls(sides, inputs[m]), device, conditions.repeats)
+        moved = packed.bytes + m * (shape.in_features + shape.out_features) * dtype.itemsize
         others: dict[str, Any] = {}
         for name, side in sides.items():
             if name not in ("packed", "dense"):
@@ -193,8 +178,8 @@ def _time_shape(
         yield KernelTiming(
             name=shape.name,
             device=environment.device,
-            backend=run.backend,
-            dtype=str(run.dtype).removeprefix("torch."),
+            backend=conditions.backend,
+            dtype=str(dtype).removeprefix("torch."),
             m=m,
             out_features=shape.out_features,
             in_features=shape.in_features,
@@ -215,64 +200,68 @@ def _calls(sides: Mapping[str, _Side], inputs: Tensor) -> dict[str, list[Call]]:
     return {name: [partial(linear, inputs) for linear in side.linears] for name, side in sides.items()}
 
 
-def _packed_side(shape: LinearShape, inputs: Mapping[int, Tensor], run: _Run) -> tuple[_Side, float]:
+def _packed_side(shape: LinearShape, inputs: Mapping[int, Tensor], conditions: Conditions) -> tuple[_Side, float]:
     """The packed layers, checked, and their bits per weight as stored."""
-    layer = random_linear(shape.out_features, shape.in_features, run.settings, run.seed, run.device)
+    layer = random_linear(
+        shape.out_features, shape.in_features, conditions.settings, conditions.seed, conditions.device
+    )
     # both before the first call, which may convert the layer
     stored, bits = layer.packed.stored_bytes, layer.bits_per_weight
     weight = layer.dequantize().weight
     side = _Side([layer], stored)
     for m, x in inputs.items():
         error = linear_error(layer, x, weight)
-        what = f"backend {run.backend!r}, {shape.out_features}x{shape.in_features}, {m} tokens: the result"
-        check_error(error, run.dtype, what)
+        what = f"backend {conditions.backend!r}, {shape.out_features}x{shape.in_features}, {m} tokens: the result"
+        check_error(error, conditions.dtype, what)
         side.errors[m] = error
     del weight
-    _free(run.device)
-    for i in range(1, _copies(stored, run)):
-        other = random_linear(shape.out_features, shape.in_features, run.settings, run.seed + i, run.device)
+    _free(conditions.device)
+    for i in range(1, _copies(stored, conditions)):
+        other = random_linear(
+            shape.out_features, shape.in_features, conditions.settings, conditions.seed + i, conditions.device
+        )
         other(inputs[min(inputs)])  # converts it
         side.linears.append(other)
     return side, bits
 
 
-def _dense_side(shape: LinearShape, run: _Run, generator: torch.Generator) -> _Side:
+def _dense_side(shape: LinearShape, conditions: Conditions, generator: torch.Generator) -> _Side:
     size = (shape.out_features, shape.in_features)
-    side = _Side([], size[0] * size[1] * run.dtype.itemsize)
-    for _ in range(_copies(side.bytes, run)):
-        weight = torch.randn(size, dtype=run.dtype, device=run.device, generator=generator).mul_(SCALE)
+    side = _Side([], size[0] * size[1] * conditions.dtype.itemsize)
+    for _ in range(_copies(side.bytes, conditions)):
+        weight = torch.randn(size, dtype=conditions.dtype, device=conditions.device, generator=generator).mul_(SCALE)
         side.linears.append(partial(dense_linear, weight=weight))
     return side
 
 
-def _gemlite_side(bits: int, shape: LinearShape, inputs: Mapping[int, Tensor], run: _Run) -> _Side:
+def _gemlite_side(bits: int, shape: LinearShape, inputs: Mapping[int, Tensor], conditions: Conditions) -> _Side:
     side = _Side([], shape.out_features * shape.in_features * bits // 8)
-    for i in range(_copies(side.bytes, run)):
-        side.linears.append(gemlite_linear(bits, shape, run.dtype, run.device, run.seed + i))
-    weight = gemlite_weight(bits, shape, run.dtype, run.device, run.seed)
+    for i in range(_copies(side.bytes, conditions)):
+        side.linears.append(gemlite_linear(bits, shape, conditions.dtype, conditions.device, conditions.seed + i))
+    weight = gemlite_weight(bits, shape, conditions.dtype, conditions.device, conditions.seed)
     for m, x in inputs.items():
         side.errors[m] = linear_error(side.linears[0], x, weight)
     return side
 
 
-def _int4_side(shape: LinearShape, inputs: Mapping[int, Tensor], run: _Run) -> _Side:
+def _int4_side(shape: LinearShape, inputs: Mapping[int, Tensor], conditions: Conditions) -> _Side:
     side = _Side([], int4_bytes(shape))
-    side.linears += [int4_linear(shape, run.seed + i) for i in range(_copies(side.bytes, run))]
-    weight = int4_weight(shape, run.seed)
+    side.linears += [int4_linear(shape, conditions.seed + i) for i in range(_copies(side.bytes, conditions))]
+    weight = int4_weight(shape, conditions.seed)
     for m, x in inputs.items():
         side.errors[m] = linear_error(side.linears[0], x, weight)
     return side
 
 
-def _copies(size: int, run: _Run) -> int:
+def _copies(size: int, conditions: Conditions) -> int:
     """How many copies take turns: enough to defeat the cache, as long as a fifth of the free memory holds them.
 
     On the CPU a sample is one call, so that more copies than samples would not be touched.
     """
-    wanted = -(-rotation_bytes(run.device) // size)
-    if run.device.type == "cpu":
-        return min(wanted, run.repeats)
-    free, _ = torch.cuda.mem_get_info(run.device)
+    wanted = -(-rotation_bytes(conditions.device) // size)
+    if conditions.device.type == "cpu":
+        return min(wanted, conditions.repeats)
+    free, _ = torch.cuda.mem_get_info(conditions.device)
     return min(wanted, max(1, free // (5 * size)))
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from optimum_sab.hf.presets import PRESETS
+
+if TYPE_CHECKING:
+    from optimum_sab.bench.conditions import Conditions
 
 
 def add_command(commands: Any) -> None:
@@ -70,14 +73,26 @@ def _add_speed_options(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _conditions(options: argparse.Namespace) -> Conditions:
+    from optimum_sab.bench.conditions import Conditions
+    from optimum_sab.bench.environment import find_device, find_dtype
+
+    return Conditions(
+        settings=PRESETS[options.preset]().layer_settings,
+        device=find_device(options.device),
+        dtype=find_dtype(options.dtype),
+        backend=options.backend,
+        repeats=options.repeats,
+        seed=options.seed,
+    )
+
+
 def run_kernels(options: argparse.Namespace) -> None:
     """Print one row per shape and number of tokens, as soon as it is measured."""
-    from optimum_sab.bench.environment import find_device, find_dtype
     from optimum_sab.bench.kernels import SHAPES, TOKENS, KernelTiming, compare_kernels
     from optimum_sab.bench.shapes import parse_shapes
 
-    device = find_device(options.device)
-
+    conditions = _conditions(options)
     shown: list[KernelTiming] = []
 
     def show(row: KernelTiming) -> None:
@@ -105,16 +120,11 @@ def run_kernels(options: argparse.Namespace) -> None:
         )
 
     report = compare_kernels(
-        shapes=parse_shapes(options.shapes or SHAPES[device.type]),
-        tokens=options.tokens or TOKENS[device.type],
-        settings=PRESETS[options.preset]().layer_settings,
-        device=device,
-        dtype=find_dtype(options.dtype),
-        backend=options.backend,
-        repeats=options.repeats,
+        shapes=parse_shapes(options.shapes or SHAPES[conditions.device.type]),
+        tokens=options.tokens or TOKENS[conditions.device.type],
+        conditions=conditions,
         gemlite=options.gemlite,
         int4=options.int4,
-        seed=options.seed,
         on_row=None if options.json else show,
     )
     if options.json:
@@ -130,23 +140,17 @@ def run_kernels(options: argparse.Namespace) -> None:
 
 def run_generate(options: argparse.Namespace) -> None:
     """Print one row per model."""
-    from optimum_sab.bench.environment import find_device, find_dtype
     from optimum_sab.bench.generate import compare_generation
 
-    device = find_device(options.device)
-    size = options.size or ("7b" if device.type == "cuda" else "tiny")
+    conditions = _conditions(options)
+    size = options.size or ("7b" if conditions.device.type == "cuda" else "tiny")
     report = compare_generation(
         size=size,
-        settings=PRESETS[options.preset]().layer_settings,
-        device=device,
-        dtype=find_dtype(options.dtype),
+        conditions=conditions,
         prompt_tokens=options.prompt_tokens,
         new_tokens=options.new_tokens,
         batch=options.batch,
         cuda_graphs=options.cuda_graphs,
-        backend=options.backend,
-        repeats=options.repeats,
-        seed=options.seed,
     )
     if options.json:
         asked = {name: getattr(options, name) for name in ("dtype", "prompt_tokens", "new_tokens", "batch")}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.backends import backend_name
 from optimum_sab.ops.reference import binary_linear as reference_linear
+from optimum_sab.ops.reference import check_input
 from optimum_sab.ops.shape import LayerShape
 
 _WEIGHT = (
@@ -89,100 +90,100 @@ def _refuse_forward_mode(x: Tensor) -> None:
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-def _forward(
-    x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any
-) -> Tensor:
-    shape = LayerShape(*numbers)
-    _check(x, tensors, shape)
-    name = backend_name(x.device, backend)
+class _Weight(NamedTuple):
+    """What operators are given of a weight, flat as `_WEIGHT` says, together again."""
+
+    tensors: Sequence[Tensor]
+    layout: str
+    backend: str | None
+    shape: LayerShape
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], layout: str, backend: str | None, *numbers: Any) -> _Weight:
+        return cls(tensors, layout, backend, LayerShape(*numbers))
+
+    def for_kernels(self) -> dict[str, Tensor]:
+        named = dict(zip(self.shape.names, self.tensors))
+        if self.layout == "kernel":
+            return named
+        from sab_kernels import to_kernel_layout  # an offloaded layer, whose tensors come and go: at every call
+
+        return to_kernel_layout(named, self.shape.geometry)
+
+    def packed(self) -> PackedWeight:
+        named = dict(zip(self.shape.names, self.tensors))
+        if self.layout == "kernel":
+            from sab_kernels import from_kernel_layout
+
+            named = from_kernel_layout(named, self.shape.geometry)
+        return PackedWeight(named, self.shape.out_features, self.shape.in_features, self.shape.settings)
+
+    def check(self, x: Tensor) -> None:
+        """Refuse an input that does not fit."""
+        check_input(x, self.shape.in_features)
+        device = self.tensors[0].device
+        if device != x.device:
+            if device.type == "meta":
+                raise ConfigError(
+                    "the layer's tensors are on meta: it was never loaded, or is offloaded without a hook."
+                )
+            raise ConfigError(f"the input is on {x.device}, the layer on {device}; move one of them.")
+
+
+def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    weight = _Weight.of(*arguments)
+    weight.check(x)
+    shape = weight.shape
+    name = backend_name(x.device, weight.backend)
     rows = x.reshape(-1, shape.in_features)
     if name == "triton":
         from sab_kernels import binary_linear as triton_linear
 
-        out = triton_linear(rows.to(_kernel_dtype(x)), _kernel_tensors(tensors, layout, shape), shape.geometry, bias)
+        out = triton_linear(rows.to(_kernel_dtype(x)), weight.for_kernels(), shape.geometry, bias)
     elif name == "cpu":
         from optimum_sab.ops.cpu.kernel import linear as cpu_linear
 
-        out = cpu_linear(rows.to(_kernel_dtype(x)), _packed(tensors, layout, shape))
+        out = cpu_linear(rows.to(_kernel_dtype(x)), weight.packed())
         if bias is not None:
             out += bias.to(out.dtype)
     else:
-        out = reference_linear(rows, _packed(tensors, layout, shape), bias)
+        out = reference_linear(rows, weight.packed(), bias)
     return out.to(x.dtype).view(*x.shape[:-1], shape.out_features)
 
 
-def _stacked(
-    x: Tensor,
-    biases: list[Tensor],
-    sizes: list[int],
-    tensors: list[Tensor],
-    layout: str,
-    backend: str | None,
-    *numbers: Any,
-) -> list[Tensor]:
-    shape = LayerShape(*numbers)
-    _check(x, tensors, shape)
-    if backend_name(x.device, backend) != "triton":
-        whole = _forward(x, torch.cat(biases) if biases else None, tensors, layout, backend, *numbers)
+def _stacked(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:
+    weight = _Weight.of(*arguments)
+    weight.check(x)
+    if backend_name(x.device, weight.backend) != "triton":
+        whole = _forward(x, torch.cat(biases) if biases else None, *arguments)
         return [part.clone(memory_format=torch.contiguous_format) for part in whole.split(sizes, -1)]
     from sab_kernels import stacked_linear as triton_linear
 
-    rows = x.reshape(-1, shape.in_features).to(_kernel_dtype(x))
-    parts = triton_linear(rows, _kernel_tensors(tensors, layout, shape), shape.geometry, tuple(sizes), biases)
+    rows = x.reshape(-1, weight.shape.in_features).to(_kernel_dtype(x))
+    parts = triton_linear(rows, weight.for_kernels(), weight.shape.geometry, tuple(sizes), biases)
     return [part.to(x.dtype).view(*x.shape[:-1], part.shape[1]) for part in parts]
 
 
-def _transposed(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
-    shape = LayerShape(*numbers)
-    rows = grad.reshape(-1, shape.out_features)
-    name = backend_name(grad.device, backend)
+def _transposed(grad: Tensor, *arguments: Any) -> Tensor:
+    weight = _Weight.of(*arguments)
+    rows = grad.reshape(-1, weight.shape.out_features)
+    name = backend_name(grad.device, weight.backend)
     if name == "triton":
         from sab_kernels import dequantize as triton_dequantize
 
-        weight = triton_dequantize(_kernel_tensors(tensors, layout, shape), shape.geometry, _kernel_dtype(grad))
+        dense = triton_dequantize(weight.for_kernels(), weight.shape.geometry, _kernel_dtype(grad))
     elif name == "cpu":
         from optimum_sab.ops.cpu.kernel import dequantize as cpu_dequantize
 
-        weight = cpu_dequantize(_packed(tensors, layout, shape), torch.float32)
+        dense = cpu_dequantize(weight.packed(), torch.float32)
     else:
-        weight = _packed(tensors, layout, shape).dequantize()
-    out = rows.to(weight.dtype) @ weight
-    return out.to(grad.dtype).view(*grad.shape[:-1], shape.in_features)
+        dense = weight.packed().dequantize()
+    out = rows.to(dense.dtype) @ dense
+    return out.to(grad.dtype).view(*grad.shape[:-1], weight.shape.in_features)
 
 
 def _kernel_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
-def _kernel_tensors(tensors: list[Tensor], layout: str, shape: LayerShape) -> dict[str, Tensor]:
-    named = dict(zip(shape.names, tensors))
-    if layout == "kernel":
-        return named
-    from sab_kernels import to_kernel_layout  # an offloaded layer, whose tensors come and go: converted at every call
-
-    return to_kernel_layout(named, shape.geometry)
-
-
-def _packed(tensors: list[Tensor], layout: str, shape: LayerShape) -> PackedWeight:
-    named = dict(zip(shape.names, tensors))
-    if layout == "kernel":
-        from sab_kernels import from_kernel_layout
-
-        named = from_kernel_layout(named, shape.geometry)
-    return PackedWeight(named, shape.out_features, shape.in_features, shape.settings)
-
-
-def _check(x: Tensor, tensors: Sequence[Tensor], shape: LayerShape) -> None:
-    if not x.is_floating_point():
-        raise ConfigError(f"the input is {x.dtype}; a packed linear takes float32, bfloat16 or float16.")
-    if x.dim() == 0 or x.shape[-1] != shape.in_features:
-        width = x.shape[-1] if x.dim() else "missing"
-        raise ConfigError(f"the input's last dimension is {width}, the layer takes {shape.in_features}.")
-    weight = tensors[0]
-    if weight.device != x.device:
-        if weight.device.type == "meta":
-            raise ConfigError("the layer's tensors are on meta: it was never loaded, or is offloaded without a hook.")
-        raise ConfigError(f"the input is on {x.device}, the layer on {weight.device}; move one of them.")
 
 
 for _name, _function in (
@@ -197,29 +198,21 @@ for _name, _function in (
 
 
 @torch.library.register_fake("optimum_sab::binary_linear")
-def _(x: Tensor, bias: Tensor | None, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
-    shape = LayerShape(*numbers)
-    _check(x, tensors, shape)
-    return x.new_empty(*x.shape[:-1], shape.out_features)
+def _(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    weight = _Weight.of(*arguments)
+    weight.check(x)
+    return x.new_empty(*x.shape[:-1], weight.shape.out_features)
 
 
 @torch.library.register_fake("optimum_sab::stacked_linear")
-def _(
-    x: Tensor,
-    biases: list[Tensor],
-    sizes: list[int],
-    tensors: list[Tensor],
-    layout: str,
-    backend: str | None,
-    *numbers: Any,
-) -> list[Tensor]:
-    _check(x, tensors, LayerShape(*numbers))
+def _(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:
+    _Weight.of(*arguments).check(x)
     return [x.new_empty(*x.shape[:-1], size) for size in sizes]
 
 
 @torch.library.register_fake("optimum_sab::binary_linear_transposed")
-def _(grad: Tensor, tensors: list[Tensor], layout: str, backend: str | None, *numbers: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], LayerShape(*numbers).in_features)
+def _(grad: Tensor, *arguments: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], _Weight.of(*arguments).shape.in_features)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------

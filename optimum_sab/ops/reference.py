@@ -37,9 +37,19 @@ def binary_linear(inputs: Tensor, packed: PackedWeight, bias: Tensor | None = No
     Raises:
         ConfigError: x is not floating or its last dimension is not ``in``.
     """
-    if not inputs.is_floating_point():
-        raise ConfigError(f"the input is {inputs.dtype}; a packed linear takes float32, bfloat16 or float16.")
-    if inputs.shape[-1] != packed.in_features:
-        raise ConfigError(f"the input's last dimension is {inputs.shape[-1]}, the layer takes {packed.in_features}.")
+    check_input(inputs, packed.in_features)
     output: Tensor = _BinaryLinear.apply(inputs, packed)
     return output if bias is None else output + bias.to(output.dtype)
+
+
+def check_input(inputs: Tensor, in_features: int) -> None:
+    """Refuse what no packed linear takes.
+
+    Raises:
+        ConfigError: x is not floating or its last dimension is not ``in_features``.
+    """
+    if not inputs.is_floating_point():
+        raise ConfigError(f"the input is {inputs.dtype}; a packed linear takes float32, bfloat16 or float16.")
+    if inputs.dim() == 0 or inputs.shape[-1] != in_features:
+        width = inputs.shape[-1] if inputs.dim() else "missing"
+        raise ConfigError(f"the input's last dimension is {width}, the layer takes {in_features}.")

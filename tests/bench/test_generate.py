@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.generate import GreedyDecoder, compare_generation
 from optimum_sab.bench.qwen import model_config, random_model, weight_bytes
 from optimum_sab.bench.verification import WrongResultError
@@ -120,12 +121,12 @@ def test_bench_generate_names_bad_values(small_machine, capsys, arguments, messa
 def test_bench_generate_refuses_a_model_that_computes_nan(small_machine, monkeypatch):
     monkeypatch.setattr(SABLinear, "forward", lambda self, x: x.new_full((*x.shape[:-1], self.out_features), torch.nan))
     with pytest.raises(WrongResultError, match="1x4 prompt are not finite"):
-        compare_generation("tiny", LayerSettings(), CPU, prompt_tokens=4, new_tokens=1, repeats=1)
+        compare_generation("tiny", Conditions(LayerSettings(), CPU, repeats=1), prompt_tokens=4, new_tokens=1)
 
 
 def test_compare_generation_refuses_an_unknown_size(small_machine):
     with pytest.raises(ConfigError, match="size='huge'"):
-        compare_generation("huge", LayerSettings(), CPU)
+        compare_generation("huge", Conditions(LayerSettings(), CPU))
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import types
 import pytest
 import torch
 
+from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.kernels import TOKENS, compare_kernels
 from optimum_sab.bench.shapes import LinearShape, model_shapes, parse_shapes
 from optimum_sab.bench.verification import TOLERANCE, WrongResultError, check_error, linear_error, relative_error
@@ -68,21 +69,22 @@ def test_bench_kernels_prints_a_table_with_the_paper_preset(small_machine, capsy
 def test_compare_kernels_gives_rows_as_they_come(small_machine):
     seen = []
     shape = LinearShape("small", 32, 128)
-    report = compare_kernels([shape], [1, 3], LayerSettings(), CPU, repeats=2, on_row=seen.append)
+    report = compare_kernels([shape], [1, 3], Conditions(LayerSettings(), CPU, repeats=2), on_row=seen.append)
     assert tuple(seen) == report.rows and [row.m for row in seen] == [1, 3]
 
 
 def test_compare_kernels_rotates_until_the_cache_is_exceeded(small_machine):
     shape = LinearShape("wide", 512, 512)  # about 40 kB packed, against four caches of 64 KiB
-    row = compare_kernels([shape], [1], LayerSettings(), CPU, repeats=50).rows[0]
+    row = compare_kernels([shape], [1], Conditions(LayerSettings(), CPU, repeats=50)).rows[0]
     assert 4 * (1 << 16) <= row.rotated_bytes < 4 * (1 << 16) + 60_000
     assert row.dense_rotated_bytes == 512 * 512 * 2  # already more than four caches
-    few = compare_kernels([shape], [1], LayerSettings(), CPU, repeats=2).rows[0]
+    few = compare_kernels([shape], [1], Conditions(LayerSettings(), CPU, repeats=2)).rows[0]
     assert few.rotated_bytes < 4 * (1 << 16)  # a copy per sample at most, and the row says so
 
 
 def test_compare_kernels_reports_the_backend_that_was_asked_for(small_machine):
-    report = compare_kernels([LinearShape("small", 32, 128)], [1], LayerSettings(), CPU, backend="reference", repeats=1)
+    conditions = Conditions(LayerSettings(), CPU, backend="reference", repeats=1)
+    report = compare_kernels([LinearShape("small", 32, 128)], [1], conditions)
     assert report.rows[0].backend == "reference"
 
 
@@ -175,14 +177,14 @@ def test_gemlite_wants_a_cuda_device(monkeypatch):
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there" if name == "gemlite" else real(name))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    arguments = [LinearShape("small", 32, 128)], [1], LayerSettings()
+    arguments, settings = ([LinearShape("small", 32, 128)], [1]), LayerSettings()
     with pytest.raises(MissingDependencyError, match="torch sees none"):
-        compare_kernels(*arguments, CPU, gemlite=True)
+        compare_kernels(*arguments, Conditions(settings, CPU), gemlite=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="not 'cpu'"):
-        compare_kernels(*arguments, CPU, gemlite=True)
+        compare_kernels(*arguments, Conditions(settings, CPU), gemlite=True)
     with pytest.raises(ConfigError, match="float32"):
-        compare_kernels(*arguments, torch.device("cuda"), torch.float32, gemlite=True)
+        compare_kernels(*arguments, Conditions(settings, torch.device("cuda"), torch.float32), gemlite=True)
 
 
 class GemLiteStandIn:

@@ -10,111 +10,165 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sab_kernels import Geometry
+from sab_kernels.arguments import (
+    Activations,
+    ByteTables,
+    Extent,
+    LayerKind,
+    LimbOperand,
+    PackedRows,
+    Parts,
+    Stack,
+    layer_kind,
+)
 from sab_kernels.decode import decode_kernel
 from sab_kernels.dequantize import dequantize_kernel
+from sab_kernels.device import DeviceTraits
 from sab_kernels.prepare import prepare_floats_kernel, prepare_limbs_kernel
 from sab_kernels.small_batch import small_batch_kernel
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-LAYER = {"BASE": 1, "RESIDUAL": 1, "BLOCK_SIZE": 128, "SLOTS_PER_BLOCK": 1, "FP8": True}
-STACKED = {f"{name}{i}_ptr": "*bf16" for name in ("bias", "out") for i in range(4)}
-POINTERS = {
-    "weight_ptr": "*i32",
-    "residual_ptr": "*i32",
-    "row_scale_ptr": "*u8",
-    "row_exponent_ptr": "*i8",
-    "base_limb_ptr": "*i8",
-    "base_start_ptr": "*i32",
-    "base_unit_ptr": "*fp32",
-    "slot_limb_ptr": "*i8",
-    "slot_start_ptr": "*i32",
-    "slot_unit_ptr": "*fp32",
-    "partial_ptr": "*fp32",
-    "counter_ptr": "*i32",
-    "column_scale_ptr": "*i16",
-    "index_ptr": "*i32",
-    "place_ptr": "*i32",
-    "x_ptr": "*bf16",
-    "out_ptr": "*bf16",
-    **STACKED,
-}
+EXTENT = Extent("i32", "i32", "i32")
+INPUTS = Activations("*bf16", "*i16", "*i32", "i32", "i32", "i32")
+LIMBS = LimbOperand("*i8", "*i32", "*fp32")
+ZEROING = {"counter_ptr": "*i32", "counters": "i32", "COUNTERS_EACH": 1}
+ROWS = PackedRows("*i32", "*i32", "*u8", "*i8")
+
+
+def kind(capability):
+    geometry = Geometry(
+        4096, 4096, block_size=128, base_planes=1, residual_planes=1, salient=16, salient_last=16, fp8=True
+    )
+    return layer_kind(geometry, DeviceTraits(native_fp8=capability >= 89, asm=True))
+
+
+def product(capability):
+    """What `Product.arguments` gives, as types, of three stacked layers."""
+    stack = Stack(("*bf16",) * 4, ("*bf16",) * 4, ("i32",) * 3, "i32")
+    constants = {"KIND": kind(capability), "HAS_BIAS": True, "STACK": 3}
+    return {"layer": ROWS, **stack._asdict(), "tokens": "i32", "extent": EXTENT, **constants}
 
 
 def decode(capability, **changes):
-    constants = {
-        **LAYER,
+    arguments = {
+        **product(capability),
+        "columns": LIMBS,
+        "slots": LIMBS,
+        "parts": Parts("*fp32", "*i32"),
+        "tables": ByteTables("i32", "i32", "i32"),
         "SCALE_COLUMNS": 128,
-        "NATIVE_FP8": capability >= 89,
-        "HAS_BIAS": True,
-        "STACK": 3,
         "TILES": 2,
         "TOKENS": 4,
         "SLOT_TOKENS": 2,
         "SPLIT": 4,
         "UNROLL": 1,
-        "ASM": True,
     }
-    return compiled(decode_kernel, capability, constants, changes, num_warps=1, num_stages=1)
+    return compiled(decode_kernel, capability, changed(arguments, changes), num_warps=1, num_stages=1)
 
 
 def small_batch(capability, warps=4, **changes):
-    constants = {
-        **LAYER,
-        "NATIVE_FP8": capability >= 89,
-        "HAS_BIAS": True,
-        "STACK": 3,
+    arguments = {
+        **product(capability),
+        "x_ptr": "*bf16",
+        "parts": Parts("*fp32", "*i32"),
+        "padded": "i32",
+        "row_tiles": "i32",
         "TILES": warps,
         "TOKENS": 16,
         "SPLIT": 4,
         "WIDE_LANES": not (capability // 10 == 9 and warps % 4 == 0),
         "PRECISION": "ieee",
-        "ASM": True,
     }
-    return compiled(small_batch_kernel, capability, constants, changes, num_warps=warps, num_stages=3)
+    return compiled(small_batch_kernel, capability, changed(arguments, changes), num_warps=warps, num_stages=3)
 
 
 def dequantize(capability, **changes):
-    constants = {
-        **LAYER,
-        "NATIVE_FP8": capability >= 89,
+    arguments = {
+        "layer": ROWS,
+        "place_ptr": "*i32",
+        "column_scale_ptr": "*i16",
+        "out_ptr": "*bf16",
+        **dict.fromkeys(("first_tile", "rows", "row_tiles", "columns"), "i32"),
+        "extent": EXTENT,
+        "KIND": kind(capability),
         "TILES": 4,
         "WIDE_LANES": capability // 10 != 9,
-        "ASM": True,
     }
-    return compiled(dequantize_kernel, capability, constants, changes, num_warps=4, num_stages=1)
+    return compiled(dequantize_kernel, capability, changed(arguments, changes), num_warps=4, num_stages=1)
 
 
 def prepare_limbs(capability, **changes):
-    constants = {"COUNTERS_EACH": 1, "TOKENS": 4, "SLOT_TOKENS": 2, "SCALE_COLUMNS": 128}
-    return compiled(prepare_limbs_kernel, capability, constants, changes)
+    arguments = {
+        "inputs": INPUTS,
+        "columns": LIMBS,
+        "slots": LIMBS,
+        **ZEROING,
+        "column_tiles": "i32",
+        "TOKENS": 4,
+        "SLOT_TOKENS": 2,
+        "SCALE_COLUMNS": 128,
+    }
+    return compiled(prepare_limbs_kernel, capability, changed(arguments, changes))
 
 
 def prepare_floats(capability, **changes):
-    constants = {"COUNTERS_EACH": 1, "TOKENS": 16, "WIDE_LANES": capability < 90}
-    return compiled(prepare_floats_kernel, capability, constants, changes)
+    arguments = {
+        "inputs": INPUTS,
+        "out_ptr": "*bf16",
+        **ZEROING,
+        "padded": "i32",
+        "column_tiles": "i32",
+        "TOKENS": 16,
+        "WIDE_LANES": capability < 90,
+    }
+    return compiled(prepare_floats_kernel, capability, changed(arguments, changes))
 
 
-def compiled(kernel, capability, constants, changes, **options):
+def changed(arguments, changes):
+    """Arguments with other values: by name, or by ``group.member``."""
+    arguments = dict(arguments)
+    for key, value in changes.items():
+        name, _, member = key.partition(".")
+        if isinstance(value, list):  # JSON has no tuples
+            value = tuple(value)
+        if member:
+            group = arguments[name]
+            change = replace if isinstance(group, LayerKind) else type(group)._replace
+            value = change(group, **{member: value})
+        arguments[name] = value
+    return arguments
+
+
+def compiled(kernel, capability, arguments, **options):
     """Compile with pointers and sizes as they are on a device: aligned pointers, 32-bit sizes.
 
     Args:
-        changes: other constants; numbers that are no constants of the kernel are passed as ones, which is what the
-            launcher does with an argument of 1; a string is a pointer's type.
+        arguments: of the kernel, with a type for every tensor and number. A number is passed as a constant, which is
+            what the launcher does with a size of 1.
     """
-    types = {name: value for name, value in changes.items() if isinstance(value, str) and name.endswith("_ptr")}
-    constants = {**constants, **{name: value for name, value in changes.items() if name not in types}}
-    signature = {
-        name: "constexpr" if name in constants else types.get(name, POINTERS.get(name, "i32"))
-        for name in kernel.arg_names
-    }
-    aligned = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] == "*"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    constants, aligned = {}, {}
+
+    def signature(value, path):
+        if isinstance(value, tuple):
+            members = [signature(member, (*path, place)) for place, member in enumerate(value)]
+            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
+        if kernel.params[path[0]].is_constexpr or not isinstance(value, str):
+            constants[path] = value
+            return "constexpr"
+        if value.startswith("*"):
+            aligned[path] = [["tt.divisibility", 16]]
+        return value
+
+    types = {name: signature(arguments[name], (place,)) for place, name in enumerate(kernel.arg_names)}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -144,7 +198,7 @@ def loops(sass):
 
 def describe(kernel):
     resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump(kernel.asm["cubin"], "--dump-resource-usage")))
-    offsets = re.findall(r"tt\.addptr %(\w+_ptr)\w*, %\S+ : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"])
+    offsets = re.findall(r"%(\w+_ptr)\w* = tt\.addptr %\w+, %\S+ : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"])
     return {
         "registers": int(resources["REG"]),
         "stack": int(resources["STACK"]),

@@ -30,20 +30,21 @@ DECODE = {
     "decode 4 tokens 2 tiles": {"SLOT_TOKENS": 4},
     "decode 8 tokens 1 tile": {"TILES": 1, "TOKENS": 8, "SLOT_TOKENS": 8},
 }
-PLAIN = {"RESIDUAL": 0, "HAS_BIAS": False, "STACK": 1, "SPLIT": 1, "BLOCK_SIZE": 512, "SLOTS_PER_BLOCK": 4}
-FINE = {"BASE": 2, "RESIDUAL": 2, "STACK": 4, "FP8": False, "NATIVE_FP8": False, "BLOCK_SIZE": 32}
-FINE |= {"row_scale_ptr": "*i16", "row_exponent_ptr": "*i32"}
+PLAIN = {"KIND.residual_planes": 0, "KIND.slots_per_block": 0, "KIND.block_size": 512}
+PLAIN |= {"HAS_BIAS": False, "STACK": 1, "SPLIT": 1}
+FP16_SCALES = {"KIND.fp8": False, "layer.row_scale": "*i16", "layer.row_exponent": "*i32"}
+FINE = {**FP16_SCALES, "KIND.base_planes": 2, "KIND.residual_planes": 2, "KIND.block_size": 32, "STACK": 4}
 # sizes of 1, which the launcher makes constants
-SMALL_LAYER = {"rows": 1, "column_tiles": 1, "slot_tiles": 1, "blocks": 1}
-SMALL = {**SMALL_LAYER, "tokens": 1, "bound1": 1, "bound2": 1, "bound3": 1, "STACK": 1, "SPLIT": 1}
-SMALL_INPUTS = {"tokens": 1, "columns": 1, "stride": 1, "column_tiles": 1, "counters": 1}
-FP32 = {f"{name}{i}_ptr": "*fp32" for name in ("bias", "out") for i in range(4)}
+SMALL_LAYER = {f"extent.{name}": 1 for name in ("column_tiles", "slot_tiles", "blocks")}
+SMALL = {**SMALL_LAYER, "bounds": [1, 1, 1], "rows": 1, "tokens": 1, "STACK": 1, "SPLIT": 1}
+SMALL_INPUTS = {f"inputs.{name}": 1 for name in ("tokens", "columns", "stride")} | {"column_tiles": 1, "counters": 1}
+FP32 = {"biases": ["*fp32"] * 4, "outputs": ["*fp32"] * 4, "x_ptr": "*fp32", "PRECISION": "tf32x3"}
 
 VARIANTS = {
     **{name: ("decode", changes) for name, changes in DECODE.items()},
     "small batch of 16": ("small_batch", {}),
     "dequantize": ("dequantize", {}),
-    "dequantize fine": ("dequantize", {"BASE": 2, "RESIDUAL": 2, "FP8": False, "row_scale_ptr": "*i16"}),
+    "dequantize fine": ("dequantize", {**FP16_SCALES, "KIND.base_planes": 2, "KIND.residual_planes": 2}),
     "prepare limbs": ("prepare_limbs", {}),
     "prepare limbs of 8 tokens": ("prepare_limbs", {"TOKENS": 8, "SLOT_TOKENS": 8, "SCALE_COLUMNS": 32}),
     "prepare floats": ("prepare_floats", {}),
@@ -54,18 +55,21 @@ FURTHER = {
         "small batch of 32": ("small_batch", {"TOKENS": 32}),  # the most that configs/devices.json launches there
         "decode small": ("decode", {**SMALL, "TILES": 1}),
         "small batch small": ("small_batch", {**SMALL, "row_tiles": 1}),
-        "dequantize small": ("dequantize", {**SMALL_LAYER, "first_tile": 1, "columns": 1, "row_tiles": 1}),
+        "dequantize small": ("dequantize", {**SMALL_LAYER, "first_tile": 1, "rows": 1, "columns": 1, "row_tiles": 1}),
         "prepare limbs small": ("prepare_limbs", SMALL_INPUTS),
         "prepare floats small": ("prepare_floats", {**SMALL_INPUTS, "COUNTERS_EACH": 4}),
-        "small batch fp32": ("small_batch", {**FP32, "x_ptr": "*fp32", "PRECISION": "tf32x3"}),
+        "small batch fp32": ("small_batch", FP32),
     },
     90: {
         "small batch of 64": ("small_batch", {"TOKENS": 64}),
         "decode unrolled": ("decode", {"UNROLL": 2}),
         "decode without residual": ("decode", PLAIN),
         "decode fine": ("decode", {**FINE, "SCALE_COLUMNS": 32, "TILES": 1}),
-        "dequantize without residual": ("dequantize", {"RESIDUAL": 0, "SLOTS_PER_BLOCK": 0, "BLOCK_SIZE": 96}),
-        "small batch fine": ("small_batch", {**FINE, "BASE": 1, "RESIDUAL": 1, "warps": 1}),
+        "dequantize without residual": (
+            "dequantize",
+            {"KIND.residual_planes": 0, "KIND.slots_per_block": 0, "KIND.block_size": 96},
+        ),
+        "small batch fine": ("small_batch", {**FINE, "KIND.base_planes": 1, "KIND.residual_planes": 1, "warps": 1}),
     },
 }
 COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CAPABILITIES}

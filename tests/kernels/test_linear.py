@@ -6,7 +6,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from sab_kernels import Launch, binary_linear, linear, stacked_linear
+from sab_kernels import Launch, binary_linear, dense, linear, stacked_linear
+from sab_kernels.product import Product
 
 pytestmark = pytest.mark.usefixtures("poisoned")  # every output and every intermediate must be written
 
@@ -64,13 +65,13 @@ def layer(random_layer):
 @pytest.fixture
 def splits(monkeypatch):
     """Into how many parts the columns of every product were split."""
-    split, found = linear._split, []
+    split, found = Product.split, []
 
     def record(*args):
         found.append(split(*args))
         return found[-1]
 
-    monkeypatch.setattr(linear, "_split", record)
+    monkeypatch.setattr(Product, "split", record)
     return found
 
 
@@ -167,8 +168,13 @@ def test_small_batch_with_any_launch_is_the_reference_s(random_layer, assert_nea
 @pytest.mark.parametrize("sizes", [(70,), (32, 38)])
 def test_dense_in_pieces_is_the_reference_s(random_layer, assert_near, monkeypatch, sizes):
     layer = random_layer(70, 4200, residual_planes=0)
-    pieces, into = [], linear._dequantize_into
-    monkeypatch.setattr(linear, "_dequantize_into", lambda out, *rest: (pieces.append(rest[-2:]), into(out, *rest)))
+    pieces, into = [], dense.dequantize_into
+
+    def record(out, tensors, geometry, start):
+        pieces.append((start, start + len(out)))
+        into(out, tensors, geometry, start)
+
+    monkeypatch.setattr(dense, "dequantize_into", record)
     x, bias = layer.inputs(3, torch.float32), layer.bias()
     launch = Launch(dense_tokens=1, dense_bytes=1 << 20)  # 32 rows
     found = stacked_linear(x, layer.tensors, layer.geometry, sizes, bias.split(sizes), launch)

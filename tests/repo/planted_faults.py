@@ -129,8 +129,8 @@ FAULTS = (
     Fault(
         "a wrong tail mask: the columns behind the last one read as if they were there",
         "kernels/torch-ext/sab_kernels/prepare.py",
-        "mask=(token < tokens)[:, None] & inside[None, :],",
-        "mask=(token < tokens)[:, None],",
+        "mask=(token < inputs.tokens)[:, None] & inside[None, :],",
+        "mask=(token < inputs.tokens)[:, None],",
         ("tests/kernels/test_linear.py",),
     ),
     Fault(

@@ -10,7 +10,7 @@ MOST = 6
 # Each of these arguments is one that a user sets, by name.
 OPTIONS_OF_A_USER = {("optimum_sab/hf/config.py", "__init__")}
 # Still to be done.
-NOT_YET = ("optimum_sab/bench/", "optimum_sab/eval/reader/", "optimum_sab/example/optimization.py", "kernels/")
+NOT_YET = ("optimum_sab/eval/reader/", "optimum_sab/example/optimization.py")
 
 
 def parameters(function):

@@ -1,10 +1,17 @@
 """Packed signs to a dense weight: what many tokens do once before an ordinary matrix product."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .operand import load_tile_scale, operand_column, scale_exponent_offset
+from .arguments import Extent, PackedRows, layer_kind
+from .device import device_traits, on_device
+from .geometry import TILE_COLUMNS, TILE_ROWS, Geometry, ceil_div
+from .operand import RowScales, float_operand, load_tile_scale, operand_column, scale_exponent_offset
 from .prepare import load_half
+
+WARPS = 4  # and row tiles of a program
 
 
 @triton.jit
@@ -48,110 +55,75 @@ def _slot_operand(words, scale, step, TILES: tl.constexpr, WIDE_LANES: tl.conste
     i = tl.arange(0, 4)[None, None, None, None, None, :]
     bit = (words[:, :, :, :, None, None] >> (16 * h + 4 * i + step)) & 1
     values = tl.where(bit != 0, scale[:, :, :, :, :, None], -scale[:, :, :, :, :, None]).to(tl.float16)
-    values = values.reshape(TILES, 8, 4, 2, 2, 2, 2, 2)  # t g q m z h i//2 i%2
-    if WIDE_LANES:
-        values = values.permute(3, 0, 4, 1, 2, 6, 7, 5)
-    else:
-        values = values.permute(3, 0, 4, 1, 6, 7, 2, 5)
-    return values.reshape(TILES * 32, 32)
+    return float_operand(values, TILES, WIDE_LANES)
 
 
 @triton.jit
 def dequantize_kernel(
-    weight_ptr,  # int32 [row tiles, column tiles, BASE, 128]
-    residual_ptr,  # int32 [row tiles, slot tiles, RESIDUAL, 128]
+    layer,  # PackedRows
     place_ptr,  # int32 [column tiles · 128]: place of a column among the slots, or −1
-    row_scale_ptr,  # uint8 or int16 [row tiles, blocks, planes, 32]
-    row_exponent_ptr,  # int8 [row tiles · 32]
     column_scale_ptr,  # int16 [column tiles · 128]
     out_ptr,  # float [rows, columns], of the rows from the first row tile on
     first_tile,
     rows,  # up to which one is written
     row_tiles,
     columns,
-    column_tiles,
-    slot_tiles,
-    blocks,
-    BASE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    SLOTS_PER_BLOCK: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
+    extent,  # Extent
+    KIND: tl.constexpr,
     TILES: tl.constexpr,
     WIDE_LANES: tl.constexpr,
-    ASM: tl.constexpr,
 ):
     """TILES row tiles by half a column tile, which is two steps.
 
     Salient columns get their residual through the matrix unit: signs times row scales of the slots, times a matrix of
     zeros and ones that sends every place to its column. All of it is exact in fp16 times 1 added in fp32.
     """
-    PLANES: tl.constexpr = BASE + RESIDUAL
+    BASE: tl.constexpr = KIND.base_planes
+    RESIDUAL: tl.constexpr = KIND.residual_planes
+    SLOTS_PER_BLOCK: tl.constexpr = KIND.slots_per_block
     first = first_tile + tl.program_id(0) * TILES
     half_tile = tl.program_id(1)
     tile = half_tile // 2
     first_step = half_tile % 2 * 2
     left = half_tile * 64
     tiles = row_tiles - first
-    weight_stride = column_tiles * (BASE * 128)
-    weight_ptr += first.to(tl.int64) * weight_stride + tile * (BASE * 128)
-    scale_stride = blocks * (PLANES * 32)
-    row_scale_ptr += first.to(tl.int64) * scale_stride
+    weight_stride = extent.column_tiles * (BASE * 128)
+    weight_ptr = layer.weight + (first.to(tl.int64) * weight_stride + tile * (BASE * 128))
+    scale_stride = extent.blocks * ((BASE + RESIDUAL) * 32)
+    row_scale_ptr = layer.row_scale + first.to(tl.int64) * scale_stride
     n = tl.arange(0, 64)  # column of the accumulator: s, h, i // 2, q, i % 2
     column = left + n // 32 * 32 + n // 16 % 2 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
     for plane in tl.static_range(BASE):
         words = _load_words(weight_ptr + plane * 128, weight_stride, tiles, TILES)
-        scale = load_tile_scale(
-            row_scale_ptr + plane * 32,
-            scale_stride,
-            tiles,
-            left // BLOCK_SIZE,
-            (left + 32) // BLOCK_SIZE,
-            blocks,
-            PLANES * 32,
-            TILES,
-            FP8,
-            NATIVE_FP8,
-            ASM,
-        )
+        scales = RowScales(row_scale_ptr + plane * 32, scale_stride, extent.blocks)
+        scale = load_tile_scale(scales, tiles, left // KIND.block_size, (left + 32) // KIND.block_size, TILES, KIND)
         if plane == 0:
             value = _base_values(words, scale, first_step, TILES)
         else:
             value += _base_values(words, scale, first_step, TILES)
     if RESIDUAL > 0 and SLOTS_PER_BLOCK > 0:
-        residual_stride = slot_tiles * (RESIDUAL * 128)
-        residual_ptr += first.to(tl.int64) * residual_stride
+        residual_stride = extent.slot_tiles * (RESIDUAL * 128)
+        residual_ptr = layer.residual_sign + first.to(tl.int64) * residual_stride
         place = tl.load(place_ptr + column)
         kappa = tl.arange(0, 32)
         source = operand_column(kappa, WIDE_LANES)
-        start = left // BLOCK_SIZE * SLOTS_PER_BLOCK
-        stop = (tl.minimum(left + 63, columns - 1) // BLOCK_SIZE + 1) * SLOTS_PER_BLOCK
+        start = left // KIND.block_size * SLOTS_PER_BLOCK
+        stop = (tl.minimum(left + 63, columns - 1) // KIND.block_size + 1) * SLOTS_PER_BLOCK
         for entry in range(start // 2, (stop + 1) // 2):
             sends = (place[None, :] == (entry * 32 + source)[:, None]).to(tl.float16)
             for plane in tl.static_range(RESIDUAL):
                 at = residual_ptr + (entry // 4 * RESIDUAL + plane) * 128
                 slot_words = _load_words(at, residual_stride, tiles, TILES)
-                slot_scale = load_tile_scale(
-                    row_scale_ptr + (BASE + plane) * 32,
-                    scale_stride,
-                    tiles,
-                    entry * 2 // SLOTS_PER_BLOCK,
-                    (entry * 2 + 1) // SLOTS_PER_BLOCK,
-                    blocks,
-                    PLANES * 32,
-                    TILES,
-                    FP8,
-                    NATIVE_FP8,
-                    ASM,
-                )
+                scales = RowScales(row_scale_ptr + (BASE + plane) * 32, scale_stride, extent.blocks)
+                block, next_block = entry * 2 // SLOTS_PER_BLOCK, (entry * 2 + 1) // SLOTS_PER_BLOCK
+                slot_scale = load_tile_scale(scales, tiles, block, next_block, TILES, KIND)
                 value = tl.dot(_slot_operand(slot_words, slot_scale, entry % 4, TILES, WIDE_LANES), sends, value)
     # operand row 16 TILES m + 16 w + 8 z + g is row 32 w + 16 m + 8 z + g of the program
     row_place = tl.arange(0, TILES * 32)
     row = first * 32 + row_place // 16 % TILES * 32 + row_place // (16 * TILES) * 16 + row_place % 16
-    if FP8:
-        exponent = tl.load(row_exponent_ptr + row, mask=row < rows, other=0).to(tl.int32)
-        power = (exponent + (127 + scale_exponent_offset(FP8, NATIVE_FP8))) << 23
+    if KIND.fp8:
+        exponent = tl.load(layer.row_exponent + row, mask=row < rows, other=0).to(tl.int32)
+        power = (exponent + (127 + scale_exponent_offset(KIND))) << 23
         value *= power.to(tl.float32, bitcast=True)[:, None]
     value *= load_half(column_scale_ptr + column, column >= 0)[None, :]
     # to the order of memory: columns (s, h, q, i // 2, i % 2)
@@ -161,3 +133,47 @@ def dequantize_kernel(
     out_column = left + tl.arange(0, 64)
     inside = (row < rows)[:, None] & (out_column < columns)[None, :]
     tl.store(out_ptr + out_row[:, None] * columns + out_column[None, :], value, mask=inside)
+
+
+def dequantize(
+    tensors: dict[str, Tensor], geometry: Geometry, dtype: torch.dtype = torch.float32, rows: slice | None = None
+) -> Tensor:
+    """The dense weight [rows, columns], or a run of its rows that starts at a multiple of 32.
+
+    Raises:
+        ValueError: ``rows`` does not start at a multiple of 32.
+    """
+    start, stop, _ = (rows or slice(None)).indices(geometry.rows)
+    if start % TILE_ROWS:
+        raise ValueError(f"rows start at {start}; dequantization starts at a multiple of {TILE_ROWS}.")
+    out = torch.empty(max(0, stop - start), geometry.columns, dtype=dtype, device=tensors["weight"].device)
+    if out.numel():
+        with on_device(out.device):
+            dequantize_into(out, tensors, geometry, start)
+    return out
+
+
+def dequantize_into(out: Tensor, tensors: dict[str, Tensor], geometry: Geometry, start: int) -> None:
+    """Fill ``out`` [some rows, columns], contiguous, with the dense rows from ``start``, a multiple of 32, on."""
+    device = device_traits(out.device)
+    places = tensors["weight"]  # not read without residual planes
+    if geometry.residual_planes:
+        places = tensors["residual_index"][geometry.slot_tiles * TILE_COLUMNS :]
+    stop = start + out.shape[0]
+    first, row_tiles = start // TILE_ROWS, ceil_div(stop, TILE_ROWS)
+    dequantize_kernel[(ceil_div(row_tiles - first, WARPS), 2 * geometry.column_tiles)](
+        PackedRows.of(tensors),
+        places,
+        tensors["col_scale"],
+        out,
+        first,
+        stop,
+        row_tiles,
+        geometry.columns,
+        Extent(geometry.column_tiles, geometry.slot_tiles, geometry.blocks),
+        KIND=layer_kind(geometry, device),
+        TILES=WARPS,
+        WIDE_LANES=not device.warpgroup,
+        num_warps=WARPS,
+        num_stages=1,  # nothing to load ahead of, and no registers left for it
+    )

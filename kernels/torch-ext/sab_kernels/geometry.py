@@ -16,7 +16,7 @@ def ceil_div(a: int, b: int) -> int:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a packed layer (docs/format.md).
+    """Shape of a packed layer (docs/format.md). What follows from it is kept, because every launch asks for it.
 
     Args:
         rows: out_features, at least 1.
@@ -43,15 +43,15 @@ class Geometry:
         """Base and residual planes together."""
         return self.base_planes + self.residual_planes
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         return ceil_div(self.columns, self.block_size)
 
-    @property
+    @cached_property
     def row_tiles(self) -> int:
         return ceil_div(self.rows, TILE_ROWS)
 
-    @property
+    @cached_property
     def column_tiles(self) -> int:
         return ceil_div(self.columns, TILE_COLUMNS)
 
@@ -62,17 +62,17 @@ class Geometry:
             return (0,) * self.blocks
         return (*((self.salient,) * (self.blocks - 1)), self.salient_last)
 
-    @property
+    @cached_property
     def slots_per_block(self) -> int:
         """Groups of 16 that hold a block's salient columns; the same for all blocks, padded."""
         return ceil_div(max(self.salient_counts), SLOT)
 
-    @property
+    @cached_property
     def slot_tiles(self) -> int:
         """Tiles of 128 columns that hold all slots."""
         return ceil_div(self.blocks * self.slots_per_block, TILE_SLOTS)
 
-    @property
+    @cached_property
     def scale_columns(self) -> int:
         """Columns after which the row scale may change, within a tile: 32, 64 or 128."""
         return next(width for width in (128, 64, 32) if self.block_size % width == 0)

@@ -1,11 +1,13 @@
 """Packed signs to matrix operands in registers, and row scales to fp32."""
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def load_byte_operands(tile_ptr, row_stride, even, pair, ones, TILES: tl.constexpr, ASM: tl.constexpr):
+def load_byte_operands(tile_ptr, row_stride, tables, TILES: tl.constexpr, KIND: tl.constexpr):
     """8-bit operands [32 · TILES rows, 32] of the four steps of a tile: −b, and 1 − b in the last step.
 
     A byte permutation (PTX ``prmt``) picks four bytes of a table by the nibbles of its selector. The selector is the
@@ -16,14 +18,14 @@ def load_byte_operands(tile_ptr, row_stride, even, pair, ones, TILES: tl.constex
     Args:
         tile_ptr: int32, the first word of the first row tile.
         row_stride: words between row tiles.
-        even, pair, ones: the tables 0xFF00FF00, 0xFFFF0000 and 0x01010101; arguments of the kernel, because the
-            assembler would move a constant into a register before every single use.
+        tables: 0xFF00FF00, 0xFFFF0000 and 0x01010101; arguments of the kernel, because the assembler would move a
+            constant into a register before every single use.
         TILES: row tiles.
-        ASM: False for the interpreter and for devices without PTX.
+        KIND: its ``asm`` is False for the interpreter and for devices without PTX.
 
     Column 8 q + 4 h + i of step s is column 32 s + 16 h + 4 q + i of the tile: the order in which lanes hold it.
     """
-    if ASM:
+    if KIND.asm:
         flat = tl.arange(0, TILES * 512)
         byte_ptr = tile_ptr.to(tl.pointer_type(tl.int8))
         words = tl.load(byte_ptr + (flat // 512) * (row_stride * 4) + flat % 512).reshape(TILES, 8, 4, 4, 4)
@@ -34,7 +36,7 @@ def load_byte_operands(tile_ptr, row_stride, even, pair, ones, TILES: tl.constex
             "prmt.b32 $4, 0, 0xFFFFFFFF, $8; prmt.b32 $5, 0, 0xFFFFFFFF, t;"
             "prmt.b32 $6, $17, $17, $8; prmt.b32 $7, $17, $17, t; }",
             "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r",
-            [words, even, pair, ones],
+            [words, tables.even, tables.pair, tables.ones],
             dtype=(tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8, tl.int8),
             is_pure=True,
             pack=4,
@@ -73,73 +75,65 @@ def load_limb_operand(ptr, COLUMNS: tl.constexpr):
     return lanes.permute(2, 4, 5, 0, 3, 1).reshape(32, COLUMNS)
 
 
+class RowScales(NamedTuple):
+    """Row scales of one plane, from some row tile on."""
+
+    ptr: Any  # uint8 or int16, block 0
+    row_stride: Any  # entries between row tiles
+    blocks: Any
+
+
 @triton.jit
 def load_row_scale(
-    ptr,
-    row_stride,
+    scales,
     first,
-    blocks,
-    block_stride,
     PER_BLOCK: tl.constexpr,
     SPAN: tl.constexpr,
     TILES: tl.constexpr,
     COLUMNS: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-    ASM: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """Row scales of one plane, fp32 [32 · TILES, COLUMNS]; 0 in blocks that are not there.
 
     Output column n has the scale of block ``(first + n // SPAN) // PER_BLOCK``.
 
     Args:
-        ptr: uint8 or int16, block 0 of the plane in the first row tile.
-        row_stride: entries between row tiles.
+        scales: of the plane, a `RowScales`.
         first: the column or slot the first output column belongs to.
-        blocks: number of blocks.
-        block_stride: entries between blocks.
         PER_BLOCK: columns or slots in a block.
         TILES: 1 or 2.
         COLUMNS: 4, 8 or 16.
-        FP8: e4m3 bits, or fp16 bits.
-        NATIVE_FP8: whether the device converts e4m3 itself.
     """
     if TILES == 2:
-        upper = load_row_scale(
-            ptr, row_stride, first, blocks, block_stride, PER_BLOCK, SPAN, 1, COLUMNS, FP8, NATIVE_FP8, ASM
-        )
-        lower = load_row_scale(
-            ptr + row_stride, row_stride, first, blocks, block_stride, PER_BLOCK, SPAN, 1, COLUMNS, FP8, NATIVE_FP8, ASM
-        )
+        upper = load_row_scale(scales, first, PER_BLOCK, SPAN, 1, COLUMNS, KIND)
+        below = RowScales(scales.ptr + scales.row_stride, scales.row_stride, scales.blocks)
+        lower = load_row_scale(below, first, PER_BLOCK, SPAN, 1, COLUMNS, KIND)
         return tl.join(upper, lower).permute(2, 0, 1).reshape(64, COLUMNS)
     elif COLUMNS > 4:
         HALF: tl.constexpr = COLUMNS // 2
-        left = load_row_scale(
-            ptr, row_stride, first, blocks, block_stride, PER_BLOCK, SPAN, 1, HALF, FP8, NATIVE_FP8, ASM
-        )
-        next_first = first + HALF // SPAN
-        right = load_row_scale(
-            ptr, row_stride, next_first, blocks, block_stride, PER_BLOCK, SPAN, 1, HALF, FP8, NATIVE_FP8, ASM
-        )
+        left = load_row_scale(scales, first, PER_BLOCK, SPAN, 1, HALF, KIND)
+        right = load_row_scale(scales, first + HALF // SPAN, PER_BLOCK, SPAN, 1, HALF, KIND)
         return tl.join(left, right).permute(0, 2, 1).reshape(32, COLUMNS)
     else:
         # one dimension (g, q, r) of four entries to a lane: where lanes hold the products of a tile, without a move
+        BLOCK_STRIDE: tl.constexpr = 32 * (KIND.base_planes + KIND.residual_planes)
         flat = tl.arange(0, 128)
         block = (first + flat // 4 % 4 // SPAN) // PER_BLOCK
-        bits = tl.load(ptr + block * block_stride + flat // 16 * 4 + flat % 4, mask=block < blocks, other=0)
-        scale = scale_of_bits(bits, FP8, NATIVE_FP8, ASM)
+        there = block < scales.blocks
+        bits = tl.load(scales.ptr + block * BLOCK_STRIDE + flat // 16 * 4 + flat % 4, mask=there, other=0)
+        scale = scale_of_bits(bits, KIND)
         return scale.reshape(8, 4, 4).permute(2, 0, 1).reshape(32, 4)
 
 
 @triton.jit
-def scale_of_bits(bits, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, ASM: tl.constexpr):
+def scale_of_bits(bits, KIND: tl.constexpr):
     """Stored row scales as fp32. Where the device lacks e4m3 the result is 2⁻⁸ of the scale (`scale_exponent_offset`):
     the bits are moved to where fp16 has sign, exponent and mantissa, whose exponent bias is larger by 8."""
-    if not FP8:
+    if not KIND.fp8:
         scale = bits.to(tl.float16, bitcast=True)
-    elif NATIVE_FP8:
+    elif KIND.native_fp8:
         scale = bits.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-    elif ASM:
+    elif KIND.asm:
         scale = tl.inline_asm_elementwise(
             "{ .reg .b32 a, b, c, d; prmt.b32 a, $2, 0, 0x1404; prmt.b32 b, $2, 0, 0x3424;"
             "shr.u32 c, a, 1; shr.u32 d, b, 1; and.b32 c, c, 0x3F803F80; and.b32 d, d, 0x3F803F80;"
@@ -157,42 +151,27 @@ def scale_of_bits(bits, FP8: tl.constexpr, NATIVE_FP8: tl.constexpr, ASM: tl.con
 
 
 @triton.jit
-def scale_exponent_offset(FP8: tl.constexpr, NATIVE_FP8: tl.constexpr):
+def scale_exponent_offset(KIND: tl.constexpr):
     """What the power of two of a row must make good (`scale_of_bits`)."""
-    return 8 if FP8 and not NATIVE_FP8 else 0
+    return 8 if KIND.fp8 and not KIND.native_fp8 else 0
 
 
 @triton.jit
-def load_tile_scale(
-    ptr,
-    row_stride,
-    tiles,
-    low_block,
-    high_block,
-    blocks,
-    block_stride,
-    TILES: tl.constexpr,
-    FP8: tl.constexpr,
-    NATIVE_FP8: tl.constexpr,
-    ASM: tl.constexpr,
-):
+def load_tile_scale(scales, tiles, low_block, high_block, TILES: tl.constexpr, KIND: tl.constexpr):
     """Row scales of one plane and step, fp32 [TILES, g, q, r, h]: of ``low_block`` for the lower half of the step's
     columns, of ``high_block`` for the upper one; 0 in blocks that are not there.
 
     Args:
-        ptr: uint8 or int16, block 0 of the plane in the first row tile.
-        row_stride: entries between row tiles.
+        scales: of the plane, a `RowScales`.
         tiles: row tiles that are there, from the first one.
-        block_stride: entries between blocks.
     """
+    BLOCK_STRIDE: tl.constexpr = 32 * (KIND.base_planes + KIND.residual_planes)
     flat = tl.arange(0, TILES * 128)
-    place = flat // 128 * row_stride + flat // 16 % 8 * 4 + flat % 4
+    place = flat // 128 * scales.row_stride + flat // 16 % 8 * 4 + flat % 4
     there = flat // 128 < tiles
-    low = tl.load(ptr + low_block * block_stride + place, mask=there & (low_block < blocks), other=0)
-    high = tl.load(ptr + high_block * block_stride + place, mask=there & (high_block < blocks), other=0)
-    low = scale_of_bits(low, FP8, NATIVE_FP8, ASM)
-    high = scale_of_bits(high, FP8, NATIVE_FP8, ASM)
-    return tl.join(low, high).reshape(TILES, 8, 4, 4, 2)
+    low = tl.load(scales.ptr + low_block * BLOCK_STRIDE + place, mask=there & (low_block < scales.blocks), other=0)
+    high = tl.load(scales.ptr + high_block * BLOCK_STRIDE + place, mask=there & (high_block < scales.blocks), other=0)
+    return tl.join(scale_of_bits(low, KIND), scale_of_bits(high, KIND)).reshape(TILES, 8, 4, 4, 2)
 
 
 @triton.jit
@@ -205,7 +184,7 @@ def load_float_operands(
     DTYPE: tl.constexpr,
     TILES: tl.constexpr,
     WIDE_LANES: tl.constexpr,
-    ASM: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     """One step's operand [32 · TILES, 32]: ±scale in DTYPE.
 
@@ -220,7 +199,7 @@ def load_float_operands(
     Row order as in small_batch.py. Both are where lanes hold the words.
     """
     SIXTEEN: tl.constexpr = tl.bfloat16 == DTYPE or tl.float16 == DTYPE
-    if ASM and SIXTEEN:
+    if KIND.asm and SIXTEEN:
         flat = tl.arange(0, TILES * 256)
         half_ptr = tile_ptr.to(tl.pointer_type(tl.int16))
         place = flat // 256 * (row_stride * 2) + flat % 256
@@ -240,12 +219,18 @@ def load_float_operands(
         i2 = tl.where(((words >> (half + (8 + STEP))) & 1) != 0, scale, -scale).to(DTYPE)
         i3 = tl.where(((words >> (half + (12 + STEP))) & 1) != 0, scale, -scale).to(DTYPE)
     both = tl.join(tl.join(i0, i2), tl.join(i1, i3))  # [t, g, q, r, h, i // 2, i % 2]
-    both = both.reshape(TILES, 8, 4, 2, 2, 2, 2, 2)  # [t, g, q, m, z, h, i // 2, i % 2]
+    return float_operand(both, TILES, WIDE_LANES)
+
+
+@triton.jit
+def float_operand(values, TILES: tl.constexpr, WIDE_LANES: tl.constexpr):
+    """Values of one step [TILES, g, q, r, h, i] as its operand [32 · TILES, 32], in the order of `operand_column`."""
+    values = values.reshape(TILES, 8, 4, 2, 2, 2, 2, 2)  # t g q m z h i//2 i%2
     if WIDE_LANES:
-        both = both.permute(3, 0, 4, 1, 2, 6, 7, 5)
+        values = values.permute(3, 0, 4, 1, 2, 6, 7, 5)
     else:
-        both = both.permute(3, 0, 4, 1, 6, 7, 2, 5)
-    return both.reshape(TILES * 32, 32)
+        values = values.permute(3, 0, 4, 1, 6, 7, 2, 5)
+    return values.reshape(TILES * 32, 32)
 
 
 @triton.jit

@@ -1,10 +1,17 @@
 """What a product does to its activations first: multiply by the column scales, gather the salient columns, and put
 everything into the order of the packed signs. Layers that share an input and its scales share this."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .arguments import LimbOperand
+from .geometry import ceil_div
 from .operand import operand_column
+from .product import Product
 
 # 2²³ + 2²² as an int32 bit pattern: an integer below 2²² added to it is, read as fp32, 12582912 plus that integer.
 FLOAT_OFFSET_BITS = tl.constexpr(0x4B400000)
@@ -50,15 +57,15 @@ def _zero_counters(counter_ptr, program, counters, EACH: tl.constexpr):
 
 
 @triton.jit
-def _load_scaled(x_ptr, column_scale_ptr, column, token, tokens, stride):
+def _load_scaled(inputs, column, token):
     """x c [tokens, columns] in fp32; 0 where the column is negative or the token is not there."""
     inside = column >= 0
     x = tl.load(
-        x_ptr + token.to(tl.int64)[:, None] * stride + column[None, :],
-        mask=(token < tokens)[:, None] & inside[None, :],
+        inputs.x + token.to(tl.int64)[:, None] * inputs.stride + column[None, :],
+        mask=(token < inputs.tokens)[:, None] & inside[None, :],
         other=0.0,
     ).to(tl.float32)
-    return x * load_half(column_scale_ptr + column, inside)[None, :]
+    return x * load_half(inputs.col_scale + column, inside)[None, :]
 
 
 @triton.jit
@@ -82,68 +89,54 @@ def _store_limbs(limb_ptr, tile, column, high, low, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _prepare_base(
-    x_ptr, column_scale_ptr, limb_ptr, start_ptr, unit_ptr, tile, tokens, columns, stride, TOKENS: tl.constexpr,
-    SCALE_COLUMNS: tl.constexpr,
-):  # fmt: skip
+def _prepare_columns(inputs, operand, tile, TOKENS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
     GROUPS: tl.constexpr = 128 // SCALE_COLUMNS
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, 128)
     column = tile * 128 + place
-    x = _load_scaled(x_ptr, column_scale_ptr, tl.where(column < columns, column, -1), token, tokens, stride)
+    x = _load_scaled(inputs, tl.where(column < inputs.columns, column, -1), token)
     high, low, total, unit = integer_limbs(x, TOKENS, GROUPS, SCALE_COLUMNS)
     # operands hold −b for the bits of steps 0 to 2 and 1 − b for those of step 3 (operand.py): take that back
     last = tl.where((place // 32 == 3)[None, :], 128 * high + low, 0).reshape(TOKENS, GROUPS, SCALE_COLUMNS)
     start = (total >> 1) - tl.sum(last, axis=2)
     entry = (tile * GROUPS + tl.arange(0, GROUPS))[None, :] * TOKENS + token[:, None]
-    tl.store(start_ptr + entry, start + FLOAT_OFFSET_BITS)
-    tl.store(unit_ptr + tile * TOKENS + token, -2.0 * unit)
-    _store_limbs(limb_ptr, tile, token[:, None], high, low, TOKENS)
+    tl.store(operand.start + entry, start + FLOAT_OFFSET_BITS)
+    tl.store(operand.unit + tile * TOKENS + token, -2.0 * unit)
+    _store_limbs(operand.limb, tile, token[:, None], high, low, TOKENS)
 
 
 @triton.jit
-def _prepare_slots(
-    x_ptr, column_scale_ptr, index_ptr, limb_ptr, start_ptr, unit_ptr, tile, tokens, stride, TOKENS: tl.constexpr
-):
+def _prepare_slots(inputs, operand, tile, TOKENS: tl.constexpr):
     PAIRS: tl.constexpr = 2 * TOKENS
     SLOTS: tl.constexpr = 8 * TOKENS
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, 128)
-    x = _load_scaled(x_ptr, column_scale_ptr, tl.load(index_ptr + tile * 128 + place), token, tokens, stride)
+    x = _load_scaled(inputs, tl.load(inputs.residual_index + tile * 128 + place), token)
     # every slot has a unit of its own
     high, low, total, unit = integer_limbs(x.reshape(SLOTS, 16), SLOTS, 1, 16)
     total = total.reshape(TOKENS, 8)
     slot = tl.arange(0, 8)[None, :]
     start = tl.where(slot // 2 == 3, -(total >> 1), total >> 1)
     entry = (tile * 4 + slot // 2) * PAIRS + slot % 2 * TOKENS + token[:, None]
-    tl.store(start_ptr + entry, start + FLOAT_OFFSET_BITS)
-    tl.store(unit_ptr + entry, -2.0 * unit.reshape(TOKENS, 8))
+    tl.store(operand.start + entry, start + FLOAT_OFFSET_BITS)
+    tl.store(operand.unit + entry, -2.0 * unit.reshape(TOKENS, 8))
     # a step's 32 rows are two slots with accumulators of their own: each is zero in the columns of the other
     high = high.reshape(TOKENS, 128)
     low = low.reshape(TOKENS, 128)
     half = (place // 16 % 2)[None, :]
     zero = tl.zeros((TOKENS, 128), tl.int32)
-    _store_limbs(limb_ptr, tile, half * TOKENS + token[:, None], high, low, PAIRS)
-    _store_limbs(limb_ptr, tile, (1 - half) * TOKENS + token[:, None], zero, zero, PAIRS)
+    _store_limbs(operand.limb, tile, half * TOKENS + token[:, None], high, low, PAIRS)
+    _store_limbs(operand.limb, tile, (1 - half) * TOKENS + token[:, None], zero, zero, PAIRS)
 
 
 @triton.jit
 def prepare_limbs_kernel(
-    x_ptr,  # float [tokens, columns]
-    column_scale_ptr,  # int16 [column tiles · 128]: fp16 bits
-    index_ptr,  # int32 [slot tiles · 128]: columns in the slots
-    base_limb_ptr,  # int8 [column tiles, 4 steps, 64 · TOKENS]: matrix operands in lane order
-    base_start_ptr,  # int32 [column tiles, groups, TOKENS]: what is added to a group's sum
-    base_unit_ptr,  # fp32 [column tiles, TOKENS]: −2 · unit
-    slot_limb_ptr,  # int8 [slot tiles, 4 steps, 128 · SLOT_TOKENS]
-    slot_start_ptr,  # int32 [slot tiles, 4 steps, 2 slots, SLOT_TOKENS]
-    slot_unit_ptr,  # fp32 [slot tiles, 4 steps, 2 slots, SLOT_TOKENS]
+    inputs,  # Activations
+    columns,  # LimbOperand
+    slots,  # LimbOperand
     counter_ptr,  # int32 [counters], zeroed
-    tokens,
-    columns,
-    stride,  # of x between tokens
-    column_tiles,
     counters,
+    column_tiles,
     COUNTERS_EACH: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOT_TOKENS: tl.constexpr,
@@ -153,47 +146,19 @@ def prepare_limbs_kernel(
     tile = tl.program_id(0)
     _zero_counters(counter_ptr, tile, counters, COUNTERS_EACH)
     if tile < column_tiles:
-        _prepare_base(
-            x_ptr,
-            column_scale_ptr,
-            base_limb_ptr,
-            base_start_ptr,
-            base_unit_ptr,
-            tile,
-            tokens,
-            columns,
-            stride,
-            TOKENS,
-            SCALE_COLUMNS,
-        )
+        _prepare_columns(inputs, columns, tile, TOKENS, SCALE_COLUMNS)
     else:
-        _prepare_slots(
-            x_ptr,
-            column_scale_ptr,
-            index_ptr,
-            slot_limb_ptr,
-            slot_start_ptr,
-            slot_unit_ptr,
-            tile - column_tiles,
-            tokens,
-            stride,
-            SLOT_TOKENS,
-        )
+        _prepare_slots(inputs, slots, tile - column_tiles, SLOT_TOKENS)
 
 
 @triton.jit
 def prepare_floats_kernel(
-    x_ptr,  # float [tokens, columns]
-    column_scale_ptr,  # int16 [column tiles · 128]
-    index_ptr,  # int32 [slot tiles · 128]
+    inputs,  # Activations
     out_ptr,  # float [column tiles + slot tiles, 4 steps, padded tokens, 32]
     counter_ptr,  # int32 [counters], zeroed
-    tokens,
-    padded,
-    columns,
-    stride,
-    column_tiles,
     counters,
+    padded,
+    column_tiles,
     COUNTERS_EACH: tl.constexpr,
     TOKENS: tl.constexpr,  # tokens of one program
     WIDE_LANES: tl.constexpr,
@@ -208,9 +173,61 @@ def prepare_floats_kernel(
     within = step * 32 + operand_column(kappa, WIDE_LANES)
     if tile < column_tiles:
         column = tile * 128 + within
-        column = tl.where(column < columns, column, -1)
+        column = tl.where(column < inputs.columns, column, -1)
     else:
-        column = tl.load(index_ptr + (tile - column_tiles) * 128 + within)
-    x = _load_scaled(x_ptr, column_scale_ptr, column, token, tokens, stride)
+        column = tl.load(inputs.residual_index + (tile - column_tiles) * 128 + within)
+    x = _load_scaled(inputs, column, token)
     at = out_ptr + ((tile * 4 + step).to(tl.int64)[None, :] * padded + token[:, None]) * 32 + kappa[None, :]
     tl.store(at, x.to(out_ptr.dtype.element_ty), mask=(token < padded)[:, None])
+
+
+def prepare_limbs(product: Product, counter: Tensor, tokens: int, slot_tokens: int) -> tuple[LimbOperand, LimbOperand]:
+    """The activations of the columns, padded to ``tokens``, and of the slots, padded to ``slot_tokens``; zeroes
+    ``counter``."""
+    geometry, space = product.geometry, product.space
+    tiles, slot_tiles = geometry.column_tiles, geometry.slot_tiles
+    columns = LimbOperand(
+        space(tiles, 256 * tokens, dtype=torch.int8),
+        space(tiles, 128 // geometry.scale_columns, tokens, dtype=torch.int32),
+        space(tiles, tokens, dtype=torch.float32),
+    )
+    slots = LimbOperand(
+        space(slot_tiles, 512 * slot_tokens, dtype=torch.int8),
+        space(slot_tiles, 4, 2, slot_tokens, dtype=torch.int32),
+        space(slot_tiles, 4, 2, slot_tokens, dtype=torch.float32),
+    )
+    prepare_limbs_kernel[(tiles + slot_tiles,)](
+        product.inputs,
+        columns,
+        slots,
+        **_zeroing(counter, tiles + slot_tiles),
+        column_tiles=tiles,
+        TOKENS=tokens,
+        SLOT_TOKENS=slot_tokens,
+        SCALE_COLUMNS=geometry.scale_columns,
+    )
+    return columns, slots
+
+
+def prepare_floats(product: Product, counter: Tensor, padded: int, wide_lanes: bool) -> Tensor:
+    """The activations in x's dtype, [column tiles + slot tiles, 4 steps, ``padded`` tokens, 32]; zeroes ``counter``."""
+    tiles = product.geometry.column_tiles + product.geometry.slot_tiles
+    prepared = product.space(tiles, 4, padded, 32, dtype=product.x.dtype)
+    grid = (tiles, padded // 16)
+    prepare_floats_kernel[grid](
+        product.inputs,
+        prepared,
+        **_zeroing(counter, grid[0] * grid[1]),
+        padded=padded,
+        column_tiles=product.geometry.column_tiles,
+        TOKENS=16,
+        WIDE_LANES=wide_lanes,
+    )
+    return prepared
+
+
+def _zeroing(counter: Tensor, programs: int) -> dict[str, Any]:
+    """What a kernel of so many programs takes to zero the counters on its way."""
+    counters = counter.numel()
+    each = triton.next_power_of_2(max(1, ceil_div(counters, programs)))
+    return {"counter_ptr": counter, "counters": counters, "COUNTERS_EACH": each}

@@ -1,0 +1,30 @@
+"""Under which conditions a benchmark measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from optimum_sab.core.settings import LayerSettings
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What all benchmarks are told.
+
+    Args:
+        settings: of the packed linears.
+        device: CPU or CUDA.
+        dtype: of activations and of what is dense.
+        backend: name of a backend of the packed linears, or "auto".
+        repeats: samples per median.
+        seed: of all random content.
+    """
+
+    settings: LayerSettings
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+    backend: str = "auto"
+    repeats: int = 3
+    seed: int = 0
