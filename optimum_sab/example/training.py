@@ -125,6 +125,7 @@ def train(
         save_every: steps between saves; the last step saves as well.
     """
     model.model.visual.requires_grad_(False)
+    model.zero_grad()  # the tower's of the first stage are not this training's
     optimizers = make_optimizers(model, settings.learning_rate, settings.weight_decay)
 
     def converse(batch: Batch) -> Outcome:
