@@ -55,30 +55,41 @@ def write_line(line: str) -> None:
     sys.stdout.flush()
 
 
+@dataclass(frozen=True)
+class Journal:
+    """What is written down of a training while it runs.
+
+    Attributes:
+        name: begins every line of progress.
+        report: called with a line of progress: the loss and what share was right since the line before.
+        report_every: steps between lines.
+        save: called at times and after the last step; None to keep nothing.
+        save_every: steps between saves.
+    """
+
+    name: str
+    report: Callable[[str], None] = write_line
+    report_every: int = 50
+    save: Callable[[], None] | None = None
+    save_every: int = 100
+
+
 def optimize(
-    name: str,
+    journal: Journal,
     outcome_of: Callable[[Batch], Outcome],
     batches: Iterable[Batch],
     optimizers: Sequence[torch.optim.Optimizer],
     rates: Sequence[float],
-    report: Callable[[str], None] = write_line,
-    report_every: int = 50,
-    save: Callable[[], None] | None = None,
-    save_every: int = 100,
     clipped: Sequence[nn.Parameter] = (),
 ) -> None:
     """Take one step for each learning rate.
 
     Args:
-        name: begins every line of progress.
+        journal: what is reported and saved on the way.
         outcome_of: runs the model on a batch.
         batches: what it runs on; as many are drawn as there are steps.
         optimizers: of all that is trained.
         rates: the learning rate of every step.
-        report: called with a line of progress: the loss and what share was right since the line before.
-        report_every: steps between lines.
-        save: called at times and after the last step.
-        save_every: steps between saves.
         clipped: parameters whose gradient, taken as one vector, is clipped to length 1.
     """
     began, loss, shares = time.monotonic(), 0.0, defaultdict[str, float](float)
@@ -95,14 +106,14 @@ def optimize(
         loss += outcome.loss.item()
         for about, marks in outcome.right.items():
             shares[about] += marks.float().mean().item()
-        if step % report_every == 0:
-            parts = [f"loss {loss / report_every:.4f}"]
-            parts += [f"{about} {share / report_every:.3f}" for about, share in shares.items()]
-            report(f"{name} {step:5d}  {'  '.join(parts)}  {time.monotonic() - began:6.0f} s")
+        if step % journal.report_every == 0:
+            parts = [f"loss {loss / journal.report_every:.4f}"]
+            parts += [f"{about} {share / journal.report_every:.3f}" for about, share in shares.items()]
+            journal.report(f"{journal.name} {step:5d}  {'  '.join(parts)}  {time.monotonic() - began:6.0f} s")
             loss = 0.0
             shares.clear()
-        if save is not None and (step % save_every == 0 or step == len(rates)):
-            save()
+        if journal.save is not None and (step % journal.save_every == 0 or step == len(rates)):
+            journal.save()
 
 
 def _set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], learning_rate: float) -> None:

@@ -21,7 +21,7 @@ from optimum_sab.data.scenes import GRID, PLACES, Scene
 from optimum_sab.data.scenes import render as render_scene
 from optimum_sab.example.chatml import token_ids
 from optimum_sab.example.learning_rate import linear_rates
-from optimum_sab.example.optimization import Outcome, make_optimizers, optimize, write_line
+from optimum_sab.example.optimization import Journal, Outcome, make_optimizers, optimize, write_line
 from optimum_sab.example.tasks import IMAGE_SIZE, NOTHING, training_number, training_scene
 
 TOKENS_ACROSS = 4
@@ -78,7 +78,7 @@ def teach_sight(
         return Outcome(loss, {"cells": right[: settings.scenes], "digits": right[settings.scenes :]})
 
     rates = linear_rates(settings.learning_rate, settings.steps, min(100, settings.steps // 4), last=0.05)
-    optimize("sight", look, sight_batches(processor, settings), optimizers, rates, report)
+    optimize(Journal("sight", report), look, sight_batches(processor, settings), optimizers, rates)
     _match_scale(model, tokens.detach().float())
 
 

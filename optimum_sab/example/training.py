@@ -26,7 +26,7 @@ from optimum_sab.example.acceleration import accelerate
 from optimum_sab.example.architecture import build_model, save_model
 from optimum_sab.example.chatml import answer_mask
 from optimum_sab.example.learning_rate import cosine_rates
-from optimum_sab.example.optimization import Outcome, make_optimizers, optimize, write_line
+from optimum_sab.example.optimization import Journal, Outcome, make_optimizers, optimize, write_line
 from optimum_sab.example.predictions import predict_learnt
 from optimum_sab.example.sight import SightSettings, teach_sight
 from optimum_sab.example.tasks import training_conversation
@@ -133,13 +133,11 @@ def train(
             return Outcome(weighted_loss(model, batch))
 
     optimize(
-        "step",
+        Journal("step", save=lambda: save_model(model, output), save_every=save_every),
         converse,
         batches(processor, settings),
         optimizers,
         cosine_rates(settings.learning_rate, settings.steps, settings.warmup),
-        save=lambda: save_model(model, output),
-        save_every=save_every,
         clipped=[each for each in model.parameters() if each.requires_grad],
     )
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_sab.example.optimization import Outcome, make_optimizers, optimize
+from optimum_sab.example.optimization import Journal, Outcome, make_optimizers, optimize
 
 
 @pytest.fixture
@@ -9,7 +9,7 @@ def weight():
     return torch.nn.Parameter(torch.tensor([3.0, 4.0]))
 
 
-def descend(weight, rates, batches=None, **options):
+def descend(weight, rates, batches=None, clipped=(), **noted):
     """Plain gradient descent on `weight · batch`, whose gradient is the batch."""
     batches = iter(torch.ones(100, 2)) if batches is None else batches
     marks = iter([True, False, True, True] * 25)
@@ -17,7 +17,8 @@ def descend(weight, rates, batches=None, **options):
     def outcome(batch):
         return Outcome((weight * batch).sum(), {"first": torch.tensor([next(marks)])})
 
-    optimize("descent", outcome, batches, [torch.optim.SGD([weight], lr=1.0)], rates, **options)
+    journal = Journal("descent", **noted)
+    optimize(journal, outcome, batches, [torch.optim.SGD([weight], lr=1.0)], rates, clipped)
 
 
 def test_optimize_takes_a_step_for_every_rate_and_draws_no_batch_more(weight):

@@ -28,7 +28,7 @@ from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightBatch, SightSe
 from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
 from optimum_sab.example.chatml import token_ids
 from optimum_sab.example.learning_rate import linear_rates
-from optimum_sab.example.optimization import Outcome, optimize, write_line
+from optimum_sab.example.optimization import Journal, Outcome, optimize, write_line
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,11 @@ def teach_dialogue(
         return Outcome(loss, {"signs": hits[: settings.signs], "pictures": hits[settings.signs :]})
 
     optimize(
-        "dialogue",
+        Journal("dialogue", report, report_every=10, save=save, save_every=50),
         converse,
         sight_batches(pictures, drawn),
         [make_optimizer(trained, settings.learning_rate)],
         linear_rates(settings.learning_rate, settings.steps, settings.warmup, last=0.02),
-        report,
-        report_every=10,
-        save=save,
-        save_every=50,
     )
 
 

@@ -27,7 +27,7 @@ from optimum_sab.eval.reader.tasks import NAMING_PROMPTS, READING_PROMPTS
 from optimum_sab.eval.reader.tower import TOKENS
 from optimum_sab.example.chatml import token_ids
 from optimum_sab.example.learning_rate import linear_rates
-from optimum_sab.example.optimization import Outcome, optimize, write_line
+from optimum_sab.example.optimization import Journal, Outcome, optimize, write_line
 from optimum_sab.hf.compat import CACHE_ARGUMENT
 
 if TYPE_CHECKING:
@@ -95,13 +95,11 @@ def tune_prompt(
         return Outcome(loss, {"exact": exact})
 
     optimize(
-        "prompt",
+        Journal("prompt", report, report_every=10),
         ask,
         _captions(settings),
         [make_optimizer([tuned], settings.learning_rate)],
         linear_rates(settings.learning_rate, settings.steps, warmup=10, last=0.05),
-        report,
-        report_every=10,
     )
     return tuned.detach()
 

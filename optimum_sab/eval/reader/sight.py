@@ -22,7 +22,7 @@ from optimum_sab.eval.reader.cifar import CLASSES, Pictures
 from optimum_sab.eval.reader.signs import WORDS, Sign, draw_sign, random_words
 from optimum_sab.eval.reader.tower import GRID, IMAGE_SIZE, NEIGHBOUR_LAYERS, PATCH_SIZE, TOKENS, WIDTH
 from optimum_sab.example.learning_rate import linear_rates
-from optimum_sab.example.optimization import Outcome, make_optimizers, optimize, write_line
+from optimum_sab.example.optimization import Journal, Outcome, make_optimizers, optimize, write_line
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int64
@@ -65,6 +65,21 @@ class SightBatch:
     words: Int64[Tensor, "signs 64"]
     letters: Int64[Tensor, "signs 64"]
     labels: Int64[Tensor, "pictures"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the connector should emit, in the space of the language model's embeddings.
+
+    Attributes:
+        embeddings: of `CANDIDATES`, float32 [candidates, hidden].
+        prompt: the constant tokens before the caption, float32 [61, hidden], None to leave them free.
+        prompt_weight: of their squared error, relative to the embeddings' mean square.
+    """
+
+    embeddings: Float[Tensor, "candidates hidden"]
+    prompt: Float[Tensor, "61 hidden"] | None = None
+    prompt_weight: float = 1.0
 
 
 class Sight(nn.Module):
@@ -133,17 +148,13 @@ def enlarged(pixels: Tensor) -> Tensor:
     return large.round().clamp(0, 255)
 
 
-def sight_loss(
-    sight: Sight, batch: SightBatch, embeddings: Tensor, prompt: Tensor | None, prompt_weight: float
-) -> tuple[Tensor, Tensor]:
+def sight_loss(sight: Sight, batch: SightBatch, goal: Goal) -> tuple[Tensor, Tensor]:
     """The loss, and which captions are right, booleans [batch].
 
     Args:
         sight: what is trained.
         batch: what it sees.
-        embeddings: of `CANDIDATES`, float32 [candidates, hidden].
-        prompt: the constant tokens before the caption, float32 [61, hidden], None to leave them free.
-        prompt_weight: of their squared error, relative to the embeddings' mean square.
+        goal: what it should make of that.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
         early, middle, hidden = sight(batch.pixels)
@@ -151,27 +162,26 @@ def sight_loss(
         letters = sight.letter_head(early[: len(batch.letters)]).float()
         words = sight.word_head(middle[: len(batch.words)]).float()
         named = sight.picture_head(middle[len(batch.words) :].mean(1)).float()
-    power = embeddings.square().mean()
-    directions = nn.functional.normalize(embeddings, dim=-1)
+    power = goal.embeddings.square().mean()
+    directions = nn.functional.normalize(goal.embeddings, dim=-1)
     logits = nn.functional.normalize(caption, dim=-1) @ directions.T / TEMPERATURE
     cross_entropy = nn.functional.cross_entropy
     loss = CAPTION_TOKENS * cross_entropy(logits.flatten(0, 1), batch.captions.flatten())
-    loss = loss + 0.5 * (caption - embeddings[batch.captions]).square().mean() / power
+    loss = loss + 0.5 * (caption - goal.embeddings[batch.captions]).square().mean() / power
     loss = loss + _patch_loss(letters, batch.letters) + _patch_loss(words, batch.words)
     loss = loss + 0.5 * cross_entropy(named, batch.labels)
-    if prompt is not None:
+    if goal.prompt is not None:
         with torch.autocast("cpu", dtype=torch.bfloat16):  # on an eighth of the batch: it is the same for every picture
             constant = sight.connector(hidden[::8, :-CAPTION_TOKENS]).float()
-        error = (constant - prompt).square().mean()
-        loss = loss + prompt_weight * error / power
+        error = (constant - goal.prompt).square().mean()
+        loss = loss + goal.prompt_weight * error / power
     return loss, (logits.argmax(-1) == batch.captions).all(-1)
 
 
 def teach_sight(
     sight: Sight,
     pictures: Pictures,
-    embeddings: Tensor,
-    prompt: Tensor | None,
+    goal: Goal,
     settings: SightSettings,
     report: Callable[[str], None] = write_line,
     save: Callable[[], None] | None = None,
@@ -181,25 +191,22 @@ def teach_sight(
     Args:
         sight: tower, connector and helpers.
         pictures: CIFAR-10's training half.
-        embeddings: of `CANDIDATES`, float32 [candidates, hidden].
-        prompt: the constant tokens before the caption, float32 [61, hidden], None to leave them free.
+        goal: what the connector should emit.
         settings: how long and on what.
         report: called with a line of progress every fifty steps.
         save: called every hundred steps and at the end.
     """
 
     def look(batch: SightBatch) -> Outcome:
-        loss, hits = sight_loss(sight, batch, embeddings, prompt, settings.prompt_weight)
+        loss, hits = sight_loss(sight, batch, goal)
         return Outcome(loss, {"signs": hits[: settings.signs], "pictures": hits[settings.signs :]})
 
     optimize(
-        "sight",
+        Journal("sight", report, save=save),
         look,
         sight_batches(pictures, settings),
         make_optimizers(sight, settings.learning_rate, weight_decay=0.05),
         linear_rates(settings.learning_rate, settings.steps, settings.warmup, last=0.02),
-        report,
-        save=save,
     )
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,15 @@ from optimum_sab.eval.reader.cifar import Pictures, read_cifar
 from optimum_sab.eval.reader.dialogue import DialogueSettings, teach_dialogue
 from optimum_sab.eval.reader.language import Language, load_language
 from optimum_sab.eval.reader.prompt import PromptSettings, tune_prompt, written_prompt
-from optimum_sab.eval.reader.sight import CANDIDATES, Sight, SightSettings, flat_patches, sight_batches, teach_sight
+from optimum_sab.eval.reader.sight import (
+    CANDIDATES,
+    Goal,
+    Sight,
+    SightSettings,
+    flat_patches,
+    sight_batches,
+    teach_sight,
+)
 from optimum_sab.eval.reader.tower import initialize_tower, tower_config
 from optimum_sab.example.chatml import token_ids
 from optimum_sab.example.optimization import write_line
@@ -68,38 +76,56 @@ def save_vision(sight: Sight, path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
-def train(
-    language: Path,
-    cifar: Path,
-    output: Path,
-    sight_settings: SightSettings,
-    prompt_settings: PromptSettings,
-    dialogue_settings: DialogueSettings,
-    initial: Path | None,
-    compiled: bool,
-    report: Report,
-) -> None:
-    """Run all stages and write `prompt.safetensors`, `sight.safetensors` (to go on from) and `vision.safetensors`.
+@dataclass(frozen=True)
+class Places:
+    """What the training reads and writes.
 
-    Args:
+    Attributes:
         language: folder of the language model.
         cifar: folder of CIFAR-10.
         output: folder to write; a `prompt.safetensors` in it is used instead of tuning one.
-        sight_settings: of the tower's stage; without steps it stays as `initial` has it.
-        prompt_settings: of the prompt's stage; without steps, there is no prompt and the tower is free.
-        dialogue_settings: of the stage through the language model.
-        initial: a `sight.safetensors` to go on from.
+        initial: a `sight.safetensors` to go on from; None for first weights.
+    """
+
+    language: Path
+    cifar: Path
+    output: Path
+    initial: Path | None = None
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Of every stage.
+
+    Attributes:
+        prompt: of the prompt's stage; without steps, there is no prompt and the tower is free.
+        sight: of the tower's stage; without steps it stays as it begins.
+        dialogue: of the stage through the language model.
+    """
+
+    prompt: PromptSettings = field(default_factory=PromptSettings)
+    sight: SightSettings = field(default_factory=SightSettings)
+    dialogue: DialogueSettings = field(default_factory=DialogueSettings)
+
+
+def train(places: Places, settings: StageSettings, compiled: bool, report: Report = write_line) -> None:
+    """Run all stages and write `prompt.safetensors`, `sight.safetensors` (to go on from) and `vision.safetensors`.
+
+    Args:
+        places: what to read, and the folder to write.
+        settings: of the stages.
         compiled: whether to compile the layers, which takes a minute and a C++ compiler.
         report: called with lines of progress.
     """
+    output = places.output
     output.mkdir(parents=True, exist_ok=True)
-    speaker = load_language(language)
-    prompt = _prompt(speaker, output / "prompt.safetensors", prompt_settings, report)
+    speaker = load_language(places.language)
+    prompt = _prompt(speaker, output / "prompt.safetensors", settings.prompt, report)
     ids = [token_ids(speaker.tokenizer, word)[0] for word in CANDIDATES]
-    pictures = read_cifar(cifar, "train")
-    sight = make_sight(speaker.embeddings.shape[1], pictures, sight_settings)
-    if initial is not None:
-        sight.load_state_dict(load_file(initial))
+    pictures = read_cifar(places.cifar, "train")
+    sight = make_sight(speaker.embeddings.shape[1], pictures, settings.sight)
+    if places.initial is not None:
+        sight.load_state_dict(load_file(places.initial))
     if compiled:
         for layer in sight.tower.encoder.layers:
             layer.compile(dynamic=False)
@@ -108,8 +134,9 @@ def train(
         save_file(sight.state_dict(), output / "sight.safetensors")
         save_vision(sight, output / "vision.safetensors")
 
-    teach_sight(sight, pictures, speaker.embeddings[ids].clone(), prompt, sight_settings, report, save)
-    teach_dialogue(speaker, sight, pictures, dialogue_settings, report, save)
+    goal = Goal(speaker.embeddings[ids].clone(), prompt, settings.sight.prompt_weight)
+    teach_sight(sight, pictures, goal, settings.sight, report, save)
+    teach_dialogue(speaker, sight, pictures, settings.dialogue, report, save)
 
 
 def _prompt(speaker: Language, path: Path, settings: PromptSettings, report: Report) -> Tensor | None:
@@ -132,11 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--initial", type=Path, help="a sight.safetensors to go on from")
     parser.add_argument("--no-compile", action="store_true", help="do not compile the tower's layers")
-    kinds: dict[str, Any] = {
-        "prompt": PromptSettings(),
-        "sight": SightSettings(),
-        "dialogue": DialogueSettings(),
-    }
+    kinds: dict[str, Any] = {each.name: getattr(StageSettings(), each.name) for each in fields(StageSettings)}
     for kind, defaults in kinds.items():
         for each in fields(defaults):
             value = getattr(defaults, each.name)
@@ -146,17 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         kind: type(defaults)(**{each.name: getattr(given, f"{kind}_{each.name}") for each in fields(defaults)})
         for kind, defaults in kinds.items()
     }
-    train(
-        given.language,
-        given.cifar,
-        given.output,
-        settings["sight"],
-        settings["prompt"],
-        settings["dialogue"],
-        given.initial,
-        not given.no_compile,
-        write_line,
-    )
+    places = Places(given.language, given.cifar, given.output, given.initial)
+    train(places, StageSettings(**settings), compiled=not given.no_compile)
 
 
 if __name__ == "__main__":

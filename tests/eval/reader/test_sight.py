@@ -9,6 +9,7 @@ from optimum_sab.eval.reader.cifar import CLASSES, Pictures
 from optimum_sab.eval.reader.sight import (
     CANDIDATES,
     CAPTION_TOKENS,
+    Goal,
     Sight,
     SightSettings,
     enlarged,
@@ -109,12 +110,12 @@ def test_teach_sight_lowers_the_loss_of_what_it_was_shown(pictures, tower):
     settings = SightSettings(steps=8, signs=4, pictures=4, warmup=2)
     generator = torch.Generator().manual_seed(2)
     embeddings = torch.randn(len(CANDIDATES), HIDDEN, generator=generator)
-    prompt = torch.randn(TOKENS - CAPTION_TOKENS, HIDDEN, generator=generator)
+    goal = Goal(embeddings, torch.randn(TOKENS - CAPTION_TOKENS, HIDDEN, generator=generator))
     sight, saved = make_sight(tower), []
     batch = next(sight_batches(pictures, settings))
-    before = sight_loss(sight, batch, embeddings, prompt, 1.0)[0].item()
-    teach_sight(sight, pictures, embeddings, prompt, settings, lambda line: None, lambda: saved.append(1))
-    assert sight_loss(sight, batch, embeddings, prompt, 1.0)[0].item() < before
+    before = sight_loss(sight, batch, goal)[0].item()
+    teach_sight(sight, pictures, goal, settings, lambda line: None, lambda: saved.append(1))
+    assert sight_loss(sight, batch, goal)[0].item() < before
     assert saved == [1]
 
 
@@ -139,4 +140,4 @@ def test_sight_loss_of_perfect_tokens_counts_every_caption_as_right(pictures, to
             tokens[:, -CAPTION_TOKENS:] = embeddings[batch.captions]
             return middle, middle, tokens
 
-    assert sight_loss(Perfect(), batch, embeddings, None, 1.0)[1].all()
+    assert sight_loss(Perfect(), batch, Goal(embeddings))[1].all()
