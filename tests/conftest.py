@@ -20,6 +20,10 @@ if not torch.cuda.is_available():
 FIRST = ("test_documentation.py", "test_main.py", "test_training.py", "test_compile.py")
 
 
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files of many tests, which are short
+
+
 def pytest_collection_modifyitems(items):
     """The longest come first; those marked gpu are skipped, by name and reason, where there is no CUDA device."""
     items.sort(key=lambda item: item.path.name not in FIRST)

@@ -15,10 +15,7 @@ triton = pytest.importorskip("triton")
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 SCRIPT = Path(__file__).with_name("compile_variants.py")
-pytestmark = [
-    pytest.mark.skipif(not CUOBJDUMP.is_file(), reason=f"Triton came without {CUOBJDUMP}"),
-    pytest.mark.xdist_group("machine code"),  # compiling takes minutes, and is done once
-]
+pytestmark = pytest.mark.skipif(not CUOBJDUMP.is_file(), reason=f"Triton came without {CUOBJDUMP}")
 
 CAPABILITIES = [80, 90]
 SHARED_MEMORY = {"LDS", "STS", "LDSM", "SHFL"}
