@@ -219,8 +219,8 @@ def plant(fault: Fault, folder: Path) -> None:
     path.write_text(source.replace(fault.right, fault.wrong), encoding="utf-8")
 
 
-def is_caught(fault: Fault) -> bool:
-    """Whether a test fails with the fault."""
+def caught_by(fault: Fault) -> str | None:
+    """The first test that fails with the fault; None if all pass."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for each in COPIED:
@@ -237,7 +237,8 @@ def is_caught(fault: Fault) -> bool:
         if done.returncode not in (0, 1):
             said = done.stdout[-2000:] + done.stderr[-2000:]
             raise RuntimeError(f"{fault.name!r}: the tests could not be run.\n{said}")
-        return done.returncode == 1
+        failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+        return failed[0] if failed else None
 
 
 def main(words: list[str]) -> int:
@@ -246,10 +247,10 @@ def main(words: list[str]) -> int:
     missed = 0
     for fault in chosen:
         started = time.perf_counter()
-        caught = is_caught(fault)
-        missed += not caught
+        test = caught_by(fault)
+        missed += test is None
         seconds = time.perf_counter() - started
-        print(f"{'caught' if caught else 'MISSED'} in {seconds:4.0f} s   {fault.name}", flush=True)
+        print(f"{'MISSED' if test is None else 'caught'} in {seconds:4.0f} s   {fault.name}   {test or ''}", flush=True)
     print(f"{len(chosen) - missed} of {len(chosen)} caught")
     return 1 if missed or not chosen else 0
 
