@@ -674,6 +674,21 @@ def test_stacked_tensors_are_those_of_the_members(attention):
     assert not any(p.requires_grad for p in model.parameters())
 
 
+def test_weight_that_was_replaced_is_stacked_anew(attention, launches):
+    """As loaders and offloading put tensors in place, past the module's own methods."""
+    model, _, _ = attention
+    x = inputs(2, WIDTH)
+    before = model.parts(x)
+    model.k.weight = nn.Parameter(~model.k.weight, requires_grad=False)
+    launches.clear()
+    q, k, v = model.parts(x)
+    assert launches == [TOGETHER]
+    model.k.group = None
+    torch.testing.assert_close(k, model.k(x))
+    assert (k - before[1]).abs().max() > 0.1
+    assert torch.equal(q, before[0]) and torch.equal(v, before[2])
+
+
 def test_group_refuses_a_layer_that_is_no_member(attention):
     model, _, group = attention
     assert isinstance(group, InputGroup)
