@@ -70,7 +70,16 @@ def test_picture_is_drawn(quality, tmp_path):
 
 
 def test_example_is_asked_its_tasks(capsys):
-    command = ["eval", "quality", "example", "--methods", "two-bit,iterations=2", "--calibration", "tasks", "--json"]
+    command = [
+        "eval",
+        "quality",
+        "example",
+        "--methods",
+        "two-bit,iterations=2,sweeps=0",
+        "--calibration",
+        "tasks",
+        "--json",
+    ]
     sizes = ["--samples", "12", "--length", "64", "--questions", "3", "--probes", "6"]
     assert main([*command, *sizes]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from optimum_sab.example import checkpoint_path
+from optimum_sab.example import architecture, checkpoint_path
 from optimum_sab.example.architecture import build_model, model_config
 from optimum_sab.example.training import TrainingSettings, batches, train, weighted_loss
 from optimum_sab.hf.processor import load_processor
@@ -64,8 +64,11 @@ def test_acceleration_changes_neither_loss_nor_gradient(batch):
         assert error < 1e-4, name
 
 
-def test_train_saves_a_changed_decoder_and_leaves_the_tower_alone(processor, tmp_path):
+def test_train_saves_a_changed_decoder_and_leaves_the_tower_alone(processor, tmp_path, monkeypatch):
     torch.manual_seed(0)
+    small = model_config()
+    small["text_config"] |= {"num_hidden_layers": 1}
+    monkeypatch.setattr(architecture, "model_config", lambda: small)
     model = build_model()
     before = {name: each.clone() for name, each in model.named_parameters()}
     train(model, processor, dataclasses.replace(SMALL, steps=2), tmp_path, save_every=100)

@@ -42,7 +42,6 @@ def test_the_configuration_that_was_given_stays_as_it_was(llama_folder, quick_co
     assert model.config.quantization_config.measured["target_bits"] == 1.9
 
 
-@pytest.mark.compat
 def test_a_run_is_repeated_and_resumed_with_the_same_configuration(llama_folder, quick_config, texts, tmp_path):
     config = quick_config(calibration=texts, block_size=64, resume_folder=tmp_path / "run")
     first = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)

@@ -24,7 +24,6 @@ from optimum_sab.ops.verification import sample_weight
 
 sab_kernels = pytest.importorskip("sab_kernels", exc_type=ImportError)
 
-pytestmark = pytest.mark.compat
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 only_five = pytest.mark.skipif(not FIVE, reason="Transformers 4.57 has no load-time options for foreign quantizers")

@@ -38,7 +38,6 @@ def load(folder, dtype, config=None):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
 
 
-@pytest.mark.compat
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_refined_model_reloads_to_the_same_logits(llama_folder, texts, quick_config, token_ids, tmp_path, dtype):
     model = load(llama_folder, dtype, quick_config(calibration=texts, calibration_samples=20, **SETTINGS, **REFINE))
@@ -53,7 +52,6 @@ def test_refined_model_reloads_to_the_same_logits(llama_folder, texts, quick_con
     assert stored.refine and (stored.refine_epochs, stored.refine_steps) == (2, 8)
 
 
-@pytest.mark.compat
 def test_refined_norms_are_saved_in_the_models_dtype(llama_folder, texts, quick_config, tmp_path):
     model = load(
         llama_folder, torch.bfloat16, quick_config(calibration=texts, calibration_samples=20, **SETTINGS, **REFINE)
@@ -66,7 +64,6 @@ def test_refined_norms_are_saved_in_the_models_dtype(llama_folder, texts, quick_
     assert not torch.equal(norm, dense.model.norm.weight)
 
 
-@pytest.mark.compat
 def test_refinement_costs_no_bit(llama_folder, texts, quick_config):
     plain = load(llama_folder, torch.float32, quick_config(calibration=texts, **SETTINGS))
     refined = load(llama_folder, torch.float32, quick_config(calibration=texts, **SETTINGS, **REFINE))
@@ -74,7 +71,6 @@ def test_refinement_costs_no_bit(llama_folder, texts, quick_config):
     assert len(bits[0]) == 14 and bits[0] == bits[1]
 
 
-@pytest.mark.compat
 def test_resume_folder_replays_a_run(llama_folder, texts, quick_config, tmp_path):
     config = {"calibration": texts, "resume_folder": tmp_path / "run"}
     first = load(llama_folder, torch.float32, quick_config(**config))

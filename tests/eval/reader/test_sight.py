@@ -107,7 +107,7 @@ def test_enlarged_pictures_are_those_of_the_image_processor():
 
 
 def test_teach_sight_lowers_the_loss_of_what_it_was_shown(pictures, tower):
-    settings = SightSettings(steps=8, signs=4, pictures=4, warmup=2)
+    settings = SightSettings(steps=4, signs=2, pictures=2, warmup=1)
     generator = torch.Generator().manual_seed(2)
     embeddings = torch.randn(len(CANDIDATES), HIDDEN, generator=generator)
     goal = Goal(embeddings, torch.randn(TOKENS - CAPTION_TOKENS, HIDDEN, generator=generator))
