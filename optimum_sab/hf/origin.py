@@ -1,7 +1,7 @@
 """Where a model comes from, so that everything else of it is read from the same place.
 
-Transformers tells a quantizer which model it fills and not what `from_pretrained` was called with. So the call is looked
-up where it is: it is running, and its arguments are in its frame. Nothing of Transformers is changed for that.
+Transformers tells a quantizer which model it fills and not what `from_pretrained` was called with. So the call is
+looked up where it is: it is running, and its arguments are in its frame. Nothing of Transformers is changed for that.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def origin_of(model: nn.Module) -> Origin:
 
 def _loading_call() -> Mapping[str, Any] | None:
     """The variables of the innermost `PreTrainedModel.from_pretrained` that is running; None where none is."""
-    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__  # type: ignore[attr-defined]
+    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__
     frame: FrameType | None = sys._getframe()
     while frame is not None:
         if frame.f_code is code:

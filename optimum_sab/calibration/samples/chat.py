@@ -1,8 +1,7 @@
-"""What a sample is before it is a model's input: a text, a chat of messages, a chat with tools, or forward arguments."""
+"""What a sample is before it is a model's input: a text, a chat, a chat with tools, or forward arguments."""
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from optimum_sab.calibration.samples.parts import read_content
 from optimum_sab.errors import SampleError
 
 Sample = str | list[dict[str, Any]] | dict[str, Any]
-"""A text; a list of messages; ``{"messages": …, "tools": …}``; or arguments of the model's forward, ``input_ids`` first."""
+"""A text; a list of messages; ``{"messages": …, "tools": …}``; or arguments of the model's forward."""
 
 _ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
@@ -38,7 +37,7 @@ def is_chat(sample: Any) -> bool:
 
 
 def read_chat(chat: Sequence[Mapping[str, Any]], label: str, folder: Path | None = None) -> list[dict[str, Any]]:
-    """Messages with "role" and "content", spelled as Transformers' processors read them; the given ones stay as they are.
+    """Messages with "role" and "content", spelled as Transformers' processors read them; copies of the given ones.
 
     Args:
         chat: see `is_chat`; messages may be ShareGPT's ``{"from", "value"}``.
@@ -89,7 +88,7 @@ def without_nothing(value: Any) -> Any:
         return {key: without_nothing(each) for key, each in value.items() if each is not None}
     if isinstance(value, (list, tuple)):
         return [without_nothing(each) for each in value]
-    return copy.copy(value)
+    return value
 
 
 def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -
         speaker = given.pop("from")
         given = {
             "role": _ROLES.get(speaker) if isinstance(speaker, str) else None,
-            "content": given.pop("value"),
+            "content": given.pop("value", None),
             **given,
         }
         if given["role"] is None:

@@ -26,7 +26,7 @@ def limited_length(wanted: int, config: Any) -> int:
     if most is None or wanted <= most:
         return wanted
     warnings.warn(
-        f"sequence_length={wanted} is more than the {most} positions of the model: calibration texts are cut to {most} tokens.",
+        f"sequence_length={wanted} is more than the {most} positions of the model: calibration texts are cut to that.",
         SABWarning,
         stacklevel=3,
     )
@@ -44,8 +44,8 @@ def warn_of_long_samples(lengths: Mapping[str, int], config: Any) -> None:
     longer = [] if most is None else [label for label, length in lengths.items() if length > most]
     if longer:
         warnings.warn(
-            f"{len(longer)} calibration samples with pictures are longer than the {most} positions of the model, the first "
-            f"is {longer[0]} of {lengths[longer[0]]} tokens: the model was not made for them. Give smaller pictures.",
+            f"{len(longer)} calibration samples with pictures are longer than the {most} positions of the model "
+            f"({longer[0]} has {lengths[longer[0]]} tokens), which was not made for them. Give smaller pictures.",
             SABWarning,
             stacklevel=3,
         )

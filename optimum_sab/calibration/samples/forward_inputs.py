@@ -1,4 +1,4 @@
-"""Arguments of the model's forward that somebody else has prepared: a processor's output, a trainer's tokenized rows."""
+"""Arguments of the model's forward that are prepared already: a processor's output, a trainer's tokenized rows."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
     ids = inputs["input_ids"] = inputs["input_ids"].long()
     if ids.ndim != 2 or ids.shape[0] != 1:
         raise SampleError(
-            f"{label}: 'input_ids' has the shape {list(ids.shape)}; a sample is one row, [1, tokens], so give the rows of "
-            "a batch one by one, without padding."
+            f"{label}: 'input_ids' has the shape {list(ids.shape)}; a sample is one row, [1, tokens]: give the rows "
+            "of a batch one by one."
         )
     for name in PER_TOKEN:
         if name in inputs and inputs[name].shape != ids.shape:
             raise SampleError(
-                f"{label}: {name!r} has the shape {list(inputs[name].shape)} beside {list(ids.shape)} of 'input_ids'; they "
+                f"{label}: {name!r} has the shape {list(inputs[name].shape)}, and 'input_ids' {list(ids.shape)}; they "
                 "must be the same."
             )
     return _without_padding(inputs), others

@@ -52,8 +52,8 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
         if suffix in SUFFIXES:
             return Path(name)
         raise SampleError(
-            f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. Give "
-            "the texts in a file of another kind as a list of strings."
+            f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. "
+            "Give the texts in another file as a list of strings."
         )
     known = (*SUFFIXES, *_OTHER_SUFFIXES)
     is_file_name = bool(suffix) and (suffix in known or bool(difflib.get_close_matches(suffix, SUFFIXES, 1, 0.7)))

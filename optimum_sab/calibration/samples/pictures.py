@@ -133,8 +133,8 @@ def _rgb(picture: Any, label: str, shown: str) -> Any:
 
     if picture.mode.startswith(_WIDE_MODES):
         raise SampleError(
-            f"{label}: the picture {shown} has the mode {picture.mode!r}, more than 8 bits a channel, which would be cut "
-            "off; scale it to 8 bits."
+            f"{label}: the picture {shown} has the mode {picture.mode!r}, more than 8 bits a channel, which would be "
+            "cut off; scale it to 8 bits."
         )
     try:
         return ImageOps.exif_transpose(picture).convert("RGB")
@@ -158,7 +158,8 @@ def _pixels(source: Any, label: str) -> Any:
         array = np.round(array * 255.0).astype(np.uint8)
     if array.dtype != np.uint8:
         raise SampleError(
-            f"{label} has a picture of {array.dtype} from {array.min()} to {array.max()}; give uint8, or floats from 0 to 1."
+            f"{label} has a picture of {array.dtype} from {array.min()} to {array.max()}; give uint8, or floats from 0 "
+            "to 1."
         )
     return np.ascontiguousarray(np.repeat(array, 3, axis=-1) if array.shape[-1] == 1 else array[..., :3])
 

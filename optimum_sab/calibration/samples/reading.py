@@ -43,7 +43,7 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
 
 
 def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterator[tuple[str, Sample]]:
-    """`read_samples` one by one, each with what names it in errors, so that only one needs to be held with its pictures."""
+    """`read_samples` one by one, so that only one is held with its pictures; each with what names it in errors."""
     if source is None or (isinstance(source, str) and source == BUILTIN):
         yield from _numbered(builtin_samples(count, seed, visual))
         return
@@ -83,8 +83,8 @@ def _rows(source: Any, count: int, seed: int) -> tuple[Path | None, Iterator[tup
         return None, _numbered([source])
     if isinstance(source, (bytes, bytearray, set, frozenset)) or not _can_be_gone_through(source):
         raise SampleError(
-            f"calibration={type(source).__name__} is not understood; give texts, chats or rows with {FORMS}, a .jsonl path, "
-            f"a dataset name, {BUILTIN!r}, or {SELF!r}."
+            f"calibration={type(source).__name__} is not understood; give texts, chats or rows with {FORMS}, a .jsonl "
+            f"path, a dataset name, {BUILTIN!r}, or {SELF!r}."
         )
     return None, _numbered(source)
 
@@ -92,8 +92,8 @@ def _rows(source: Any, count: int, seed: int) -> tuple[Path | None, Iterator[tup
 def _single_row(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
     if set(source) == {"samples"}:
         raise SampleError(
-            f"calibration={dict(source)!r} is what a finished model records of samples that were given as objects; give "
-            "the samples again."
+            f"calibration={dict(source)!r} is what a finished model records of samples that were given as objects; "
+            "give the samples again."
         )
     if source and all(hasattr(each, "column_names") for each in source.values()):
         raise SampleError(

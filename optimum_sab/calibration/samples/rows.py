@@ -47,8 +47,8 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
         return read_chat(row, label, folder), []
     if not isinstance(row, Mapping):
         raise SampleError(
-            f"{label} is a {type(row).__name__}; give a text, a list of messages with 'role' and 'content', or a row with "
-            f"{FORMS}."
+            f"{label} is a {type(row).__name__}; give a text, a list of messages with 'role' and 'content', or a row "
+            f"with {FORMS}."
         )
     columns = {str(key): value for key, value in row.items() if value is not None}
     if "input_ids" in columns:
@@ -65,19 +65,19 @@ def _read_columns(columns: dict[str, Any], label: str, folder: Path | None) -> S
     named = ", ".join(columns) or "none"
     media = {kind: _take_media(columns, kind, label, folder) for kind in _MEDIA}
     system, tools = columns.pop("system", None), columns.pop("tools", None)
-    sample = _take_chat(columns, label, folder)
-    if sample is None:
-        sample = _take_text(columns, label, chat=bool(system or tools or any(media.values())))
-    if sample is None:
+    found = _take_chat(columns, label, folder)
+    found = found or _take_text(columns, label, needs_chat=bool(system or tools or any(media.values())))
+    if found is None:
         raise SampleError(f"{label} has columns {named}; one of {FORMS} is needed.")
-    if isinstance(sample, str):
-        return sample
+    if isinstance(found, str):
+        return found
+    chat = found
     for kind, given in media.items():
         if given:
-            sample = fill_in(sample, kind, given, label)
+            chat = fill_in(chat, kind, given, label)
     if system:
-        sample = _under_system(sample, system, label)
-    return {"messages": sample, "tools": read_tools(tools, label)} if tools else sample
+        chat = _under_system(chat, system, label)
+    return {"messages": chat, "tools": read_tools(tools, label)} if tools else chat
 
 
 def _take_media(columns: dict[str, Any], kind: str, label: str, folder: Path | None) -> list[Any]:
@@ -91,7 +91,7 @@ def _take_media(columns: dict[str, Any], kind: str, label: str, folder: Path | N
     return [_MEDIA[kind](each, label, folder) for each in many]
 
 
-def _take_chat(columns: dict[str, Any], label: str, folder: Path | None) -> list[dict[str, Any]] | None:
+def _take_chat(columns: dict[str, Any], label: str, folder: Path | None) -> str | list[dict[str, Any]] | None:
     for name in CHATS:
         if name in columns:
             chat = columns.pop(name)
@@ -106,7 +106,7 @@ def _take_chat(columns: dict[str, Any], label: str, folder: Path | None) -> list
     return None
 
 
-def _take_text(columns: dict[str, Any], label: str, chat: bool) -> str | list[dict[str, Any]] | None:
+def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | list[dict[str, Any]] | None:
     """A text, or as a chat where only that can hold what belongs to it."""
     name = next((name for name in PROMPTS if isinstance(columns.get(name), str)), None)
     if name is None:
@@ -115,9 +115,9 @@ def _take_text(columns: dict[str, Any], label: str, chat: bool) -> str | list[di
     if name == "instruction" and isinstance(columns.get("input"), str):
         text = "\n".join(filter(None, (text, check_text(columns.pop("input"), label))))
     answer = next((columns.pop(key) for key in PROMPTS[name] if isinstance(columns.get(key), str)), None)
-    if answer is not None and name == "prompt" and not chat:
+    if answer is not None and name == "prompt" and not needs_chat:
         return text + check_text(answer, label)  # a text in two pieces
-    if answer is None and not chat:
+    if answer is None and not needs_chat:
         return text
     turns = [{"role": "user", "content": text}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": check_text(answer, label)}]
