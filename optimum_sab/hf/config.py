@@ -49,10 +49,10 @@ class SABConfig(QuantizationConfigMixin):
             ``re:``.
         dynamic: regular expression → layer settings for the modules it is found in, e.g.
             ``{"layers\\.0\\.": {"base_planes": 2}}``.
-        calibration: the data: rows (texts, chats, mappings) in a list, a dataset or a generator, or the name of a file or
-            of a Hub dataset; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set, "self"
-            lets the dense model write its own. What a generator gives is remembered, so that the configuration can be
-            used again.
+        calibration: the data: rows (texts, chats, mappings) in a list, a dataset or a generator, or the name of a file
+            or of a Hub dataset; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set,
+            "self" lets the dense model write its own. What a generator gives is remembered, so that the configuration
+            can be used again.
         calibration_samples: how many samples to use at most.
         sequence_length: calibration texts are cut to this many tokens.
         seed: seed of the built-in set, of what the model writes for itself, and of a dataset's order.
@@ -65,8 +65,8 @@ class SABConfig(QuantizationConfigMixin):
         temperature_scaling: at the end, scale the norm before the output embedding so that the predictions are closest
             to the dense model's; needs the dense stream that ``propagation`` runs.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
-        processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own, from the
-            revision and with the token and other arguments that ``from_pretrained`` was given. Not stored.
+        processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own, from
+            the revision and with the token and other arguments that ``from_pretrained`` was given. Not stored.
         progress: "bar", "lines" (one line per block) or "none". Not stored.
         dequantize: when loading a packed checkpoint, give back a dense model. Not stored.
         backend: what computes with packed layers (`optimum_sab.ops.backends`); None or "auto" leaves it to the device.

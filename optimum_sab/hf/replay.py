@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from threading import Lock
 from typing import Any
+
+from optimum_sab.errors import SampleError
 
 
 class Replay:
@@ -31,7 +34,10 @@ class Replay:
             if place < len(self._seen):
                 return True
             if self._failure is not None:  # an iterator that has failed looks like one that is at its end
-                raise self._failure
+                raise SampleError(
+                    f"the {type(self._source).__name__} that was given as calibration has failed before "
+                    f"({self._failure!r}); give a new one."
+                ) from self._failure
             try:
                 self._seen.append(next(self._source))
             except StopIteration:
@@ -44,4 +50,5 @@ class Replay:
 
 def replayed(data: Any) -> Any:
     """The data itself, or a `Replay` of it where it can be gone through only once."""
-    return Replay(data) if isinstance(data, Iterator) else data
+    is_once = isinstance(data, Iterator) and not isinstance(data, io.IOBase)  # of a file its lines are no samples
+    return Replay(data) if is_once else data

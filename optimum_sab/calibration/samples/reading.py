@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -81,7 +82,7 @@ def _rows(source: Any, count: int, seed: int) -> tuple[Path | None, Iterator[tup
         return None, _numbered([_single_row(source)])
     if is_chat(source):
         return None, _numbered([source])
-    if isinstance(source, (bytes, bytearray, set, frozenset)) or not _can_be_gone_through(source):
+    if isinstance(source, (bytes, bytearray, set, frozenset, io.IOBase)) or not _can_be_gone_through(source):
         raise SampleError(
             f"calibration={type(source).__name__} is not understood; give texts, chats or rows with {FORMS}, a .jsonl "
             f"path, a dataset name, {BUILTIN!r}, or {SELF!r}."
