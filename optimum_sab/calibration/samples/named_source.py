@@ -63,9 +63,7 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
         raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}.")
     close = difflib.get_close_matches(name.lower(), (BUILTIN, SELF), 1, 0.7)
     hint = f"did you mean {close[0]!r}? Otherwise give" if close else "give"
-    raise SampleError(
-        f"calibration={_shown(name)} is one text, which is not enough to calibrate on; {hint} {_TO_GIVE}."
-    )
+    raise SampleError(f"calibration={_shown(name)} is one text, which is no calibration data; {hint} {_TO_GIVE}.")
 
 
 def _looks_like_path(name: str) -> bool:

@@ -55,9 +55,8 @@ def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterat
         found += 1
         if set(unused) - told:
             told |= set(unused)
-            warnings.warn(
-                f"{label}: not calibrated on are the columns {', '.join(map(repr, unused))}.", SABWarning, stacklevel=3
-            )
+            named = ", ".join(map(repr, unused))
+            warnings.warn(f"{label} has columns that are not calibrated on: {named}.", SABWarning, stacklevel=3)
         yield label, sample
     if not found:
         raise SampleError("there are no calibration samples; give at least one, or calibration='builtin'.")

@@ -54,22 +54,21 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
     if "input_ids" in columns:
         return read_inputs(columns, label)
     sample = _read_columns(columns, label, folder)
+    if sample is None:
+        raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; one of {FORMS} is needed.")
     for name in _UNREAD:
         if name in columns:
             raise SampleError(f"{label} has a column {name!r}, which is not understood; remove it, or the row.")
     return sample, list(columns)
 
 
-def _read_columns(columns: dict[str, Any], label: str, folder: Path | None) -> Sample:
-    """The sample; what it is made of is taken out of the columns."""
-    named = ", ".join(columns) or "none"
+def _read_columns(columns: dict[str, Any], label: str, folder: Path | None) -> Sample | None:
+    """The sample, if there is one; what it is made of is taken out of the columns."""
     media = {kind: _take_media(columns, kind, label, folder) for kind in _MEDIA}
     system, tools = columns.pop("system", None), columns.pop("tools", None)
     found = _take_chat(columns, label, folder)
     found = found or _take_text(columns, label, needs_chat=bool(system or tools or any(media.values())))
-    if found is None:
-        raise SampleError(f"{label} has columns {named}; one of {FORMS} is needed.")
-    if isinstance(found, str):
+    if found is None or isinstance(found, str):
         return found
     chat = found
     for kind, given in media.items():
@@ -108,10 +107,13 @@ def _take_chat(columns: dict[str, Any], label: str, folder: Path | None) -> str 
 
 def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | list[dict[str, Any]] | None:
     """A text, or as a chat where only that can hold what belongs to it."""
-    name = next((name for name in PROMPTS if isinstance(columns.get(name), str)), None)
+    name = next((name for name in PROMPTS if name in columns), None)
     if name is None:
         return None
-    text = check_text(columns.pop(name), label)
+    text = columns.pop(name)
+    if not isinstance(text, str):
+        raise SampleError(f"{label}: {name!r} must be a text; it is a {type(text).__name__}.")
+    check_text(text, label)
     if name == "instruction" and isinstance(columns.get("input"), str):
         text = "\n".join(filter(None, (text, check_text(columns.pop("input"), label))))
     answer = next((columns.pop(key) for key in PROMPTS[name] if isinstance(columns.get(key), str)), None)

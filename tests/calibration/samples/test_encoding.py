@@ -171,13 +171,26 @@ def user(*parts):
         (user({"type": "image", "image": None}), "has a part of type 'image' without one"),
         (user({"type": "image_url", "image_url": {}}), "has a part of type 'image' without one"),
         (user({"type": "video"}), "has a part of type 'video' without one"),
+        (user({"type": "video", "video": "a.mp4"}), "the file 'a.mp4' does not exist"),
         (
-            user({"type": "video", "video": "a.mp4"}),
-            "(holds a video and the model's processor reads none|cannot be prepared)",
+            user({"type": "video", "video": "https://example.org/a.mp4"}),
+            "(holds a part of type 'video' and the model's processor reads none|cannot be prepared)",
         ),
-        (user({"type": "image", "path": "/gone.png"}), "cannot be prepared by the model's processor: .*gone.png"),
-        (user({"type": "image", "image": 5}), "cannot be prepared by the model's processor"),
-        (user({"text": "no type"}), "has a message with the content .*no type.*; give a text, or a list of parts"),
+        (user({"type": "image", "path": "/gone.png"}), "the picture '/gone.png' does not exist"),
+        (user({"type": "image", "image": 5}), "has a picture given as int, which is not understood"),
+        (
+            user({"type": "sound", "sound": "x"}),
+            "has a part of type 'sound', which is not understood; the types are text",
+        ),
+        (user({"words": "no type"}), "has a message with the content .*no type.*; give a text, or a list of parts"),
+        (user({"text": "a", "image": None, "video": "b"}), "has a message with the content"),
+        (
+            user({"type": "text", "text": "a", "image": "b"}),
+            "has a part of type 'text' with 'image', which is not under",
+        ),
+        (user({"type": "image", "image": "a", "min_pixels": 5}), "has a part of type 'image' with 'min_pixels'"),
+        (user({"type": "image", "image": "a", "url": "b"}), "has a part of type 'image' with image and url; give one"),
+        ([{"role": "user", "content": "a", "images": []}], "has a message with the entry 'images'"),
         (user({"type": "text"}), "has a message with the content"),
         (user("a string"), "has a message with the content"),
         ([{"role": "user", "content": None}], "has a message with the content 'None'"),
@@ -186,7 +199,7 @@ def user(*parts):
     ],
 )
 def test_sample_that_cannot_be_encoded_is_named_by_its_number(processor, sample, message):
-    with pytest.raises(SampleError, match=f"^calibration sample 2 {message}"):
+    with pytest.raises(SampleError, match=f"^calibration sample 2:? {message}"):
         encode_samples(["fine", CHAT, sample], processor, 64)
 
 
@@ -206,7 +219,7 @@ def test_chat_needs_a_template(tokenizer):
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
 def test_picture_is_refused_where_only_text_is_read(tokenizer, kind):
-    sample = user({"type": kind, kind: "file"}, {"type": "text", "text": "What?"})
+    sample = user({"type": kind, kind: "https://example.org/file"}, {"type": "text", "text": "What?"})
     with pytest.raises(SampleError, match=r"calibration sample 0 holds more than text and .* takes text only"):
         encode_samples([sample], tokenizer, 64)
 
