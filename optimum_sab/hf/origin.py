@@ -63,10 +63,10 @@ def origin_of(model: nn.Module) -> Origin:
     call = _loading_call()
     if call is None:
         return Origin(getattr(config, "_name_or_path", "") or "")
-    commit = getattr(config, "_commit_hash", None)  # Transformers 4.57; 5 has it in the place of the revision
-    found = Origin.of(
-        call.get("pretrained_model_name_or_path") or "", {**call, **({"revision": commit} if commit else {})}
-    )
+    revision = call.get("revision")
+    # Transformers 5.24 has looked the revision up by now; 4.57 has left the commit in the config
+    commit = getattr(revision, "resolved", None) or getattr(config, "_commit_hash", None)
+    found = Origin.of(call.get("pretrained_model_name_or_path") or "", {**call, "revision": commit or revision})
     files = call.get("checkpoint_files")
     return Origin(found.name, found.place, found.access, None if files is None else tuple(map(str, files)))
 

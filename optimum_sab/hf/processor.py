@@ -15,6 +15,7 @@ from transformers import (
     ProcessorMixin,
     Qwen2_5_VLProcessor,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_torchvision_available
 
 from optimum_sab.errors import MissingDependencyError, SampleError
@@ -108,11 +109,7 @@ def _is_qwen2_5_vl(path: str | Path, arguments: dict[str, Any]) -> bool:
         config = {}
     if "model_type" in config:
         return bool(config["model_type"] == "qwen2_5_vl")
-    try:
-        images, _ = BaseImageProcessor.get_image_processor_dict(path, **arguments)
-    except OSError:
-        return False
-    return bool(images.get("processor_class") == Qwen2_5_VLProcessor.__name__)
+    return bool(get_tokenizer_config(path, **arguments).get("processor_class") == Qwen2_5_VLProcessor.__name__)
 
 
 def _missing(path: str | Path, error: ImportError) -> MissingDependencyError:

@@ -64,5 +64,5 @@ def test_a_string_that_names_nothing_is_an_error_and_no_sample(here, source, mes
 
 def test_a_path_is_never_a_text(here):
     for path in (here / "gone", here / "data", here / "notes.txt"):
-        with pytest.raises(SampleError, match="does not exist|is a folder|is a file of a kind"):
+        with pytest.raises(SampleError, match=r"does not exist|is a folder|is a file of a kind"):
             read_samples(path, 8, 0, True)
