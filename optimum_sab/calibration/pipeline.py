@@ -20,7 +20,7 @@ from optimum_sab.calibration.stages.head import FindHead
 from optimum_sab.calibration.stages.memory import LookAtMemory
 from optimum_sab.calibration.stages.preparation import PrepareLayers
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
-from optimum_sab.calibration.stages.samples import GivenSamples, ReadSamples
+from optimum_sab.calibration.stages.samples import GivenSamples
 from optimum_sab.calibration.stages.temperature import ScaleTemperature
 from optimum_sab.calibration.stages.tuning import TuneModel
 from optimum_sab.nn.selection import Selection
@@ -29,7 +29,6 @@ BINARIZE: tuple[Stage, ...] = (FindHead(), SolveBlocks(), ScaleTemperature(), Tu
 """From a dense model with settings for every linear to a packed one."""
 
 STAGES: tuple[Stage, ...] = (
-    ReadSamples(),
     LookAtMemory(),
     RememberAnswers(),
     OpenResumeFolder(),
@@ -39,7 +38,7 @@ STAGES: tuple[Stage, ...] = (
     PrepareLayers(),
     CompareAnswers(),
 )
-"""All of it."""
+"""All of it, with samples that are read."""
 
 
 def binarize(

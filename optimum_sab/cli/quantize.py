@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from optimum_sab.cli.settings import add_settings, read_settings
+from optimum_sab.cli.settings import add_settings, add_source, read_settings
 from optimum_sab.errors import ConfigError
-from optimum_sab.hf.load import auto_class, check_output, reads_pictures, save_packed
+from optimum_sab.hf.load import auto_class, check_output, model_config, reads_pictures, save_packed
+from optimum_sab.hf.origin import ACCESS, PLACE, Origin
 from optimum_sab.hf.processor import find_processor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -28,6 +28,8 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
     parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--processor", metavar="PATH", help="processor to use instead of the checkpoint's own")
+    add_source(parser)
     add_settings(parser)
     parser.set_defaults(run=run)
 
@@ -37,15 +39,15 @@ def run(options: argparse.Namespace) -> None:
     config = read_settings(options, progress="lines")
     check_output(options.output, options.overwrite)
     started = time.perf_counter()
-    factory = auto_class(options.model)
-    source = AutoConfig.from_pretrained(options.model)
+    origin = Origin.of(options.model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})
+    source = model_config(options.model, **origin.arguments)
     if getattr(source, "quantization_config", None) is not None:
         raise ConfigError(f"{options.model!r} is quantized already; start from the dense checkpoint.")
-    processor = find_processor(None, options.model, reads_pictures(source))
+    processor = find_processor(options.processor, origin, reads_pictures(source))
     config.processor = processor
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = factory.from_pretrained(
-        options.model, dtype=dtype, quantization_config=config, device_map=options.device_map
+    model = auto_class(source).from_pretrained(
+        options.model, dtype=dtype, quantization_config=config, device_map=options.device_map, **origin.arguments
     )
     save_packed(model, processor, options.output, options.overwrite)
     report = model.hf_quantizer.report

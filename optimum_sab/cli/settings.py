@@ -65,6 +65,18 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Add what ``from_pretrained`` takes to reach a checkpoint: model, configuration and processor are read with it."""
+    group = parser.add_argument_group("where the checkpoint is, as in from_pretrained")
+    group.add_argument("--revision", metavar="X", help="branch, tag or commit of a Hub repository")
+    group.add_argument("--subfolder", metavar="X", help="folder in the repository")
+    group.add_argument("--cache-dir", metavar="DIR", help="where downloads are kept")
+    group.add_argument("--token", metavar="X", help="of the Hub; better given as HF_TOKEN, which others cannot see")
+    group.add_argument("--local-files-only", action="store_true", help="download nothing")
+    group.add_argument("--force-download", action="store_true", help="download again what is there")
+    group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
+
+
 def read_settings(options: argparse.Namespace, progress: str) -> SABConfig:
     """The `SABConfig` these options ask for.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
 from optimum_sab.calibration.samples.encoding import encode_samples
 from optimum_sab.calibration.samples.inputs import SampleSource, calibration_inputs
@@ -24,7 +24,7 @@ from optimum_sab.eval.text import MIXED, SOURCES, mixed_windows, text_windows
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.evaluation import answered_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions, training_questions
-from optimum_sab.hf.load import auto_class, reads_pictures
+from optimum_sab.hf.load import auto_class, model_config, reads_pictures
 from optimum_sab.hf.processor import load_processor
 
 EXAMPLE = "example"
@@ -79,7 +79,7 @@ class Subject:
 
     def load(self, **options: Any) -> Any:
         """The model; ``quantization_config`` among the options quantizes it."""
-        model = auto_class(self.source).from_pretrained(self.source, dtype=self.dtype, **options)
+        model = auto_class(model_config(self.source)).from_pretrained(self.source, dtype=self.dtype, **options)
         return model.eval()
 
     def inputs(self, model: Any, seed: int) -> list[dict[str, Any]]:
@@ -112,8 +112,7 @@ def find_subject(
     """
     if model == EXAMPLE:
         return _example(calibration, budget, dtype)
-    auto_class(model)  # names a checkpoint that cannot be read
-    config = AutoConfig.from_pretrained(model)
+    config = model_config(model)
     if getattr(config, MARK, False):
         return _reader(model, calibration, budget, dtype, cifar)
     if cifar is not None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 
 from optimum_sab.calibration.pipeline import STAGES
@@ -9,39 +13,59 @@ from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage, check_stages, run_stages
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.find_processor import FindProcessor
+from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly
+from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.progress import shown_progress
 from optimum_sab.hf.record import record
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
 
 
-def stages(config: SABConfig) -> tuple[Stage, ...]:
-    """What is done to a dense model, in order."""
-    return (FindProcessor(config.processor), *STAGES)
+def stages(config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]:
+    """What is done to a dense model, in order. They remember what they find in `check`, so a run has its own.
+
+    Args:
+        config: the configuration.
+        origin: where the model comes from; None to ask it.
+    """
+    processor = FindProcessor(config.processor, origin)
+    return (processor, ReadSamplesEarly(processor), *STAGES)
 
 
-def check_before_loading(model: nn.Module, config: SABConfig) -> None:
-    """Refuse what can be seen to fail before a weight is read.
+def check_before_loading(model: nn.Module, config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]:
+    """Refuse what can be seen to fail before a weight is read, calibration samples and their processor included.
 
     Args:
         model: its weights may be on meta.
         config: the configuration.
+        origin: where the model comes from; None to ask it.
+
+    Returns:
+        The stages, for `binarize_loaded`: what was read is not read again.
 
     Raises:
         ConfigError: the calibration pass is not registered, or the calibration device cannot be used here.
         CalibrationError: see `head_to_tune_to`.
-        MissingDependencyError: see `import_greenlet`.
+        SampleError: no processor is found, or a sample cannot be read or encoded.
+        MissingDependencyError: see `import_greenlet`; or a package is missing that reads samples.
     """
-    check_stages(stages(config), model, run_options(config))
+    options = run_options(config)
+    beginning = stages(config, origin)
+    with _on_cpu():
+        check_stages(beginning[2:], model, options)  # what takes no time
+        check_stages(beginning[:2], model, options)
+    return beginning
 
 
-def binarize_loaded(model: nn.Module, config: SABConfig) -> BinarizationReport:
+def binarize_loaded(
+    model: nn.Module, config: SABConfig, beginning: Sequence[Stage] | None = None
+) -> BinarizationReport:
     """Binarize a dense model in place.
 
     Args:
         model: loaded.
         config: the configuration; what was chosen and measured is written into it.
+        beginning: what `check_before_loading` gave; None for a model that is loaded already.
 
     Raises:
         ConfigError: the calibration device does not go with the model's device map, or see `check_before_loading`.
@@ -49,6 +73,18 @@ def binarize_loaded(model: nn.Module, config: SABConfig) -> BinarizationReport:
     """
     with shown_progress(config.progress) as progress:
         run = Run(model, select(model, config, strict=True), run_options(config), progress)
-        report = run_stages(run, stages(config))
+        report = run_stages(run, stages(config) if beginning is None else beginning)
     record(config, run.selection, report)
     return report
+
+
+@contextmanager
+def _on_cpu() -> Iterator[None]:
+    """Tensors are made as by default: Transformers 5 builds a model where they are on meta and in the model's dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(before)

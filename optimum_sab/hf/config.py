@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.hf.replay import replayed
 from optimum_sab.ops.backends import BACKENDS
 
 QUANT_METHOD = "sab"
@@ -47,8 +49,10 @@ class SABConfig(QuantizationConfigMixin):
             ``re:``.
         dynamic: regular expression → layer settings for the modules it is found in, e.g.
             ``{"layers\\.0\\.": {"base_planes": 2}}``.
-        calibration: the data; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set,
-            "self" lets the dense model write its own.
+        calibration: the data: rows (texts, chats, mappings) in a list, a dataset or a generator, or the name of a file
+            or of a Hub dataset; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set,
+            "self" lets the dense model write its own. What a generator gives is remembered, so that the configuration
+            can be used again.
         calibration_samples: how many samples to use at most.
         sequence_length: calibration texts are cut to this many tokens.
         seed: seed of the built-in set, of what the model writes for itself, and of a dataset's order.
@@ -61,8 +65,8 @@ class SABConfig(QuantizationConfigMixin):
         temperature_scaling: at the end, scale the norm before the output embedding so that the predictions are closest
             to the dense model's; needs the dense stream that ``propagation`` runs.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
-        processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own. Not
-            stored.
+        processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own, from
+            the revision and with the token and other arguments that ``from_pretrained`` was given. Not stored.
         progress: "bar", "lines" (one line per block) or "none". Not stored.
         dequantize: when loading a packed checkpoint, give back a dense model. Not stored.
         backend: what computes with packed layers (`optimum_sab.ops.backends`); None or "auto" leaves it to the device.
@@ -136,7 +140,7 @@ class SABConfig(QuantizationConfigMixin):
         self.target_bits = target_bits
         self.modules_to_not_convert = _rules(modules_to_not_convert)
         self.dynamic = {pattern: dict(changes) for pattern, changes in (dynamic or {}).items()}
-        self.calibration = calibration
+        self.calibration = replayed(calibration)
         self.calibration_samples = calibration_samples
         self.sequence_length = sequence_length
         self.seed = seed
@@ -286,15 +290,18 @@ def describe_calibration(calibration: Any, used: int | None = None) -> Any:
 
     Args:
         calibration: `SABConfig.calibration`.
-        used: how many samples calibrated; None before that, when as many are taken as were given.
+        used: how many samples calibrated; None before that, when it is as many as were given, or None where they
+            are not counted.
     """
     if calibration is None or isinstance(calibration, str):
         return calibration
-    if isinstance(calibration, Path):
-        return str(calibration)
-    if used is None and isinstance(calibration, dict):  # recorded already
+    if isinstance(calibration, os.PathLike):
+        return os.fspath(calibration)
+    if used is None and isinstance(calibration, dict) and set(calibration) == {"samples"}:  # recorded already
         return calibration
-    return {"samples": len(calibration) if used is None else used}
+    if used is None and isinstance(calibration, Sized) and not isinstance(calibration, Mapping):
+        used = len(calibration)
+    return {"samples": used}
 
 
 _PARAMETERS = tuple(p for p in inspect.signature(SABConfig.__init__).parameters if p not in ("self", "unknown"))

@@ -1,15 +1,21 @@
-"""The stage that finds the model's processor."""
+"""The stages that need the checkpoint's processor: finding it, and encoding samples before weights are read."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from torch import nn
+
+from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.inputs import given_inputs
 from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
 from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.stages.samples import ReadSamples
+from optimum_sab.hf.origin import Origin, origin_of
 from optimum_sab.hf.processor import find_processor
-from optimum_sab.hf.selection import source_of
 
 
 class FindProcessor(Stage):
@@ -17,13 +23,46 @@ class FindProcessor(Stage):
 
     Args:
         given: `SABConfig.processor`.
+        origin: of the model; None to ask it.
     """
 
     name: ClassVar[str] = "processor"
 
-    def __init__(self, given: Any) -> None:
+    def __init__(self, given: Any, origin: Origin | None = None) -> None:
         self._given = given
+        self._origin = origin
+        self._found: Any = None
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        self.processor_of(model)
 
     def apply(self, run: Run, on_step: OnStep) -> None:
-        visual = VISUAL in model_modalities(run.model.config)
-        run.processor = find_processor(self._given, source_of(run.model), visual)
+        run.processor = self.processor_of(run.model)
+
+    def processor_of(self, model: nn.Module) -> Any:
+        """The processor, which is looked for once."""
+        if self._found is None:
+            origin = origin_of(model) if self._origin is None else self._origin
+            self._found = find_processor(self._given, origin, VISUAL in model_modalities(model.config))
+        return self._found
+
+
+class ReadSamplesEarly(ReadSamples):
+    """Samples are read and encoded before weights are, where no model has to write them.
+
+    Args:
+        processor: the stage that finds it.
+    """
+
+    def __init__(self, processor: FindProcessor) -> None:
+        self._processor = processor
+        self._inputs: Sequence[Mapping[str, Any]] | None = None
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        super().check(model, options)
+        if not options.source.written:
+            self._inputs = given_inputs(model.config, self._processor.processor_of(model), options.source)
+
+    def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
+        early, self._inputs = self._inputs, None  # the run keeps them from here on
+        return super().inputs(run, on_step) if early is None else early

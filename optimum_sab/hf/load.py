@@ -16,16 +16,24 @@ from optimum_sab.errors import ConfigError, OutputExistsError
 from optimum_sab.hf.auto import AutoModelForVision2Seq
 
 
-def auto_class(source: str) -> Any:
-    """The auto class for a checkpoint: image–text to text where it is a vision-language model, else causal LM.
+def model_config(source: str, **arguments: Any) -> Any:
+    """The config of a checkpoint.
+
+    Args:
+        source: folder, or Hub repository.
+        arguments: as in ``from_pretrained``: revision, token and the like.
 
     Raises:
-        ConfigError: the checkpoint's config cannot be read.
+        ConfigError: it cannot be read.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
         raise ConfigError(f"no model can be read from {source!r}: {error}") from error
+
+
+def auto_class(config: Any) -> Any:
+    """The auto class for a config: image–text to text where it is a vision-language model's, else causal LM."""
     return AutoModelForVision2Seq if reads_pictures(config) else AutoModelForCausalLM
 
 

@@ -10,13 +10,16 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     BaseImageProcessor,
+    PretrainedConfig,
     PreTrainedTokenizerBase,
     ProcessorMixin,
     Qwen2_5_VLProcessor,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_torchvision_available
 
-from optimum_sab.errors import SampleError
+from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.hf.origin import Origin
 
 
 class PictureProcessor(Qwen2_5_VLProcessor):
@@ -42,40 +45,74 @@ class PictureProcessor(Qwen2_5_VLProcessor):
         self.tokenizer.save_pretrained(save_directory)
 
 
-def load_processor(path: str | Path) -> Any:
+def load_processor(path: str | Path, **arguments: Any) -> Any:
     """The processor of a checkpoint: `AutoProcessor`'s, or for Qwen2.5-VL without torchvision one that lacks videos.
 
     No supported line of Transformers can build a Qwen2.5-VL processor where torchvision is missing, because its video
     processor imports it. Pictures and text need nothing of it, and both processors prepare them alike. A checkpoint of
     a language model gives its tokenizer.
+
+    Args:
+        path: folder, or Hub repository.
+        arguments: as in ``AutoProcessor.from_pretrained``: revision, subfolder, token and the like.
+
+    Raises:
+        MissingDependencyError: a package is missing that the processor needs.
     """
     try:
-        return AutoProcessor.from_pretrained(path)
-    except ImportError:
-        if is_torchvision_available():
-            raise
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        images = AutoImageProcessor.from_pretrained(path)
-        return PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+        return AutoProcessor.from_pretrained(path, **arguments)
+    except ImportError as error:
+        if is_torchvision_available() or not _is_qwen2_5_vl(path, arguments):
+            raise _missing(path, error) from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, **arguments)
+        images = AutoImageProcessor.from_pretrained(path, **arguments)
+    except ImportError as error:
+        raise _missing(path, error) from error
+    return PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def find_processor(given: Any, source: str, visual: bool) -> Any:
+def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
     """The processor to prepare calibration samples with.
 
     Args:
         given: `SABConfig.processor`: an object, where to load it from, or None for the checkpoint's own.
-        source: the checkpoint.
+        origin: of the checkpoint.
         visual: whether the model reads pictures.
 
     Raises:
         SampleError: none can be loaded.
+        MissingDependencyError: a package is missing that it needs.
     """
     if given is not None and not isinstance(given, (str, Path)):
         return given
-    path = str(given or source)
+    source = origin if given is None else origin.at(given)
+    load = load_processor if visual else AutoTokenizer.from_pretrained
     try:
-        return load_processor(path) if visual else AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:
+        return load(source.name, **source.arguments)
+    except MissingDependencyError:
+        raise
+    except ImportError as error:
+        raise _missing(source.name, error) from error
+    except (OSError, ValueError) as error:
+        within = "".join(f", {name}={value!r}" for name, value in source.place.items())
         raise SampleError(
-            f"no processor can be loaded from {path!r} ({error}); give one as SABConfig(processor=...)."
+            f"no processor can be loaded from {source.name!r}{within} ({error}); give one as SABConfig(processor=...)."
         ) from error
+
+
+def _is_qwen2_5_vl(path: str | Path, arguments: dict[str, Any]) -> bool:
+    """By the checkpoint's config, or by the processor's where it lies alone."""
+    try:
+        config, _ = PretrainedConfig.get_config_dict(path, **arguments)
+    except OSError:
+        config = {}
+    if "model_type" in config:
+        return bool(config["model_type"] == "qwen2_5_vl")
+    return bool(get_tokenizer_config(path, **arguments).get("processor_class") == Qwen2_5_VLProcessor.__name__)
+
+
+def _missing(path: str | Path, error: ImportError) -> MissingDependencyError:
+    return MissingDependencyError(
+        f"the processor of {str(path)!r} needs a package that is missing: {str(error).strip()}"
+    )

@@ -14,7 +14,8 @@ from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.hf.checkpoint import check_files, local_files
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.selection import select, source_of
+from optimum_sab.hf.origin import origin_of
+from optimum_sab.hf.selection import select
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons, set_module
@@ -35,6 +36,7 @@ class SABHfQuantizer(HfQuantizer):
         # a copy: the work writes into it, and whoever gave it may load with it again
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
+        self._stages: Any = None  # with what they found before the weights were read
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -58,13 +60,14 @@ class SABHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         selection = select(model, self.quantization_config, strict=not self.pre_quantized)  # a bad rule stops here
+        origin = origin_of(model)
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import check_before_loading
 
-            check_before_loading(model, self.quantization_config)
+            self._stages = check_before_loading(model, self.quantization_config, origin)
         else:
             replace_with_skeletons(model, selection)
-            files = kwargs.get("checkpoint_files") or local_files(source_of(model))
+            files = origin.files or local_files(origin.name)
             check_files(model, selection.prefix, [f for f in files if str(f).endswith(".safetensors")])
         return model
 
@@ -73,7 +76,8 @@ class SABHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import binarize_loaded
 
-            self.report = binarize_loaded(model, self.quantization_config)
+            beginning, self._stages = self._stages, None
+            self.report = binarize_loaded(model, self.quantization_config, beginning)
         else:
             for name, module in model.named_modules():
                 if isinstance(module, SABLinear) and module.weight.device.type != "meta":

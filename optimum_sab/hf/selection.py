@@ -1,4 +1,4 @@
-"""What a configuration says about a model: which linears, and where the checkpoint is."""
+"""What a configuration says about a model: which linears."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def select(model: nn.Module, config: SABConfig, strict: bool) -> Selection:
     if not strict:
         rules += (config.measured or {}).get("left_dense", [])
     return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
-
-
-def source_of(model: nn.Module) -> str:
-    """Path or Hub name the model is loaded from; empty where it is not known."""
-    return getattr(model.config, "_name_or_path", "") or getattr(model.config, "name_or_path", "") or ""

@@ -51,17 +51,26 @@ class Continuation:
     ended: bool
 
 
-def require_generation(model: Any) -> None:
-    """Refuse a model that has no language head to write with, or whose weights are elsewhere.
+def require_language_head(model: Any) -> None:
+    """Refuse a model that has no language head to write with.
 
     Raises:
-        CalibrationError: the model cannot generate, or is offloaded.
+        CalibrationError: the model cannot generate.
     """
     if not callable(getattr(model, "generate", None)) or not model.can_generate():
         raise CalibrationError(
             f"{type(model).__name__} cannot generate, so it cannot write its own calibration samples; load the model "
             f"with its language head (AutoModelForCausalLM, AutoModelForImageTextToText), or {REMEDY}."
         )
+
+
+def require_generation(model: Any) -> None:
+    """Refuse a model that cannot write as it is.
+
+    Raises:
+        CalibrationError: see `require_language_head`, or the model is offloaded.
+    """
+    require_language_head(model)
     offloaded = next((name for name, p in model.named_parameters() if p.device.type == "meta"), None)
     if offloaded is not None:  # hooks could fetch it for every token, but nothing offloaded can be binarized afterwards
         raise CalibrationError(

@@ -1,38 +1,53 @@
-"""From texts and chats to the model's forward arguments."""
+"""From samples to the model's forward arguments."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample
-from optimum_sab.errors import SampleError
+from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN
+from optimum_sab.calibration.samples.rows import read_row
+from optimum_sab.errors import MissingDependencyError, SABWarning, SampleError
 
-_PICTURE_KEYS = ("image", "url", "path", "base64")
 _PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
-_PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_READERS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How samples are encoded.
+
+    Args:
+        processor: a Transformers processor, or a tokenizer for a language model.
+        sequence_length: texts are cut to this many tokens, and so is what was prepared without pictures; a chat with
+            pictures is kept whole, because cutting it would cut the picture.
+        answer_follows: chats end with a question and the model is to go on from there.
+    """
+
+    processor: Any
+    sequence_length: int
+    answer_follows: bool = False
 
 
 def encode_samples(
     samples: Sequence[Sample], processor: Any, sequence_length: int, answer_follows: bool = False
 ) -> list[dict[str, Any]]:
-    """Turn texts and chats into the model's forward arguments, one sample each.
+    """Turn samples into the model's forward arguments, one sample each.
 
     Args:
         samples: from `optimum_sab.calibration.samples.reading.read_samples`.
-        processor: a Transformers processor, or a tokenizer for a language model.
-        sequence_length: texts are cut to this many tokens; a chat with pictures is kept whole, because cutting it
-            would cut the picture.
-        answer_follows: chats end with a question and the model is to go on from there.
+        processor: see `Encoding`, as are the others.
 
     Raises:
         SampleError: a text refers to a picture that the sample does not bring, a picture cannot be read, or the
             processor has no chat template.
+        MissingDependencyError: a package is missing that the processor needs.
     """
-    return [
-        _encode(sample, processor, sequence_length, f"calibration sample {i}", answer_follows)
-        for i, sample in enumerate(samples)
-    ]
+    encoding = Encoding(processor, sequence_length, answer_follows)
+    return [encode_sample(sample, encoding, f"calibration sample {i}") for i, sample in enumerate(samples)]
 
 
 def has_chat_template(processor: Any) -> bool:
@@ -40,85 +55,94 @@ def has_chat_template(processor: Any) -> bool:
     return any(getattr(each, "chat_template", None) for each in (processor, getattr(processor, "tokenizer", None)))
 
 
-def _encode(sample: Sample, processor: Any, sequence_length: int, label: str, answer_follows: bool) -> dict[str, Any]:
-    tokenizer = getattr(processor, "tokenizer", processor)
+def encode_sample(sample: Any, encoding: Encoding, label: str) -> dict[str, Any]:
+    """One sample's forward arguments; ``label`` names it in errors. See `encode_samples`."""
+    sample, _ = read_row(sample, label)
     if isinstance(sample, str):
-        _refuse_placeholder(sample, processor, label)
-        inputs = dict(tokenizer(sample, return_tensors="pt", truncation=True, max_length=sequence_length))
+        inputs = _encode_text(sample, encoding, label)
+    elif isinstance(sample, list):
+        inputs = _encode_chat(sample, [], encoding, label)
+    elif "messages" in sample:
+        inputs = _encode_chat(sample["messages"], sample["tools"], encoding, label)
     else:
-        template_owner = processor if getattr(processor, "chat_template", None) else tokenizer
-        if getattr(template_owner, "chat_template", None) is None:
-            raise SampleError(f"{label} is a chat and the processor has no chat template; give plain texts instead.")
-        chat = [{**message, "content": _parts(message["content"], label)} for message in sample]
-        pictures = _check_pictures(chat, processor, label)
-        if template_owner is tokenizer and any(part["type"] != "text" for m in chat for part in m["content"]):
-            raise SampleError(f"{label} holds more than text and the model's processor takes text only; remove it.")
-        messages = _text_only(chat) if template_owner is tokenizer else chat
-        try:
-            inputs = dict(
-                template_owner.apply_chat_template(
-                    messages,
-                    tokenize=True,
-                    return_dict=True,
-                    return_tensors="pt",
-                    add_generation_prompt=answer_follows,
-                )
-            )
-        except ImportError:
-            raise  # names the package to install
-        except Exception as error:  # a template or a picture can fail in any way, and it is this sample's doing
-            raise SampleError(f"{label} cannot be prepared by the model's processor: {error}") from error
-        if pictures and set(inputs) <= set(_PER_TOKEN):
-            raise SampleError(f"{label} holds a picture and the model's processor passed it over; remove the sample.")
-        if not pictures:
-            inputs = {k: v[:, :sequence_length] if k in _PER_TOKEN else v for k, v in inputs.items()}
+        inputs = sample
+    if set(inputs) <= set(PER_TOKEN):
+        inputs = {name: value[:, : encoding.sequence_length] for name, value in inputs.items()}
     if inputs["input_ids"].shape[-1] == 0:
         raise SampleError(f"{label} has no tokens; remove it.")
     return inputs
 
 
-def _check_pictures(chat: list[dict[str, Any]], processor: Any, label: str) -> int:
-    """Number of pictures in a chat; every picture entry must bring its picture and no text may stand in for one."""
-    pictures = 0
+def _encode_text(text: str, encoding: Encoding, label: str) -> dict[str, Any]:
+    processor = encoding.processor
+    tokenizer = getattr(processor, "tokenizer", processor)
+    _refuse_placeholder(text, processor, label)
+    return dict(tokenizer(text, return_tensors="pt", truncation=True, max_length=encoding.sequence_length))
+
+
+def _encode_chat(
+    messages: Sequence[Mapping[str, Any]], tools: list[Any], encoding: Encoding, label: str
+) -> dict[str, Any]:
+    processor = encoding.processor
+    tokenizer = getattr(processor, "tokenizer", processor)
+    template_owner = processor if getattr(processor, "chat_template", None) else tokenizer
+    if getattr(template_owner, "chat_template", None) is None:
+        raise SampleError(f"{label} is a chat and the processor has no chat template; give plain texts instead.")
+    chat = [{**message, "content": _parts(message["content"])} for message in messages]
+    kinds = {part["type"] for message in chat for part in message["content"]} - {"text"}
+    _check_parts(chat, processor, label)
+    if kinds and template_owner is tokenizer:
+        raise SampleError(f"{label} holds more than text and the model's processor takes text only; remove it.")
+    _warn_of_tools(messages, tools, template_owner)
+    try:
+        inputs = dict(
+            template_owner.apply_chat_template(
+                _text_only(chat) if template_owner is tokenizer else chat,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                add_generation_prompt=encoding.answer_follows,
+                **({"tools": tools} if tools else {}),
+            )
+        )
+    except ImportError as error:  # names the package to install
+        raise MissingDependencyError(f"{label} cannot be prepared without a package: {error}") from error
+    except Exception as error:  # a template or a picture can fail in any way, and it is this sample's doing
+        raise SampleError(f"{label} cannot be prepared by the model's processor: {error}") from error
+    if kinds and set(inputs) <= set(PER_TOKEN):
+        raise SampleError(f"{label} holds a picture and the model's processor passed it over; remove the sample.")
+    return inputs
+
+
+def _check_parts(chat: Sequence[Mapping[str, Any]], processor: Any, label: str) -> None:
+    """Every part that is no text must bring something that the processor reads, and no text may stand in for one."""
     for message in chat:
         for part in message["content"]:
             kind = part["type"]
             if kind == "text":
                 _refuse_placeholder(part["text"], processor, label)
-            elif kind in ("image", "video"):
-                if all(part.get(key) is None for key in (*_PICTURE_KEYS, kind)):
-                    raise SampleError(
-                        f"{label} has a part of type {kind!r} without one; give {{'type': {kind!r}, {kind!r}: ...}}."
-                    )
-                if kind == "video" and getattr(processor, "video_processor", None) is None:
-                    raise SampleError(f"{label} holds a video and the model's processor reads none; give pictures.")
-                pictures += 1
-    return pictures
+            elif kind not in part:
+                raise SampleError(
+                    f"{label} has a part of type {kind!r} without one; give {{'type': {kind!r}, {kind!r}: ...}}."
+                )
+            elif kind != "image" and getattr(processor, "tokenizer", None) and not _reads(processor, kind):
+                raise SampleError(
+                    f"{label} holds a part of type {kind!r} and the model's processor reads none; remove it."
+                )
 
 
-def _parts(content: Any, label: str) -> list[dict[str, Any]]:
-    """A message's content as a list of parts, spelled as the processors of both Transformers lines read it."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    parts = []
-    for given in content if isinstance(content, (list, tuple)) else [content]:
-        part = {k: v for k, v in given.items() if v is not None} if isinstance(given, Mapping) else {}
-        if not isinstance(part.get("type"), str) or (part["type"] == "text" and not isinstance(part.get("text"), str)):
-            raise SampleError(
-                f"{label} has a message with the content {str(content)[:80]!r}; give a text, or a list of parts such "
-                "as {'type': 'text', 'text': ...} and {'type': 'image', 'image': ...}."
-            )
-        if part["type"] == "image_url":  # OpenAI's; Transformers 4.57 would pass it over in silence
-            url = part.get("image_url")
-            part = {"type": "image", "url": url.get("url") if isinstance(url, Mapping) else url}
-        parts.append(part)
-    return parts
+def _reads(processor: Any, kind: str) -> bool:
+    return getattr(processor, _READERS[kind], None) is not None
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Contents as the processors of both Transformers lines read them: as parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
     own = getattr(processor, "image_token", None)
-    reads_pictures = getattr(processor, "image_processor", None) is not None
-    for placeholder in (own, *(_PLACEHOLDERS if reads_pictures else ())):
+    for placeholder in (own, *(_PLACEHOLDERS if _reads(processor, "image") else ())):
         if isinstance(placeholder, str) and placeholder in text:
             raise SampleError(
                 f"{label} refers to a picture ({placeholder!r}) that it does not bring; give a chat message with "
@@ -129,3 +153,16 @@ def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
 def _text_only(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Message contents as plain strings, which tokenizers' templates expect."""
     return [{**m, "content": "".join(part["text"] for part in m["content"])} for m in chat]
+
+
+def _warn_of_tools(messages: Sequence[Mapping[str, Any]], tools: list[Any], template_owner: Any) -> None:
+    """Templates pass over what they do not know, without a word."""
+    template = str(template_owner.chat_template)
+    given = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
+    for name, there in given.items():
+        if there and name not in template:
+            warnings.warn(
+                f"calibration samples have {name!r}, which the model's chat template does not show: it is left out.",
+                SABWarning,
+                stacklevel=4,
+            )

@@ -1,46 +1,50 @@
-"""Datasets of the Hub as calibration data."""
+"""Datasets, of the Hub or in Parquet files, as calibration data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from optimum_sab.calibration.samples.chat import Sample, is_chat
 from optimum_sab.errors import MissingDependencyError, SampleError
 
 
-def read_dataset(source: str, count: int, seed: int) -> list[Sample]:
+def hub_rows(source: str, count: int, seed: int) -> Iterator[tuple[str, Any]]:
     """At most ``count`` rows of ``"owner/name"`` or ``"owner/name:split"``, in an order that the seed draws.
 
     Raises:
         MissingDependencyError: the datasets package is missing.
-        SampleError: the dataset cannot be read, or has no column that holds a sample.
+        SampleError: the dataset cannot be read.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"calibration={source!r} names a Hub dataset and the datasets package is missing: pip install datasets."
-        ) from error
+    datasets = _package(f"calibration={source!r} is no file here and names a Hub dataset")
     name, _, split = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train", streaming=True)
         taken = list(rows.shuffle(seed=seed, buffer_size=1000).take(count))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise SampleError(f"calibration={source!r} cannot be read as a Hub dataset: {error}") from error
-    return [_read_row(row, f"{name} row {i}") for i, row in enumerate(taken)]
+    yield from ((f"{name} row {number}", row) for number, row in enumerate(taken))
 
 
-def _read_row(row: Mapping[str, Any], label: str) -> Sample:
-    """A dataset row: 'messages', or 'text'/'question' with 'image'(s) where there are any."""
-    if is_chat(row.get("messages")):
-        return list(row["messages"])
-    text = next((row[k] for k in ("text", "question", "caption", "prompt") if isinstance(row.get(k), str)), None)
-    images = row.get("images") or ([row["image"]] if row.get("image") is not None else [])
-    if text is None:
-        raise SampleError(f"{label} has columns {', '.join(row)}; one of 'messages', 'text', 'question' is needed.")
-    if not images:
-        return str(text)
-    return [
-        {"role": "user", "content": [*({"type": "image", "image": i} for i in images), {"type": "text", "text": text}]}
-    ]
+def parquet_rows(path: Path, count: int) -> Iterator[tuple[str, Any]]:
+    """The first ``count`` rows of a Parquet file.
+
+    Raises:
+        MissingDependencyError: the datasets package is missing.
+        SampleError: the file cannot be read.
+    """
+    datasets = _package(f"the calibration file {str(path)!r} is a Parquet file")
+    try:
+        rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        taken = list(rows.take(count))
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SampleError(f"the calibration file {str(path)!r} cannot be read: {error}") from error
+    yield from ((f"{path.name} row {number}", row) for number, row in enumerate(taken))
+
+
+def _package(reason: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDependencyError(f"{reason}, and the datasets package is missing: pip install datasets.") from error
+    return datasets

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.calibration.progress import OnStep, no_step
-from optimum_sab.calibration.samples.encoding import encode_samples, has_chat_template
+from optimum_sab.calibration.samples.context_length import limited_length, warn_of_long_samples
+from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, encode_samples, has_chat_template
 from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
-from optimum_sab.calibration.samples.reading import SELF, read_samples
+from optimum_sab.calibration.samples.named_source import SELF
+from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
+from optimum_sab.calibration.samples.vocabulary import check_tokens
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
 
 UNSEEN_LENGTH = 256  # tokens of a text
@@ -31,6 +34,11 @@ class SampleSource:
     sequence_length: int = 256
     seed: int = 0
 
+    @property
+    def written(self) -> bool:
+        """Whether the model writes the samples, so that there are none before it is loaded."""
+        return isinstance(self.data, str) and self.data == SELF
+
 
 def calibration_inputs(
     model: Any, processor: Any, source: SampleSource, on_step: OnStep = no_step
@@ -46,10 +54,31 @@ def calibration_inputs(
     Raises:
         SampleError: see `read_samples`, `encode_samples` and `self_samples`.
     """
-    if isinstance(source.data, str) and source.data == SELF:
-        return self_samples(model, processor, source.count, source.sequence_length, source.seed, on_step)
-    samples = read_samples(source.data, source.count, source.seed, VISUAL in model_modalities(model.config))
-    return encode_samples(samples, processor, source.sequence_length)
+    if source.written:
+        length = limited_length(source.sequence_length, model.config)
+        return self_samples(model, processor, source.count, length, source.seed, on_step)
+    return given_inputs(model.config, processor, source)
+
+
+def given_inputs(config: Any, processor: Any, source: SampleSource) -> list[dict[str, Any]]:
+    """Forward arguments, one sample each, of samples that no model has to write: nothing but its config is needed.
+
+    Args:
+        config: of the model.
+        processor: its processor or tokenizer.
+        source: where from.
+
+    Raises:
+        SampleError: see `read_samples` and `encode_samples`; or a token is none of the model's.
+    """
+    encoding = Encoding(processor, limited_length(source.sequence_length, config))
+    visual = VISUAL in model_modalities(config)
+    encoded = {}
+    for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
+        encoded[label] = encode_sample(sample, encoding, label)
+        check_tokens(encoded[label], config, label)
+    warn_of_long_samples({label: inputs["input_ids"].shape[-1] for label, inputs in encoded.items()}, config)
+    return list(encoded.values())
 
 
 def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]:

@@ -1,21 +1,22 @@
-"""Every accepted form of calibration data, read into texts and chats."""
+"""Every accepted form of calibration data, read into samples."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.calibration.samples.chat import Sample, checked_sample, is_chat
-from optimum_sab.calibration.samples.hub_dataset import read_dataset
-from optimum_sab.calibration.samples.jsonl import read_jsonl
+from optimum_sab.calibration.samples.chat import Sample, is_chat
+from optimum_sab.calibration.samples.hub_dataset import hub_rows, parquet_rows
+from optimum_sab.calibration.samples.jsonl import json_rows, jsonl_rows
+from optimum_sab.calibration.samples.named_source import BUILTIN, SELF, named_source
+from optimum_sab.calibration.samples.rows import FORMS, read_row
 from optimum_sab.data.builtin import builtin_samples
-from optimum_sab.errors import SampleError
-
-BUILTIN = "builtin"
-SELF = "self"
-_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+from optimum_sab.errors import SABWarning, SampleError
 
 
 def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sample]:
@@ -23,38 +24,89 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
 
     Args:
         source: None or ``"builtin"`` for the built-in set (``"self"`` is not read but written by the model, see
-            `optimum_sab.calibration.samples.self_written`); the path of a ``.jsonl`` file; a Hub dataset as
-            ``"owner/name"`` or ``"owner/name:split"`` (needs the ``datasets`` package); a text; a chat (a list of
-            messages with "role" and "content"); or a list of texts and chats.
-        count: how many samples to take at most.
-        seed: seed of the built-in set, and of the order in which a dataset is drawn.
+            `optimum_sab.calibration.samples.self_written`); the path of a ``.jsonl``, ``.json`` or ``.parquet`` file; a
+            Hub dataset as ``"owner/name"`` or ``"owner/name:split"`` (Parquet and the Hub need the ``datasets``
+            package); one row; or rows, in a list, a generator, a ``datasets.Dataset`` or anything else that can be gone
+            through. What a row can be is in `optimum_sab.calibration.samples.rows.read_row`.
+        count: how many samples to take at most; no more are looked at.
+        seed: seed of the built-in set, and of the order in which a Hub dataset is drawn.
         visual: whether the model reads pictures (the built-in set shows it some).
+
+    Returns:
+        Texts, chats, chats with tools and forward arguments; pictures are PIL pictures or web addresses. Read again,
+        they stay the same.
 
     Raises:
         SampleError: the source is empty, unreadable, or of an unknown form; names the sample.
+        MissingDependencyError: a package is missing that reads it.
     """
-    if source is None or source == BUILTIN:
-        return list(builtin_samples(count, seed, visual))
-    if source == SELF:
+    return [sample for _, sample in labelled_samples(source, count, seed, visual)]
+
+
+def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterator[tuple[str, Sample]]:
+    """`read_samples` one by one, so that only one is held with its pictures; each with what names it in errors."""
+    if source is None or (isinstance(source, str) and source == BUILTIN):
+        yield from _numbered(builtin_samples(count, seed, visual))
+        return
+    found, told = 0, set[str]()
+    folder, rows = _rows(source, count, seed)
+    for label, row in islice(rows, count):
+        sample, unused = read_row(row, label, folder)
+        found += 1
+        if set(unused) - told:
+            told |= set(unused)
+            named = ", ".join(map(repr, unused))
+            warnings.warn(f"{label} has columns that are not calibrated on: {named}.", SABWarning, stacklevel=3)
+        yield label, sample
+    if not found:
+        raise SampleError("there are no calibration samples; give at least one, or calibration='builtin'.")
+
+
+def _rows(source: Any, count: int, seed: int) -> tuple[Path | None, Iterator[tuple[str, Any]]]:
+    """Rows with their labels, and the folder that their paths are relative to."""
+    if isinstance(source, str) and source == SELF:
         raise SampleError(
             f"calibration={SELF!r} has samples only once a model wrote them; call self_samples, or give SABConfig this "
             "value and from_pretrained does."
         )
-    if isinstance(source, (str, Path)) and str(source).endswith((".jsonl", ".json")):
-        samples = read_jsonl(Path(source))
-    elif isinstance(source, str) and _DATASET.fullmatch(source):
-        samples = read_dataset(source, count, seed)
-    elif isinstance(source, str):
-        samples = [source]
-    elif is_chat(source):
-        samples = [list(source)]
-    elif isinstance(source, Sequence):
-        samples = [checked_sample(sample, f"calibration sample {i}") for i, sample in enumerate(source)]
-    else:
+    if isinstance(source, (str, os.PathLike)):
+        named = named_source(source)
+        if isinstance(named, str):
+            return None, hub_rows(named, count, seed)
+        suffix = named.suffix.lower()
+        if suffix == ".parquet":
+            return named.parent, parquet_rows(named, count)
+        return named.parent, json_rows(named) if suffix == ".json" else jsonl_rows(named)
+    if isinstance(source, Mapping):
+        return None, _numbered([_single_row(source)])
+    if is_chat(source):
+        return None, _numbered([source])
+    if isinstance(source, (bytes, bytearray, set, frozenset, io.IOBase)) or not _can_be_gone_through(source):
         raise SampleError(
-            f"calibration={type(source).__name__} is not understood; give texts, chats, a .jsonl path, a dataset name, "
-            f"{BUILTIN!r}, or {SELF!r}."
+            f"calibration={type(source).__name__} is not understood; give texts, chats or rows with {FORMS}, a .jsonl "
+            f"path, a dataset name, {BUILTIN!r}, or {SELF!r}."
         )
-    if not samples:
-        raise SampleError("there are no calibration samples; give at least one, or calibration='builtin'.")
-    return samples[:count]
+    return None, _numbered(source)
+
+
+def _single_row(source: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    if set(source) == {"samples"}:
+        raise SampleError(
+            f"calibration={dict(source)!r} is what a finished model records of samples that were given as objects; "
+            "give the samples again."
+        )
+    if source and all(hasattr(each, "column_names") for each in source.values()):
+        raise SampleError(
+            f"calibration has the splits {', '.join(map(str, source))}; give one, as data[{next(iter(source))!r}]."
+        )
+    return source
+
+
+def _can_be_gone_through(source: Any) -> bool:
+    return isinstance(source, Iterable) or (hasattr(source, "__getitem__") and hasattr(source, "__len__"))
+
+
+def _numbered(rows: Any) -> Iterator[tuple[str, Any]]:
+    each = rows if isinstance(rows, Iterable) else (rows[number] for number in range(len(rows)))
+    for number, row in enumerate(each):
+        yield f"calibration sample {number}", row

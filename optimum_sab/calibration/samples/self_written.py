@@ -97,7 +97,7 @@ class _Draft:
     written: int = 0
 
     @classmethod
-    def begin(cls, sample: Sample, rng: random.Random) -> _Draft:
+    def begin(cls, sample: str | list[dict[str, Any]], rng: random.Random) -> _Draft:
         """From a built-in sample: a sentence of the text, or the questions of the chat without the answers."""
         if isinstance(sample, str):
             starts = [found.start() for found in _SENTENCE_START.finditer(sample)]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from optimum_sab.calibration.samples.modality import token_modalities
+from optimum_sab.errors import SampleError
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,23 @@ def _ids(value: Any) -> list[int]:
     """Token ids out of a config entry: one, several, or none; a negative one means none."""
     values = value if isinstance(value, (list, tuple)) else [value]
     return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0]
+
+
+def check_tokens(inputs: Mapping[str, Any], config: Any, label: str) -> None:
+    """Every token is one of the model's: an entry of its vocabulary, or a placeholder.
+
+    Raises:
+        SampleError: one is not; ``label`` names the sample.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(text, "vocab_size", None)
+    if not isinstance(size, int):
+        return
+    modalities = token_modalities(inputs, config)
+    ids = inputs["input_ids"].flatten().cpu()[modalities.text]
+    foreign = ids[(ids < 0) | (ids >= size)]
+    if len(foreign):
+        raise SampleError(
+            f"{label} has the token {int(foreign[0])}, and the model's vocabulary {size} entries; the processor is not "
+            "this model's: give SABConfig(processor=...)."
+        )

@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from torch import nn
+
+from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.continuation import require_language_head
 from optimum_sab.calibration.samples.inputs import calibration_inputs
 from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, model_modalities
 from optimum_sab.calibration.stage import Stage
@@ -37,6 +41,10 @@ class ReadSamples(Stage):
     name: ClassVar[str] = "samples"
     title: ClassVar[str] = "Writing samples"
     unit: ClassVar[str] = "answer"
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        if options.source.written:
+            require_language_head(model)
 
     def apply(self, run: Run, on_step: OnStep) -> SampleReport:
         inputs = self.inputs(run, on_step)

@@ -7,7 +7,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from optimum_sab.calibration.samples.encoding import encode_samples
-from optimum_sab.errors import SampleError
+from optimum_sab.errors import SABWarning, SampleError
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.processor import load_processor
 
@@ -171,13 +171,26 @@ def user(*parts):
         (user({"type": "image", "image": None}), "has a part of type 'image' without one"),
         (user({"type": "image_url", "image_url": {}}), "has a part of type 'image' without one"),
         (user({"type": "video"}), "has a part of type 'video' without one"),
+        (user({"type": "video", "video": "a.mp4"}), "the file 'a.mp4' does not exist"),
         (
-            user({"type": "video", "video": "a.mp4"}),
-            "(holds a video and the model's processor reads none|cannot be prepared)",
+            user({"type": "video", "video": "https://example.org/a.mp4"}),
+            "(holds a part of type 'video' and the model's processor reads none|cannot be prepared)",
         ),
-        (user({"type": "image", "path": "/gone.png"}), "cannot be prepared by the model's processor: .*gone.png"),
-        (user({"type": "image", "image": 5}), "cannot be prepared by the model's processor"),
-        (user({"text": "no type"}), "has a message with the content .*no type.*; give a text, or a list of parts"),
+        (user({"type": "image", "path": "/gone.png"}), "the picture '/gone.png' does not exist"),
+        (user({"type": "image", "image": 5}), "has a picture given as int, which is not understood"),
+        (
+            user({"type": "sound", "sound": "x"}),
+            "has a part of type 'sound', which is not understood; the types are text",
+        ),
+        (user({"words": "no type"}), "has a message with the content .*no type.*; give a text, or a list of parts"),
+        (user({"text": "a", "image": None, "video": "b"}), "has a message with the content"),
+        (
+            user({"type": "text", "text": "a", "image": "b"}),
+            "has a part of type 'text' with 'image', which is not under",
+        ),
+        (user({"type": "image", "image": "a", "min_pixels": 5}), "has a part of type 'image' with 'min_pixels'"),
+        (user({"type": "image", "image": "a", "url": "b"}), "has a part of type 'image' with image and url; give one"),
+        ([{"role": "user", "content": "a", "images": []}], "has a message with the entry 'images'"),
         (user({"type": "text"}), "has a message with the content"),
         (user("a string"), "has a message with the content"),
         ([{"role": "user", "content": None}], "has a message with the content 'None'"),
@@ -186,7 +199,7 @@ def user(*parts):
     ],
 )
 def test_sample_that_cannot_be_encoded_is_named_by_its_number(processor, sample, message):
-    with pytest.raises(SampleError, match=f"^calibration sample 2 {message}"):
+    with pytest.raises(SampleError, match=f"^calibration sample 2:? {message}"):
         encode_samples(["fine", CHAT, sample], processor, 64)
 
 
@@ -206,7 +219,7 @@ def test_chat_needs_a_template(tokenizer):
 
 @pytest.mark.parametrize("kind", ["image", "audio"])
 def test_picture_is_refused_where_only_text_is_read(tokenizer, kind):
-    sample = user({"type": kind, kind: "file"}, {"type": "text", "text": "What?"})
+    sample = user({"type": kind, kind: "https://example.org/file"}, {"type": "text", "text": "What?"})
     with pytest.raises(SampleError, match=r"calibration sample 0 holds more than text and .* takes text only"):
         encode_samples([sample], tokenizer, 64)
 
@@ -234,3 +247,85 @@ def test_package_that_the_processor_lacks_is_not_blamed_on_the_sample():
 
     with pytest.raises(ImportError, match="requires jinja2"):
         encode_samples([CHAT], Lacking(), 64)
+
+
+# -- tools -------------------------------------------------------------------------------------------------------------
+
+CLOCK = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}
+TOLD = [
+    {"role": "user", "content": "What is the time?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "clock"}}]},
+    {"role": "tool", "content": "noon", "name": "clock"},
+]
+WITH_TOOLS = (
+    "{% for t in tools or [] %}[{{ t['function']['name'] }}]{% endfor %}"
+    "{% for m in messages %}{{ m['role'] }}: "
+    "{% for p in m['content'] if m['content'] is not string %}{{ p['text'] }}{% endfor %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% endif %}"
+    "{% for c in m['tool_calls'] or [] %}({{ c['function']['name'] }}){% endfor %}{{ '\n' }}{% endfor %}"
+)
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kind", ["processor", "tokenizer"])
+def test_tools_and_their_calls_come_to_the_chat_template(processor, tokenizer, kind):
+    subject = copy.copy(processor) if kind == "processor" else copy.deepcopy(tokenizer)
+    subject.chat_template = WITH_TOOLS
+    [inputs] = encode_samples([{"messages": TOLD, "tools": [CLOCK]}], subject, 64)
+    assert text_of(processor, inputs) == "[clock]user: What is the time?\nassistant: (clock)\ntool: noon\n"
+
+
+@pytest.mark.compat
+def test_tools_that_the_template_does_not_show_are_named(processor):
+    with pytest.warns(SABWarning, match="calibration samples have 'tool") as told:
+        [inputs] = encode_samples([{"messages": TOLD, "tools": [CLOCK]}], processor, 64)
+    assert [name for name in ("'tools'", "'tool_calls'") if any(name in str(w.message) for w in told)] == [
+        "'tools'",
+        "'tool_calls'",
+    ]
+    assert text_of(processor, inputs).endswith("<|im_start|>tool\nnoon<|im_end|>\n")
+
+
+def test_system_column_and_pictures_beside_a_chat_are_encoded(processor, picture):
+    row = {"messages": CHAT, "images": [picture], "system": "Look."}
+    [inputs] = encode_samples([row], processor, 64)
+    assert text_of(processor, inputs) == (
+        "<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
+        + "<|image_pad|>" * PICTURED_TOKENS
+        + "<|vision_end|>Who has the key?<|im_end|>\n<|im_start|>assistant\nZoe<|im_end|>\n"
+    )
+
+
+# -- prepared arguments ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.compat
+def test_what_a_processor_has_prepared_is_taken_as_it_is(processor, picture):
+    prepared = processor.apply_chat_template(
+        [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in CHAT] + shown(picture),
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    [inputs] = encode_samples([prepared], processor, 4)
+    assert set(inputs) == set(prepared)
+    assert all(torch.equal(inputs[name], value) for name, value in prepared.items())
+    [cut] = encode_samples([processor.tokenizer("The red boat left the harbour at noon.")], processor, 4)
+    assert cut["input_ids"].shape == cut["attention_mask"].shape == (1, 4)
+
+
+def test_videos_come_to_a_processor_that_reads_them(tmp_path, picture):
+    class Seeing:
+        chat_template = "has one"
+        tokenizer = video_processor = SimpleNamespace(chat_template=None)
+
+        def apply_chat_template(self, messages, **options):
+            self.parts = messages[0]["content"]
+            return BatchFeature({"input_ids": torch.ones(1, 4), "pixel_values_videos": torch.ones(1, 4)})
+
+    (tmp_path / "a.mp4").write_bytes(b"a film")
+    processor = Seeing()
+    encode_samples([{"messages": CHAT, "videos": [tmp_path / "a.mp4"]}], processor, 64)
+    assert processor.parts[0] == {"type": "video", "video": str(tmp_path / "a.mp4")}
+    encode_samples([{"messages": CHAT, "video": [picture, picture]}], processor, 64)
+    assert [frame.size for frame in processor.parts[0]["video"]] == [picture.size] * 2

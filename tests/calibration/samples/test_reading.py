@@ -1,13 +1,14 @@
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from optimum_sab import SABConfig
 from optimum_sab.calibration.samples.reading import read_samples
 from optimum_sab.data.builtin import builtin_samples
-from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.errors import MissingDependencyError, SABWarning, SampleError
 
 CHAT = [{"role": "user", "content": "Who has the key?"}, {"role": "assistant", "content": "Zoe"}]
 
@@ -63,14 +64,13 @@ def test_builtin_set_is_the_default(source, visual):
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("One text.", ["One text."]),
         (["One.", "Two."], ["One.", "Two."]),
         (("One.", "Two."), ["One.", "Two."]),
         (CHAT, [CHAT]),
         ([CHAT, CHAT], [CHAT, CHAT]),
         (["One.", CHAT, {"messages": CHAT}], ["One.", CHAT, CHAT]),
     ],
-    ids=["text", "texts", "tuple", "chat", "chats", "mixed"],
+    ids=["texts", "tuple", "chat", "chats", "mixed"],
 )
 def test_texts_and_chats_are_taken_as_they_are(source, expected):
     assert read(source) == expected
@@ -158,7 +158,7 @@ def datasets(monkeypatch):
 def test_dataset_rows_become_samples(datasets, picture):
     datasets.rows = Rows(
         [
-            {"messages": CHAT, "id": 1},
+            {"messages": CHAT},
             {"text": "A text."},
             {"question": "What is it?", "image": picture},
             {"caption": "Two of them.", "images": [picture, picture]},
@@ -176,6 +176,55 @@ def test_dataset_rows_become_samples(datasets, picture):
     assert datasets.calls == [("owner/name", {"split": "train", "streaming": True})]
 
 
+def test_columns_that_are_not_calibrated_on_are_named_once(datasets):
+    datasets.rows = Rows({"text": str(i), "id": i, "source": "web"} for i in range(3))
+    with pytest.warns(
+        SABWarning, match="owner/name row 0 has columns that are not calibrated on: 'id', 'source'"
+    ) as told:
+        read("owner/name")
+    assert len(told) == 1
+
+
+class Countless:
+    """Rows as a torch dataset has them, which ends by its length alone."""
+
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"text": str(index)}
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ((text for text in ("a", "b")), ["a", "b"]),
+        (map(str, range(10**9)), [str(i) for i in range(10)]),
+        (Countless(), ["0", "1", "2"]),
+        ({"text": "one row"}, ["one row"]),
+        ({"messages": CHAT}, [CHAT]),
+    ],
+    ids=["generator", "endless", "dataset", "row", "row of messages"],
+)
+def test_rows_come_from_whatever_can_be_gone_through(source, expected):
+    assert read(source) == expected
+
+
+def test_splits_are_to_be_chosen_from():
+    splits = {"train": SimpleNamespace(column_names=["text"]), "test": SimpleNamespace(column_names=["text"])}
+    with pytest.raises(SampleError, match=r"has the splits train, test; give one, as data\['train'\]"):
+        read(splits)
+
+
+def test_an_open_file_is_refused(tmp_path):
+    """Its lines are JSON, and would be calibrated on as text."""
+    with write_lines(tmp_path / "s.jsonl", {"text": "a"}).open() as file:
+        with pytest.raises(SampleError, match="calibration=TextIOWrapper is not understood"):
+            read(file)
+        with pytest.raises(SampleError, match="calibration=TextIOWrapper is not understood"):
+            read(SABConfig(calibration=file).calibration)
+
+
 def test_dataset_takes_split_count_and_seed(datasets):
     datasets.rows = Rows({"text": str(i)} for i in range(6))
     assert read("owner/na.me-1:validation", count=3, seed=2) == ["2", "3", "4"]
@@ -183,7 +232,10 @@ def test_dataset_takes_split_count_and_seed(datasets):
 
 
 def test_text_with_a_slash_is_not_a_dataset(datasets):
-    assert read("This and/or that.") == ["This and/or that."]
+    with pytest.raises(
+        SampleError, match=r"'This and/or that\.' is one text, which is no calibration data; give a list"
+    ):
+        read("This and/or that.")
     assert datasets.calls == []
 
 
@@ -195,9 +247,15 @@ def test_text_with_a_slash_is_not_a_dataset(datasets):
     [
         ([], "no calibration samples; give at least one, or calibration='builtin'"),
         (42, "calibration=int is not understood; give texts, chats"),
-        ({"text": "a"}, "calibration=dict is not understood"),
-        (["ok", 42], "calibration sample 1 is a int; give a text, or a list of messages"),
-        (["ok", "ok", {"text": "a"}], "calibration sample 2 is a dict"),
+        (b"bytes", "calibration=bytes is not understood"),
+        ({"a", "b"}, "calibration=set is not understood"),
+        ({}, "calibration sample 0 has columns none"),
+        (
+            {"samples": 32},
+            "what a finished model records of samples that were given as objects; give the samples again",
+        ),
+        (["ok", 42], "calibration sample 1 is a int; give a text, a list of messages"),
+        (["ok", "ok", {"texts": "a"}], "calibration sample 2 has columns texts; one of 'messages', 'text'"),
         (["ok", []], "calibration sample 1 is a list"),
         ([CHAT, [{"role": "user"}]], "calibration sample 1 is a list"),
         ("missing.jsonl", "the calibration file 'missing.jsonl' does not exist"),
@@ -212,16 +270,25 @@ def test_source_that_is_not_understood_is_named(source, message):
     ("record", "message"),
     [
         ("{'text': 'a'}", "is not JSON"),
-        ({"caption": "a"}, "needs a 'text' or a 'messages' entry"),
-        ({"text": 5}, "needs a 'text' or a 'messages' entry"),
-        ("[1, 2]", "needs a 'text' or a 'messages' entry"),
+        ({"captions": "a"}, "has columns captions; one of 'messages', 'text'"),
+        ({"text": 5}, "'text' must be a text; it is a int"),
+        ("[1, 2]", "is a list; give a text, a list of messages"),
         ({"messages": "hello"}, "'messages' must be a list of messages with 'role' and 'content'"),
         ({"messages": [{"from": "human"}]}, "'messages' must be a list of messages"),
         ({"text": "a", "image": "gone.png"}, "the picture '.*gone.png' does not exist"),
         ({"text": "a", "image": "text.png"}, "the picture '.*text.png' cannot be read"),
         ({"text": "a", "image": "torn.png"}, "the picture '.*torn.png' cannot be read"),
-        ({"text": "a", "image": 5}, "'image' must be a path, and 'images' a list of paths"),
-        ({"text": "a", "images": "a.png"}, "'image' must be a path, and 'images' a list of paths"),
+        ({"text": "a", "image": 5}, "has a picture given as int, which is not understood; give a path"),
+        ({"text": "a", "images": "a.png"}, "'images' must be a list; it is a str"),
+        ({"text": "a", "image": "a\0b.png"}, r"the picture '.*a\\x00b\.png' does not exist"),
+        ('{"text": ' + "7" * 5000 + "}", "is not JSON: Exceeds the limit"),
+        ("[" * 100_000, "is nested too deeply"),
+        (r'{"text": "a \ud800 b"}', r"has the lone surrogate '\\ud800' at character 2"),
+        (r'{"messages": [{"role": "user", "content": "\udfff"}]}', "has the lone surrogate"),
+        (
+            r'{"messages": [{"role": "user", "content": [{"type": "text", "text": "\udfff"}]}]}',
+            "has the lone surrogate",
+        ),
         ({"messages": shown("gone.png")}, "the picture '.*gone.png' does not exist"),
     ],
 )
@@ -234,6 +301,29 @@ def test_bad_line_is_named_by_its_number(tmp_path, record, message):
         read(path)
 
 
+def test_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    (tmp_path / "s.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n', encoding="utf-8-sig")
+    (tmp_path / "s.json").write_text('["a", {"text": "b"}]', encoding="utf-8-sig")
+    assert read(tmp_path / "s.jsonl") == read(tmp_path / "s.json") == ["a", "b"]
+
+
+def test_json_file_is_a_list_or_lines(tmp_path):
+    rows = [{"conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello."}]}, "A text."]
+    chat = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "chat.json").write_text(json.dumps(chat))
+    assert read(tmp_path / "list.json") == read(write_lines(tmp_path / "lines.json", *rows[:1], '"A text."'))
+    assert read(tmp_path / "list.json") == [chat, "A text."]
+    assert read(tmp_path / "chat.json") == [chat]
+    (tmp_path / "bad.json").write_text(json.dumps([*rows, 5]))
+    with pytest.raises(SampleError, match=r"^bad\.json entry 2 is a int"):
+        read(tmp_path / "bad.json")
+
+
+def test_no_more_lines_are_read_than_samples_are_wanted(tmp_path):
+    assert read(write_lines(tmp_path / "s.jsonl", {"text": "a"}, "no JSON"), count=1) == ["a"]
+
+
 def test_empty_file_is_an_error(tmp_path):
     with pytest.raises(SampleError, match="no calibration samples"):
         read(write_lines(tmp_path / "s.jsonl", "", "  "))
@@ -241,7 +331,7 @@ def test_empty_file_is_an_error(tmp_path):
 
 def test_file_in_another_encoding_is_an_error(tmp_path):
     (tmp_path / "s.jsonl").write_bytes('{"text": "Größe"}'.encode("latin-1"))
-    with pytest.raises(SampleError, match=r"s\.jsonl' is not UTF-8"):
+    with pytest.raises(SampleError, match=r"s\.jsonl' is not UTF-8 behind line 0"):
         read(tmp_path / "s.jsonl")
 
 
@@ -260,7 +350,9 @@ def test_dataset_that_cannot_be_loaded_is_named(datasets, error):
 
 def test_missing_datasets_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"'owner/name' names a Hub dataset.*pip install datasets"):
+    with pytest.raises(
+        MissingDependencyError, match=r"'owner/name' is no file here and names a Hub dataset.*pip install datasets"
+    ):
         read("owner/name")
 
 

@@ -1,0 +1,84 @@
+"""What a string that is given as calibration data names: a file, or a dataset of the Hub; nothing else is guessed."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+from optimum_sab.errors import SampleError
+
+BUILTIN = "builtin"
+SELF = "self"
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
+"""Of the files that are read."""
+
+_OTHER_SUFFIXES = (
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".arrow",
+    ".gz",
+    ".zst",
+    ".zip",
+    ".bz2",
+    ".xz",
+    ".tar",
+)
+_DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+_TO_GIVE = (
+    f"a list of texts or chats, the path of a {' or '.join((SUFFIXES[0], *SUFFIXES[2:]))} file, a Hub dataset as "
+    f"'owner/name', {BUILTIN!r} or {SELF!r}"
+)
+
+
+def named_source(source: str | os.PathLike[str]) -> Path | str:
+    """The file that is named, as a path, or the name of a dataset.
+
+    Raises:
+        SampleError: it is a folder, a file of another kind, looks like a path and leads nowhere, or is just a text.
+    """
+    name = os.path.expanduser(os.fspath(source))
+    suffix = os.path.splitext(name)[1].lower()
+    if os.path.isdir(name):
+        inside = sorted(each for each in os.listdir(name) if each.lower().endswith(SUFFIXES))
+        hint = f"name a file in it, such as {inside[0]!r}" if inside else "name a file"
+        raise SampleError(f"calibration={str(source)!r} is a folder; {hint}.")
+    if os.path.isfile(name):
+        if suffix in SUFFIXES:
+            return Path(name)
+        raise SampleError(
+            f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. "
+            "Give the texts in another file as a list of strings."
+        )
+    known = (*SUFFIXES, *_OTHER_SUFFIXES)
+    is_file_name = bool(suffix) and (suffix in known or bool(difflib.get_close_matches(suffix, SUFFIXES, 1, 0.7)))
+    if isinstance(source, str) and _DATASET.fullmatch(name) and not is_file_name and not name.startswith("."):
+        return name
+    if not isinstance(source, str) or (is_file_name and "\n" not in name) or _looks_like_path(name):
+        raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}.")
+    close = difflib.get_close_matches(name.lower(), (BUILTIN, SELF), 1, 0.7)
+    hint = f"did you mean {close[0]!r}? Otherwise give" if close else "give"
+    raise SampleError(f"calibration={_shown(name)} is one text, which is no calibration data; {hint} {_TO_GIVE}.")
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith(("~", "./", "../", "/", ".\\")) or (
+        not re.search(r"\s", name) and ("/" in name or "\\" in name or "\0" in name)
+    )
+
+
+def _nearest(name: str) -> str:
+    folder, file = os.path.split(name)
+    if folder and not os.path.isdir(folder):
+        return f", nor does its folder {_shown(folder)}"
+    close = difflib.get_close_matches(file, os.listdir(folder or "."), 1)
+    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else ""
+
+
+def _shown(text: str) -> str:
+    return repr(text) if len(text) <= 200 else repr(text[:60]) + "…"

@@ -1,0 +1,93 @@
+"""A message's content: a text, or parts of text, pictures, videos and sound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum_sab.calibration.samples.pictures import load_picture, load_video, local_name
+from optimum_sab.errors import SampleError
+
+_SOURCES = {
+    "image": ("image", "url", "path", "base64", "image_url"),
+    "video": ("video", "url", "path", "video_url"),
+    "audio": ("audio", "url", "path", "audio_url"),
+}
+_NAMES = {"image_url": "image", "video_url": "video", "audio_url": "audio"}  # what servers call the parts
+
+
+def read_content(content: Any, label: str, folder: Path | None = None) -> str | list[dict[str, Any]]:
+    """A text as it is; parts as ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` and the like.
+
+    A part of a picture that brings none stays without; whether that is an error shows only when it is encoded.
+
+    Args:
+        content: of a message.
+        label: names the sample in errors.
+        folder: paths are relative to it.
+
+    Raises:
+        SampleError: a part's type or one of its keys is not known, or a picture cannot be read.
+    """
+    if isinstance(content, str):
+        return content
+    given = content if isinstance(content, (list, tuple)) else [content]
+    if not all(isinstance(part, Mapping) for part in given):
+        raise _not_understood(content, label)
+    return [_read_part({k: v for k, v in part.items() if v is not None}, content, label, folder) for part in given]
+
+
+def _read_part(part: dict[str, Any], content: Any, label: str, folder: Path | None) -> dict[str, Any]:
+    kind = part.pop("type", None)
+    if kind is None:  # {"image": …} and {"text": …}, as the pages of Qwen spell them
+        named = [key for key in ("text", *_SOURCES, *_NAMES) if key in part]
+        kind = named[0] if len(named) == 1 else None
+    if not isinstance(kind, str):
+        raise _not_understood(content, label)
+    index = part.pop("index", None)  # which of the pictures beside the messages
+    if kind == "text":
+        text = part.pop("text", None)
+        if not isinstance(text, str):
+            raise _not_understood(content, label)
+        _refuse_keys(part, kind, label)
+        return {"type": "text", "text": text}
+    kind = _NAMES.get(kind, kind)
+    if kind not in _SOURCES:
+        raise SampleError(
+            f"{label} has a part of type {kind!r}, which is not understood; the types are text, "
+            f"{', '.join((*_SOURCES, *_NAMES))}."
+        )
+    found = {key: part.pop(key) for key in _SOURCES[kind] if key in part}
+    _refuse_keys(part, kind, label)
+    if len(found) > 1:
+        raise SampleError(f"{label} has a part of type {kind!r} with {' and '.join(found)}; give one of them.")
+    source = _address(next(iter(found.values())), kind, label) if found else None
+    if source is None:
+        return {"type": kind} if index is None else {"type": kind, "index": index}
+    load = {"image": load_picture, "video": load_video, "audio": local_name}[kind]
+    return {"type": kind, kind: load(source, label, folder)}
+
+
+def _address(source: Any, kind: str, label: str) -> Any:
+    """What ``{"url": …, "detail": …}`` refers to; the detail is how closely a server shall look."""
+    if not isinstance(source, Mapping) or "bytes" in source or "path" in source:
+        return source
+    rest = {key: value for key, value in source.items() if key not in ("url", "detail") and value is not None}
+    _refuse_keys(rest, kind, label)
+    return source.get("url")
+
+
+def _refuse_keys(rest: Mapping[str, Any], kind: str, label: str) -> None:
+    if rest:
+        raise SampleError(
+            f"{label} has a part of type {kind!r} with {', '.join(map(repr, rest))}, which is not understood; remove it"
+            " (what the processor shall do differently, set in the processor and give SABConfig(processor=...))."
+        )
+
+
+def _not_understood(content: Any, label: str) -> SampleError:
+    return SampleError(
+        f"{label} has a message with the content {str(content)[:80]!r}; give a text, or a list of parts such as "
+        "{'type': 'text', 'text': ...} and {'type': 'image', 'image': ...}."
+    )

@@ -1,0 +1,133 @@
+"""A row in the forms that trainers, datasets and JSONL files use, read into a sample: the one place that knows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum_sab.calibration.samples.chat import Sample, check_text, is_chat, read_chat, read_tools
+from optimum_sab.calibration.samples.forward_inputs import read_inputs
+from optimum_sab.calibration.samples.pictures import load_picture, load_video
+from optimum_sab.calibration.samples.placeholders import fill_in
+from optimum_sab.errors import SampleError
+
+CHATS = ("messages", "conversations", "conversation")
+PROMPTS = {  # a question or a beginning, and what may hold its answer
+    "text": (),
+    "prompt": ("completion", "response"),
+    "question": ("answer",),
+    "instruction": ("output", "response"),
+    "caption": (),
+}
+_MEDIA = {"image": load_picture, "video": load_video}
+_UNREAD = ("audio", "audios", "documents", "functions")  # would change what the model sees
+FORMS = "'messages', 'text', 'question' or 'prompt' (with 'image' or 'images'), or 'input_ids'"
+
+
+def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, list[str]]:
+    """A sample, and the columns of the row that are no part of it.
+
+    Reading what was read changes nothing.
+
+    Args:
+        row: a text; a list of messages; or a mapping with one of: "messages" or "conversations"; "text", "caption",
+            "prompt" (with "completion"), "question" (with "answer"), "instruction" (with "input" and "output");
+            "input_ids" with other arguments of the model's forward. Beside messages and texts may stand "image",
+            "images", "video", "videos", "system" and "tools". What is None counts as absent.
+        label: names the row in errors.
+        folder: paths of pictures are relative to it.
+
+    Raises:
+        SampleError: the row is of no such form.
+    """
+    if isinstance(row, str):
+        return check_text(row, label), []
+    if is_chat(row):
+        return read_chat(row, label, folder), []
+    if not isinstance(row, Mapping):
+        raise SampleError(
+            f"{label} is a {type(row).__name__}; give a text, a list of messages with 'role' and 'content', or a row "
+            f"with {FORMS}."
+        )
+    columns = {str(key): value for key, value in row.items() if value is not None}
+    if "input_ids" in columns:
+        return read_inputs(columns, label)
+    sample = _read_columns(columns, label, folder)
+    if sample is None:
+        raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; one of {FORMS} is needed.")
+    for name in _UNREAD:
+        if name in columns:
+            raise SampleError(f"{label} has a column {name!r}, which is not understood; remove it, or the row.")
+    return sample, list(columns)
+
+
+def _read_columns(columns: dict[str, Any], label: str, folder: Path | None) -> Sample | None:
+    """The sample, if there is one; what it is made of is taken out of the columns."""
+    media = {kind: _take_media(columns, kind, label, folder) for kind in _MEDIA}
+    system, tools = columns.pop("system", None), columns.pop("tools", None)
+    found = _take_chat(columns, label, folder)
+    found = found or _take_text(columns, label, needs_chat=bool(system or tools or any(media.values())))
+    if found is None or isinstance(found, str):
+        return found
+    chat = found
+    for kind, given in media.items():
+        if given:
+            chat = fill_in(chat, kind, given, label)
+    if system:
+        chat = _under_system(chat, system, label)
+    return {"messages": chat, "tools": read_tools(tools, label)} if tools else chat
+
+
+def _take_media(columns: dict[str, Any], kind: str, label: str, folder: Path | None) -> list[Any]:
+    one, many = columns.pop(kind, None), columns.pop(f"{kind}s", None)
+    if one is not None and many is not None:
+        raise SampleError(f"{label} has the columns {kind!r} and '{kind}s'; keep one of them.")
+    if many is not None and not isinstance(many, (list, tuple)):
+        raise SampleError(f"{label}: '{kind}s' must be a list; it is a {type(many).__name__}.")
+    if many is None:
+        many = [] if one is None else one if kind == "image" and isinstance(one, (list, tuple)) else [one]
+    return [_MEDIA[kind](each, label, folder) for each in many]
+
+
+def _take_chat(columns: dict[str, Any], label: str, folder: Path | None) -> str | list[dict[str, Any]] | None:
+    for name in CHATS:
+        if name in columns:
+            chat = columns.pop(name)
+            if not is_chat(chat):
+                raise SampleError(f"{label}: {name!r} must be a list of messages with 'role' and 'content'.")
+            return read_chat(chat, label, folder)
+    if is_chat(columns.get("prompt")):
+        chat = list(columns.pop("prompt"))
+        if is_chat(columns.get("completion")):
+            chat += columns.pop("completion")
+        return read_chat(chat, label, folder)
+    return None
+
+
+def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | list[dict[str, Any]] | None:
+    """A text, or as a chat where only that can hold what belongs to it."""
+    name = next((name for name in PROMPTS if name in columns), None)
+    if name is None:
+        return None
+    text = columns.pop(name)
+    if not isinstance(text, str):
+        raise SampleError(f"{label}: {name!r} must be a text; it is a {type(text).__name__}.")
+    check_text(text, label)
+    if name == "instruction" and isinstance(columns.get("input"), str):
+        text = "\n".join(filter(None, (text, check_text(columns.pop("input"), label))))
+    answer = next((columns.pop(key) for key in PROMPTS[name] if isinstance(columns.get(key), str)), None)
+    if answer is not None and name == "prompt" and not needs_chat:
+        return text + check_text(answer, label)  # a text in two pieces
+    if answer is None and not needs_chat:
+        return text
+    turns = [{"role": "user", "content": text}]
+    return turns if answer is None else [*turns, {"role": "assistant", "content": check_text(answer, label)}]
+
+
+def _under_system(chat: list[dict[str, Any]], system: Any, label: str) -> list[dict[str, Any]]:
+    if not isinstance(system, str):
+        raise SampleError(f"{label}: 'system' must be a text; it is a {type(system).__name__}.")
+    if chat[0]["role"] == "system":
+        raise SampleError(f"{label} has a column 'system' and messages that begin with their own; keep one of them.")
+    return [{"role": "system", "content": check_text(system, label)}, *chat]

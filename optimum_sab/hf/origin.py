@@ -1,0 +1,82 @@
+"""Where a model comes from, so that everything else of it is read from the same place.
+
+Transformers tells a quantizer which model it fills and not what `from_pretrained` was called with. So the call is
+looked up where it is: it is running, and its arguments are in its frame. Nothing of Transformers is changed for that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+PLACE = ("revision", "subfolder")
+ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A checkpoint, and how it is reached.
+
+    Args:
+        name: folder, or Hub repository; empty where it is not known.
+        place: where in there: `PLACE`, as far as given.
+        access: how to get there: `ACCESS`, as far as given. Also good for other repositories.
+        files: the checkpoint's weight files on this machine; None where they are not known.
+    """
+
+    name: str
+    place: Mapping[str, Any] = field(default_factory=dict)
+    access: Mapping[str, Any] = field(default_factory=dict, repr=False)  # holds a token
+    files: Sequence[str] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For any `from_pretrained` that reads from here."""
+        return {**self.place, **self.access}
+
+    def at(self, other: str | os.PathLike[str]) -> Origin:
+        """What is reached the same way: this one under its own name, or another repository as it is by default."""
+        return self if os.fspath(other) == self.name else Origin(os.fspath(other), access=self.access)
+
+    @classmethod
+    def of(cls, name: str | os.PathLike[str], arguments: Mapping[str, Any]) -> Origin:
+        """Of a call ``from_pretrained(name, **arguments)``; arguments that say nothing are left out."""
+        given = {key: value for key, value in arguments.items() if value not in (None, "", False)}
+        place, access = ({k: given[k] for k in names if k in given} for names in (PLACE, ACCESS))
+        return cls(os.fspath(name), place, access)
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """The origin of a model that `from_pretrained` is loading, or of one that it has loaded.
+
+    The commit is taken rather than the branch it was looked up from, which may have moved since.
+    """
+    config: Any = getattr(model, "config", None)
+    call = _loading_call()
+    if call is None:
+        return Origin(getattr(config, "_name_or_path", "") or "")
+    revision = call.get("revision")
+    # Transformers 5.24 has looked the revision up by now; 4.57 has left the commit in the config
+    commit = getattr(revision, "resolved", None) or getattr(config, "_commit_hash", None)
+    found = Origin.of(call.get("pretrained_model_name_or_path") or "", {**call, "revision": commit or revision})
+    files = call.get("checkpoint_files")
+    return Origin(found.name, found.place, found.access, None if files is None else tuple(map(str, files)))
+
+
+def _loading_call() -> Mapping[str, Any] | None:
+    """The variables of the innermost `PreTrainedModel.from_pretrained` that is running; None where none is."""
+    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code:
+            return dict(frame.f_locals)
+        frame = frame.f_back
+    return None

@@ -1,0 +1,68 @@
+"""Strings that name calibration data, and strings that were meant to."""
+
+import pytest
+
+from optimum_sab.calibration.samples.named_source import named_source
+from optimum_sab.calibration.samples.reading import read_samples
+from optimum_sab.errors import SampleError
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for name in ("data.jsonl", "notes.txt", "data/train.jsonl"):
+        (tmp_path / name).write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_files_and_datasets_are_told_apart(here):
+    assert named_source("data.jsonl") == named_source(here / "data.jsonl").relative_to(here)
+    assert named_source("~/data.jsonl") == here / "data.jsonl"
+    assert named_source("data/train.jsonl").is_file()
+    for name in ("owner/name", "owner/na.me-1:validation", "data/elsewhere"):
+        assert named_source(name) == name
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("data.jsnl", "the calibration file 'data.jsnl' does not exist; did you mean 'data.jsonl'?"),
+        ("data.json", "the calibration file 'data.json' does not exist; did you mean 'data.jsonl'?"),
+        (
+            "data/trian.jsonl",
+            "the calibration file 'data/trian.jsonl' does not exist; did you mean 'data/train.jsonl'?",
+        ),
+        ("dta/train.jsonl", "the calibration file 'dta/train.jsonl' does not exist, nor does its folder 'dta'"),
+        ("/no/such/place", "the calibration file '/no/such/place' does not exist, nor does its folder '/no/such'"),
+        ("./data/train", "the calibration file './data/train' does not exist; did you mean './data/train.jsonl'?"),
+        ("~/other.jsonl", "the calibration file '~/other.jsonl' does not exist"),
+        (r"C:\data\train", r"the calibration file 'C:\\data\\train' does not exist"),
+        ("my data.jsonl", "the calibration file 'my data.jsonl' does not exist; did you mean 'data.jsonl'?"),
+        ("missing.txt", "the calibration file 'missing.txt' does not exist"),
+        ("a/b\0c", "the calibration file 'a/b\\x00c' does not exist"),
+        ("data", "calibration='data' is a folder; name a file in it, such as 'train.jsonl'"),
+        ("notes.txt", "calibration='notes.txt' is a file of a kind that is not read; the kinds are .jsonl"),
+        ("selff", "calibration='selff' is one text, which is no calibration data; did you mean 'self'? Otherwise give"),
+        ("Builtin", "did you mean 'builtin'?"),
+        (
+            "One ordinary text.",
+            "calibration='One ordinary text.' is one text, which is no calibration data; give a list",
+        ),
+        ("One text.\nOf two lines.", "is one text, which is no calibration data"),
+        ("", "calibration='' is one text"),
+        ("long " * 1000, "is one text, which is no calibration data"),
+    ],
+)
+def test_a_string_that_names_nothing_is_an_error_and_no_sample(here, source, message):
+    with pytest.raises(SampleError) as error:
+        read_samples(source, 8, 0, True)
+    assert message in str(error.value)
+    assert len(str(error.value)) < 600
+
+
+def test_a_path_is_never_a_text(here):
+    for path in (here / "gone", here / "data", here / "notes.txt"):
+        with pytest.raises(SampleError, match=r"does not exist|is a folder|is a file of a kind"):
+            read_samples(path, 8, 0, True)
