@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ import torch
 from transformers import AutoConfig
 
 from optimum_sab.cli.settings import add_settings, read_settings
-from optimum_sab.errors import ConfigError
-from optimum_sab.hf.load import auto_class, check_output, reads_pictures, save_packed
+from optimum_sab.errors import ConfigError, SABWarning, SampleError
+from optimum_sab.hf.binarization import check_before_loading
+from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.devices import check_device_map
+from optimum_sab.hf.estimate import checkpoint_bytes
+from optimum_sab.hf.load import auto_class, reads_pictures
+from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
+from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
+from optimum_sab.hf.selection import select
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -24,7 +32,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
     parser.add_argument("model", help="checkpoint folder or Hub repository")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the packed checkpoint goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output; other files stay")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
     parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -33,21 +41,25 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Quantize and save; nothing is written when anything fails."""
+    """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
     config = read_settings(options, progress="lines")
-    check_output(options.output, options.overwrite)
+    check_device_map(options.device_map)
+    check_calibration_file(config.calibration)
     started = time.perf_counter()
     factory = auto_class(options.model)
+    where = check_output(options.output, options.overwrite, sources=(options.model,))
+    check_resume_folder(config.resume_folder, where)
     source = AutoConfig.from_pretrained(options.model)
     if getattr(source, "quantization_config", None) is not None:
         raise ConfigError(f"{options.model!r} is quantized already; start from the dense checkpoint.")
     processor = find_processor(None, options.model, reads_pictures(source))
     config.processor = processor
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    check_size(where, expected_bytes(factory, source, config, dtype))
     model = factory.from_pretrained(
         options.model, dtype=dtype, quantization_config=config, device_map=options.device_map
     )
-    save_packed(model, processor, options.output, options.overwrite)
+    save_packed(model, processor, where)
     report = model.hf_quantizer.report
     summary = {
         "output": str(options.output),
@@ -67,3 +79,39 @@ def run(options: argparse.Namespace) -> None:
         )
         for kind, each in report.agreement.items():
             print(f"against the dense model, on {kind} that did not calibrate it: {each}")
+
+
+def check_calibration_file(calibration: Any) -> None:
+    """Refuse a file of samples that is not there.
+
+    Raises:
+        SampleError: it is not.
+    """
+    if isinstance(calibration, str) and calibration.endswith((".jsonl", ".json")) and not Path(calibration).is_file():
+        raise SampleError(f"the calibration file {calibration!r} does not exist; name one that does, or 'builtin'.")
+
+
+def check_resume_folder(folder: str | Path | None, where: OutputPlace) -> None:
+    """Refuse a resume folder in the output's place, which would fill it before the checkpoint comes.
+
+    Raises:
+        ConfigError: it is the output, or lies in it.
+    """
+    if folder is not None and where.folder in (resolved := Path(folder).resolve(), *resolved.parents):
+        raise ConfigError(f"--resume-folder {str(folder)!r} lies in the output {where.named!r}; name one elsewhere.")
+
+
+def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dtype | str) -> int:
+    """Bytes that the packed checkpoint will take, from a model without weights, on which settings are checked too.
+
+    Raises:
+        ConfigError, CalibrationError, MissingDependencyError: see `check_before_loading`.
+    """
+    with torch.device("meta"):
+        model = factory.from_config(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SABWarning)  # they come again with the weights
+        selection = select(model, config, strict=True)
+        check_before_loading(model, config)
+    kept = dtype if isinstance(dtype, torch.dtype) else getattr(source, "dtype", None) or torch.float32
+    return checkpoint_bytes(model, selection, kept, config.target_bits)
