@@ -170,8 +170,9 @@ def _try(folder: Path, named: str) -> bool:
             raise
         try:
             _try_at(folder, inside=True)
-        except OSError:
-            raise error from None  # the first says what is wrong with the place that was named
+        except OSError as inner:
+            # of two refusals, the one that says more about the place that was named
+            raise inner if error.errno in (errno.EBUSY, errno.EXDEV) else error from None
         return True
     return False
 
