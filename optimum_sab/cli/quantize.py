@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,14 @@ import torch
 from transformers import AutoConfig
 
 from optimum_sab.cli.settings import add_settings, read_settings
-from optimum_sab.errors import ConfigError, SABWarning, SampleError
-from optimum_sab.hf.binarization import check_before_loading
-from optimum_sab.hf.config import SABConfig
+from optimum_sab.errors import ConfigError, SampleError
+from optimum_sab.hf.checkpoint import local_files, stored_tensors
 from optimum_sab.hf.devices import check_device_map
-from optimum_sab.hf.estimate import checkpoint_bytes
+from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.hf.load import auto_class, reads_pictures
 from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
-from optimum_sab.hf.selection import select
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,6 +45,7 @@ def run(options: argparse.Namespace) -> None:
     check_calibration_file(config.calibration)
     started = time.perf_counter()
     factory = auto_class(options.model)
+    stored_tensors(local_files(options.model))  # a truncated file is seen by its header
     where = check_output(options.output, options.overwrite, sources=(options.model,))
     check_resume_folder(config.resume_folder, where)
     source = AutoConfig.from_pretrained(options.model)
@@ -92,26 +91,21 @@ def check_calibration_file(calibration: Any) -> None:
 
 
 def check_resume_folder(folder: str | Path | None, where: OutputPlace) -> None:
-    """Refuse a resume folder in the output's place, which would fill it before the checkpoint comes.
+    """Refuse a resume folder in the output's place, which it would fill before the checkpoint comes, or nowhere.
 
     Raises:
-        ConfigError: it is the output, or lies in it.
+        ConfigError: it is the output, lies in it, or cannot be written to.
     """
-    if folder is not None and where.folder in (resolved := Path(folder).resolve(), *resolved.parents):
+    if folder is None:
+        return
+    resolved = Path(folder).resolve()
+    if where.folder in (resolved, *resolved.parents):
         raise ConfigError(f"--resume-folder {str(folder)!r} lies in the output {where.named!r}; name one elsewhere.")
-
-
-def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dtype | str) -> int:
-    """Bytes that the packed checkpoint will take, from a model without weights, on which settings are checked too.
-
-    Raises:
-        ConfigError, CalibrationError, MissingDependencyError: see `check_before_loading`.
-    """
-    with torch.device("meta"):
-        model = factory.from_config(source)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SABWarning)  # they come again with the weights
-        selection = select(model, config, strict=True)
-        check_before_loading(model, config)
-    kept = dtype if isinstance(dtype, torch.dtype) else getattr(source, "dtype", None) or torch.float32
-    return checkpoint_bytes(model, selection, kept, config.target_bits)
+    try:
+        resolved.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=resolved):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--resume-folder {str(folder)!r} cannot be written to ({error.strerror}); name another."
+        ) from error

@@ -21,6 +21,7 @@ from optimum_sab.example.evaluation import evaluate, question_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions
 from optimum_sab.hf.auto import AutoModelForVision2Seq
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.hf.inventory import read_inventory
 from optimum_sab.hf.output.place import check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
@@ -81,12 +82,13 @@ def demonstrate(config: SABConfig, output: Path, questions: int = 100, seed: int
     started = time.perf_counter()
     source = checkpoint_path()
     where = check_output(output, sources=(source,))
-    check_size(where, _weight_bytes(source))
+    described = AutoConfig.from_pretrained(source)
+    stored: torch.dtype = described.dtype
+    check_size(where, expected_bytes(AutoModelForVision2Seq, described, config, stored))
     asked = draw_questions(questions, seed)
     processor = load_processor(source)
     dense = AutoModelForVision2Seq.from_pretrained(source, dtype=COMPUTE)
     before = evaluate(dense, processor, asked)
-    stored: torch.dtype = AutoConfig.from_pretrained(source).dtype
     model = AutoModelForVision2Seq.from_pretrained(source, dtype=COMPUTE, quantization_config=config)
     save_packed(model.to(stored), processor, where)
     logits = probe_logits(model.to(COMPUTE), processor, asked)

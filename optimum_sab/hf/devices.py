@@ -24,12 +24,15 @@ def usable_device(setting: str, name: Any) -> torch.device:
         ConfigError: it is no device, or this machine has none of the kind.
     """
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it keeps no values")
+        return device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the kind of device
         kinds = f"cuda:0 to cuda:{n - 1}" if (n := torch.cuda.device_count()) else "no CUDA device"
         raise ConfigError(
-            f"{setting}={str(name)!r} cannot be used here ({str(error).splitlines()[0].rstrip('.')}); torch sees the "
-            f"cpu and {kinds}. Name one of those, or leave it out."
+            f"{setting}={str(name)!r} cannot be used here ({str(error).splitlines()[0].partition('. ')[0].rstrip('.')}); "
+            f"torch sees the cpu and {kinds}. Name one of those, or leave it out."
         ) from error
 
 
@@ -47,7 +50,9 @@ def check_device_map(device_map: Any) -> None:
         return
     if importlib.util.find_spec("accelerate") is None:
         raise MissingDependencyError(f"device_map={device_map!r} needs accelerate: pip install accelerate.")
-    places = device_map.values() if isinstance(device_map, dict) else (device_map,)
+    if isinstance(device_map, dict):
+        places = [each for each in device_map.values() if each not in _NO_DEVICES]
+    else:
+        places = [] if device_map in _SPREADS else [device_map]
     for place in places:
-        if place not in _NO_DEVICES and (place not in _SPREADS or isinstance(device_map, dict)):
-            usable_device("device_map", place)
+        usable_device("device_map", place)

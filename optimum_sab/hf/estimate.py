@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
+from typing import Any
+
 import torch
 from torch import nn
 
+from optimum_sab.errors import SABWarning
 from optimum_sab.format.layout import stored_bits_per_weight
+from optimum_sab.hf.binarization import check_before_loading
+from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.selection import select
 from optimum_sab.nn.selection import Selection
+
+
+def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dtype | str) -> int:
+    """Bytes that a packed checkpoint will take, from a model without weights, on which the settings are checked too.
+
+    Args:
+        factory: the model's class, or an auto class.
+        source: the dense model's config.
+        config: how it will be binarized.
+        dtype: of what stays dense; "auto" for the dense model's own.
+
+    Raises:
+        ConfigError, CalibrationError, MissingDependencyError: see `check_before_loading`.
+    """
+    with torch.device("meta"):
+        model = factory.from_config(source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SABWarning)  # they come again with the weights
+        selection = select(model, config, strict=True)
+        check_before_loading(model, config)
+    kept = dtype if isinstance(dtype, torch.dtype) else getattr(source, "dtype", None) or torch.float32
+    return checkpoint_bytes(model, selection, kept, config.target_bits)
 
 
 def checkpoint_bytes(model: nn.Module, selection: Selection, dtype: torch.dtype, target_bits: float | None) -> int:
