@@ -1,6 +1,21 @@
-"""Every error the package raises on purpose: each names the value that was wrong and what to do about it."""
+"""Every error the package raises on purpose, and its warnings: each names the value and what to do about it."""
 
 from __future__ import annotations
+
+import sys
+import warnings
+
+# Whoever is inside of these did not write the line that a warning is about.
+_NOT_THE_USERS = (
+    "optimum_sab",
+    "sab_kernels",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "contextlib",
+    "functools",
+)
 
 
 class SABError(Exception):
@@ -43,9 +58,28 @@ class OutputExistsError(SABError, FileExistsError):
     """The output directory holds files and the caller did not ask to overwrite them."""
 
 
+class OutputError(SABError, OSError):
+    """Nothing can be written where it was asked for; the message says where a finished checkpoint is instead."""
+
+
 class MissingDependencyError(SABError, ImportError):
     """An optional package is needed for what was asked; the message names the extra to install."""
 
 
 class SABWarning(UserWarning):
     """Something the user should know although the work goes on."""
+
+
+def warn(message: str) -> None:
+    """Warn with `SABWarning`, and point at the line outside of this package and of those it works in that led here."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        SABWarning,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=frame.f_globals.get("__name__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )

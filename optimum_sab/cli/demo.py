@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from optimum_sab.cli.settings import add_settings, read_settings
-from optimum_sab.hf.load import check_output
 
 
 def add_command(commands: Any) -> None:
@@ -34,7 +33,6 @@ def run(options: argparse.Namespace) -> None:
     config = read_settings(options, progress="lines")
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch) / "example-sab"
-        check_output(output, overwrite=False)
         result = demonstrate(config, output, options.questions, options.question_seed)
     if options.json:
         print(json.dumps(result.as_json()))

@@ -68,6 +68,10 @@ def run_quality(options: argparse.Namespace) -> None:
     from optimum_sab.eval.quality import compare_quality
     from optimum_sab.eval.subject import Budget, find_subject
 
+    if options.picture is not None:
+        from optimum_sab.eval.picture import check_picture
+
+        check_picture(options.picture)
     methods = [read_method(spec) for spec in options.methods]
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes
@@ -78,14 +82,14 @@ def run_quality(options: argparse.Namespace) -> None:
         sys.stderr.write(f"{row.method}, seed {row.seed}: {row.bits_per_weight:.3f} bits, {row.seconds:.0f} s\n")
 
     quality = compare_quality(subject, methods, options.seeds, on_row)
-    if options.picture is not None:
-        from optimum_sab.eval.picture import draw_quality
-
-        draw_quality(quality, options.picture)
     if options.json:
         print(json.dumps({"model": quality.subject, "rows": [asdict(r) for r in (quality.dense, *quality.rows)]}))
     else:
         print(table(quality))
+    if options.picture is not None:
+        from optimum_sab.eval.picture import draw_quality
+
+        draw_quality(quality, options.picture)
 
 
 def table(quality: Quality) -> str:

@@ -1,13 +1,18 @@
-"""The entry point: parses arguments, runs a command, and turns our errors into one line and exit code 1."""
+"""The entry point: parses arguments, runs a command, and turns what users can mend into one line and an exit code."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from optimum_sab.errors import SABError
+from optimum_sab.errors import SABWarning
 from optimum_sab.version import __version__
+
+INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have it: 128 and the signal's number
 
 
 def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -> int:
@@ -18,14 +23,32 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         program: shown in usage lines.
 
     Returns:
-        Exit code: 0 done, 1 an error of ours was printed (argparse exits with 2 on a wrong call).
+        Exit code: 0 done; 1 an error was printed in one line; 130 interrupted; 141 whoever
+        was to read the output has gone (argparse exits with 2 on a wrong call).
     """
-    parser = build_parser(program)
-    options = parser.parse_args(None if arguments is None else list(arguments))
+    options = argparse.Namespace()
     try:
-        options.run(options)
-    except SABError as error:
-        print(f"error: {error}", file=sys.stderr)
+        parser = build_parser(program)
+        parser.parse_args(None if arguments is None else list(arguments), namespace=options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _showing(warnings.showwarning)
+            options.run(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        folder = getattr(options, "resume_folder", None)
+        print(f"interrupted{f'; what is finished is kept in {folder!r}' if folder else ''}.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        from optimum_sab.hf.failure import one_line
+
+        line = one_line(error)
+        if line is None:
+            raise  # a fault of ours, whose place must be seen
+        print(f"error: {line}", file=sys.stderr)
         return 1
     return 0
 
@@ -40,6 +63,20 @@ def build_parser(program: str) -> argparse.ArgumentParser:
     for module in (quantize, inspect, demo, eval, bench, env):
         module.add_command(commands)
     return parser
+
+
+def _showing(shown_before: Callable[..., None]) -> Callable[..., None]:
+    """Our warnings on a line of their own, above the bars, without a place in the code; others as before."""
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, SABWarning):
+            from tqdm.auto import tqdm
+
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+        else:
+            shown_before(message, category, *place, **more)
+
+    return show
 
 
 if __name__ == "__main__":

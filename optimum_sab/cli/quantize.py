@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,13 @@ import torch
 
 from optimum_sab.cli.settings import add_settings, add_source, read_settings
 from optimum_sab.errors import ConfigError
-from optimum_sab.hf.load import auto_class, check_output, model_config, reads_pictures, save_packed
+from optimum_sab.hf.checkpoint import local_files, stored_tensors
+from optimum_sab.hf.devices import check_device_map
+from optimum_sab.hf.estimate import expected_bytes
+from optimum_sab.hf.load import auto_class, model_config, reads_pictures
 from optimum_sab.hf.origin import ACCESS, PLACE, Origin
+from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
+from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -24,7 +30,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
     parser.add_argument("model", help="checkpoint folder or Hub repository")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the packed checkpoint goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in the output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output; other files stay")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
     parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -35,10 +41,13 @@ def add_command(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Quantize and save; nothing is written when anything fails."""
+    """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
     config = read_settings(options, progress="lines")
-    check_output(options.output, options.overwrite)
+    check_device_map(options.device_map)
     started = time.perf_counter()
+    stored_tensors(local_files(options.model))  # a truncated file is seen by its header
+    where = check_output(options.output, options.overwrite, sources=read_from(options))
+    check_resume_folder(config.resume_folder, where)
     origin = Origin.of(options.model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})
     source = model_config(options.model, **origin.arguments)
     if getattr(source, "quantization_config", None) is not None:
@@ -46,10 +55,12 @@ def run(options: argparse.Namespace) -> None:
     processor = find_processor(options.processor, origin, reads_pictures(source))
     config.processor = processor
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    model = auto_class(source).from_pretrained(
+    factory = auto_class(source)
+    check_size(where, expected_bytes(factory, source, config, dtype))
+    model = factory.from_pretrained(
         options.model, dtype=dtype, quantization_config=config, device_map=options.device_map, **origin.arguments
     )
-    save_packed(model, processor, options.output, options.overwrite)
+    save_packed(model, processor, where)
     report = model.hf_quantizer.report
     summary = {
         "output": str(options.output),
@@ -69,3 +80,30 @@ def run(options: argparse.Namespace) -> None:
         )
         for kind, each in report.agreement.items():
             print(f"against the dense model, on {kind} that did not calibrate it: {each}")
+
+
+def read_from(options: argparse.Namespace) -> list[str]:
+    """What the run reads, as far as it may lie in a folder of this machine."""
+    further = (options.processor, options.calibration)
+    return [options.model, *(each for each in further if each is not None and Path(each).exists())]
+
+
+def check_resume_folder(folder: str | Path | None, where: OutputPlace) -> None:
+    """Refuse a resume folder in the output's place, which it would fill before the checkpoint comes, or nowhere.
+
+    Raises:
+        ConfigError: it is the output, lies in it, or cannot be written to.
+    """
+    if folder is None:
+        return
+    resolved = Path(folder).resolve()
+    if where.folder in (resolved, *resolved.parents):
+        raise ConfigError(f"--resume-folder {str(folder)!r} lies in the output {where.named!r}; name one elsewhere.")
+    try:
+        resolved.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=resolved):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--resume-folder {str(folder)!r} cannot be written to ({error.strerror}); name another."
+        ) from error

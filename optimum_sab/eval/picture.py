@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from optimum_sab.errors import MissingDependencyError
+from optimum_sab.errors import ConfigError, MissingDependencyError
 from optimum_sab.eval.quality import Measurement, Quality
+
+
+def check_picture(path: Path) -> None:
+    """Refuse what `draw_quality` could not write, before there is anything to draw.
+
+    Raises:
+        ConfigError: the ending is of no kind of picture, or the folder cannot be written to.
+        MissingDependencyError: matplotlib is not installed.
+    """
+    kinds = _new_figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in kinds:
+        raise ConfigError(
+            f"--picture {str(path)!r} must end in one of {', '.join(f'.{each}' for each in sorted(kinds))}."
+        )
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+        if path.exists():
+            path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(
+            f"--picture {str(path)!r} cannot be written ({error.strerror}); name a file in a folder where you can write."
+        ) from error
 
 
 def draw_quality(quality: Quality, path: Path) -> None:
@@ -17,13 +42,7 @@ def draw_quality(quality: Quality, path: Path) -> None:
     Raises:
         MissingDependencyError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            "the picture needs matplotlib: pip install optimum-sab[report], or leave --picture out."
-        ) from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = _new_figure()
     axes = figure.subplots()
     title, value = _figure_of_merit(quality)
     families: dict[str, list[str]] = {}
@@ -50,6 +69,16 @@ def draw_quality(quality: Quality, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path)
+
+
+def _new_figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            "the picture needs matplotlib: pip install optimum-sab[report], or leave --picture out."
+        ) from error
+    return Figure(figsize=(7, 4.5), layout="constrained")
 
 
 def _figure_of_merit(quality: Quality) -> tuple[str, Callable[[Measurement], float]]:

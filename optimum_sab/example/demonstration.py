@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from optimum_sab.example.evaluation import evaluate, question_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions
 from optimum_sab.hf.auto import AutoModelForVision2Seq
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.hf.inventory import read_inventory
-from optimum_sab.hf.load import save_packed
+from optimum_sab.hf.output.place import check_output, check_size
+from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import load_processor
 
 LOGITS_FILE = "probe.pt"
@@ -72,16 +75,22 @@ def demonstrate(config: SABConfig, output: Path, questions: int = 100, seed: int
         output: where the packed checkpoint goes; must not exist or be empty.
         questions: held-out questions per task.
         seed: of the questions.
+
+    Raises:
+        OutputExistsError, OutputError: see `check_output` and `check_size`.
     """
     started = time.perf_counter()
     source = checkpoint_path()
+    where = check_output(output, sources=(source,))
+    described = AutoConfig.from_pretrained(source)
+    stored: torch.dtype = described.dtype
+    check_size(where, expected_bytes(AutoModelForVision2Seq, described, config, stored))
     asked = draw_questions(questions, seed)
     processor = load_processor(source)
     dense = AutoModelForVision2Seq.from_pretrained(source, dtype=COMPUTE)
     before = evaluate(dense, processor, asked)
-    stored: torch.dtype = AutoConfig.from_pretrained(source).dtype
     model = AutoModelForVision2Seq.from_pretrained(source, dtype=COMPUTE, quantization_config=config)
-    save_packed(model.to(stored), processor, output)
+    save_packed(model.to(stored), processor, where)
     logits = probe_logits(model.to(COMPUTE), processor, asked)
     after = _evaluate_in_fresh_process(output, questions, seed)
     inventory = read_inventory(output)
@@ -118,23 +127,21 @@ def probe_logits(model: Any, processor: Any, questions: list[Question]) -> Tenso
 
 def _evaluate_in_fresh_process(packed: Path, questions: int, seed: int) -> dict[str, Any]:
     """Evaluate a packed checkpoint in its own process: task accuracies, and the logits of the probe."""
-    result = packed.parent / f".{packed.name}.{LOGITS_FILE}"
-    command = [
-        sys.executable,
-        "-m",
-        "optimum_sab.example.demonstration",
-        str(packed),
-        str(questions),
-        str(seed),
-        str(result),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
+        result = Path(scratch) / LOGITS_FILE
+        command = [
+            sys.executable,
+            "-m",
+            "optimum_sab.example.demonstration",
+            str(packed),
+            str(questions),
+            str(seed),
+            str(result),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SABError(f"the packed checkpoint could not be evaluated in a fresh process:\n{done.stderr[-2000:]}")
         return {"tasks": json.loads(done.stdout.splitlines()[-1]), "logits": torch.load(result, weights_only=True)}
-    finally:
-        result.unlink(missing_ok=True)
 
 
 def _reload_and_evaluate(packed: str, questions: int, seed: int, result: str) -> None:

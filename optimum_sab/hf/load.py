@@ -1,18 +1,14 @@
-"""Load a model of whatever kind a checkpoint holds, and save a packed one without leaving half a checkpoint."""
+"""Load a model of whatever kind a checkpoint holds."""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import os
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import modeling_auto
 
-from optimum_sab.errors import ConfigError, OutputExistsError
+from optimum_sab.errors import ConfigError
 from optimum_sab.hf.auto import AutoModelForVision2Seq
 
 
@@ -26,10 +22,15 @@ def model_config(source: str, **arguments: Any) -> Any:
     Raises:
         ConfigError: it cannot be read.
     """
+    if not os.path.exists(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
+        raise ConfigError(f"there is no folder {source!r}; name a checkpoint's folder, or a repository on the Hub.")
     try:
         return AutoConfig.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"no model can be read from {source!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        if not os.path.exists(source):
+            reason = f"there is no such folder here, and from the Hub it cannot be had ({reason})"
+        raise ConfigError(f"no model can be read from {source!r}: {reason}") from error
 
 
 def auto_class(config: Any) -> Any:
@@ -40,47 +41,3 @@ def auto_class(config: Any) -> Any:
 def reads_pictures(config: Any) -> bool:
     """Whether the config is one of a vision-language model."""
     return config.model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse to write where files are.
-
-    Raises:
-        OutputExistsError: ``output`` is a file, or a folder with files in it and ``overwrite`` was not asked for.
-    """
-    if output.is_file():
-        raise OutputExistsError(f"{str(output)!r} is a file; name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputExistsError(f"{str(output)!r} is not empty; name another folder, or overwrite it (--overwrite).")
-
-
-@contextmanager
-def written_whole(output: Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to write into, which becomes ``output`` at the end, and goes if there is an error.
-
-    Raises:
-        OutputExistsError: see `check_output`.
-    """
-    check_output(output, overwrite)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        yield partial
-        partial.chmod(0o755)  # mkdtemp makes it private
-        if output.exists():
-            shutil.rmtree(output)
-        partial.rename(output)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)
-
-
-def save_packed(model: Any, processor: Any, output: Path, overwrite: bool = False) -> None:
-    """Save model and processor to ``output``, which appears only when all of it is written.
-
-    Raises:
-        OutputExistsError: see `check_output`.
-    """
-    with written_whole(output, overwrite) as partial:
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)

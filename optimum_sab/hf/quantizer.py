@@ -14,6 +14,7 @@ from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.hf.checkpoint import check_files, local_files
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.origin import origin_of
 from optimum_sab.hf.selection import select
 from optimum_sab.nn.linear import SABLinear
@@ -42,6 +43,7 @@ class SABHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
+        check_device_map(device_map)
         self._refuse_disk(device_map if isinstance(device_map, dict) else {})
 
     def _refuse_disk(self, device_map: Mapping[str, Any]) -> None:

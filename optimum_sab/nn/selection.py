@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.errors import ConfigError, warn
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 
@@ -149,11 +148,9 @@ def _warn_fused(model: nn.Module, prefix: str) -> None:
     ]
     if fused:
         share = sum(model.get_parameter(n).numel() for n in fused) / sum(p.numel() for p in model.parameters())
-        warnings.warn(
+        warn(
             f"{len(fused)} fused expert tensors, such as {fused[0]!r}, are not nn.Linear and stay dense: "
-            f"{share:.0%} of the model's parameters. Mixture-of-experts models gain little yet.",
-            SABWarning,
-            stacklevel=3,
+            f"{share:.0%} of the model's parameters. Mixture-of-experts models gain little yet."
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +11,7 @@ from functools import cache
 
 import torch
 
-from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.errors import ConfigError, warn
 
 BACKENDS = ("triton", "cpu", "reference")
 ENVIRONMENT = "OPTIMUM_SAB_BACKEND"
@@ -49,11 +48,7 @@ def backend_name(device: torch.device, forced: str | None = None) -> str:
     choice = choose_backend(device, forced)
     if choice.name == "reference" and not choice.forced and choice.reason not in _warned:
         _warned.add(choice.reason)
-        warnings.warn(
-            f"packed layers on {device.type} are computed by the slow reference: {choice.reason}.",
-            SABWarning,
-            stacklevel=2,
-        )
+        warn(f"packed layers on {device.type} are computed by the slow reference: {choice.reason}.")
     return choice.name
 
 

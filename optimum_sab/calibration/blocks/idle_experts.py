@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
-from optimum_sab.errors import CalibrationError, SABWarning
+from optimum_sab.errors import CalibrationError, warn
 
 MISSED = 0.25  # of the weights that are binarized in a block: so many may be those of experts without a token
 
@@ -38,9 +37,7 @@ def allow_idle_experts(names: Sequence[str], linears: Mapping[str, nn.Linear], r
     what = f"no calibration token reached {len(names)} linears of experts, such as {names[0]}"
     if missed > MISSED * selected:
         raise CalibrationError(f"{what}, {missed / selected:.0%} of what is binarized in their block. {remedy}")
-    warnings.warn(
-        f"{what}: they are binarized to approximate their weights, without data. {remedy}", SABWarning, stacklevel=3
-    )
+    warn(f"{what}: they are binarized to approximate their weights, without data. {remedy}")
 
 
 def _idle_expert(name: str, reached: Collection[str]) -> str | None:

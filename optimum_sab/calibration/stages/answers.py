@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import ClassVar
 
 from optimum_sab.calibration.predictions.agreement import AgreementCheck
@@ -10,7 +9,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.inputs import unseen_inputs
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import warn
 
 
 class RememberAnswers(Stage):
@@ -22,9 +21,7 @@ class RememberAnswers(Stage):
         try:
             run.keep(AgreementCheck(run.model, unseen_inputs(run.model, run.processor)))
         except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
-            warnings.warn(
+            warn(
                 "the finished model will not be compared with the dense one, which does not read the samples for that: "
-                f"{error}",
-                SABWarning,
-                stacklevel=2,
+                f"{error}"
             )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import ClassVar
 
 from optimum_sab.calibration.predictions.agreement import Agreement, AgreementCheck
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import warn
 
 
 class CompareAnswers(Stage):
@@ -26,17 +25,13 @@ class CompareAnswers(Stage):
         try:
             found = check.measure()
         except (RuntimeError, ValueError) as error:  # out of memory, say: the finished model must not be lost to that
-            warnings.warn(
-                f"the finished model could not be compared with the dense one: {error}", SABWarning, stacklevel=2
-            )
+            warn(f"the finished model could not be compared with the dense one: {error}")
             return None
         for kind, each in found.items():
             if each.far:
-                warnings.warn(
+                warn(
                     f"the binarized model is far from the dense one on {kind} that did not calibrate it: {each}. It "
                     "has lost what the calibration samples do not show: give more or more varied ones (some of "
-                    "optimum_sab.data.builtin.builtin_samples among them), or more bits (SABConfig.two_bit()).",
-                    SABWarning,
-                    stacklevel=2,
+                    "optimum_sab.data.builtin.builtin_samples among them), or more bits (SABConfig.two_bit())."
                 )
         return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +18,7 @@ from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, mode
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import target_linear
-from optimum_sab.errors import SABWarning, SampleError
+from optimum_sab.errors import SampleError, warn
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,9 @@ def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[st
     tokens = {name: sum(m.count(name) for m in modalities) for name in names}
     for name in expected:
         if not tokens[name] and name != TEXT:
-            warnings.warn(
+            warn(
                 f"no calibration sample has {name} tokens: that modality is left out of the Hessians and of the "
-                f"significance map. Give samples with {name} input if the model will see it.",
-                SABWarning,
-                stacklevel=3,
+                f"significance map. Give samples with {name} input if the model will see it."
             )
     return {name: count for name, count in tokens.items() if count}
 
@@ -99,9 +96,7 @@ def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[st
 def _warn_few_tokens(tokens: int, run: Run) -> None:
     width, widest = max((target_linear(run.model, name).in_features, name) for name in run.selection.settings)
     if tokens < width:
-        warnings.warn(
+        warn(
             f"{tokens} calibration tokens are fewer than the {width} input features of {widest}: its Hessian is "
-            "rank-deficient and the result will overfit. Give more samples.",
-            SABWarning,
-            stacklevel=3,
+            "rank-deficient and the result will overfit. Give more samples."
         )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
 MATRICES = 9  # [in, in] in fp32 that solving the widest linear holds at its most
@@ -71,10 +70,8 @@ def warn_of_memory(
     needed = calibration_bytes(tokens, 1 + two_streams, widths[0], max(widths), next(linears[0].parameters()).dtype)
     if needed <= free:
         return
-    warnings.warn(
+    warn(
         f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {place} has "
         f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
-        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size.",
-        SABWarning,
-        stacklevel=3,
+        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size."
     )

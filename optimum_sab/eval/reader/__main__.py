@@ -7,8 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from optimum_sab.errors import SABError
 from optimum_sab.eval.reader.architecture import WEIGHTS, write_reader
+from optimum_sab.hf.failure import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,8 +24,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         written = write_reader(given.language, given.output, given.vision, given.overwrite)
-    except SABError as error:
-        sys.stderr.write(f"{error}\n")
+    except (SABError, OSError, SafetensorError) as error:
+        sys.stderr.write(f"{one_line(error)}\n")
         return 2
     sys.stdout.write(f"{written}\n")
     return 0

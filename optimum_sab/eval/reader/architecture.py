@@ -20,7 +20,8 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.tower import IMAGE_SIZE, PATCH_SIZE, TOKENS, tower_config
 from optimum_sab.example.chatml import chat_template
 from optimum_sab.example.processor import ProcessorClasses, special_token, write_json, write_processor_files
-from optimum_sab.hf.load import check_output, written_whole
+from optimum_sab.hf.output.place import check_output
+from optimum_sab.hf.output.saving import written_whole
 
 WEIGHTS = Path(__file__).with_name("vision.safetensors")
 IMAGE_TOKEN = "<image>"
@@ -48,9 +49,10 @@ def write_reader(
     Raises:
         ConfigError: the language model is missing, incomplete, not a Llama, or of another width than the connector.
         OutputExistsError: there are files in `output` and `overwrite` was not asked for.
+        OutputError: `output` cannot be written to, or is where `language` is; see `check_output`.
     """
     language, output, vision = Path(language), Path(output), Path(vision)
-    check_output(output, overwrite)
+    where = check_output(output, overwrite, sources=(language, vision))
     config = read_language_config(language)
     connector = _read_vision(vision)
     width = connector["multi_modal_projector.linear_2.weight"].shape[0]
@@ -70,7 +72,7 @@ def write_reader(
     weights = {f"language_model.{name}": tensor for name, tensor in _with_placeholder(weights).items()}
     weights.update({name: tensor.to(table.dtype) for name, tensor in connector.items()})
     ends: dict[str, Any] = {f"{role}_token_id": config.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    with written_whole(output, overwrite) as partial:
+    with written_whole(where) as partial:
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
         write_json(partial / "config.json", reader_config(config, placeholder, table.dtype))
         write_json(partial / "generation_config.json", ends)

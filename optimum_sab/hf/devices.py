@@ -1,0 +1,58 @@
+"""Devices that a user names: whether this machine has them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+
+from optimum_sab.errors import ConfigError, MissingDependencyError
+
+_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # Transformers finds the devices itself
+_NO_DEVICES = ("disk", "meta")  # what may become of these is for others to say
+
+
+def usable_device(setting: str, name: Any) -> torch.device:
+    """The device of this name or number, tried.
+
+    Args:
+        setting: what it was given as, for the error.
+        name: as `torch.device` takes it.
+
+    Raises:
+        ConfigError: it is no device, or this machine has none of the kind.
+    """
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type == "meta":
+            raise RuntimeError("it keeps no values")
+        return device
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the kind of device
+        kinds = f"cuda:0 to cuda:{n - 1}" if (n := torch.cuda.device_count()) else "no CUDA device"
+        raise ConfigError(
+            f"{setting}={str(name)!r} cannot be used here ({str(error).splitlines()[0].partition('. ')[0].rstrip('.')}); "
+            f"torch sees the cpu and {kinds}. Name one of those, or leave it out."
+        ) from error
+
+
+def check_device_map(device_map: Any) -> None:
+    """Refuse a device map that names what this machine does not have.
+
+    Args:
+        device_map: as `from_pretrained` takes it: None, a way to spread modules, a device, or devices by module.
+
+    Raises:
+        ConfigError: see `usable_device`.
+        MissingDependencyError: there is one, and Transformers needs accelerate for it.
+    """
+    if device_map is None:
+        return
+    if importlib.util.find_spec("accelerate") is None:
+        raise MissingDependencyError(f"device_map={device_map!r} needs accelerate: pip install accelerate.")
+    if isinstance(device_map, dict):
+        places = [each for each in device_map.values() if each not in _NO_DEVICES]
+    else:
+        places = [] if device_map in _SPREADS else [device_map]
+    for place in places:
+        usable_device("device_map", place)

@@ -1,0 +1,42 @@
+"""What a user reads instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import torch
+from safetensors import SafetensorError
+
+from optimum_sab.errors import SABError
+from optimum_sab.hf.output.explanation import error_number, explain
+
+_WRITING = (errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", -1))
+
+
+def one_line(error: BaseException) -> str | None:
+    """An error in one line, with value and remedy; None for what no user can be at fault for, but the program."""
+    text = _words(error)
+    return None if text is None else " ".join(text.split())
+
+
+def _words(error: BaseException) -> str | None:
+    if isinstance(error, SABError):
+        return str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return (
+            f"the memory is not enough ({str(error).partition('.')[0] or 'of the host'}); give fewer or shorter "
+            "samples (--calibration-samples, --sequence-length), or another device."
+        )
+    if isinstance(error, (OSError, SafetensorError)):
+        number, name = error_number(error), getattr(error, "filename", None)
+        if number in _WRITING:
+            return str(explain(error, os.fsdecode(name) if isinstance(name, (str, bytes)) else "the output"))
+        if isinstance(error, SafetensorError):
+            return f"a weight file cannot be read ({error}); it is truncated or damaged, fetch it again."
+        if isinstance(name, (str, bytes)):
+            return f"{os.fsdecode(name)!r} cannot be used: {error.strerror}; name another, or mend it."
+        return str(error)  # Transformers' own say it in words
+    if isinstance(error, ImportError):
+        return f"a package is missing or broken ({error}); pip install 'optimum-sab[quantize]' installs what is needed."
+    return None
