@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,17 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError
-from optimum_sab.hf.checkpoint import check_files, local_files
+from optimum_sab.hf.checkpoint import check_layers
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.selection import select, source_of
+from optimum_sab.hf.finite import check_finite
+from optimum_sab.hf.one_save import check_one_save
+from optimum_sab.hf.recipe import as_recipe
+from optimum_sab.hf.saving import describe_save
+from optimum_sab.hf.selection import select
+from optimum_sab.hf.snapshot import checkpoint_files
+from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, read_headers
+from optimum_sab.hf.verification import verify
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons, set_module
@@ -35,6 +42,11 @@ class SABHfQuantizer(HfQuantizer):
         # a copy: the work writes into it, and whoever gave it may load with it again
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
+        self._files: list[StoredFile] = []  # while a packed checkpoint is loaded
+        if self.pre_quantized:
+            self.quantization_config.refuse_call_settings()
+        else:
+            as_recipe(self.quantization_config)
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -64,9 +76,20 @@ class SABHfQuantizer(HfQuantizer):
             check_before_loading(model, self.quantization_config)
         else:
             replace_with_skeletons(model, selection)
-            files = kwargs.get("checkpoint_files") or local_files(source_of(model))
-            check_files(model, selection.prefix, [f for f in files if str(f).endswith(".safetensors")])
+            self._check_files(model, selection.prefix, kwargs.get("checkpoint_files"))
         return model
+
+    def _check_files(self, model: nn.Module, prefix: str, files: Sequence[str] | None) -> None:
+        """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
+        found = checkpoint_files(model) if files is None else files
+        if found is None:  # no file is read (a state dict was given), or Transformers 4.57 alone knows which
+            return
+        self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
+        check_one_save(self._files, self.quantization_config.saved_as)
+        names = check_layers(model, prefix, self._files)
+        wanted = self.quantization_config.verify
+        if wanted:
+            verify(self._files, None if wanted == "all" else set(names))
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
@@ -78,6 +101,8 @@ class SABHfQuantizer(HfQuantizer):
             for name, module in model.named_modules():
                 if isinstance(module, SABLinear) and module.weight.device.type != "meta":
                     module.packed.validate(name)
+            check_finite(model, self._files)
+            self._files = []
             if self.quantization_config.dequantize:
                 self._dequantize(model)
                 self.remove_quantization_config(model)
@@ -93,7 +118,7 @@ class SABHfQuantizer(HfQuantizer):
             for key in missing_keys:
                 stem, _, tensor = key.rpartition(".")
                 owner = _submodule(model, stem)
-                if isinstance(owner, SABLinear) and tensor != "bias":
+                if isinstance(owner, SABLinear):
                     raise FormatError(
                         f"{stem}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again."
                     )
@@ -106,6 +131,19 @@ class SABHfQuantizer(HfQuantizer):
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return safe_serialization is not False
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, safe_serialization: bool | None = None
+    ) -> tuple[None, dict[str, str]]:
+        """Asked when the model is saved: its files and its config are to say which save they are of."""
+        adapters_only = getattr(model, "_hf_peft_config_loaded", False)
+        if adapters_only or not any(isinstance(module, SABLinear) for module in model.modules()):
+            return None, {}
+        metadata = describe_save(model)
+        config: Any = model.config
+        for each in (self.quantization_config, config.quantization_config):
+            each.saved_as = metadata[SAVE_KEY]
+        return None, metadata
 
     @property
     def is_trainable(self) -> bool:
