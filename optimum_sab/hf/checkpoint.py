@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ _DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8
 _MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
 
 
-def check_layers(model: nn.Module, prefix: str, files: Sequence[StoredFile]) -> list[str]:
+def check_layers(model: nn.Module, prefix: str, files: Sequence[StoredFile]) -> dict[str, str]:
     """Every packed layer of ``model`` must have all its tensors in the files, in the right shape and dtype.
 
     Layers are matched by their name from the decoder's block list on, because Transformers may store a model under
@@ -29,7 +29,7 @@ def check_layers(model: nn.Module, prefix: str, files: Sequence[StoredFile]) -> 
         files: the checkpoint's.
 
     Returns:
-        The stored names of the packed layers' tensors, biases included.
+        Per packed layer, by its name in the model: the stored names of its tensors, without the last part.
 
     Raises:
         FormatError: a tensor is missing or misshapen, or the configuration describes other layers than were saved.
@@ -41,7 +41,7 @@ def check_layers(model: nn.Module, prefix: str, files: Sequence[StoredFile]) -> 
         if tensor in _MARKS:
             stems.setdefault(name_from_blocks(stem, prefix), stem)
     layers = files[0].layers if files else {}
-    names: list[str] = []
+    found_at: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, SABLinear):
             found = stems.get(name_from_blocks(name, prefix))
@@ -51,13 +51,14 @@ def check_layers(model: nn.Module, prefix: str, files: Sequence[StoredFile]) -> 
                     "not belong to it."
                 )
             _check_settings(name, module, layers.get(name_from_blocks(name, prefix)))
-            names += _check_tensors(name, module, found, stored)
+            _check_tensors(name, module, found, stored)
+            found_at[name] = found
         elif isinstance(module, nn.Linear) and stems.get(name_from_blocks(name, prefix)) is not None:
             raise FormatError(
                 f"{name}: packed in the checkpoint, but its quantization_config leaves it dense; they do not belong "
                 "together, fetch both again."
             )
-    return names
+    return found_at
 
 
 def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | None) -> None:
@@ -71,7 +72,7 @@ def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | N
             )
 
 
-def _check_tensors(name: str, layer: SABLinear, stem: str, stored: Mapping[str, StoredTensor]) -> Iterator[str]:
+def _check_tensors(name: str, layer: SABLinear, stem: str, stored: Mapping[str, StoredTensor]) -> None:
     for tensor, spec in tensor_specs(layer.out_features, layer.in_features, layer.settings).items():
         found = stored.get(f"{stem}.{tensor}")
         if found is None:
@@ -81,7 +82,6 @@ def _check_tensors(name: str, layer: SABLinear, stem: str, stored: Mapping[str, 
                 f"{name}: tensor {tensor!r} is {found.dtype} {found.shape}, expected {_DTYPES[spec.dtype]} "
                 f"{spec.shape}; the checkpoint and its quantization_config do not belong together."
             )
-        yield f"{stem}.{tensor}"
     bias = stored.get(f"{stem}.bias")
     if (bias is None) != (layer.bias is None):
         raise FormatError(
@@ -89,10 +89,8 @@ def _check_tensors(name: str, layer: SABLinear, stem: str, stored: Mapping[str, 
             if bias is None
             else f"{name}: tensor 'bias' is in the checkpoint, but the model has none; they do not belong together."
         )
-    if bias is not None:
-        if bias.shape != (layer.out_features,) or not bias.is_floating:
-            raise FormatError(
-                f"{name}: tensor 'bias' is {bias.dtype} {bias.shape}, expected a floating one of "
-                f"{(layer.out_features,)}; the checkpoint is damaged, fetch it again."
-            )
-        yield f"{stem}.bias"
+    if bias is not None and (bias.shape != (layer.out_features,) or not bias.is_floating):
+        raise FormatError(
+            f"{name}: tensor 'bias' is {bias.dtype} {bias.shape}, expected a floating one of {(layer.out_features,)}; "
+            "the checkpoint is damaged, fetch it again."
+        )

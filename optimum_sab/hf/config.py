@@ -291,8 +291,7 @@ class SABConfig(QuantizationConfigMixin):
             name = self._call_settings[0]
             raise ConfigError(
                 f"the checkpoint's quantization_config holds {name}={getattr(self, name)!r}, which belongs to a call "
-                f"and not to a checkpoint; remove it from config.json, and give SABConfig({name}=...) when loading if it "
-                "is wanted."
+                f"and not to a checkpoint; remove it from config.json, and give SABConfig({name}=...) when loading."
             )
 
     @property

@@ -21,7 +21,7 @@ from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.snapshot import checkpoint_files
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, read_headers
-from optimum_sab.hf.verification import verify
+from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons, set_module
@@ -42,7 +42,8 @@ class SABHfQuantizer(HfQuantizer):
         # a copy: the work writes into it, and whoever gave it may load with it again
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
-        self._files: list[StoredFile] = []  # while a packed checkpoint is loaded
+        self._files: list[StoredFile] = []  # these two while a packed checkpoint is loaded
+        self._stems: dict[str, str] = {}
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
         else:
@@ -86,10 +87,7 @@ class SABHfQuantizer(HfQuantizer):
             return
         self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
         check_one_save(self._files, self.quantization_config.saved_as)
-        names = check_layers(model, prefix, self._files)
-        wanted = self.quantization_config.verify
-        if wanted:
-            verify(self._files, None if wanted == "all" else set(names))
+        self._stems = check_layers(model, prefix, self._files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
@@ -98,11 +96,7 @@ class SABHfQuantizer(HfQuantizer):
 
             self.report = binarize_loaded(model, self.quantization_config)
         else:
-            for name, module in model.named_modules():
-                if isinstance(module, SABLinear) and module.weight.device.type != "meta":
-                    module.packed.validate(name)
-            check_finite(model, self._files)
-            self._files = []
+            self._check_content(model)
             if self.quantization_config.dequantize:
                 self._dequantize(model)
                 self.remove_quantization_config(model)
@@ -111,6 +105,16 @@ class SABHfQuantizer(HfQuantizer):
         config: Any = model.config
         config.quantization_config = self.quantization_config
         return model
+
+    def _check_content(self, model: nn.Module) -> None:
+        wanted = self.quantization_config.verify
+        if wanted:
+            verify_loaded(model, self._files, self._stems, rest=wanted == "all")
+        for name, module in model.named_modules():
+            if isinstance(module, SABLinear) and module.weight.device.type != "meta":
+                module.packed.validate(name)
+        check_finite(model, self._files)
+        self._files, self._stems = [], {}
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""

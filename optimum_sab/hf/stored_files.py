@@ -19,24 +19,45 @@ SAVE_KEY = "sab_weights"  # in a file's metadata: the save it was written by
 DIGESTS_KEY = "sab_digests"  # JSON: tensor → digest, for the file's own tensors
 LAYERS_KEY = "sab_layers"  # JSON: packed layer → the settings that its stored shapes follow from
 
-_ITEM_BYTES = {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64", "C64"), 8),
+_DTYPES = {  # safetensors' spelling → PyTorch's, bytes of an item
+    "BOOL": ("bool", 1),
+    "U8": ("uint8", 1),
+    "I8": ("int8", 1),
+    "U16": ("uint16", 2),
+    "I16": ("int16", 2),
+    "U32": ("uint32", 4),
+    "I32": ("int32", 4),
+    "U64": ("uint64", 8),
+    "I64": ("int64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F32": ("float32", 4),
+    "F64": ("float64", 8),
+    "C64": ("complex64", 8),
 }
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Header entry of one tensor: its shape, and its dtype in safetensors' spelling."""
+    """Header entry of one tensor: its shape, its dtype in safetensors' spelling, and the file's byte it begins at."""
 
     shape: tuple[int, ...]
     dtype: str
+    start: int
 
     @property
     def bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * _DTYPES[self.dtype][1]
+
+    @property
+    def dtype_name(self) -> str:
+        """PyTorch's name for the dtype."""
+        return _DTYPES[self.dtype][0]
 
     @property
     def is_floating(self) -> bool:
@@ -134,14 +155,18 @@ def _read_header(path: str) -> StoredFile:
     try:
         with safe_open(path, framework="pt") as handle:
             opened: Any = handle
-            tensors = {}
-            for key in opened.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                entry = opened.get_slice(key)
-                tensors[key] = StoredTensor(tuple(entry.get_shape()), entry.get_dtype())
             metadata = opened.metadata() or {}
+        with open(path, "rb") as file:  # safetensors has checked the header, but does not say where tensors begin
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read ({error}); it is truncated or damaged, fetch it again.") from error
-    unknown = next((t.dtype for t in tensors.values() if t.dtype not in _ITEM_BYTES), None)
+    entries.pop("__metadata__", None)
+    tensors = {
+        name: StoredTensor(tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
+    unknown = next((t.dtype for t in tensors.values() if t.dtype not in _DTYPES), None)
     if unknown is not None:
         raise FormatError(f"{path} holds a tensor of dtype {unknown}, which no packed checkpoint does.")
     save = metadata.get(SAVE_KEY)
