@@ -13,7 +13,6 @@ import torch
 
 from optimum_sab.cli.settings import add_settings, add_source, read_settings
 from optimum_sab.errors import ConfigError
-from optimum_sab.hf.checkpoint import local_files, stored_tensors
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
@@ -21,6 +20,7 @@ from optimum_sab.hf.origin import ACCESS, PLACE, Origin
 from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
+from optimum_sab.hf.stored_files import local_files, read_headers
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     config = read_settings(options, progress="lines")
     check_device_map(options.device_map)
     started = time.perf_counter()
-    stored_tensors(local_files(options.model))  # a truncated file is seen by its header
+    read_headers(local_files(Path(options.model)))  # a truncated file is seen by its header
     where = check_output(options.output, options.overwrite, sources=read_from(options))
     check_resume_folder(config.resume_folder, where)
     origin = Origin.of(options.model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})

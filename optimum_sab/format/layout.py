@@ -15,6 +15,7 @@ from optimum_sab.core.planes import block_bounds
 from optimum_sab.core.settings import LayerSettings
 
 FORMAT_VERSION = 1
+STORED_SETTINGS = ("block_size", "base_planes", "residual_planes", "salient_fraction", "row_scale")  # shapes follow
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,9 @@ from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.hf.config_types import check_types
 from optimum_sab.hf.replay import replayed
+from optimum_sab.hf.verification import VERIFY
 from optimum_sab.ops.backends import BACKENDS
 
 QUANT_METHOD = "sab"
@@ -26,7 +28,9 @@ PROGRESS = ("bar", "lines", "none")
 ALLOCATION = ("sensitivity", "uniform")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
-_TRANSIENT = ("processor", "progress", "dequantize", "backend", "resume_folder")  # of one call, not of the checkpoint
+_TRANSIENT = ("processor", "progress", "dequantize", "backend", "verify", "resume_folder")  # of one call
+_SAVE = "weights"  # in ``measured``: the save the configuration was written by
+_ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it stores, and rules apply in their order
 
 
 class SABConfig(QuantizationConfigMixin):
@@ -71,6 +75,8 @@ class SABConfig(QuantizationConfigMixin):
         dequantize: when loading a packed checkpoint, give back a dense model. Not stored.
         backend: what computes with packed layers (`optimum_sab.ops.backends`); None or "auto" leaves it to the device.
             May be given when a packed checkpoint is loaded. Not stored.
+        verify: whether loading compares packed layers with the digests they were saved with; "all" compares everything
+            else too. Not stored.
         format_version: of the packed tensors; written by `save_pretrained`.
         measured: what was measured when the checkpoint was made; written by the quantizer.
 
@@ -112,6 +118,7 @@ class SABConfig(QuantizationConfigMixin):
         progress: str = "bar",
         dequantize: bool = False,
         backend: str | None = None,
+        verify: bool | str = True,
         format_version: int = FORMAT_VERSION,
         measured: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
@@ -123,6 +130,17 @@ class SABConfig(QuantizationConfigMixin):
             raise ConfigError(
                 f"quant_method={quant_method!r} is not {QUANT_METHOD!r}; this is not a SAB configuration."
             )
+        check_types(
+            {
+                "format_version": format_version,
+                "modules_to_not_convert": _listed(modules_to_not_convert),
+                "dynamic": dynamic,
+                "calibration": calibration,
+                "calibration_pass": calibration_pass,
+                "calibration_device": calibration_device,
+                "measured": measured,
+            }
+        )
         self.quant_method: Any = QUANT_METHOD
         self.block_size = block_size
         self.base_planes = base_planes
@@ -138,7 +156,7 @@ class SABConfig(QuantizationConfigMixin):
         self.propagation = propagation
         self.allocation = allocation
         self.target_bits = target_bits
-        self.modules_to_not_convert = _rules(modules_to_not_convert)
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
         self.dynamic = {pattern: dict(changes) for pattern, changes in (dynamic or {}).items()}
         self.calibration = replayed(calibration)
         self.calibration_samples = calibration_samples
@@ -155,8 +173,10 @@ class SABConfig(QuantizationConfigMixin):
         self.progress = progress
         self.dequantize = dequantize
         self.backend = backend
+        self.verify = verify
         self.format_version = format_version
         self.measured = measured
+        self._call_settings: tuple[str, ...] = ()  # those that `from_dict` found in its dictionary
         self.validate()
 
     @classmethod
@@ -240,6 +260,8 @@ class SABConfig(QuantizationConfigMixin):
             raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
         if self.progress not in PROGRESS:
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
+        if self.verify not in VERIFY or not isinstance(self.verify, (bool, str)):
+            raise ConfigError(f"verify={self.verify!r} must be true, false or 'all'.")
         if self.backend not in (None, "auto", *BACKENDS):
             raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
 
@@ -247,16 +269,54 @@ class SABConfig(QuantizationConfigMixin):
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a dictionary such as config.json's ``quantization_config``; unknown keys raise `ConfigError`."""
         own = {k: kwargs.pop(k) for k in list(kwargs) if k in _PARAMETERS}
-        config = cls(**{**config_dict, **own})
+        state = {**config_dict, **own}
+        unknown = next((name for name in state if name not in _PARAMETERS), None)
+        if unknown is not None:
+            raise _unknown(unknown)
+        config = cls(**state)
+        config._restore_order()
+        config._call_settings = tuple(name for name in _TRANSIENT if name in config_dict)
         return (config, kwargs) if return_unused_kwargs else config
 
+    def _restore_order(self) -> None:
+        order = (self.measured or {}).get(_ORDER)
+        if self.measured is not None and order is not None:
+            self.measured = {key: value for key, value in self.measured.items() if key != _ORDER} or None
+            if sorted(order) == sorted(self.dynamic):
+                self.dynamic = {rule: self.dynamic[rule] for rule in order}
+
+    def refuse_call_settings(self) -> None:
+        """Settings that belong to one call must not come with a checkpoint.
+
+        Raises:
+            ConfigError: the dictionary this was made `from_dict` holds one.
+        """
+        if self._call_settings:
+            name = self._call_settings[0]
+            raise ConfigError(
+                f"the checkpoint's quantization_config holds {name}={getattr(self, name)!r}, which belongs to a call "
+                f"and not to a checkpoint; remove it from config.json, and give SABConfig({name}=...) when loading."
+            )
+
+    @property
+    def saved_as(self) -> str | None:
+        """The save that this configuration was written by, where it says so."""
+        return (self.measured or {}).get(_SAVE)
+
+    @saved_as.setter
+    def saved_as(self, save: str) -> None:
+        self.measured = {**(self.measured or {}), _SAVE: save}
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but what belongs to one call (processor, progress, dequantize).
+        """JSON-ready: everything but what belongs to one call (processor, progress, dequantize, ...).
 
         Calibration samples given as objects are stored as their number only.
         """
-        state = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in (*_TRANSIENT, "calibration")}
+        left_out = (*_TRANSIENT, "calibration", "_call_settings")
+        state = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in left_out}
         state["calibration"] = describe_calibration(self.calibration)
+        if list(self.dynamic) != sorted(self.dynamic):
+            state["measured"] = {**(state["measured"] or {}), _ORDER: list(self.dynamic)}
         return state
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -267,7 +327,7 @@ class SABConfig(QuantizationConfigMixin):
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What may be given again when a packed checkpoint is loaded."""
-        return {"dequantize": self.dequantize, "backend": self.backend}
+        return {"dequantize": self.dequantize, "backend": self.backend, "verify": self.verify}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SABConfig:
         """Transformers copies configs; samples and processor are shared, not copied."""
@@ -297,20 +357,29 @@ def describe_calibration(calibration: Any, used: int | None = None) -> Any:
         return calibration
     if isinstance(calibration, os.PathLike):
         return os.fspath(calibration)
-    if used is None and isinstance(calibration, dict) and set(calibration) == {"samples"}:  # recorded already
+    if used is None and is_record(calibration):
         return calibration
     if used is None and isinstance(calibration, Sized) and not isinstance(calibration, Mapping):
         used = len(calibration)
     return {"samples": used}
 
 
+def is_record(calibration: Any) -> bool:
+    """Whether this is what `describe_calibration` says of samples, and not samples."""
+    return (
+        isinstance(calibration, Mapping)
+        and set(calibration) == {"samples"}
+        and isinstance(calibration["samples"], int | None)
+    )
+
+
 _PARAMETERS = tuple(p for p in inspect.signature(SABConfig.__init__).parameters if p not in ("self", "unknown"))
 
 
-def _rules(rules: Sequence[str] | str | None) -> list[str]:
+def _listed(rules: Any) -> Any:
     if isinstance(rules, str):
         raise ConfigError(f"modules_to_not_convert={rules!r} must be a list; write [{rules!r}].")
-    return list(rules or [])
+    return rules
 
 
 def _unknown(name: str) -> ConfigError:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from optimum_sab.errors import FormatError
-from optimum_sab.hf.checkpoint import local_files, stored_tensors
-from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.config import QUANT_METHOD, SABConfig
+from optimum_sab.hf.one_save import check_one_save
+from optimum_sab.hf.stored_files import StoredFile, StoredTensor, local_files, read_headers, read_json
+from optimum_sab.hf.verification import differing
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class Inventory:
         config: its `SABConfig`.
         modules: the packed linears.
         dense_bytes: bytes of every other tensor.
+        files: its safetensors files.
     """
 
     config: SABConfig
     modules: tuple[PackedModule, ...]
     dense_bytes: int
+    files: tuple[StoredFile, ...]
 
     @property
     def packed_bytes(self) -> int:
@@ -54,18 +57,14 @@ def read_inventory(folder: Path) -> Inventory:
     """Read config.json and the safetensors headers of a packed checkpoint.
 
     Raises:
+        ConfigError: a setting in it cannot be used.
         FormatError: the folder holds no packed SAB checkpoint, or a damaged one.
         FormatVersionError: it is of another format version.
     """
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise FormatError(f"{str(folder)!r} has no readable config.json: {error}") from error
-    settings = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
-    if not settings or settings.get("quant_method") != "sab":
-        raise FormatError(f"{str(folder)!r} is not a packed SAB checkpoint: its config.json has no such settings.")
-    sab = SABConfig.from_dict(settings)
-    stored = stored_tensors(local_files(str(folder)))
+    config = _settings(folder)
+    files = read_headers(local_files(folder))
+    check_one_save(files, config.saved_as)
+    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
     stems = {key.rpartition(".")[0] for key in stored if key.endswith(".row_scale")}
     if not stems:
         raise FormatError(f"{str(folder)!r} has no packed tensors in its safetensors files; fetch it again.")
@@ -77,10 +76,62 @@ def read_inventory(folder: Path) -> Inventory:
             sizes[stem] += entry.bytes
         else:
             dense += entry.bytes
-    modules = []
-    for stem, size in sizes.items():
-        if f"{stem}.col_scale" not in stored:
-            raise FormatError(f"{stem}: tensor 'col_scale' is missing; the checkpoint is incomplete, fetch it again.")
-        rows, columns = stored[f"{stem}.row_scale"].shape[-1], stored[f"{stem}.col_scale"].shape[0]
-        modules.append(PackedModule(stem, rows, columns, size))
-    return Inventory(sab, tuple(modules), dense)
+    modules = tuple(PackedModule(stem, *_shape(stem, stored), size) for stem, size in sizes.items())
+    return Inventory(config, modules, dense, tuple(files))
+
+
+def _settings(folder: Path) -> SABConfig:
+    if not folder.is_dir():
+        raise FormatError(f"{str(folder)!r} is no folder; name the folder of a packed checkpoint.")
+    config = read_json(folder / "config.json")
+    parts = (config, config.get("text_config")) if isinstance(config, dict) else ()
+    settings = next(
+        (p["quantization_config"] for p in parts if isinstance(p, dict) and p.get("quantization_config")), None
+    )
+    if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
+        raise FormatError(f"{str(folder)!r} is not a packed SAB checkpoint: its config.json has no such settings.")
+    found: SABConfig = SABConfig.from_dict(settings)
+    found.refuse_call_settings()
+    return found
+
+
+def _shape(stem: str, stored: Mapping[str, StoredTensor]) -> tuple[int, int]:
+    """Rows and columns of a packed linear."""
+    for tensor, dimensions in (("weight", 3), ("row_scale", 3), ("col_scale", 1)):
+        entry = stored.get(f"{stem}.{tensor}")
+        if entry is None:
+            raise FormatError(f"{stem}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again.")
+        if len(entry.shape) != dimensions or 0 in entry.shape:
+            raise FormatError(
+                f"{stem}: tensor {tensor!r} is {entry.shape}, expected {dimensions} dimensions, none of them 0; the "
+                "checkpoint is damaged, fetch it again."
+            )
+    return stored[f"{stem}.row_scale"].shape[-1], stored[f"{stem}.col_scale"].shape[0]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a checkpoint's digests say.
+
+    Attributes:
+        tensors: how many were compared.
+        differ: names of those that are not what was saved.
+    """
+
+    tensors: int
+    differ: tuple[str, ...]
+
+
+def verify_inventory(inventory: Inventory) -> Verification:
+    """Compare every tensor, packed or dense, with its digest.
+
+    Raises:
+        FormatError: the checkpoint carries no digests.
+    """
+    files = inventory.files
+    if not all(file.save for file in files):
+        raise FormatError(
+            f"{files[0].path} carries no digests: it was saved before there were any, or written again by another "
+            "program. Load the model and save it to have digests from then on."
+        )
+    return Verification(sum(len(file.digests) for file in files), tuple(differing(files)))

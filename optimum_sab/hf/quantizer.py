@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,12 +12,18 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError
-from optimum_sab.hf.checkpoint import check_files, local_files
+from optimum_sab.hf.checkpoint import check_layers
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
-from optimum_sab.hf.origin import origin_of
+from optimum_sab.hf.finite import check_finite
+from optimum_sab.hf.one_save import check_one_save
+from optimum_sab.hf.origin import Origin, origin_of
+from optimum_sab.hf.recipe import as_recipe
+from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
+from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, local_files, read_headers
+from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons, set_module
@@ -38,6 +45,12 @@ class SABHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
         self._stages: Any = None  # with what they found before the weights were read
+        self._files: list[StoredFile] = []  # these two while a packed checkpoint is loaded
+        self._stems: dict[str, str] = {}
+        if self.pre_quantized:
+            self.quantization_config.refuse_call_settings()
+        else:
+            as_recipe(self.quantization_config)
 
     # -- loading ---------------------------------------------------------------------------------------------------
 
@@ -69,9 +82,19 @@ class SABHfQuantizer(HfQuantizer):
             self._stages = check_before_loading(model, self.quantization_config, origin)
         else:
             replace_with_skeletons(model, selection)
-            files = origin.files or local_files(origin.name)
-            check_files(model, selection.prefix, [f for f in files if str(f).endswith(".safetensors")])
+            self._check_files(model, selection.prefix, origin)
         return model
+
+    def _check_files(self, model: nn.Module, prefix: str, origin: Origin) -> None:
+        """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
+        found = origin.files
+        if found is None and Path(origin.name).is_dir():
+            found = local_files(Path(origin.name))
+        if found is None:  # no file is read: a state dict was given
+            return
+        self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
+        check_one_save(self._files, self.quantization_config.saved_as)
+        self._stems = check_layers(model, prefix, self._files)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
@@ -81,9 +104,7 @@ class SABHfQuantizer(HfQuantizer):
             beginning, self._stages = self._stages, None
             self.report = binarize_loaded(model, self.quantization_config, beginning)
         else:
-            for name, module in model.named_modules():
-                if isinstance(module, SABLinear) and module.weight.device.type != "meta":
-                    module.packed.validate(name)
+            self._check_content(model)
             if self.quantization_config.dequantize:
                 self._dequantize(model)
                 self.remove_quantization_config(model)
@@ -93,13 +114,23 @@ class SABHfQuantizer(HfQuantizer):
         config.quantization_config = self.quantization_config
         return model
 
+    def _check_content(self, model: nn.Module) -> None:
+        wanted = self.quantization_config.verify
+        if wanted:
+            verify_loaded(model, self._files, self._stems, rest=wanted == "all")
+        for name, module in model.named_modules():
+            if isinstance(module, SABLinear) and module.weight.device.type != "meta":
+                module.packed.validate(name)
+        check_finite(model, self._files)
+        self._files, self._stems = [], {}
+
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""
         if self.pre_quantized:
             for key in missing_keys:
                 stem, _, tensor = key.rpartition(".")
                 owner = _submodule(model, stem)
-                if isinstance(owner, SABLinear) and tensor != "bias":
+                if isinstance(owner, SABLinear):
                     raise FormatError(
                         f"{stem}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again."
                     )
@@ -112,6 +143,19 @@ class SABHfQuantizer(HfQuantizer):
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         return safe_serialization is not False
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, safe_serialization: bool | None = None
+    ) -> tuple[None, dict[str, str]]:
+        """Asked when the model is saved: its files and its config are to say which save they are of."""
+        adapters_only = getattr(model, "_hf_peft_config_loaded", False)
+        if adapters_only or not any(isinstance(module, SABLinear) for module in model.modules()):
+            return None, {}
+        metadata = describe_save(model)
+        config: Any = model.config
+        for each in (self.quantization_config, config.quantization_config):
+            each.saved_as = metadata[SAVE_KEY]
+        return None, metadata
 
     @property
     def is_trainable(self) -> bool:

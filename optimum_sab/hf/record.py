@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.hf.config import SABConfig, describe_calibration
+from optimum_sab.nn.decoder import name_from_blocks
 from optimum_sab.nn.selection import Selection
 
 
@@ -31,7 +32,7 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
     measured: dict[str, Any] = {
         "bits_per_weight": round(report.bits_per_weight, 6),
         "calibration_tokens": report.tokens,
-        "left_dense": [_below_blocks(name, selection.prefix) for name in selection.left_dense],
+        "left_dense": [name_from_blocks(name, selection.prefix) for name in selection.left_dense],
     }
     if report.temperature is not None:
         measured["temperature"] = round(report.temperature.value, 4)
@@ -40,8 +41,3 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
             kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in report.agreement.items()
         }
     return measured
-
-
-def _below_blocks(name: str, prefix: str) -> str:
-    """The name from the block list's last part on, which holds whatever prefix the model is loaded under."""
-    return name[len(prefix) - len(prefix.rpartition(".")[2]) :]

@@ -6,6 +6,7 @@ from transformers.quantizers import auto
 
 from optimum_sab.hf.config import QUANT_METHOD, SABConfig
 from optimum_sab.hf.quantizer import SABHfQuantizer
+from optimum_sab.hf.saving import install
 
 
 def register() -> None:
@@ -19,3 +20,4 @@ def register() -> None:
     loading = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)  # Transformers 5: load-time options
     if loading is not None and SABConfig not in loading:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*loading, SABConfig)
+    install()

@@ -50,6 +50,18 @@ def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
     return DecoderBlocks(prefix, tuple(chosen))
 
 
+def name_from_blocks(name: str, prefix: str) -> str:
+    """A module's name from the block list's last part on, ``layers.0.mlp.up_proj``: alike whatever stands before it.
+
+    Args:
+        name: of a module or a tensor, under whatever prefix a model is stored or loaded.
+        prefix: `DecoderBlocks.prefix`.
+    """
+    last = prefix.rpartition(".")[2]
+    parts = name.split(".")
+    return ".".join(parts[parts.index(last) :]) if last in parts else name
+
+
 def _linear_weights(module: nn.Module) -> int:
     # in_features rather than weight.numel(): packed layers count like dense ones, so a reloaded model is read alike
     total = 0

@@ -1,0 +1,69 @@
+"""Saving with digests: every safetensors file says what its tensors were when it was written.
+
+`SABHfQuantizer.get_state_dict_and_metadata` is asked once a save, before tensors have the names they are stored under
+and before there are shards. It says which save it is. The digests are made where a file is written, of exactly what is
+written, so `install` puts them around the function with which Transformers writes a file.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import modeling_utils
+
+from optimum_sab.format.digest import digest
+from optimum_sab.format.layout import STORED_SETTINGS
+from optimum_sab.hf.stored_files import DIGESTS_KEY, LAYERS_KEY, SAVE_KEY
+from optimum_sab.nn.decoder import find_decoder_blocks, name_from_blocks
+from optimum_sab.nn.linear import SABLinear
+
+
+def install() -> None:
+    """Have Transformers write digests into the files of packed models. Doing it again changes nothing."""
+    written = modeling_utils.safe_save_file
+    modeling_utils.safe_save_file = with_digests(getattr(written, "without_digests", written))
+
+
+def with_digests(save_file: Callable[..., Any]) -> Callable[..., Any]:
+    """`safetensors.torch.save_file` that adds its tensors' digests where the metadata names a save of ours."""
+
+    @functools.wraps(save_file)
+    def save(tensors: dict[str, Tensor], filename: Any, metadata: dict[str, str] | None = None) -> Any:
+        if metadata is not None and SAVE_KEY in metadata:
+            digests = {name: digest(tensor) for name, tensor in sorted(tensors.items())}
+            metadata = {**metadata, DIGESTS_KEY: json.dumps(digests)}
+        return save_file(tensors, filename, metadata=metadata)
+
+    save.without_digests = save_file  # type: ignore[attr-defined]
+    return save
+
+
+def describe_save(model: nn.Module) -> dict[str, str]:
+    """What every file of a save is to say in its metadata: which save it is, and how its layers are packed.
+
+    Args:
+        model: as it is now, packed layers in it.
+    """
+    prefix = find_decoder_blocks(model).prefix
+    layers = {
+        name_from_blocks(name, prefix): {key: asdict(module.settings)[key] for key in STORED_SETTINGS}
+        for name, module in model.named_modules()
+        if isinstance(module, SABLinear)
+    }
+    return {SAVE_KEY: _identity(model), LAYERS_KEY: json.dumps(layers)}
+
+
+def _identity(model: nn.Module) -> str:
+    """The same for the same weights, so saving a model twice gives the same files."""
+    lines = []
+    for name, value in sorted(model.state_dict().items()):
+        readable = type(value) is Tensor and not value.is_meta
+        lines.append(f"{name} {digest(value) if readable else uuid.uuid4().hex}")  # an offloaded tensor is not here
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
