@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import difflib
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.nn.rules import check_rules
 from optimum_sab.ops.backends import BACKENDS
 
 QUANT_METHOD = "sab"
@@ -46,7 +46,7 @@ class SABConfig(QuantizationConfigMixin):
             decoder blocks): dotted name parts such as "down_proj" or "layers.0.mlp", or regular expressions behind
             ``re:``.
         dynamic: regular expression → layer settings for the modules it is found in, e.g.
-            ``{"layers\\.0\\.": {"base_planes": 2}}``.
+            ``{"layers\\.0\\.": {"base_planes": 2}}``, or the whole name of a linear (`optimum_sab.nn.rules`).
         calibration: the data; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set,
             "self" lets the dense model write its own.
         calibration_samples: how many samples to use at most.
@@ -205,13 +205,8 @@ class SABConfig(QuantizationConfigMixin):
                 "optimum-sab, or quantize the model again."
             )
         settings = self.layer_settings
-        for pattern, changes in self.dynamic.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"dynamic has the rule {pattern!r}, which is no regular expression: {error}."
-                ) from error
+        check_rules(self.modules_to_not_convert, self.dynamic)
+        for changes in {repr(changes): changes for changes in self.dynamic.values()}.values():  # many say the same
             settings.replace(**changes)
         if self.allocation not in ALLOCATION:
             raise ConfigError(f"allocation={self.allocation!r} must be one of {', '.join(ALLOCATION)}.")
