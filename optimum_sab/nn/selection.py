@@ -13,6 +13,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, SABWarning
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.routers import find_routers
 from optimum_sab.nn.rules import covered_by, overridden
 
 
@@ -41,12 +42,13 @@ def select_linears(
     modules_to_not_convert: Sequence[str] = (),
     dynamic: Mapping[str, Mapping[str, Any]] | None = None,
     strict: bool = True,
+    keep_routers: bool = True,
 ) -> Selection:
     """Every linear in the decoder blocks, less the rules.
 
     The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
-    linear whose weight is shared with another module, or that stands beside experts: it decides which of them a token
-    goes to, or how much of one comes back. ``modules_to_not_convert`` adds to that, it replaces nothing.
+    linear whose weight is shared with another module, or that decides which expert a token goes to
+    (`find_routers`). ``modules_to_not_convert`` adds to that, it replaces nothing.
 
     Args:
         model: dense, or a skeleton on meta.
@@ -55,13 +57,14 @@ def select_linears(
         dynamic: regular expression → settings to override; searched in the module's name, all that match apply in
             order.
         strict: whether a rule that matches nothing is an error (when quantizing) or passed over (when loading).
+        keep_routers: whether routers stay dense; False where the rules say of every linear whether it was left dense.
 
     Raises:
         ConfigError: a rule matches no module or is no rule (`check_rules`), or nothing is left to binarize.
     """
     decoder = find_decoder_blocks(model)
     shared = shared_parameters(model)
-    routers = _beside_experts(model)
+    routers = find_routers(model) if keep_routers else set()
     names = [name for name, _ in model.named_modules() if name]
     covered = covered_by(modules_to_not_convert, names)
     dense = routers.union(*covered.values())
@@ -88,17 +91,6 @@ def select_linears(
     if strict:
         _warn_fused(model, decoder.prefix)
     return Selection(decoder.prefix, settings, tuple(left_dense))
-
-
-def _beside_experts(model: nn.Module) -> set[str]:
-    """Names of the linears whose parent holds experts too: the router, and the gate of a shared expert."""
-    found = set()
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if "experts" in children:
-            start = f"{name}." if name else ""
-            found |= {start + child for child, each in children.items() if isinstance(each, nn.Linear)}
-    return found
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
