@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from optimum_sab.calibration.allocation.ladder import PLANES
 from optimum_sab.calibration.samples.inputs import SampleSource
 from optimum_sab.core.refinement import RefineSettings
+from optimum_sab.nn.rules import found_in
 from optimum_sab.nn.selection import Selection
 
 
@@ -22,7 +22,7 @@ class AllocationSettings:
     Args:
         target_bits: stored bits per weight at most, all binarized linears together; None for what their settings take
             as they are.
-        fixed: regular expressions; the linears in whose names one is found keep their planes.
+        fixed: keys of ``dynamic``; the linears in whose names one is found keep their planes.
     """
 
     target_bits: float | None = None
@@ -30,7 +30,8 @@ class AllocationSettings:
 
     def free(self, selection: Selection) -> list[str]:
         """The linears that have a choice."""
-        return [name for name in selection.settings if not any(re.search(rule, name) for rule in self.fixed)]
+        found = found_in(self.fixed, list(selection.settings), selection.prefix)
+        return [name for name, rules in found.items() if not rules]
 
     @classmethod
     def of(cls, target_bits: float | None, dynamic: Any) -> AllocationSettings:

@@ -6,7 +6,6 @@ import copy
 import difflib
 import inspect
 import os
-import re
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from optimum_sab.format.layout import FORMAT_VERSION
 from optimum_sab.hf.config_types import check_types
 from optimum_sab.hf.replay import replayed
 from optimum_sab.hf.verification import VERIFY
+from optimum_sab.nn.rules import check_rules
 from optimum_sab.ops.backends import BACKENDS
 
 QUANT_METHOD = "sab"
@@ -52,7 +52,7 @@ class SABConfig(QuantizationConfigMixin):
             decoder blocks): dotted name parts such as "down_proj" or "layers.0.mlp", or regular expressions behind
             ``re:``.
         dynamic: regular expression → layer settings for the modules it is found in, e.g.
-            ``{"layers\\.0\\.": {"base_planes": 2}}``.
+            ``{"layers\\.0\\.": {"base_planes": 2}}``, or the whole name of a linear (`optimum_sab.nn.rules`).
         calibration: the data: rows (texts, chats, mappings) in a list, a dataset or a generator, or the name of a file
             or of a Hub dataset; see `optimum_sab.calibration.samples.reading.read_samples`. None is the built-in set,
             "self" lets the dense model write its own. What a generator gives is remembered, so that the configuration
@@ -229,13 +229,8 @@ class SABConfig(QuantizationConfigMixin):
                 "optimum-sab, or quantize the model again."
             )
         settings = self.layer_settings
-        for pattern, changes in self.dynamic.items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"dynamic has the rule {pattern!r}, which is no regular expression: {error}."
-                ) from error
+        check_rules(self.modules_to_not_convert, self.dynamic)
+        for changes in {repr(changes): changes for changes in self.dynamic.values()}.values():  # many say the same
             settings.replace(**changes)
         if self.allocation not in ALLOCATION:
             raise ConfigError(f"allocation={self.allocation!r} must be one of {', '.join(ALLOCATION)}.")

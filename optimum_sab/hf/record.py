@@ -20,7 +20,8 @@ def record(config: SABConfig, selection: Selection, report: BinarizationReport) 
     """
     allocation = report.section("allocation")
     if allocation is not None:  # a reader finds the choice among the rules
-        config.dynamic = {**config.dynamic, **allocation.rules}
+        mine = config.dynamic
+        config.dynamic = {**mine, **{key: {**mine.get(key, {}), **own} for key, own in allocation.rules.items()}}
     config.calibration = describe_calibration(config.calibration, report.samples)
     config.processor = config.resume_folder = None
     config.measured = _measured(selection, report)

@@ -21,6 +21,7 @@ def select(model: nn.Module, config: SABConfig, strict: bool) -> Selection:
         ConfigError: see `select_linears`.
     """
     rules = list(config.modules_to_not_convert)
-    if not strict:
-        rules += (config.measured or {}).get("left_dense", [])
-    return select_linears(model, config.layer_settings, rules, config.dynamic, strict)
+    left_dense = None if strict else (config.measured or {}).get("left_dense")
+    rules += left_dense or []
+    keep_routers = left_dense is None  # the record is complete, and may be of a release that chose otherwise
+    return select_linears(model, config.layer_settings, rules, config.dynamic, strict, keep_routers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +12,8 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.routers import find_routers
+from optimum_sab.nn.rules import covered_by, overridden
 
 
 @dataclass(frozen=True)
@@ -31,30 +32,7 @@ class Selection:
 
     def with_rules(self, dynamic: Mapping[str, Mapping[str, Any]]) -> Selection:
         """The same linears with the settings that more rules of ``dynamic`` give them."""
-        own = {name: overridden(settings, name, dynamic) for name, settings in self.settings.items()}
-        return replace(self, settings=own)
-
-
-def name_matches(rule: str, name: str) -> bool:
-    """Whether a module rule covers ``name``.
-
-    A rule is a run of whole dotted parts anywhere in the name ("down_proj", "layers.0", the full name), or a regular
-    expression behind ``re:`` that is searched in the name.
-    """
-    if rule.startswith("re:"):
-        try:
-            return re.search(rule[3:], name) is not None
-        except re.error as error:
-            raise ConfigError(f"the module rule {rule!r} is no regular expression: {error}.") from error
-    return f".{rule}." in f".{name}."
-
-
-def overridden(settings: LayerSettings, name: str, dynamic: Mapping[str, Mapping[str, Any]]) -> LayerSettings:
-    """Settings with what the regular expressions found in ``name`` change, in their order."""
-    for pattern, changes in dynamic.items():
-        if re.search(pattern, name):
-            settings = settings.replace(**changes)
-    return settings
+        return replace(self, settings=overridden(self.settings, dynamic, self.prefix)[0])
 
 
 def select_linears(
@@ -63,47 +41,45 @@ def select_linears(
     modules_to_not_convert: Sequence[str] = (),
     dynamic: Mapping[str, Mapping[str, Any]] | None = None,
     strict: bool = True,
+    keep_routers: bool = True,
 ) -> Selection:
     """Every linear in the decoder blocks, less the rules.
 
     The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
-    linear whose weight is shared with another module, or that stands beside experts: it decides which of them a token
-    goes to, or how much of one comes back. ``modules_to_not_convert`` adds to that, it replaces nothing.
+    linear whose weight is shared with another module, or that decides which expert a token goes to
+    (`find_routers`). ``modules_to_not_convert`` adds to that, it replaces nothing.
 
     Args:
         model: dense, or a skeleton on meta.
         defaults: settings of a module without an override.
-        modules_to_not_convert: rules as in `name_matches`.
+        modules_to_not_convert: rules as in `covered_by`.
         dynamic: regular expression → settings to override; searched in the module's name, all that match apply in
             order.
         strict: whether a rule that matches nothing is an error (when quantizing) or passed over (when loading).
+        keep_routers: whether routers stay dense; False where the rules say of every linear whether it was left dense.
 
     Raises:
-        ConfigError: a rule matches no module, or nothing is left to binarize.
+        ConfigError: a rule matches no module or is no rule (`check_rules`), or nothing is left to binarize.
     """
     decoder = find_decoder_blocks(model)
     shared = shared_parameters(model)
-    routers = _beside_experts(model)
-    used_rules: set[str] = set()
-    settings: dict[str, LayerSettings] = {}
+    routers = find_routers(model) if keep_routers else set()
+    names = [name for name, _ in model.named_modules() if name]
+    covered = covered_by(modules_to_not_convert, names)
+    dense = routers.union(*covered.values())
+    chosen: dict[str, LayerSettings] = {}
     left_dense: list[str] = []
     for name, module in model.named_modules():
-        for rule in modules_to_not_convert:
-            if name and name_matches(rule, name):
-                used_rules.add(rule)
         inside = name.startswith(decoder.prefix + ".") if decoder.prefix else True
         if not inside or not isinstance(module, (nn.Linear, SABLinear)):
             continue
-        if (
-            id(module.weight) in shared
-            or name in routers
-            or any(name_matches(rule, name) for rule in modules_to_not_convert)
-        ):
+        if id(module.weight) in shared or name in dense:
             left_dense.append(name)
-            continue
-        used_rules.update(pattern for pattern in dynamic or {} if re.search(pattern, name))
-        settings[name] = overridden(defaults, name, dynamic or {})
-    unused = [r for r in [*modules_to_not_convert, *(dynamic or {})] if r not in used_rules]
+        else:
+            chosen[name] = defaults
+    settings, used = overridden(chosen, dynamic or {}, decoder.prefix)
+    used |= {rule for rule, found in covered.items() if found}
+    unused = [r for r in [*modules_to_not_convert, *(dynamic or {})] if r not in used]
     if strict and unused:
         example = next(iter(settings), "none")
         raise ConfigError(
@@ -114,17 +90,6 @@ def select_linears(
     if strict:
         _warn_fused(model, decoder.prefix)
     return Selection(decoder.prefix, settings, tuple(left_dense))
-
-
-def _beside_experts(model: nn.Module) -> set[str]:
-    """Names of the linears whose parent holds experts too: the router, and the gate of a shared expert."""
-    found = set()
-    for name, module in model.named_modules():
-        children = dict(module.named_children())
-        if "experts" in children:
-            start = f"{name}." if name else ""
-            found |= {start + child for child, each in children.items() if isinstance(each, nn.Linear)}
-    return found
 
 
 def shared_parameters(model: nn.Module) -> set[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from optimum_sab.core.allocation import Level, allocate_levels
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import stored_bits_per_weight
+from optimum_sab.nn.rules import rules_for
 from optimum_sab.nn.selection import Selection
 
 
@@ -33,18 +33,14 @@ class Allocation:
     sensitivity: dict[str, float]
     bits_per_weight: float
 
-    def rules(self, prefix: str) -> dict[str, dict[str, Any]]:
-        """The same as rules for ``dynamic``, one per distinct choice; names begin at the decoder's block list."""
-        chosen: dict[tuple[int, int, float], list[str]] = {}
-        start = len(prefix) + 1 if prefix else 0
-        for name, own in self.settings.items():
-            key = (own.base_planes, own.residual_planes, own.salient_fraction)
-            chosen.setdefault(key, []).append(re.escape(name[start:]))
-        last = re.escape(prefix.rpartition(".")[2])
-        head = rf"(?:^|\.){last}\." if last else "^"
-        return {
-            f"{head}(?:{'|'.join(names)})$": dict(zip(PLANES, choice, strict=True)) for choice, names in chosen.items()
-        }
+    def rules(self, selection: Selection) -> dict[str, dict[str, Any]]:
+        """The same as rules for ``dynamic``, one for each linear, by its name from the decoder's block list on.
+
+        Args:
+            selection: all linears that will be binarized.
+        """
+        keys = rules_for(list(self.settings), list(selection.settings), selection.prefix)
+        return {keys[name]: {each: getattr(own, each) for each in PLANES} for name, own in self.settings.items()}
 
 
 def allocate(

@@ -50,23 +50,26 @@ class FinishedBlock:
             layers: out_features, in_features and settings of its linears by dotted name.
 
         Raises:
-            CalibrationError: its file cannot be read.
-            FormatError: it holds other tensors than these layers need.
+            CalibrationError: its file cannot be read, or is not what these layers need.
         """
         tensors, about = folder.read_tensors(_name(index))
         named: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
         vectors: dict[str, Tensor] = {}
-        for key, tensor in tensors.items():
-            owner, _, name = key.partition(_BAR)
-            if owner:
-                named[owner][name] = tensor
-            else:
-                vectors[name] = tensor
-        packed = {name: PackedWeight(named[name], *shape) for name, shape in layers.items()}
-        for name, weight in packed.items():
-            weight.validate(name)
-        found = about["reconstruction"]
-        return cls(packed, about["errors"], vectors, None if found is None else Reconstruction(**found))
+        try:
+            for key, tensor in tensors.items():
+                owner, _, name = key.partition(_BAR)
+                if owner:
+                    named[owner][name] = tensor
+                else:
+                    vectors[name] = tensor
+            packed = {name: PackedWeight(named[name], *shape) for name, shape in layers.items()}
+            for name, weight in packed.items():
+                weight.validate(name)
+            found = about["reconstruction"]
+            errors = {name: float(about["errors"][name]) for name in layers}
+            return cls(packed, errors, vectors, None if found is None else Reconstruction(**found))
+        except (KeyError, TypeError, ValueError) as error:
+            raise folder.refusal(_name(index), f"it is not what this block needs: {error}") from error
 
 
 def is_finished(folder: ResumeFolder | None, index: int) -> bool:

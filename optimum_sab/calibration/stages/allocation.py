@@ -92,7 +92,7 @@ class AllocateBits(Stage):
         assert sensitivities is not None and asked is not None
         probed = measure_errors(run.model, run.selection, _free(run), _few_samples(run), run.options.device, on_step)
         choice = allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)
-        rules = choice.rules(run.selection.prefix)
+        rules = choice.rules(run.selection)
         if run.resume is not None:
             run.resume.write_json(_RULES, rules)
         return AllocationReport(rules, choice)

@@ -6,7 +6,6 @@ Importing this module compiles nothing and works on every platform.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 
 from optimum_sab.errors import MissingDependencyError
+from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
 SOURCE = Path(__file__).with_name("binary_linear.c")
 FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi")
@@ -57,6 +57,30 @@ class Build:
     reason: str
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What a library is made with.
+
+    Attributes:
+        compiler: its command.
+        version: what it says of itself.
+        flags: for compiling.
+        link_flags: for linking.
+    """
+
+    compiler: list[str]
+    version: str
+    flags: list[str]
+    link_flags: list[str]
+
+    @property
+    def name(self) -> str:
+        """Of the library's file: another recipe, source or machine has another."""
+        source = SOURCE.read_text("utf-8")
+        key = [source, *self.compiler, self.version, *self.flags, "link", *self.link_flags, _machine()]
+        return f"binary_linear-{digest(chr(0).join(key).encode())}"
+
+
 def availability() -> Availability:
     """Whether the kernel is usable here, compiling it if that has not been done; never raises."""
     build = _build()
@@ -73,14 +97,6 @@ def load_library() -> ctypes.CDLL:
     if build.library is None:
         raise MissingDependencyError(f"The CPU kernel is not available: {build.reason}. {REMEDY}")
     return build.library
-
-
-def cache_directory() -> Path:
-    """Where compiled libraries are kept: $OPTIMUM_SAB_CACHE, or `optimum_sab` in the user's cache folder."""
-    chosen = os.environ.get("OPTIMUM_SAB_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "optimum_sab"
 
 
 @lru_cache(maxsize=1)
@@ -113,13 +129,14 @@ def compile_library(extra: tuple[str, ...] = ()) -> Build:
     # A compiler without OpenMP, or one whose OpenMP is not the runtime in this process, is tried without.
     attempts = [(("-fopenmp",), () if runtime else ("-fopenmp",), "OpenMP"), ((), (), "one thread, without OpenMP")]
     failure = ""
-    for compile_flags, link_flags, threading in attempts:
-        for native in (NATIVE, ()):
-            flags = [*FLAGS, *native, *compile_flags, *extra]
-            library, failure = _obtain(compiler, flags, list(link_flags), version.stdout)
-            if library is not None:
-                path = PATHS[library.sab_path()]
-                return Build(library, f"compiled with {shlex.join(compiler)} ({path}, {threading})")
+    with library_folder() as folder:
+        for compile_flags, link_flags, threading in attempts:
+            for native in (NATIVE, ()):
+                recipe = Recipe(compiler, version.stdout, [*FLAGS, *native, *compile_flags, *extra], list(link_flags))
+                library, failure = _obtain(recipe, folder)
+                if library is not None:
+                    path = PATHS[library.sab_path()]
+                    return Build(library, f"compiled with {shlex.join(compiler)} ({path}, {threading})")
     return Build(None, failure)
 
 
@@ -143,45 +160,27 @@ def openmp_runtime() -> str | None:
     return min(found, key=lambda path: not path.startswith(home), default=None)
 
 
-def _obtain(
-    compiler: list[str], flags: list[str], link_flags: list[str], version: str
-) -> tuple[ctypes.CDLL | None, str]:
-    """The library of these flags, from the cache or compiled, or why there is none."""
-    key = [SOURCE.read_text("utf-8"), *compiler, version, *flags, "link", *link_flags, _machine()]
-    name = f"binary_linear-{_digest(chr(0).join(key).encode())}"
-    path, failure = _find(name), ""
+def _obtain(recipe: Recipe, folder: Path) -> tuple[ctypes.CDLL | None, str]:
+    """The library of this recipe, from the folder or compiled, or why there is none."""
+    path, failure = find_library(folder, recipe.name), ""
     if path is None:
-        path, failure = _compile(compiler, flags, link_flags, name)
+        path, failure = _compile(recipe, folder)
     return (None, failure) if path is None else _load(path)
 
 
-def _find(name: str) -> Path | None:
-    """The library of that name in the cache, if its content is what was written.
-
-    A file's own digest is the end of its name, because mapping a damaged library can end the process.
-    """
-    for path in sorted(cache_directory().glob(f"{name}-*.so")):
-        if path.stem == f"{name}-{_digest(path.read_bytes())}":
-            return path
-    return None
-
-
-def _compile(compiler: list[str], flags: list[str], link_flags: list[str], name: str) -> tuple[Path | None, str]:
-    """The library, put in the cache in one step (several processes may do this at once), or the compiler's error."""
-    cache = cache_directory()
-    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
+    """The library, put in the cache, or the compiler's error."""
+    compiler = recipe.compiler
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled, linked = Path(folder, "binary_linear.o"), Path(folder, "binary_linear.so")
         for command in (
-            [*compiler, *flags, "-c", str(SOURCE), "-o", str(compiled)],
-            [*compiler, "-shared", *link_flags, str(compiled), "-o", str(linked), "-lm"],
+            [*compiler, *recipe.flags, "-c", str(SOURCE), "-o", str(compiled)],
+            [*compiler, "-shared", *recipe.link_flags, str(compiled), "-o", str(linked), "-lm"],
         ):
             done = _run(command)
             if done.returncode:
                 return None, f"{shlex.join(compiler)} fails: {_first_line(done.stderr)}"
-        path = cache / f"{name}-{_digest(linked.read_bytes())}.so"
-        os.replace(linked, path)
-    return path, ""
+        return keep_library(cache, recipe.name, linked), ""
 
 
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
@@ -194,10 +193,6 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     library.sab_linear.argtypes = [pointer, pointer, pointer, wide, integer, integer]
     library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
     return library, ""
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

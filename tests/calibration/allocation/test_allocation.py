@@ -108,7 +108,7 @@ def test_allocation_counts_what_it_may_not_choose(llama, samples):
 def test_allocation_rules_select_the_same_settings_under_any_prefix(llama, measured):
     selection = select_linears(llama, SETTINGS)
     found = measured(selection, 2.8)
-    rules = found.rules(selection.prefix)
+    rules = found.rules(selection)
     assert select_linears(llama, SETTINGS, dynamic=rules).settings == found.settings
     inner = select_linears(llama.model, SETTINGS, dynamic=rules).settings
     assert {f"model.{n}": s for n, s in inner.items()} == found.settings

@@ -2,9 +2,12 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from optimum_sab.calibration.blocks import binarizer
 from optimum_sab.calibration.options import RunOptions
@@ -15,7 +18,7 @@ from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.run import Silent
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import CalibrationError, FormatError
+from optimum_sab.errors import CalibrationError
 from optimum_sab.nn.selection import select_linears
 
 QUICK = LayerSettings(block_size=32, salient_fraction=0.125, iterations=2, sweeps=1, propagation=0.3)
@@ -166,23 +169,144 @@ def test_damaged_block_file_is_named(llama, tmp_path):
     quantize(llama, tmp_path)
     path = tmp_path / "block-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be read.*delete it"):
+    with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be used.*delete it"):
         quantize(llama, tmp_path)
     path.unlink()
     assert same(quantize(llama, tmp_path)[0], quantize(llama)[0])
 
 
-def test_block_file_with_a_foreign_tensor_is_refused(llama, tmp_path):
-    from safetensors.torch import load_file, save_file
+def changed_file(path, change):
+    """Rewrites a safetensors file whose tensors and metadata go through ``change``."""
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata=metadata)
 
+
+def flipped_sign(tensors, metadata):
+    key = next(k for k in tensors if k.endswith("|weight"))
+    tensors[key].view(-1)[0] ^= 1
+
+
+def another_error(tensors, metadata):
+    about = json.loads(metadata["about"])
+    about["errors"] = {name: error / 2 for name, error in about["errors"].items()}
+    metadata["about"] = json.dumps(about)
+
+
+@pytest.mark.parametrize("change", [flipped_sign, another_error])
+def test_block_file_whose_content_has_changed_is_refused(llama, tmp_path, change):
     quantize(llama, tmp_path)
-    path = tmp_path / "block-00001.safetensors"
-    tensors = load_file(path)
-    key = next(k for k in tensors if k.endswith("|col_scale"))
-    tensors[key] = tensors[key][:-1].clone()
-    save_file(tensors, path, metadata={"about": json.dumps({"errors": {}, "reconstruction": None})})
-    with pytest.raises(FormatError, match="'col_scale'"):
+    changed_file(tmp_path / "block-00001.safetensors", change)
+    with pytest.raises(CalibrationError, match=r"block-00001\.safetensors cannot be used .*damaged.*delete it"):
         quantize(llama, tmp_path)
+    (tmp_path / "block-00001.safetensors").unlink()
+    assert same(quantize(llama, tmp_path)[0], quantize(llama)[0])
+
+
+def test_block_files_of_another_block_or_run_are_refused(llama, tmp_path):
+    quantize(llama, tmp_path / "one")
+    changed_sample(llama)
+    quantize(llama, tmp_path / "other")
+    for source in ("other/block-00001.safetensors", "one/block-00000.safetensors"):
+        shutil.copy(tmp_path / source, tmp_path / "other" / "block-00000.safetensors")
+        if source.startswith("other"):
+            with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be used .*of another run"):
+                quantize(llama, tmp_path / "other")
+    with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be used .*of another run"):
+        quantize(llama, tmp_path / "other")
+
+
+def test_block_of_other_layers_is_refused(llama, tmp_path):
+    """As when the rules were deleted and are chosen otherwise: every file is what the run wrote."""
+    quantize(llama, tmp_path)
+    model = copy.deepcopy(llama.model)
+    folder = ResumeFolder(tmp_path, fingerprint(model, select_linears(model, QUICK), llama.samples, RunOptions()))
+    others = select_linears(model, QUICK.replace(base_planes=2))
+    with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be used .*'weight'.*delete it"):
+        binarize(model, others, llama.samples, resume=folder)
+
+
+MARKS = {"model": "abc", "layers": {"a.b": {"block_size": 32}}}
+DAMAGES = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "empty": lambda path: path.write_bytes(b""),
+    "no text": lambda path: path.write_bytes(b"\xff\xfe" * 9),
+    "a list": lambda path: path.write_text("[]"),
+    "of an earlier release": lambda path: path.write_text('{"a.b": {"base_planes": 1}}'),
+    "a key too many": lambda path: path.write_text('{"sha256": "", "content": 1, "more": 2}'),
+    "another value": lambda path: path.write_text(path.read_text().replace("32", "64")),
+    "nested": lambda path: path.write_text("[" * 100_000),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", ["fingerprint.json", "rules.json"])
+def test_damaged_json_is_named_with_its_remedy(tmp_path, name, damage):
+    folder = ResumeFolder(tmp_path, MARKS)
+    folder.write_json("rules.json", MARKS["layers"])
+    assert ResumeFolder(tmp_path, MARKS).read_json("rules.json") == MARKS["layers"]
+    DAMAGES[damage](tmp_path / name)
+    with pytest.raises(CalibrationError, match=rf"{name} cannot be used .*; delete it"):
+        ResumeFolder(tmp_path, MARKS).read_json("rules.json")
+
+
+TENSOR_DAMAGES = {
+    "truncated": DAMAGES["truncated"],
+    "empty": DAMAGES["empty"],
+    "a folder": DAMAGES["a folder"],
+    "no metadata": lambda path: save_file({"a": torch.ones(3)}, path),
+    "metadata without keys": lambda path: save_file({"a": torch.ones(3)}, path, metadata={"x": "y"}),
+    "about nothing": lambda path: changed_file(path, lambda tensors, metadata: metadata.pop("about")),
+    "about no JSON": lambda path: changed_file(path, lambda tensors, metadata: metadata.update(about="{")),
+    "a bit": lambda path: changed_file(path, lambda tensors, metadata: tensors["a"].neg_()),
+    "another name": lambda path: changed_file(path, lambda tensors, metadata: tensors.update(b=tensors.pop("a"))),
+    "another shape": lambda path: changed_file(path, lambda tensors, metadata: tensors.update(a=tensors["a"][None])),
+    "another number": lambda path: changed_file(path, lambda tensors, metadata: metadata.update(about='{"step": 8}')),
+}
+
+
+@pytest.mark.parametrize("damage", TENSOR_DAMAGES)
+def test_damaged_tensors_are_named_with_their_remedy(tmp_path, damage):
+    folder = ResumeFolder(tmp_path, MARKS)
+    folder.write_tensors("tuning.safetensors", {"a": torch.arange(3.0)}, {"step": 7})
+    tensors, about = ResumeFolder(tmp_path, MARKS).read_tensors("tuning.safetensors")
+    assert torch.equal(tensors["a"], torch.arange(3.0)) and about == {"step": 7}
+    TENSOR_DAMAGES[damage](tmp_path / "tuning.safetensors")
+    with pytest.raises(CalibrationError, match=r"tuning\.safetensors cannot be used .*; delete it"):
+        ResumeFolder(tmp_path, MARKS).read_tensors("tuning.safetensors")
+
+
+@pytest.mark.parametrize("left", [["fingerprint.json.partial-4711"], [], ["block-00000.safetensors.partial-4711"]])
+def test_a_run_killed_before_its_first_file_was_there_leaves_a_usable_folder(tmp_path, left):
+    for name in left:
+        (tmp_path / name).write_text("{")
+    ResumeFolder(tmp_path, MARKS).write_json("rules.json", {})
+    assert ResumeFolder(tmp_path, MARKS).read_json("rules.json") == {}
+
+
+def test_a_damaged_fingerprint_can_be_deleted_and_the_work_is_kept(tmp_path):
+    ResumeFolder(tmp_path, MARKS).write_json("rules.json", {"a": 1})
+    (tmp_path / "fingerprint.json").unlink()
+    assert ResumeFolder(tmp_path, MARKS).read_json("rules.json") == {"a": 1}
+    (tmp_path / "fingerprint.json").unlink()
+    with pytest.raises(CalibrationError, match=r"rules\.json cannot be used .*of another run"):
+        ResumeFolder(tmp_path, {**MARKS, "model": "other"}).read_json("rules.json")
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CalibrationError, match=r"resume_folder='.*file' cannot be used .*name a folder"):
+        ResumeFolder(tmp_path / "file", MARKS)
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    folder = ResumeFolder(tmp_path, MARKS)
+    (tmp_path / "rules.json").mkdir()
+    with pytest.raises(CalibrationError, match=r"rules\.json cannot be written .*repeat the call"):
+        folder.write_json("rules.json", {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fingerprint.json", "rules.json"]
 
 
 def test_no_partial_file_is_left(llama, tmp_path):

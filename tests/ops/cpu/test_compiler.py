@@ -1,14 +1,15 @@
 import os
 import re
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from optimum_sab.errors import MissingDependencyError
-from optimum_sab.ops.cpu import compiler
+from optimum_sab.errors import MissingDependencyError, SABWarning
+from optimum_sab.ops.cpu import cache, compiler
 
 COMPILER = next(filter(None, map(shutil.which, compiler.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
@@ -146,12 +147,80 @@ def test_load_library_brings_no_second_openmp_runtime():
 def test_load_library_compiles_again_what_is_damaged(monkeypatch, fresh, tmp_path, damage):
     assert compiler.compile_library().library is not None
     [intact] = fresh.iterdir()
-    (tmp_path / "other").mkdir()
+    (tmp_path / "other").mkdir(mode=0o700)
     broken = tmp_path / "other" / intact.name
     broken.write_bytes(damage(intact.read_bytes()))
     monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(broken.parent))
     assert compiler.load_library().sab_path() in (0, 1, 2)
     assert intact.read_bytes() in [path.read_bytes() for path in broken.parent.iterdir()]
+
+
+@needs_compiler
+def test_cache_and_library_are_written_for_this_user_alone(fresh):
+    before = os.umask(0)
+    try:
+        compiler.load_library()
+    finally:
+        os.umask(before)
+    [path] = fresh.iterdir()
+    assert [stat.S_IMODE(each.stat().st_mode) for each in (fresh, path)] == [0o700, 0o700]
+
+
+def compiled_again(fresh, monkeypatch, spoil):
+    """What is loaded after ``spoil(folder, path)``: paths, and how often the compiler ran."""
+    assert compiler.compile_library().library is not None
+    [path] = fresh.iterdir()
+    spoil(fresh, path)
+    loaded, runs = [], []
+    load, run = compiler._load, compiler._run
+    monkeypatch.setattr(compiler, "_load", lambda place: loaded.append(place) or load(place))
+    monkeypatch.setattr(compiler, "_run", lambda command: runs.append(command) or run(command))
+    assert compiler.load_library().sab_path() in (0, 1, 2)
+    return loaded, sum("-shared" in command for command in runs)
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
+def test_a_library_that_others_may_write_is_compiled_again(fresh, monkeypatch, mode):
+    loaded, linked = compiled_again(fresh, monkeypatch, lambda folder, path: path.chmod(mode))
+    assert linked == 1
+    [path] = fresh.iterdir()
+    assert loaded == [path] and stat.S_IMODE(path.stat().st_mode) == 0o700
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", [0o720, 0o777, 0o1777])
+def test_nothing_is_loaded_from_a_folder_that_others_may_write(fresh, monkeypatch, mode):
+    with pytest.warns(SABWarning, match=rf"{fresh}, may be written by other users \(mode {mode:o}\).*chmod 700"):
+        loaded, linked = compiled_again(fresh, monkeypatch, lambda folder, path: folder.chmod(mode))
+    assert linked == 1 and fresh not in loaded[0].parents
+    assert not loaded[0].exists()  # the private folder is gone, the library is mapped
+
+
+@needs_compiler
+@pytest.mark.parametrize("whose", ["folder", "library"])
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can give files away")
+def test_what_another_user_owns_is_not_loaded(fresh, monkeypatch, whose):
+    def give_away(folder, path):
+        os.chown(folder if whose == "folder" else path, 12345, -1)
+
+    if whose == "folder":
+        with pytest.warns(SABWarning, match=r"belongs to another user \(uid 12345\)"):
+            loaded, linked = compiled_again(fresh, monkeypatch, give_away)
+        assert fresh not in loaded[0].parents
+    else:
+        loaded, linked = compiled_again(fresh, monkeypatch, give_away)
+        assert loaded[0].stat().st_uid == os.geteuid()
+    assert linked == 1
+
+
+def test_a_library_of_an_owner_who_is_not_trusted_is_not_found(tmp_path, monkeypatch):
+    linked = tmp_path / "linked.so"
+    linked.write_bytes(b"library")
+    path = cache.keep_library(tmp_path, "name", linked)
+    assert cache.find_library(tmp_path, "name") == path
+    monkeypatch.setattr(cache, "trusted_owners", lambda: {path.stat().st_uid + 1})
+    assert cache.find_library(tmp_path, "name") is None
 
 
 @needs_compiler
