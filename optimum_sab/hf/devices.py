@@ -30,8 +30,9 @@ def usable_device(setting: str, name: Any) -> torch.device:
         return device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the kind of device
         kinds = f"cuda:0 to cuda:{n - 1}" if (n := torch.cuda.device_count()) else "no CUDA device"
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise ConfigError(
-            f"{setting}={str(name)!r} cannot be used here ({str(error).splitlines()[0].partition('. ')[0].rstrip('.')}); "
+            f"{setting}={str(name)!r} cannot be used here ({reason}); "
             f"torch sees the cpu and {kinds}. Name one of those, or leave it out."
         ) from error
 

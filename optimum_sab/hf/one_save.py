@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from optimum_sab.errors import FormatError, SABWarning
+from optimum_sab.errors import FormatError, warn
 from optimum_sab.hf.stored_files import INDEX, WEIGHTS, StoredFile, read_index
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
@@ -37,11 +36,9 @@ def check_one_save(files: Sequence[StoredFile], expected: str | None) -> None:
             _check_content(file)
     _check_shards(files)
     if files and files[0].save is None and expected is not None:
-        warnings.warn(
+        warn(
             f"{files[0].name} has no digests although config.json was saved with them: another program wrote it again, "
-            "or a save was interrupted. It is loaded unverified; save the model again to have digests.",
-            SABWarning,
-            stacklevel=2,
+            "or a save was interrupted. It is loaded unverified; save the model again to have digests."
         )
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import warn
 from optimum_sab.hf.config import SABConfig, is_record
 
 
@@ -16,10 +14,8 @@ def as_recipe(config: SABConfig) -> None:
     """
     config.measured = None
     if is_record(config.calibration):
-        warnings.warn(
+        warn(
             f"calibration={config.calibration!r} says how many samples calibrated a finished model, not which: "
-            "the built-in set is used. Give them again as SABConfig(calibration=...).",
-            SABWarning,
-            stacklevel=2,
+            "the built-in set is used. Give them again as SABConfig(calibration=...)."
         )
         config.calibration = None

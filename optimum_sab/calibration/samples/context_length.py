@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import warn
 
 _NAMES = ("max_position_embeddings", "n_positions")
 
@@ -25,11 +24,7 @@ def limited_length(wanted: int, config: Any) -> int:
     most = context_length(config)
     if most is None or wanted <= most:
         return wanted
-    warnings.warn(
-        f"sequence_length={wanted} is more than the {most} positions of the model: calibration texts are cut to that.",
-        SABWarning,
-        stacklevel=3,
-    )
+    warn(f"sequence_length={wanted} is more than the {most} positions of the model: calibration texts are cut to that.")
     return most
 
 
@@ -43,9 +38,7 @@ def warn_of_long_samples(lengths: Mapping[str, int], config: Any) -> None:
     most = context_length(config)
     longer = [] if most is None else [label for label, length in lengths.items() if length > most]
     if longer:
-        warnings.warn(
+        warn(
             f"{len(longer)} calibration samples with pictures are longer than the {most} positions of the model "
-            f"({longer[0]} has {lengths[longer[0]]} tokens), which was not made for them. Give smaller pictures.",
-            SABWarning,
-            stacklevel=3,
+            f"({longer[0]} has {lengths[longer[0]]} tokens), which was not made for them. Give smaller pictures."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from optimum_sab.calibration.samples.chat import Sample
 from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN
 from optimum_sab.calibration.samples.rows import read_row
-from optimum_sab.errors import MissingDependencyError, SABWarning, SampleError
+from optimum_sab.errors import MissingDependencyError, SampleError, warn
 
 _PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
 _READERS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
@@ -161,8 +160,4 @@ def _warn_of_tools(messages: Sequence[Mapping[str, Any]], tools: list[Any], temp
     given = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
     for name, there in given.items():
         if there and name not in template:
-            warnings.warn(
-                f"calibration samples have {name!r}, which the model's chat template does not show: it is left out.",
-                SABWarning,
-                stacklevel=4,
-            )
+            warn(f"calibration samples have {name!r}, which the model's chat template does not show: it is left out.")

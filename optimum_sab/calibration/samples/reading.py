@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -16,7 +15,7 @@ from optimum_sab.calibration.samples.jsonl import json_rows, jsonl_rows
 from optimum_sab.calibration.samples.named_source import BUILTIN, SELF, named_source
 from optimum_sab.calibration.samples.rows import FORMS, read_row
 from optimum_sab.data.builtin import builtin_samples
-from optimum_sab.errors import SABWarning, SampleError
+from optimum_sab.errors import SampleError, warn
 
 
 def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sample]:
@@ -56,7 +55,7 @@ def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterat
         if set(unused) - told:
             told |= set(unused)
             named = ", ".join(map(repr, unused))
-            warnings.warn(f"{label} has columns that are not calibrated on: {named}.", SABWarning, stacklevel=3)
+            warn(f"{label} has columns that are not calibrated on: {named}.")
         yield label, sample
     if not found:
         raise SampleError("there are no calibration samples; give at least one, or calibration='builtin'.")
