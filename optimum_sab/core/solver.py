@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from optimum_sab.core.descent import descend_signs
 from optimum_sab.core.feedback import block_feedback, column_feedback
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
+from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
 from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds, fit_block
 from optimum_sab.core.refit import refit_row_scale
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
@@ -67,14 +69,22 @@ def solve(
 
     Raises:
         CalibrationError: ``significance`` is "modality" and the statistics hold no Hessians per modality.
-        NonFiniteError: W or the Hessian holds NaN or inf.
+        NonFiniteError: W or the Hessian holds NaN or inf, or what is found does.
+        ConfigError: W is too large or too small for its row scales to be stored (`check_magnitude`).
         SingularHessianError: see `factor_hessian`.
     """
     W = weight.detach().to(statistics.hessian.device, torch.float32)
-    if not bool(torch.isfinite(W).all()):
-        raise NonFiniteError(
-            f"the weight of {name} holds NaN or inf; the checkpoint is damaged or overflowed in float16."
-        )
+    check_magnitude(W, settings.row_scale, name)
+    power = extreme_power(W)
+    if not power:
+        return _solve(W, statistics, settings, name)
+    found = _solve(times_power(W, -power), with_outputs_scaled(statistics, -power), settings, name)
+    scale = round_row_scale(times_power(found.planes.row_scale, power), settings.row_scale)
+    return replace(found, planes=replace(found.planes, row_scale=scale))
+
+
+def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> Solution:
+    """`solve` for weights whose squares fp32 holds."""
     alpha = _propagation(W, statistics, settings, name)  # first, since it needs other factors for as long
     factored = statistics.factored(settings.damping, name)
     target = W
@@ -100,7 +110,13 @@ def solve(
             row_scale = refit_row_scale(fit.signs, fit.column_scale, target, factored.hessian, settings.block_size)
             fit.row_scale = round_row_scale(row_scale, settings.row_scale)
     planes = fit.planes()
-    return Solution(planes, output_error(target, planes.dequantize(), statistics.hessian), significance, alpha)
+    error = output_error(target, planes.dequantize(), statistics.hessian)
+    if not math.isfinite(error):
+        raise NonFiniteError(
+            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
+            f"leave it dense with modules_to_not_convert={[name]!r}."
+        )
+    return Solution(planes, error, significance, alpha)
 
 
 def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> float:

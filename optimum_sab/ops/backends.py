@@ -101,11 +101,9 @@ def _triton_problem(device: torch.device) -> str | None:
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported ({error}); pip install triton"
-    if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton kernels need a GPU; set TRITON_INTERPRET=1 to debug them on the CPU"
-    if device.type not in ("cuda", "xpu"):
+    if device.type not in ("cpu", "cuda", "xpu"):
         return f"Triton has no kernels for {device.type} devices"
     from optimum_sab.ops.verification import disagreement
 

@@ -439,10 +439,30 @@ def test_weight_that_is_not_finite_is_named_before_any_work(llama, value):
     assert packed_layers(llama.model) == {}
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activation_that_is_not_finite_names_the_linear(llama, value):
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj.bias", "layers.1.input_layernorm.weight", "norm.weight"])
+def test_other_parameter_that_is_not_finite_is_named_before_any_work(llama, name):
+    projection = llama.model.model.layers[0].self_attn.q_proj
+    projection.bias = torch.nn.Parameter(torch.zeros(projection.out_features))
     with torch.no_grad():
-        llama.model.model.layers[1].post_attention_layernorm.weight[2] = value
+        llama.model.model.get_parameter(name)[1] = float("nan")
+    module, _, tensor = name.rpartition(".")
+    with pytest.raises(NonFiniteError, match=rf"the {tensor} of model\.{module} holds NaN or inf.*fetch it again"):
+        quantize(llama)
+    assert packed_layers(llama.model) == {}
+
+
+@pytest.mark.parametrize(("value", "storage"), [(1e-42, "fp8"), (1e-10, "fp16"), (1e6, "fp16")])
+def test_weight_of_a_magnitude_that_is_not_stored_is_named_before_any_work(llama, value, storage):
+    with torch.no_grad():
+        llama.model.model.layers[1].mlp.down_proj.weight.fill_(value)
+    with pytest.raises(ConfigError, match=r"the weight of model\.layers\.1\.mlp\.down_proj has a magnitude of"):
+        quantize(llama, QUICK.replace(row_scale=storage))
+    assert packed_layers(llama.model) == {}
+
+
+def test_activation_that_is_not_finite_names_the_linear(llama):
+    with torch.no_grad():
+        llama.model.model.layers[1].post_attention_layernorm.weight[2] = 3e38
     with pytest.raises(NonFiniteError, match=r"the input of model\.layers\.1\.mlp\.gate_proj holds NaN or inf"):
         quantize(llama)
 

@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 from sab_kernels import dequantize, to_kernel_layout
 
 pytestmark = pytest.mark.usefixtures("poisoned")  # every element must be written
-DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def assert_exact(layer, dtype):

@@ -17,7 +17,7 @@ WAYS = {
     "small_batch": {"decode_tokens": 0},
     "dense": {"decode_tokens": 0, "dense_tokens": 1},
 }
-# every way with the dtypes it takes; Triton's interpreter computes wrongly in bfloat16
+# every way with the dtypes it takes; interpreted, bf16 is computed in fp32 (test_interpreted_bf16_is_...)
 CASES = [
     ("decode", torch.float16),
     ("small_batch", torch.float16),
@@ -404,3 +404,16 @@ def test_stacked_linear_refuses_biases_of_other_sizes(layer, sizes):
     with pytest.raises(ValueError, match="do not belong to layers") as raised:
         stacked_linear(layer.inputs(3, torch.float32), layer.tensors, layer.geometry, (32, 38), biases)
     assert str(list(sizes)) in str(raised.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
+@pytest.mark.parametrize("tokens", [1, 3, 20, 700])
+def test_interpreted_bf16_is_the_reference_s_rounded_once(random_layer, assert_near, tokens):
+    """Triton's interpreter multiplies the bit patterns of bfloat16 and cuts where it should round."""
+    layer = random_layer(40, 160, base_planes=2)
+    x = torch.randn(tokens, 160, generator=torch.Generator().manual_seed(3)).bfloat16()
+    bias = torch.randn(40, generator=torch.Generator().manual_seed(4)).bfloat16()
+    found = binary_linear(x, layer.tensors, layer.geometry, bias)
+    assert_near(found, x.double() @ layer.packed.dequantize().double().T + bias.double())
+    wide = binary_linear(x.float(), layer.tensors, layer.geometry, bias)
+    assert found.dtype == torch.bfloat16 and torch.equal(found, wide.bfloat16())

@@ -107,11 +107,20 @@ def test_choice_on_other_devices_is_the_reference(device):
     assert f"no kernels for {device}" in choice.reason
 
 
+def test_interpreted_kernels_are_verified_too(verified, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    devices = verified("the Triton kernels are wrong on it (relative error 1e+10 with 24 tokens)")
+    assert why_not("triton", CPU) == "the Triton kernels are wrong on it (relative error 1e+10 with 24 tokens)"
+    with pytest.raises(ConfigError, match=r"asks for backend 'triton' on cpu, but the Triton kernels are wrong"):
+        choose_backend(CPU, "triton")
+    assert devices == [CPU]
+
+
 # -- forced ------------------------------------------------------------------------------------------------------------
 
 
-def test_argument_wins_over_force_backend_wins_over_the_environment(compiler_found, monkeypatch):
-    pytest.importorskip("triton")
+def test_argument_wins_over_force_backend_wins_over_the_environment(compiler_found, verified, monkeypatch):
+    verified(None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv(ENVIRONMENT, "reference")
     assert choose_backend(CPU).name == "reference"

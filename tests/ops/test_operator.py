@@ -77,8 +77,7 @@ def assert_near(found, expected, dtype, times=1):
 
 
 def dtypes_of(backend):
-    wide = backend != "triton" or GPU  # Triton's interpreter has no bfloat16
-    return [torch.float32, torch.float16, *([torch.bfloat16] if wide else [])]
+    return [torch.float32, torch.float16, torch.bfloat16]
 
 
 ways = pytest.mark.parametrize(("backend", "layout"), WAYS)

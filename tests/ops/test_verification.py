@@ -32,8 +32,9 @@ def kernel(monkeypatch):
 
 
 @interpreted
-def test_disagreement_is_none_for_the_kernels():
-    assert disagreement(CPU, torch.float16) is None
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_disagreement_is_none_for_the_kernels(dtype):
+    assert disagreement(CPU, dtype) is None
 
 
 @pytest.mark.gpu

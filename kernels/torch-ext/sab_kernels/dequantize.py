@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import Extent, PackedRows, layer_kind
-from .device import device_traits, on_device
+from .device import computing_dtype, device_traits, on_device
 from .geometry import TILE_COLUMNS, TILE_ROWS, Geometry, ceil_div
 from .operand import RowScales, float_operand, load_tile_scale, operand_column, scale_exponent_offset
 from .prepare import load_half
@@ -146,11 +146,12 @@ def dequantize(
     start, stop, _ = (rows or slice(None)).indices(geometry.rows)
     if start % TILE_ROWS:
         raise ValueError(f"rows start at {start}; dequantization starts at a multiple of {TILE_ROWS}.")
-    out = torch.empty(max(0, stop - start), geometry.columns, dtype=dtype, device=tensors["weight"].device)
+    device = tensors["weight"].device
+    out = torch.empty(max(0, stop - start), geometry.columns, dtype=computing_dtype(dtype, device), device=device)
     if out.numel():
-        with on_device(out.device):
+        with on_device(device):
             dequantize_into(out, tensors, geometry, start)
-    return out
+    return out.to(dtype)
 
 
 def dequantize_into(out: Tensor, tensors: dict[str, Tensor], geometry: Geometry, start: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .arguments import MAX_STACK
 from .decode import multiply_decode
 from .dense import multiply_dense
-from .device import on_device
+from .device import computing_dtype, on_device
 from .geometry import TILE_ROWS, Geometry
 from .product import Product
 from .small_batch import multiply_small_batch
@@ -71,7 +71,10 @@ def stacked_linear(
         )
     if biases and [b.numel() for b in biases] != list(sizes):
         raise ValueError(f"biases of {[b.numel() for b in biases]} values do not belong to layers of {sizes} rows.")
-    tokens = x.shape[0]
+    tokens, dtype = x.shape[0], computing_dtype(x.dtype, x.device)
+    if dtype != x.dtype:
+        wide = stacked_linear(x.to(dtype), tensors, geometry, sizes, biases, launch)
+        return [each.to(x.dtype) for each in wide]
     outputs = [torch.empty(tokens, size, dtype=x.dtype, device=x.device) for size in sizes]
     if tokens == 0:
         return outputs

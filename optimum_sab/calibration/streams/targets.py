@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from optimum_sab.core.magnitude import check_magnitude
 from optimum_sab.errors import CalibrationError, NonFiniteError
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.selection import Selection
@@ -72,15 +73,26 @@ def refuse_offloaded(model: nn.Module, selection: Selection) -> None:
 
 
 def check_weights(model: nn.Module, selection: Selection) -> None:
-    """Stop before hours of work: every target weight must be real and finite.
+    """Stop before hours of work: every target weight must be real, finite and of a size that can be stored.
 
     Raises:
         CalibrationError: see `refuse_offloaded`.
-        NonFiniteError: one holds NaN or inf.
+        ConfigError: see `check_magnitude`.
+        NonFiniteError: a parameter of the model holds NaN or inf.
     """
     refuse_offloaded(model, selection)
-    for name in selection.settings:
-        if not bool(torch.isfinite(target_linear(model, name).weight).all()):
-            raise NonFiniteError(
-                f"the weight of {name} holds NaN or inf; the checkpoint is damaged, or overflowed in float16."
-            )
+    for name, settings in selection.settings.items():
+        check_magnitude(target_linear(model, name).weight, settings.row_scale, name)
+    checked = {f"{name}.weight" for name in selection.settings}
+    for name, parameter in model.named_parameters():
+        if name not in checked and parameter.is_floating_point() and parameter.device.type != "meta":
+            _check_finite(name, parameter.detach())
+
+
+def _check_finite(name: str, parameter: Tensor) -> None:
+    if not bool(torch.isfinite(parameter).all()):
+        module, _, tensor = name.rpartition(".")
+        raise NonFiniteError(
+            f"the {tensor} of {module} holds NaN or inf; the checkpoint is damaged, or overflowed in float16: fetch it "
+            "again, or load it with dtype=torch.bfloat16 or torch.float32."
+        )

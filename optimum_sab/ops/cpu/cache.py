@@ -36,7 +36,7 @@ def library_folder() -> Iterator[Path]:
         yield cache
         return
     warnings.warn(
-        f"the folder for compiled kernels, {cache}, {problem}: nothing is loaded from there, and every process compiles "
+        f"the folder for compiled kernels, {cache}, {problem}: nothing is loaded from there, and each process compiles "
         f"the kernel again. Make it yours alone (chmod 700), or name another folder in ${VARIABLE}.",
         SABWarning,
         stacklevel=2,
