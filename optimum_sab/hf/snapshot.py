@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from torch import nn
 
+from optimum_sab.errors import SABWarning
 from optimum_sab.hf.selection import source_of
 from optimum_sab.hf.stored_files import local_files
 
@@ -31,6 +33,12 @@ def checkpoint_files(model: nn.Module) -> list[str] | None:
         revision = getattr(model.config, "_commit_hash", None)
         config = try_to_load_from_cache(source, "config.json", revision=revision) if revision else None
         if not isinstance(config, str):
+            warnings.warn(
+                f"the files of {source!r} are not where this version of Transformers keeps them (a cache_dir?), so the "
+                "checkpoint is loaded unverified. Load it from its folder, or use Transformers 5.",
+                SABWarning,
+                stacklevel=2,
+            )
             return None
         folder = Path(config).parent
     return local_files(folder)
