@@ -35,14 +35,29 @@ def with_digests(save_file: Callable[..., Any]) -> Callable[..., Any]:
     """`safetensors.torch.save_file` that adds its tensors' digests where the metadata names a save of ours."""
 
     @functools.wraps(save_file)
-    def save(tensors: dict[str, Tensor], filename: Any, metadata: dict[str, str] | None = None) -> Any:
+    def save(tensors: dict[str, Tensor], filename: Any, metadata: dict[str, str] | None = None) -> None:
         if metadata is not None and SAVE_KEY in metadata:
             digests = {name: digest(tensor) for name, tensor in sorted(tensors.items())}
-            metadata = {**metadata, DIGESTS_KEY: json.dumps(digests)}
-        return save_file(tensors, filename, metadata=metadata)
+            save_file(tensors, filename, metadata={**metadata, DIGESTS_KEY: json.dumps(digests)})
+            _sort_metadata(filename)
+        else:
+            save_file(tensors, filename, metadata=metadata)
 
     save.without_digests = save_file  # type: ignore[attr-defined]
     return save
+
+
+def _sort_metadata(filename: Any) -> None:
+    """safetensors writes metadata in the order of a hash table, another every time; the same weights give one file."""
+    with open(filename, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        written = file.read(length)
+        header = json.loads(written)
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        again = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        if len(again) == length:  # spelled alike, as it is for every name that a module can have
+            file.seek(8)
+            file.write(again)
 
 
 def describe_save(model: nn.Module) -> dict[str, str]:

@@ -7,8 +7,10 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
+from optimum_sab.bench.qwen import random_model
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.processor import load_processor
+from optimum_sab.hf.quantizer import SABHfQuantizer
 
 FOLDER = Path(__file__).parent
 
@@ -71,6 +73,20 @@ def example_packed(example, quick_config, tmp_path_factory):
     model.save_pretrained(folder)
     load_processor(example).save_pretrained(folder)
     return model, folder
+
+
+@pytest.fixture(scope="session")
+def packed_vlm():
+    """A small vision-language model with random packed layers, as the quantizer leaves one."""
+
+    def make(seed=0, dtype=torch.float32):
+        config = SABConfig()
+        model = random_model("tiny", config.layer_settings, torch.device("cpu"), dtype, seed)
+        model.hf_quantizer = SABHfQuantizer(config)
+        model.config.quantization_config = model.hf_quantizer.quantization_config
+        return model
+
+    return make
 
 
 @pytest.fixture

@@ -18,24 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
-from optimum_sab.bench.qwen import random_model
 from optimum_sab.errors import SABError
 from optimum_sab.hf.inventory import read_inventory, verify_inventory
-from optimum_sab.hf.quantizer import SABHfQuantizer
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 TOKENS = torch.arange(20, 40)[None]
 ODD = (None, True, -1, 0, 10**30, 1.5, "", "x", "512", [], [1], ["x"], {}, {"x": 1}, {"x": {"x": []}}, [[]])
 CALL_SETTINGS = {"dequantize": True, "backend": "reference", "verify": False, "progress": "none", "processor": "x"}
-
-
-def packed(seed):
-    """A vision-language model with random content, as the quantizer leaves it."""
-    config = SABConfig()
-    model = random_model("tiny", config.layer_settings, torch.device("cpu"), torch.float32, seed)
-    model.hf_quantizer = SABHfQuantizer(config)
-    model.config.quantization_config = model.hf_quantizer.quantization_config
-    return model
 
 
 def logits(model):
@@ -56,10 +45,10 @@ class Originals:
 
 
 @pytest.fixture(scope="module")
-def originals(tmp_path_factory):
+def originals(packed_vlm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("originals")
     for seed, names in ((0, ("whole", "sharded")), (1, ("other", "other_sharded"))):
-        model = packed(seed)
+        model = packed_vlm(seed)
         model.save_pretrained(folder / names[0])
         model.save_pretrained(folder / names[1], max_shard_size="1MB")
     loaded = AutoModelForVision2Seq.from_pretrained(folder / "whole")
