@@ -1,13 +1,78 @@
-"""All of this folder touches Transformers, so all of it runs under every supported line."""
+"""A small language model and the embedded example, dense and packed, made once per run."""
 
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-HERE = Path(__file__).parent
+from optimum_sab import AutoModelForVision2Seq, SABConfig
+from optimum_sab.example import checkpoint_path
+from optimum_sab.hf.processor import load_processor
+
+FOLDER = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
+    """All of this folder touches Transformers, so all of it runs under every supported line."""
     for item in items:
-        if HERE in item.path.parents:
+        if FOLDER in item.path.parents:
             item.add_marker(pytest.mark.compat)
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Short calibration texts."""
+    colours = ["red", "blue"] * 16
+    return [f"Sample {i}: the {c} boat left the harbour at {i + 3} o'clock." for i, c in enumerate(colours)]
+
+
+@pytest.fixture(scope="session")
+def quick_config():
+    """`SABConfig` with few, short samples: what is tested is the path, not the quality."""
+
+    def make(**changes):
+        settings = {"calibration_samples": 8, "sequence_length": 64, "iterations": 2, "progress": "none", **changes}
+        return SABConfig(**settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory):
+    """An untied Llama of three blocks with odd sizes (in_features is no multiple of the block), and a tokenizer."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=144,
+        intermediate_size=200,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def example(small_example):
+    return small_example
+
+
+@pytest.fixture(scope="session")
+def example_packed(example, quick_config, tmp_path_factory):
+    """The example packed by `from_pretrained`: (model, folder it was saved to)."""
+    folder = tmp_path_factory.mktemp("example-sab")
+    model = AutoModelForVision2Seq.from_pretrained(example, dtype=torch.float32, quantization_config=quick_config())
+    model.save_pretrained(folder)
+    load_processor(example).save_pretrained(folder)
+    return model, folder
+
+
+@pytest.fixture
+def token_ids():
+    return torch.arange(20, 60)[None]
