@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.cli.main import main
-from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.errors import CalibrationError, MissingDependencyError, SampleError
 from optimum_sab.hf.origin import Origin, origin_of
 from optimum_sab.hf.processor import PictureProcessor, find_processor, load_processor
 from optimum_sab.hf.quantizer import SABHfQuantizer
@@ -245,3 +245,11 @@ def test_what_is_missing_beside_torchvision_is_named(example, monkeypatch):
     for visual in (True, False):
         with pytest.raises(MissingDependencyError, match="requires the sentencepiece library"):
             find_processor(None, Origin(str(example)), visual)
+
+
+def test_a_model_that_cannot_write_its_samples_is_refused_before_a_weight_is_read(llama_folder, stopped, quick_config):
+    config = quick_config(calibration="self", temperature_scaling=False)
+    with pytest.raises(CalibrationError, match="LlamaModel cannot generate, so it cannot write its own calibration"):
+        AutoModel.from_pretrained(llama_folder, quantization_config=config)
+    _, stages = stopped(AutoModelForCausalLM, llama_folder, quantization_config=config)
+    assert stages[1]._inputs is None
