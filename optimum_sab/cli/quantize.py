@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from optimum_sab.cli.settings import add_settings, read_settings
-from optimum_sab.errors import ConfigError, SampleError
+from optimum_sab.cli.settings import add_settings, check_calibration_file, read_settings
+from optimum_sab.errors import ConfigError
 from optimum_sab.hf.checkpoint import local_files, stored_tensors
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
@@ -78,16 +78,6 @@ def run(options: argparse.Namespace) -> None:
         )
         for kind, each in report.agreement.items():
             print(f"against the dense model, on {kind} that did not calibrate it: {each}")
-
-
-def check_calibration_file(calibration: Any) -> None:
-    """Refuse a file of samples that is not there.
-
-    Raises:
-        SampleError: it is not.
-    """
-    if isinstance(calibration, str) and calibration.endswith((".jsonl", ".json")) and not Path(calibration).is_file():
-        raise SampleError(f"the calibration file {calibration!r} does not exist; name one that does, or 'builtin'.")
 
 
 def check_resume_folder(folder: str | Path | None, where: OutputPlace) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+from pathlib import Path
 from typing import Any
 
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, SampleError
 from optimum_sab.hf.config import ALLOCATION, SABConfig
 from optimum_sab.hf.presets import PRESETS
 
@@ -80,3 +81,13 @@ def read_settings(options: argparse.Namespace, progress: str) -> SABConfig:
         if not isinstance(given["dynamic"], dict) or not all(isinstance(v, dict) for v in given["dynamic"].values()):
             raise ConfigError(f"--dynamic {options.dynamic!r} must be an object of objects: rule to settings.")
     return PRESETS[options.preset](**given, modules_to_not_convert=options.keep_dense, progress=progress)
+
+
+def check_calibration_file(calibration: Any) -> None:
+    """Refuse a file of samples that is not there.
+
+    Raises:
+        SampleError: it is not.
+    """
+    if isinstance(calibration, str) and calibration.endswith((".jsonl", ".json")) and not Path(calibration).is_file():
+        raise SampleError(f"the calibration file {calibration!r} does not exist; name one that does, or 'builtin'.")
