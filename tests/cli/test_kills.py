@@ -1,4 +1,4 @@
-"""Kill -9 at random moments of `optimum-sab quantize --overwrite`: the old checkpoint or the new one, whole, every time."""
+"""Kill -9 at random moments of `optimum-sab quantize --overwrite`: the old checkpoint or the new one, every time."""
 
 import json
 import os
