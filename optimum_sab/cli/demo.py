@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.settings import add_settings, read_settings
+from optimum_sab.cli.settings import add_settings, check_calibration, read_settings
 
 
 def add_command(commands: Any) -> None:
@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> None:
     from optimum_sab.example.demonstration import demonstrate
 
     config = read_settings(options, progress="lines")
+    check_calibration(config.calibration)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch) / "example-sab"
         result = demonstrate(config, output, options.questions, options.question_seed)

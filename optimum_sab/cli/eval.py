@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from optimum_sab.cli.settings import check_calibration
+from optimum_sab.errors import ConfigError
+
 if TYPE_CHECKING:
     from optimum_sab.eval.quality import Measurement, Quality
 
@@ -72,6 +75,10 @@ def run_quality(options: argparse.Namespace) -> None:
         from optimum_sab.eval.picture import check_picture
 
         check_picture(options.picture)
+    for name in ("samples", "length", "held_out", "window", "questions", "probes"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
+    check_calibration(options.calibration, "tasks", "mixed", "reference", "passages")
     methods = [read_method(spec) for spec in options.methods]
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes

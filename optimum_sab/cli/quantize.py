@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from optimum_sab.cli.settings import add_settings, add_source, read_settings
+from optimum_sab.cli.settings import add_settings, add_source, check_calibration, read_settings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
@@ -43,6 +43,7 @@ def add_command(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
     config = read_settings(options, progress="lines")
+    check_calibration(config.calibration)
     check_device_map(options.device_map)
     started = time.perf_counter()
     read_headers(local_files(Path(options.model)))  # a truncated file is seen by its header

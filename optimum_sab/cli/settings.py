@@ -7,6 +7,7 @@ import inspect
 import json
 from typing import Any
 
+from optimum_sab.calibration.samples.named_source import BUILTIN, SELF, named_source
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.config import ALLOCATION, SABConfig
@@ -92,3 +93,17 @@ def read_settings(options: argparse.Namespace, progress: str) -> SABConfig:
         if not isinstance(given["dynamic"], dict) or not all(isinstance(v, dict) for v in given["dynamic"].values()):
             raise ConfigError(f"--dynamic {options.dynamic!r} must be an object of objects: rule to settings.")
     return PRESETS[options.preset](**given, modules_to_not_convert=options.keep_dense, progress=progress)
+
+
+def check_calibration(calibration: str | None, *words: str) -> None:
+    """Refuse a file of samples that is not there, and what names no data at all.
+
+    Args:
+        calibration: as on the command line.
+        words: what may be given besides a file, a dataset, "builtin" and "self".
+
+    Raises:
+        SampleError: see `named_source`.
+    """
+    if calibration is not None and calibration not in (BUILTIN, SELF, *words):
+        named_source(calibration)

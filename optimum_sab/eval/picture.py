@@ -30,7 +30,7 @@ def check_picture(path: Path) -> None:
             path.open("ab").close()
     except OSError as error:
         raise ConfigError(
-            f"--picture {str(path)!r} cannot be written ({error.strerror}); name a file where you can write."
+            f"--picture {str(path)!r} cannot be written ({error.strerror}); name another file."
         ) from error
 
 

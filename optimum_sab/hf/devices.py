@@ -29,11 +29,11 @@ def usable_device(setting: str, name: Any) -> torch.device:
             raise RuntimeError("it keeps no values")
         return device
     except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the kind of device
-        kinds = f"cuda:0 to cuda:{n - 1}" if (n := torch.cuda.device_count()) else "no CUDA device"
         reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
+        kinds = f"cuda:0 to cuda:{n - 1}" if (n := torch.cuda.device_count()) else "no CUDA device"
         raise ConfigError(
-            f"{setting}={str(name)!r} cannot be used here ({reason}); "
-            f"torch sees the cpu and {kinds}. Name one of those, or leave it out."
+            f"{setting}={str(name)!r} cannot be used here ({reason}); torch sees the cpu and "
+            f"{kinds}. Name one of those, or leave it out."
         ) from error
 
 

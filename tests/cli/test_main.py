@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig
 
+from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.cli.main import main
+from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.ops.backends import _triton_problem as triton_problem
 from optimum_sab.version import __version__
 
@@ -30,6 +34,15 @@ def test_quantize_writes_a_whole_checkpoint(packed):
     names = {p.name for p in packed.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
     assert [p.name for p in packed.parent.iterdir()] == [packed.name]  # no partial folder is left
+
+
+@pytest.mark.parametrize("dtype", ["auto", torch.float32])
+def test_size_is_known_before_the_work(small_example, packed, dtype):
+    config = SABConfig.from_dict(json.loads((packed / "config.json").read_text())["quantization_config"])
+    config.dynamic = {}  # what was chosen
+    source = AutoConfig.from_pretrained(small_example)
+    expected = expected_bytes(AutoModelForVision2Seq, source, config, dtype)
+    assert expected == pytest.approx((packed / "model.safetensors").stat().st_size, rel=0.02)
 
 
 def test_quantize_reports_blocks_and_json(small_example, tmp_path, capsys):
@@ -54,10 +67,14 @@ def test_quantize_refuses_a_folder_with_files(small_example, packed, capsys):
 def test_quantize_overwrites_when_asked(small_example, tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
-    (folder / "old.txt").write_text("old")
+    (folder / "notes.txt").write_text("mine")
+    for stale in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (folder / stale).write_text("old")
     assert main(["quantize", str(small_example), "--output", str(folder), "--overwrite", *QUICK]) == 0
     assert (folder / "config.json").exists()
-    assert not (folder / "old.txt").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert [p.name for p in folder.glob("model*")] == ["model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_quantize_leaves_nothing_behind_when_it_fails(small_example, tmp_path, capsys):
@@ -84,7 +101,8 @@ def test_quantize_names_bad_values(small_example, tmp_path, capsys, arguments, m
 
 
 def test_quantize_refuses_what_is_no_model_or_packed_already(packed, tmp_path, capsys):
-    assert main(["quantize", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    (tmp_path / "no-model").mkdir()
+    assert main(["quantize", str(tmp_path / "no-model"), "--output", str(tmp_path / "out")]) == 1
     assert "no model can be read" in capsys.readouterr().err
     assert main(["quantize", str(packed), "--output", str(tmp_path / "out")]) == 1
     assert "quantized already" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def come_by(output, disk):
         assert disk.version_of(folder / "new") == "new"
 
 
-STEPS = [7, pytest.param(1, marks=pytest.mark.full)]
+STEPS = [7, pytest.param(2, marks=pytest.mark.full)]
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -126,7 +126,7 @@ def kill_replacements(disk, folder, count, seed):
     return versions
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("count", [40, pytest.param(300, marks=pytest.mark.full)])
 @pytest.mark.filterwarnings("ignore:an earlier run")
 def test_killed_at_random_moments(tmp_path, disk, count):
     versions = kill_replacements(disk, tmp_path, count, seed=14)

@@ -1,0 +1,236 @@
+"""What users get wrong is one line, before a weight is read; faults of ours keep their traceback."""
+
+import argparse
+import errno
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from optimum_sab.cli import env
+from optimum_sab.cli.main import main
+from optimum_sab.errors import ConfigError, warn
+from optimum_sab.hf.failure import one_line
+
+
+@pytest.fixture(scope="module")
+def weightless(small_example, tmp_path_factory):
+    """A checkpoint without its weights: whatever is refused with another reason than that was refused before them."""
+    folder = tmp_path_factory.mktemp("weightless") / "example-vlm"
+    shutil.copytree(small_example, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    return folder
+
+
+def refused(capsys, *arguments):
+    """The one line that a command ends with."""
+    assert main([str(each) for each in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.splitlines()[-1:] == lines
+    return lines[0]
+
+
+def test_weights_that_are_missing_are_noticed_last(weightless, tmp_path, capsys):
+    assert "no file named model.safetensors" in refused(capsys, "quantize", weightless, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device-map", "cuda"], ["device_map='cuda'", "no CUDA device"]),
+        (["--device-map", "cuda:7"], ["device_map='cuda:7'", "torch sees the cpu"]),
+        (["--device-map", "gpu"], ["device_map='gpu'", "torch sees the cpu"]),
+        (["--device-map", "meta"], ["device_map='meta'", "torch sees the cpu"]),
+        (["--device-map", "disk"], ["device_map='disk'", "torch sees the cpu"]),
+        (["--calibration-device", "cuda:7"], ["calibration_device='cuda:7'", "torch sees the cpu"]),
+        (["--calibration-device", "mps:9"], ["calibration_device='mps:9'", "torch sees the cpu"]),
+        (["--calibration", "nowhere.jsonl"], ["'nowhere.jsonl'", "does not exist"]),
+        (["--keep-dense", "nothing_like_it"], ["'nothing_like_it'", "names look like"]),
+        (["--calibration-pass", "none"], ["calibration_pass='none'"]),
+        (["--resume-folder", "{out}/resume"], ["--resume-folder", "lies in the output"]),
+        (["--resume-folder", "{out}"], ["--resume-folder", "lies in the output"]),
+        (["--resume-folder", "/dev/null/resume"], ["--resume-folder '/dev/null/resume'", "name another"]),
+    ],
+)
+def test_values_are_refused_before_a_weight_is_read(weightless, tmp_path, capsys, arguments, words):
+    if torch.cuda.is_available() and "cuda" in arguments:
+        pytest.skip("there is a CUDA device")
+    given = [each.format(out=tmp_path / "out") for each in arguments]
+    line = refused(capsys, "quantize", weightless, "--output", tmp_path / "out", *given)
+    assert all(word in line for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_is_refused_before_a_weight_is_read(weightless, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "below a file" in refused(capsys, "quantize", weightless, "--output", tmp_path / "file" / "out")
+    line = refused(capsys, "quantize", weightless, "--output", weightless, "--overwrite")
+    assert "which is read from" in line
+    assert (weightless / "config.json").exists()
+
+
+def test_space_is_looked_at_before_a_weight_is_read(weightless, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: argparse.Namespace(free=1_000_000))
+    line = refused(capsys, "quantize", weightless, "--output", tmp_path / "out")
+    assert "0.001 GB free" in line and "another disk" in line
+
+
+def test_processor_is_loaded_before_a_weight_is_read(weightless, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(weightless, broken)
+    (broken / "tokenizer.json").write_text("{")
+    (broken / "tokenizer_config.json").write_text("{")
+    assert "no processor can be loaded" in refused(capsys, "quantize", broken, "--output", tmp_path / "out")
+
+
+def test_package_that_is_missing_is_noticed_before_a_weight_is_read(weightless, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    assert "greenlet" in refused(capsys, "quantize", weightless, "--output", tmp_path / "out")
+
+
+def test_truncated_weights_are_named(small_example, tmp_path, capsys):
+    folder = tmp_path / "damaged"
+    shutil.copytree(small_example, folder)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(100_000)
+    line = refused(capsys, "quantize", folder, "--output", tmp_path / "out")
+    assert str(folder / "model.safetensors") in line and "fetch it again" in line
+
+
+@pytest.mark.parametrize("model", ["./modle", "modle", "owner/modle", "/no/such/modle", "a/b/c"])
+def test_mistyped_models_are_named(tmp_path, monkeypatch, capsys, model):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, "quantize", model, "--output", "out")
+    assert repr(model) in line and "folder" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_looks_at_its_output_and_devices_first(small_example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_sab.example.demonstration.evaluate", lambda *_: pytest.fail("has begun"))
+    monkeypatch.setattr("optimum_sab.example.demonstration.checkpoint_path", lambda: small_example)
+    (tmp_path / "file").write_text("")
+    assert "below a file" in refused(capsys, "demo", "--output", tmp_path / "file" / "out")
+    assert "which is read from" in refused(capsys, "demo", "--output", small_example)
+    assert "calibration_device" in refused(capsys, "demo", "--calibration-device", "cuda:7")
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"), [("out.nonsense", ".png"), ("missing/out.png", "cannot be written"), (".", "must end in")]
+)
+def test_eval_looks_at_the_picture_first(tmp_path, monkeypatch, capsys, picture, words):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("optimum_sab.eval.subject.find_subject", lambda *_: pytest.fail("has begun"))
+    line = refused(capsys, "eval", "quality", "example", "--picture", picture)
+    assert f"--picture {picture!r}" in line and words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"), [(["--samples", "0"], "--samples 0"), (["--calibration", "nowhere.jsonl"], "nowhere.jsonl")]
+)
+def test_eval_looks_at_its_values_first(monkeypatch, capsys, arguments, words):
+    monkeypatch.setattr("optimum_sab.eval.subject.find_subject", lambda *_: pytest.fail("has begun"))
+    assert words in refused(capsys, "eval", "quality", "example", *arguments)
+
+
+# -- what happens while a command runs ---------------------------------------------------------------------------------
+
+
+def running(monkeypatch, work):
+    """`optimum-sab env` does this instead."""
+    monkeypatch.setattr(env, "describe", work)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_interruption_exits_with_130(monkeypatch, capsys, tmp_path, small_example, resume):
+    monkeypatch.setattr("optimum_sab.cli.quantize.auto_class", lambda source: signal.raise_signal(signal.SIGINT))
+    folder = tmp_path / "resume"
+    arguments = ["quantize", str(small_example), "--output", str(tmp_path / "out")]
+    assert main([*arguments, *(["--resume-folder", str(folder)] if resume else [])]) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("interrupted") and err.count("\n") == 1
+    assert (repr(str(folder)) in err) == resume
+
+
+def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch):
+    running(monkeypatch, lambda: {"text": "x" * 1_000_000})
+    out, read_out = os.pipe()[::-1]
+    read_err, err = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(read_out)  # as `| head` does when it has seen enough
+        sys.stdout, sys.stderr = os.fdopen(out, "w"), os.fdopen(err, "w")
+        code = main(["env", "--json"])
+        sys.stdout.flush()  # as at the end of a process
+        sys.stderr.flush()
+        os._exit(code)
+    for each in (out, read_out, err):
+        os.close(each)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 141
+    with os.fdopen(read_err) as complaints:
+        assert complaints.read() == ""
+
+
+def test_warnings_have_lines_of_their_own(monkeypatch, capsys):
+    def work():
+        from tqdm.auto import tqdm
+
+        with tqdm(total=3, desc="Working") as bar:
+            bar.update()
+            warn("first, about something")
+            warn("second")
+        raise ConfigError("the end")
+
+    running(monkeypatch, work)
+    assert main(["env"]) == 1
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert [line.strip() for line in lines if "about" in line or "second" in line or "end" in line] == [
+        "warning: first, about something",
+        "warning: second",
+        "error: the end",
+    ]
+
+
+def test_faults_of_ours_are_not_hidden(monkeypatch):
+    def work():
+        raise KeyError("of ours")
+
+    running(monkeypatch, work)
+    with pytest.raises(KeyError):
+        main(["env"])
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/out"), ["'/data/out'", "no space", "another disk"]),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), ["no space", "another disk"]),
+        (OSError(errno.EROFS, os.strerror(errno.EROFS), "/data"), ["'/data'", "read-only"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), ["'/root/x'", "Permission denied", "name"]),
+        (SafetensorError("Error: No space left on device (os error 28)"), ["no space", "another disk"]),
+        (SafetensorError("incomplete metadata"), ["incomplete metadata", "fetch it again"]),
+        (OSError("Can't load\n\n  the thing"), ["Can't load the thing"]),
+        (ModuleNotFoundError("No module named 'accelerate'"), ["'accelerate'", "pip install"]),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+            ["CUDA out of memory", "--calibration-samples"],
+        ),
+        (MemoryError(), ["of the host", "--calibration-samples"]),
+        (ConfigError("two\nlines"), ["two lines"]),
+    ],
+)
+def test_error_is_one_line_with_value_and_remedy(error, words):
+    line = one_line(error)
+    assert all(word in line for word in words)
+    assert "\n" not in line
+
+
+def test_error_of_the_program_has_no_line():
+    assert one_line(ValueError("of ours")) is None
+    assert one_line(IndexError()) is None

@@ -1,0 +1,80 @@
+"""Kill -9 at random moments of `optimum-sab quantize --overwrite`: the old checkpoint or the new one, every time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+KILLS = 40
+# A process of its own, which has everything imported and forks: a run is then the work and nothing else.
+SCRIPT = """
+import hashlib, json, os, random, signal, sys, time
+from pathlib import Path
+from optimum_sab.cli.main import main
+
+model, folder, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+output = folder / "out"
+QUICK = ["--allocation", "uniform", "--calibration-samples", "4", "--sequence-length", "32", "--iterations", "2",
+         "--sweeps", "0", "--no-temperature-scaling"]
+
+def start(seed):
+    child = os.fork()
+    if child:
+        return child
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os._exit(main(["quantize", model, "--output", str(output), "--overwrite", "--seed", str(seed), *QUICK]))
+
+def content():
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in output.iterdir()} if output.exists() else None
+
+def is_saving():
+    return any((each / "new" / "config.json").exists() for each in folder.glob(".optimum-sab-*"))
+
+output.mkdir()
+(output / "notes.txt").write_text("mine")
+versions, seconds = [], []
+for seed in (0, 1):
+    started = time.perf_counter()
+    assert os.waitstatus_to_exitcode(os.waitpid(start(seed), 0)[1]) == 0
+    seconds.append(time.perf_counter() - started)
+    versions.append(content())
+assert versions[0]["model.safetensors"] != versions[1]["model.safetensors"]
+moments, found, finished = random.Random(14), [], 0
+for kill in range(kills):
+    before = versions.index(content())
+    child = start(1 - before)
+    if kill % 2:  # any moment of the run
+        time.sleep(seconds[1] * moments.random())
+    else:  # a moment from when it has begun to write
+        while not is_saving() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.0005)
+        time.sleep(0.2 * moments.random() ** 2)
+    os.kill(child, signal.SIGKILL)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    finished += code == 0
+    now = content()
+    found.append("old" if now == versions[before] else "new" if now == versions[1 - before] else "neither")
+os.waitpid(start(0), 0)  # nobody disturbs this one
+left = sorted(p.name for p in folder.iterdir())
+print(json.dumps({"found": found, "finished": finished, "seconds": seconds, "left": left,
+                  "last": content() == versions[0], "notes": (output / "notes.txt").read_text()}))
+"""
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_quantize_killed_at_random_moments_leaves_the_old_checkpoint_or_the_new(small_example, tmp_path):
+    command = [sys.executable, "-c", SCRIPT, str(small_example), str(tmp_path), str(KILLS)]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    found = json.loads(done.stdout.splitlines()[-1])
+    sys.stderr.write(f"{found}\n")
+    assert len(found["found"]) == KILLS
+    assert set(found["found"]) == {"old", "new"}
+    assert found["last"] and found["notes"] == "mine"
+    assert found["left"][-1] == "out" and len(found["left"]) <= 1 + KILLS // 8  # those that were finished, if any
