@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from optimum_sab.errors import FormatError, warn
-from optimum_sab.hf.stored_files import INDEX, WEIGHTS, StoredFile, read_index
+from optimum_sab.hf.stored_files import INDEX, SHARD, WEIGHTS, StoredFile, read_index
 
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _REMEDY = (
     "the folder holds a mixture of two saves, or one that was interrupted. Save the model again into an empty folder, "
     "or fetch the checkpoint again."
@@ -55,7 +53,7 @@ def _check_shards(files: Sequence[StoredFile]) -> None:
     """A shard's name says how many there are."""
     names = {file.name for file in files}
     for file in files:
-        match = _SHARD.fullmatch(file.name)
+        match = SHARD.fullmatch(file.name)
         if match is None:
             continue
         stem, count = match[1], int(match[3])

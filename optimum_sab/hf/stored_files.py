@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from optimum_sab.errors import FormatError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 SAVE_KEY = "sab_weights"  # in a file's metadata: the save it was written by
 DIGESTS_KEY = "sab_digests"  # JSON: tensor → digest, for the file's own tensors
 LAYERS_KEY = "sab_layers"  # JSON: packed layer → the settings that its stored shapes follow from
@@ -104,7 +106,13 @@ def local_files(folder: Path) -> list[str]:
                 f"{INDEX} names {Path(missing[0]).name!r}, which is not there; fetch the checkpoint again."
             )
         return files
-    return sorted(str(path) for path in folder.glob("*.safetensors"))
+    found = sorted(folder.glob("*.safetensors"))
+    shard = next((path.name for path in found if SHARD.fullmatch(path.name)), None)
+    if shard is not None and not any(folder.glob("*.safetensors.index*.json")):
+        raise FormatError(
+            f"{shard!r} is a part of a checkpoint whose {INDEX} is not there; fetch the checkpoint again."
+        )
+    return [str(path) for path in found]
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -2,12 +2,16 @@
 
 import importlib.metadata
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
@@ -127,6 +131,42 @@ def test_inspect_prints_modules_and_settings(packed, capsys):
     assert "up_proj" in text
     assert "iterations: 2" in text
     assert "format version 1" in text
+
+
+def test_inspect_verifies_and_names_every_tensor_that_differs(packed, tmp_path, capsys):
+    assert main(["inspect", str(packed), "--verify"]) == 0
+    assert re.search(r"verified: (\d+) of \1 tensors", capsys.readouterr().out)
+    folder = shutil.copytree(packed, tmp_path / "damaged")
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    names = sorted(
+        name for name in tensors if name.endswith(("layers.1.mlp.up_proj.weight", "layers.0.mlp.down_proj.bias"))
+    )
+    names += [next(name for name in sorted(tensors) if "visual" in name)]
+    for name in names:
+        tensors[name].view(-1).view(torch.uint8)[0] ^= 1
+    with safe_open(path, framework="pt") as handle:
+        save_file(tensors, path, handle.metadata())
+    assert main(["inspect", str(folder)]) == 0  # headers alone are as they were
+    capsys.readouterr()
+    assert main(["inspect", str(folder), "--verify"]) == 1
+    found = capsys.readouterr()
+    assert all(f"  {name} is not what was saved" in found.out for name in names)
+    assert f"{len(names)} of {len(tensors)} tensors" in found.err
+    assert main(["inspect", str(folder), "--verify", "--json"]) == 1
+    assert json_of(capsys)["verified"] == {"tensors": len(tensors), "differ": sorted(names)}
+
+
+def test_inspect_says_that_there_is_nothing_to_verify(packed, tmp_path, capsys):
+    folder = shutil.copytree(packed, tmp_path / "old")
+    path = folder / "model.safetensors"
+    save_file(load_file(path), path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["measured"]["weights"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(folder)]) == 0
+    assert main(["inspect", str(folder), "--verify"]) == 1
+    assert "carries no digests" in capsys.readouterr().err
 
 
 def test_inspect_refuses_a_dense_checkpoint(small_example, capsys):

@@ -103,6 +103,50 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("backend", True),
         ("backend", ["triton"]),
         ("modules_to_not_convert", "down_proj"),
+        ("modules_to_not_convert", 7),
+        ("modules_to_not_convert", [7]),
+        ("modules_to_not_convert", [["down_proj"]]),
+        ("modules_to_not_convert", {"down_proj": 1}),
+        ("dynamic", ["down_proj"]),
+        ("dynamic", "down_proj"),
+        ("dynamic", {"down_proj": 2}),
+        ("dynamic", {"down_proj": [["sweeps", 2]]}),
+        ("dynamic", {7: {"sweeps": 2}}),
+        ("dynamic", {"down_proj": {7: 2}}),
+        ("calibration", 7),
+        ("calibration", 1.5),
+        ("calibration", True),
+        ("calibration_pass", ["hessian"]),
+        ("calibration_pass", None),
+        ("calibration_device", 7),
+        ("calibration_device", ["cuda"]),
+        ("measured", [1]),
+        ("measured", "x"),
+        ("measured", {"left_dense": "layers.0"}),
+        ("measured", {"left_dense": [1]}),
+        ("measured", {"left_dense": None}),
+        ("measured", {"weights": 7}),
+        ("measured", {"dynamic_order": 7}),
+        ("format_version", "1"),
+        ("format_version", True),
+        ("format_version", 1.0),
+        ("format_version", None),
+        ("format_version", [1]),
+        ("verify", 1),
+        ("verify", "some"),
+        ("verify", None),
+        ("verify", ["all"]),
+        ("block_size", [128]),
+        ("block_size", 10**40),
+        ("significance", ["hessian"]),
+        ("row_scale", {"fp8": 1}),
+        ("damping", "0.1"),
+        ("salient_fraction", [0.1]),
+        ("target_bits", [2]),
+        ("allocation", ["uniform"]),
+        ("temperature_scaling", "yes"),
+        ("quant_method", ["sab"]),
+        ("progress", ["bar"]),
     ],
 )
 def test_bad_value_is_named(setting, value):
@@ -201,3 +245,48 @@ def test_refine_settings_are_there_only_when_asked_for():
     assert SABConfig(refine=True, refine_epochs=3, refine_steps=7).refine_settings == RefineSettings(3, 7)
     with pytest.raises(ConfigError, match="nothing to refine"):
         SABConfig(refine_epochs=0, refine_steps=0)
+
+
+def test_a_name_that_is_none_of_python_s_business_is_an_unknown_setting():
+    for name in ("self", "unknown"):
+        with pytest.raises(ConfigError, match=f"unknown setting '{name}'"):
+            SABConfig.from_dict({"quant_method": "sab", name: 1})
+
+
+def test_a_long_value_is_shown_in_part():
+    with pytest.raises(ConfigError) as caught:
+        SABConfig(dynamic=[{"sweeps": 2}] * 1000)
+    assert len(str(caught.value)) < 200
+
+
+def test_rules_keep_their_order_where_storing_sorts_them():
+    """They apply in order; Transformers sorts a config.json's keys."""
+    rules = {"layers": {"sweeps": 1}, "down_proj": {"sweeps": 3}}
+    config = SABConfig(dynamic=rules, measured={"bits_per_weight": 1.3})
+    stored = json.loads(json.dumps(config.to_dict(), sort_keys=True))
+    assert list(stored["dynamic"]) == ["down_proj", "layers"]
+    found = SABConfig.from_dict(stored)
+    assert list(found.dynamic) == ["layers", "down_proj"]
+    assert found.measured == {"bits_per_weight": 1.3}
+    assert found == config
+    plain = SABConfig(dynamic=rules)
+    assert SABConfig.from_dict(json.loads(json.dumps(plain.to_dict(), sort_keys=True))) == plain
+    assert list(SABConfig.from_dict({**stored, "dynamic": {"x": {"sweeps": 1}}}).dynamic) == ["x"]  # edited since
+
+
+def test_settings_of_a_call_are_told_apart_from_those_of_a_checkpoint():
+    given = SABConfig.from_dict({"quant_method": "sab", "progress": "none", "backend": "reference"})
+    assert (given.progress, given.backend) == ("none", "reference")
+    with pytest.raises(ConfigError, match="holds progress='none', which belongs to a call"):
+        copy.deepcopy(given).refuse_call_settings()
+    SABConfig.from_dict({"quant_method": "sab"}, progress="none").refuse_call_settings()
+    SABConfig.from_dict(given.to_dict()).refuse_call_settings()
+
+
+def test_loading_attributes_are_the_settings_of_a_load():
+    assert SABConfig(verify="all", backend="reference").get_loading_attributes() == {
+        "dequantize": False,
+        "backend": "reference",
+        "verify": "all",
+    }
+    assert "verify" not in SABConfig(verify=False).to_dict()

@@ -258,6 +258,8 @@ def mixed(folder, rng, originals):
         weights_file(folder, rng).unlink()
     else:
         chosen = rng.sample(names, rng.randrange(1, len(names))) if how == "several" else [rng.choice(names)]
+        if {name for name in names if name == "config.json" or name.endswith(".safetensors")} <= set(chosen):
+            chosen.remove("config.json")  # that would be the other model, whole
         for name in ["config.json"] if how == "config" else chosen:
             shutil.copy(other / name, folder / name)
 
@@ -293,8 +295,11 @@ def inspected(folder):
     return "differs" if verification.differ else "verified"
 
 
-def outcome(folder, originals):
+def outcome(folder, originals, of_transformers):
     """named (an error of ours), refused (by Transformers, before the quantizer is asked), same, DIFFERENT or CRASH.
+
+    Args:
+        of_transformers: whether what is wrong may be a part of the configuration that is nothing to us.
 
     Raises:
         Exception: `inspect` failed with another error than ours.
@@ -307,7 +312,8 @@ def outcome(folder, originals):
     except SABError:
         return "named"
     except Exception as error:
-        return "refused" if seen != "verified" and not ours(error) else f"CRASH {type(error).__name__}: {error}"
+        refused = not ours(error) and (seen != "verified" or of_transformers)
+        return "refused" if refused else f"CRASH {type(error).__name__}: {error}"
     same = state.keys() == originals.state.keys() and torch.equal(found, originals.logits)
     if same and all(torch.equal(tensor, originals.state[name]) for name, tensor in state.items()):
         return "same"
@@ -326,7 +332,7 @@ def fuzz(originals, target, seed, count):
         shutil.copytree(rng.choice((originals.whole, originals.sharded)), target)
         mutate(target, rng, originals)
         started = time.perf_counter()
-        found = outcome(target, originals)
+        found = outcome(target, originals, of_transformers=mutate is broken_config)
         seen[mutate.__name__][found.split()[0]] += 1
         if found.isupper() or found.startswith("CRASH") or time.perf_counter() - started > 60:
             failures.append((number, mutate.__name__, found))

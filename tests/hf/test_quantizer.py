@@ -329,6 +329,41 @@ def test_paper_preset_runs_end_to_end(example, tmp_path):
     AutoModelForVision2Seq.from_pretrained(tmp_path)
 
 
+def test_the_configuration_of_a_finished_model_is_a_recipe(llama_packed, llama_folder, quick_config, texts, tmp_path):
+    model, folder = llama_packed
+    stored = AutoModelForCausalLM.from_pretrained(folder).config.quantization_config
+    recipe = SABConfig.from_dict({**stored.to_dict(), "calibration": texts, "progress": "none"})
+    again = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=recipe)
+    for name, layer in packed_linears(model).items():
+        other = again.get_submodule(name)
+        assert other.settings == layer.settings  # the choice of the allocation stands in the rules
+    assert again.config.quantization_config.measured.get("weights") is None
+    again.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_samples_of_which_only_the_number_is_stored_are_the_built_in_ones(llama_folder, quick_config):
+    for recipe in (
+        quick_config(calibration={"samples": 8}),
+        {"quant_method": "sab", **quick_config().to_dict(), "calibration": {"samples": 8}, "progress": "none"},
+    ):
+        with pytest.warns(SABWarning, match=r"calibration=\{'samples': 8\} says how many .* built-in set is used"):
+            model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=recipe)
+        assert model.config.quantization_config.calibration is None
+
+
+def test_overlapping_rules_are_read_back_in_their_order(llama_folder, quick_config, texts, token_ids, tmp_path):
+    rules = {"layers": {"base_planes": 2}, "down_proj": {"base_planes": 1}}
+    config = quick_config(calibration=texts, dynamic=rules, allocation="uniform")
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    planes = {name.rpartition(".")[2]: m.settings.base_planes for name, m in packed_linears(again).items()}
+    assert (planes["down_proj"], planes["up_proj"]) == (1, 2)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=token_ids).logits, again(input_ids=token_ids).logits)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 
