@@ -19,6 +19,7 @@ from optimum_sab.calibration.stages.comparison import CompareAnswers
 from optimum_sab.calibration.stages.head import FindHead
 from optimum_sab.calibration.stages.memory import LookAtMemory
 from optimum_sab.calibration.stages.preparation import PrepareLayers
+from optimum_sab.calibration.stages.rehearsal import RehearseForward
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
 from optimum_sab.calibration.stages.samples import GivenSamples
 from optimum_sab.calibration.stages.temperature import ScaleTemperature
@@ -30,6 +31,7 @@ BINARIZE: tuple[Stage, ...] = (FindHead(), SolveBlocks(), ScaleTemperature(), Tu
 
 STAGES: tuple[Stage, ...] = (
     LookAtMemory(),
+    RehearseForward(),
     RememberAnswers(),
     OpenResumeFolder(),
     MeasureSensitivities(),
