@@ -82,7 +82,7 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
 
     Raises:
         SampleError: none can be loaded.
-        MissingDependencyError: a package is missing that it needs.
+        MissingDependencyError: see `load_processor`.
     """
     if given is not None and not isinstance(given, (str, Path)):
         return given
@@ -92,9 +92,7 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
         return load(source.name, **source.arguments)
     except MissingDependencyError:
         raise
-    except ImportError as error:
-        raise _missing(source.name, error) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # 4.57 asks for protobuf where there is no tokenizer at all
         within = "".join(f", {name}={value!r}" for name, value in source.place.items())
         raise SampleError(
             f"no processor can be loaded from {source.name!r}{within} ({error}); give one as SABConfig(processor=...)."

@@ -242,8 +242,8 @@ def test_what_is_missing_beside_torchvision_is_named(example, monkeypatch):
 
     for name in ("AutoProcessor", "AutoTokenizer"):
         monkeypatch.setattr(f"optimum_sab.hf.processor.{name}.from_pretrained", missing)
-    for visual in (True, False):
-        with pytest.raises(MissingDependencyError, match="requires the sentencepiece library"):
+    for visual, kind in ((True, MissingDependencyError), (False, SampleError)):
+        with pytest.raises(kind, match="requires the sentencepiece library"):
             find_processor(None, Origin(str(example)), visual)
 
 
