@@ -30,7 +30,8 @@ def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
     linear weights.
 
     Raises:
-        ConfigError: there is no list of blocks with linears in it.
+        ConfigError: there is no list of blocks with linears in it; where that is because the model computes with
+            Conv1D, the message says so.
     """
     accessor = getattr(model, "get_decoder", None)
     decoder = accessor() if callable(accessor) else model
@@ -42,6 +43,13 @@ def find_decoder_blocks(model: nn.Module) -> DecoderBlocks:
         if isinstance(module, nn.ModuleList) and len(module) and _linear_weights(module)
     ]
     if not candidates:
+        transposed = next((name for name, each in model.named_modules() if type(each).__name__ == "Conv1D"), None)
+        if transposed is not None:  # Transformers' own, in GPT-2 and its descendants
+            raise ConfigError(
+                f"{type(model).__name__} computes with Conv1D, such as {transposed}: its weight is [in, out], and SAB "
+                "binarizes nn.Linear. Put an nn.Linear with the transposed weight in the place of each, and save that "
+                "model, or choose one that has linears."
+            )
         raise ConfigError(
             f"{type(model).__name__} has no list of decoder blocks with linear layers; SAB binarizes decoder models."
         )

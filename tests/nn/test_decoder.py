@@ -1,5 +1,6 @@
 import pytest
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
@@ -75,4 +76,16 @@ def test_decoder_blocks_of_a_packed_model_are_those_of_the_dense_one():
 )
 def test_decoder_blocks_of_a_model_without_any_are_refused(model):
     with pytest.raises(ConfigError, match=type(model).__name__):
+        find_decoder_blocks(model)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_model_of_conv1d_is_told_that_this_is_the_reason(wrapped):
+    """GPT-2 has no `nn.Linear` in its blocks."""
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    if wrapped:
+        model = nn.ModuleDict({"decoder": model})
+    with pytest.raises(
+        ConfigError, match=r"computes with Conv1D, such as .*transformer\.h\.0\.attn\.c_attn.*nn\.Linear"
+    ):
         find_decoder_blocks(model)
