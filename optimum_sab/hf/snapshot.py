@@ -30,7 +30,9 @@ def checkpoint_files(model: nn.Module) -> list[str] | None:
         return None
     folder = Path(source)
     if not folder.is_dir():
-        revision = getattr(model.config, "_commit_hash", None)
+        revision = vars(model.config).get(
+            "_commit_hash"
+        )  # by attribute, Qwen2.5-VL's gives its text part's, which is None
         config = try_to_load_from_cache(source, "config.json", revision=revision) if revision else None
         if not isinstance(config, str):
             warnings.warn(
