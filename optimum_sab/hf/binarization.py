@@ -32,6 +32,20 @@ def stages(config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]
     return (processor, ReadSamplesEarly(processor), *STAGES)
 
 
+def check_settings(model: nn.Module, config: SABConfig) -> None:
+    """Refuse what takes no time to see: of `check_before_loading` what needs no processor and no samples.
+
+    Args:
+        model: its weights may be on meta.
+        config: the configuration.
+
+    Raises:
+        ConfigError, CalibrationError, MissingDependencyError: see `check_before_loading`.
+    """
+    with _on_cpu():
+        check_stages(STAGES, model, run_options(config))
+
+
 def check_before_loading(model: nn.Module, config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]:
     """Refuse what can be seen to fail before a weight is read, calibration samples and their processor included.
 
@@ -49,11 +63,10 @@ def check_before_loading(model: nn.Module, config: SABConfig, origin: Origin | N
         SampleError: no processor is found, or a sample cannot be read or encoded.
         MissingDependencyError: see `import_greenlet`; or a package is missing that reads samples.
     """
-    options = run_options(config)
+    check_settings(model, config)
     beginning = stages(config, origin)
     with _on_cpu():
-        check_stages(beginning[2:], model, options)  # what takes no time
-        check_stages(beginning[:2], model, options)
+        check_stages(beginning[:2], model, run_options(config))
     return beginning
 
 

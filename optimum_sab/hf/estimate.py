@@ -10,13 +10,14 @@ from torch import nn
 
 from optimum_sab.errors import SABWarning
 from optimum_sab.format.layout import stored_bits_per_weight
+from optimum_sab.hf.binarization import check_settings
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.selection import select
 from optimum_sab.nn.selection import Selection
 
 
 def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dtype | str) -> int:
-    """Bytes that a packed checkpoint will take, from a model without weights.
+    """Bytes that a packed checkpoint will take, from a model without weights, on which the settings are checked too.
 
     Args:
         factory: the model's class, or an auto class.
@@ -25,13 +26,14 @@ def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dt
         dtype: of what stays dense; "auto" for the dense model's own.
 
     Raises:
-        ConfigError: a module rule fits nothing.
+        ConfigError, CalibrationError, MissingDependencyError: a module rule fits nothing, or see `check_settings`.
     """
     with torch.device("meta"):
         model = factory.from_config(source)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SABWarning)  # they come again with the weights
         selection = select(model, config, strict=True)
+        check_settings(model, config)
     kept = dtype if isinstance(dtype, torch.dtype) else getattr(source, "dtype", None) or torch.float32
     return checkpoint_bytes(model, selection, kept, config.target_bits)
 
