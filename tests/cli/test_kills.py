@@ -30,16 +30,23 @@ def start(seed):
 def content():
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in output.iterdir()} if output.exists() else None
 
-def is_saving():
-    return any((each / "new" / "config.json").exists() for each in folder.glob(".optimum-sab-*"))
+def wait_for_saving(child):
+    while not any((each / "new" / "config.json").exists() for each in folder.glob(".optimum-sab-*")):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+        time.sleep(0.0005)
 
 output.mkdir()
 (output / "notes.txt").write_text("mine")
-versions, seconds = [], []
+versions, seconds, saving = [], [], []
 for seed in (0, 1):
     started = time.perf_counter()
-    assert os.waitstatus_to_exitcode(os.waitpid(start(seed), 0)[1]) == 0
+    child = start(seed)
+    wait_for_saving(child)
+    begun = time.perf_counter()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     seconds.append(time.perf_counter() - started)
+    saving.append(time.perf_counter() - begun)
     versions.append(content())
 assert versions[0]["model.safetensors"] != versions[1]["model.safetensors"]
 moments, found, finished = random.Random(14), [], 0
@@ -49,9 +56,8 @@ for kill in range(kills):
     if kill % 2:  # any moment of the run
         time.sleep(seconds[1] * moments.random())
     else:  # a moment from when it has begun to write
-        while not is_saving() and not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            time.sleep(0.0005)
-        time.sleep(0.2 * moments.random() ** 2)
+        wait_for_saving(child)
+        time.sleep(saving[1] * moments.random())
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL), code
@@ -60,7 +66,7 @@ for kill in range(kills):
     found.append("old" if now == versions[before] else "new" if now == versions[1 - before] else "neither")
 os.waitpid(start(0), 0)  # nobody disturbs this one
 left = sorted(p.name for p in folder.iterdir())
-print(json.dumps({"found": found, "finished": finished, "seconds": seconds, "left": left,
+print(json.dumps({"found": found, "finished": finished, "seconds": seconds, "saving": saving, "left": left,
                   "last": content() == versions[0], "notes": (output / "notes.txt").read_text()}))
 """
 
