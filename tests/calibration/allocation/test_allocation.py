@@ -109,6 +109,7 @@ def test_allocation_rules_select_the_same_settings_under_any_prefix(llama, measu
     selection = select_linears(llama, SETTINGS)
     found = measured(selection, 2.8)
     rules = found.rules(selection)
+    assert list(rules) == [name.removeprefix("model.") for name in found.settings]  # names, not patterns
     assert select_linears(llama, SETTINGS, dynamic=rules).settings == found.settings
     inner = select_linears(llama.model, SETTINGS, dynamic=rules).settings
     assert {f"model.{n}": s for n, s in inner.items()} == found.settings

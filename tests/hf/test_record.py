@@ -1,0 +1,43 @@
+"""What is written down of a run reads back as the run was."""
+
+import pytest
+from torch import nn
+
+from optimum_sab import SABConfig
+from optimum_sab.calibration.blocks.report import BlockReport, LayerReport
+from optimum_sab.calibration.report import BinarizationReport, StageReport
+from optimum_sab.calibration.stages.allocation import AllocationReport
+from optimum_sab.calibration.stages.samples import SampleReport
+from optimum_sab.hf.record import record
+from optimum_sab.hf.selection import select
+
+
+@pytest.fixture
+def model():
+    model = nn.Module()
+    model.layers = nn.ModuleList(
+        nn.ModuleDict({"gate": nn.Linear(64, 64), "gate_proj": nn.Linear(64, 64)}) for _ in range(2)
+    )
+    return model
+
+
+def report(rules):
+    layers = (LayerReport("layers.0.gate", 0.1, 1.5, 4096),)
+    return BinarizationReport(
+        (
+            StageReport("samples", 0.0, SampleReport(3, {"text": 30})),
+            StageReport("allocation", 0.0, AllocationReport(rules, None)),
+            StageReport("blocks", 0.0, (BlockReport(0, layers, None, 0.0),)),
+        )
+    )
+
+
+def test_a_choice_for_a_linear_that_a_rule_of_the_user_names_joins_it(model):
+    """The two have one key then, and both count when the model is loaded."""
+    config = SABConfig(block_size=32, dynamic={"layers.1.gate_proj": {"block_size": 64}, "gate": {"damping": 0.2}})
+    planes = {"base_planes": 2, "residual_planes": 0, "salient_fraction": 0.125}
+    selection = select(model, config, strict=True).with_rules({"layers.1.gate_proj": planes})
+    record(config, selection, report({"layers.1.gate_proj": planes}))
+    assert config.dynamic["layers.1.gate_proj"] == {"block_size": 64, **planes}
+    stored = SABConfig.from_dict(config.to_dict())
+    assert select(model, stored, strict=False).settings == selection.settings
