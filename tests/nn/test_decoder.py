@@ -4,7 +4,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
-from optimum_sab.nn.decoder import find_decoder_blocks
+from optimum_sab.nn.decoder import BlockLists, find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 
 
@@ -38,32 +38,32 @@ class Model(nn.Module):
 def test_decoder_blocks_are_those_of_get_decoder_even_when_the_vision_tower_is_larger():
     model = Model(vision=(6, 32), accessor=lambda m: m.model.language_model)
     found = find_decoder_blocks(model)
-    assert found.prefix == "model.language_model.layers"
+    assert found.lists.names == ("model.language_model.layers",)
     assert found.blocks == tuple(model.model.language_model.layers)
 
 
 def test_decoder_blocks_without_an_accessor_are_the_list_with_most_linear_weights():
-    assert find_decoder_blocks(Model()).prefix == "model.language_model.layers"
+    assert find_decoder_blocks(Model()).lists.names == ("model.language_model.layers",)
 
 
 def test_decoder_blocks_ignore_an_accessor_that_answers_with_no_module():
-    assert find_decoder_blocks(Model(accessor=lambda m: None)).prefix == "model.language_model.layers"
+    assert find_decoder_blocks(Model(accessor=lambda m: None)).lists.names == ("model.language_model.layers",)
 
 
 def test_decoder_blocks_are_the_outer_list_where_blocks_hold_lists():
     model = Tower(2, 8)
     for block in model.layers:
         block.append(nn.ModuleList(nn.Linear(8, 8) for _ in range(4)))  # experts
-    assert find_decoder_blocks(model).prefix == "layers"
+    assert find_decoder_blocks(model).lists.names == ("layers",)
 
 
 def test_decoder_blocks_of_a_packed_model_are_those_of_the_dense_one():
     model = Model(vision=(5, 12))  # a little less than the language model
-    dense = find_decoder_blocks(model).prefix
+    dense = find_decoder_blocks(model).lists
     for block in model.model.language_model.layers:
         for i in range(2):
             block[i] = SABLinear(16, 16, LayerSettings(block_size=32))
-    assert find_decoder_blocks(model).prefix == dense == "model.language_model.layers"
+    assert find_decoder_blocks(model).lists == dense == BlockLists(("model.language_model.layers",))
 
 
 @pytest.mark.parametrize(

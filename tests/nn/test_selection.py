@@ -85,7 +85,7 @@ def test_selection_holds_the_linears_of_the_decoder_blocks_and_nothing_else(pref
     """Not the vision tower with its own list of layers, the projector, the embedding or the tied lm_head."""
     model = VisionLanguage(prefix)
     found = select_linears(model, SMALL)
-    assert found.prefix == f"model.{prefix}.layers"
+    assert found.lists.names == (f"model.{prefix}.layers",)
     assert list(found.settings) == names(f"model.{prefix}.layers", 2)
     assert set(found.settings.values()) == {SMALL}
     assert found.left_dense == ()
@@ -98,7 +98,7 @@ def test_selection_of_a_text_model_holds_its_layers():
 
 def test_selection_of_a_bare_list_of_blocks_holds_its_linears():
     found = select_linears(Text().model.layers, SMALL)
-    assert found.prefix == ""
+    assert found.lists.names == ("",)
     assert list(found.settings) == [name.removeprefix("model.layers.") for name in names("model.layers", 3)]
 
 
