@@ -12,6 +12,7 @@ from optimum_sab.nn.decoder import foreign_modules
 from optimum_sab.nn.selection import Selection
 
 WORTH_A_WARNING = 0.1
+_NO_MATRICES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def dense_share(model: nn.Module, selection: Selection) -> DenseShare:
     total = 0
     dense: dict[str, int] = {}
     for name, module in root.named_modules():
-        if id(module) in foreign or module is head or isinstance(module, nn.Embedding):
+        if id(module) in foreign or module is head or isinstance(module, _NO_MATRICES):
             continue
         for tensor, parameter in module.named_parameters(recurse=False):
             if parameter.ndim < 2 or not parameter.is_floating_point():
