@@ -53,6 +53,9 @@ def check_layers(
                     "not belong to it."
                 )
             _check_settings(name, module, layers.get(lists.short(name)))
+            foreign = f"{next(iter(found.values()))[0].rpartition('.')[0]}.bias"  # that the model has no place for
+            if foreign in stored:
+                found.setdefault("bias", (foreign, stored[foreign]))
             _check_tensors(name, module, {tensor: entry for tensor, (_, entry) in found.items()})
     return keys
 

@@ -35,8 +35,8 @@ def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
         else:
             inputs[name] = _tensor(value, name, label)
     for own in IDS:
-        if own in inputs:
-            inputs[own] = _ids(inputs[own], own, label)
+        if own in row:
+            inputs[own] = _ids(inputs.get(own), own, label)
     if "input_ids" not in inputs:
         return inputs, others
     ids = inputs["input_ids"]
@@ -57,8 +57,8 @@ def token_count(inputs: Mapping[str, Any]) -> int:
     return 0 if ids is None else int(ids.numel())
 
 
-def _ids(ids: Tensor, name: str, label: str) -> Tensor:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+def _ids(ids: Tensor | None, name: str, label: str) -> Tensor:
+    if ids is None or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise SampleError(f"{label}: {name!r} must be whole numbers, a list or a tensor.")
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[0] != 1:
