@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -89,3 +91,97 @@ def test_a_model_of_conv1d_is_told_that_this_is_the_reason(wrapped):
         ConfigError, match=r"computes with Conv1D, such as .*transformer\.h\.0\.attn\.c_attn.*nn\.Linear"
     ):
         find_decoder_blocks(model)
+
+
+class Reader(Tower):
+    """A part that reads pictures, as Transformers' are marked."""
+
+    main_input_name = "pixel_values"
+
+
+class WholeModel(nn.Module):
+    """A model that answers `get_decoder` with itself, like GIT; its picture part is the largest."""
+
+    def __init__(self, senses, name="reader"):
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        setattr(self, name, senses)
+        self.encoder = Tower(3, 16)
+
+    def get_decoder(self):
+        return self
+
+    def get_input_embeddings(self):
+        return self.embed
+
+
+@pytest.mark.parametrize(
+    ("senses", "name"), [(Reader(6, 32), "reader"), (Tower(6, 32), "image_encoder"), (Tower(6, 32), "audio_tower")]
+)
+def test_what_reads_pictures_or_sound_is_not_the_decoder_however_large(senses, name):
+    assert find_decoder_blocks(WholeModel(senses, name)).lists.names == ("encoder.layers",)
+
+
+def test_a_part_with_the_token_embedding_reads_text_whatever_it_is_called():
+    model = Model(vision=(1, 8))
+    model.image_text_model, model.model = model.model, None
+    model.image_text_model.embed = nn.Embedding(11, 16)
+    model.get_input_embeddings = lambda: model.image_text_model.embed
+    assert find_decoder_blocks(model).lists.names == ("image_text_model.language_model.layers",)
+
+
+def test_lists_of_blocks_beside_the_largest_are_the_decoder_s_too():
+    model = Model()
+    decoder = model.model.language_model
+    decoder.gated_cross_attn_layers = stack(1, 16)
+    decoder.projections = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))  # linears, no blocks
+    decoder.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+    found = find_decoder_blocks(model)
+    start = "model.language_model"
+    assert found.lists.names == (f"{start}.layers", f"{start}.gated_cross_attn_layers")
+    assert list(found.named) == [*(f"{start}.layers.{i}" for i in range(3)), f"{start}.gated_cross_attn_layers.0"]
+    assert found.blocks[-1] is decoder.gated_cross_attn_layers[0]
+
+
+class EncoderDecoder(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder, self.decoder = encoder, Tower(3, 16)
+        self.config = SimpleNamespace(is_encoder_decoder=True)
+
+    def get_encoder(self):
+        return self.encoder
+
+    def get_decoder(self):
+        return self.decoder
+
+
+def test_a_text_encoder_is_part_of_the_language_model_and_comes_first():
+    found = find_decoder_blocks(EncoderDecoder(Tower(2, 8)))
+    assert found.lists.names == ("encoder.layers", "decoder.layers")
+    assert len(found.blocks) == 5
+
+
+def test_an_encoder_of_pictures_is_not():
+    assert find_decoder_blocks(EncoderDecoder(Reader(2, 64))).lists.names == ("decoder.layers",)
+
+
+@pytest.mark.parametrize(
+    ("lists", "above", "names"),
+    [
+        (("layers",), "", {"layers.0.mlp": "layers.0.mlp", "x.layers.0.mlp": "layers.0.mlp"}),
+        (("model.layers",), "model", {"model.layers.0.mlp": "layers.0.mlp", "layers.0.mlp": "layers.0.mlp"}),
+        (
+            ("m.encoder.layers", "m.decoder.layers"),
+            "m",
+            {"m.encoder.layers.1.q": "encoder.layers.1.q", "other.m.decoder.layers.1.q": "decoder.layers.1.q"},
+        ),
+        (("m.layers", "m.cross_layers"), "m", {"m.cross_layers.3.q": "cross_layers.3.q", "m.layers.3.q": "layers.3.q"}),
+        (("",), "", {"0.up": "0.up"}),
+        (("h",), "", {"lm_head": "lm_head"}),
+    ],
+)
+def test_short_names_begin_with_the_list(lists, above, names):
+    found = BlockLists(lists)
+    assert found.above == above
+    assert {name: found.short(name) for name in names} == names
