@@ -1,5 +1,7 @@
 """What the dense model does with its linears decides which of them can be packed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -238,3 +240,25 @@ def test_temperature_is_left_alone_with_a_word_where_there_is_no_norm():
 def test_a_wanted_size_out_of_reach_is_still_an_error():
     with pytest.raises(ConfigError, match=r"target_bits=0\.1"):
         looked_at(Tiny("", ""), *ALLOCATION, allocation=AllocationSettings(target_bits=0.1))
+
+
+# --- before a weight is read ---
+
+
+def test_a_model_without_a_forward_is_refused_and_its_parts_are_named():
+    class Omni(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.thinker, self.talker = Tiny(""), Tiny("")
+
+    with pytest.raises(ConfigError, match=r"Omni has no forward; .*: thinker \(Tiny\), talker \(Tiny\)"):
+        LookAtForwards().check(Omni(), RunOptions())
+
+
+def test_a_model_that_says_it_uses_its_blocks_repeatedly_is_refused():
+    model = Tiny("")
+    model.config = SimpleNamespace(loop_num_passes=1)
+    LookAtForwards().check(model, RunOptions())
+    model.config.loop_num_passes = 3
+    with pytest.raises(ConfigError, match="goes through its decoder blocks 3 times"):
+        LookAtForwards().check(model, RunOptions())

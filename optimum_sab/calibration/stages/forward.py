@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
 from optimum_sab.calibration.blocks.idle_experts import idle_expert
+from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.rehearsal import random_state_kept, refusal
 from optimum_sab.calibration.run import Run
@@ -17,8 +18,11 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.observation import Observation
 from optimum_sab.calibration.streams.targets import decoder_targets, target_linear
-from optimum_sab.errors import CalibrationError, warn
+from optimum_sab.errors import CalibrationError, ConfigError, warn
 from optimum_sab.nn.decoder import behind_number
+
+_PASSES = ("loop_num_passes", "total_ut_steps")  # what models that use their blocks repeatedly call the number
+_NOT_TWICE = "a block's weights are found by what it is given once, so such a model cannot be binarized."
 
 
 class LookAtForwards(Stage):
@@ -30,13 +34,29 @@ class LookAtForwards(Stage):
 
     name: ClassVar[str] = "forward"
 
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        """What shows in the class and the configuration already.
+
+        Raises:
+            ConfigError: the model is one of several parts and has no forward, or is said to use its blocks repeatedly.
+        """
+        kind = type(model).__name__
+        if type(model).forward is nn.Module.forward:
+            parts = ", ".join(f"{name} ({type(part).__name__})" for name, part in model.named_children())
+            raise ConfigError(f"{kind} has no forward; load the part that writes text by its own class: {parts}.")
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        passes = next((found for name in _PASSES if isinstance(found := getattr(text, name, None), int)), 1)
+        if passes > 1:
+            raise ConfigError(f"{kind} goes through its decoder blocks {passes} times; {_NOT_TWICE}")
+
     def apply(self, run: Run, on_step: OnStep) -> dict[str, list[str]] | None:
         seen = _observe(run)
         again = next((name for name, count in seen.entered.items() if count > 1), None)
         if again is not None:
+            kind = type(run.model).__name__
             raise CalibrationError(
-                f"{type(run.model).__name__} calls its decoder block {again} more than once in one forward; such "
-                "models cannot be binarized."
+                f"{kind} calls its decoder block {again} more than once in one forward; {_NOT_TWICE}"
             )
         order = [name for name in seen.entered if name in run.selection.blocks]
         rest = [name for name in run.selection.blocks if name not in seen.entered]
