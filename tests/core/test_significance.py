@@ -212,8 +212,9 @@ def test_significance_map_of_a_zero_weight_is_one_everywhere():
 def test_map_of_three_modalities_is_the_hand_computed_one():
     """Text, pictures and sound (z = 3): W² = [[1, 4], [9, 1]] and 1/[H⁻¹]² = [1, 4], [1, 1], [4, 1].
 
-    The maps' means are 15/2, 15/4 and 45/4, so the columns are (6, 12, 16)/45 and (24, 12, 4)/45, with sums of 34/45 and
-    40/45 and norms of √436/45 and √736/45. ΣS = [[34, 160], [306, 40]]/45, of which the largest is the only salient one.
+    The maps' means are 15/2, 15/4 and 45/4, so the columns are (6, 12, 16)/45 and (24, 12, 4)/45, with sums of 34/45
+    and 40/45 and norms of √436/45 and √736/45. ΣS = [[34, 160], [306, 40]]/45, of which the largest is the only salient
+    one.
     """
     weight = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
     inverse_diagonals = torch.tensor([[1.0, 0.5], [1.0, 1.0], [0.5, 1.0]])
