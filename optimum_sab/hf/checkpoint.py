@@ -11,12 +11,11 @@ from torch import nn
 from optimum_sab.errors import FormatError
 from optimum_sab.format.layout import STORED_SETTINGS, tensor_specs
 from optimum_sab.hf.stored_files import StoredFile, StoredTensor
-from optimum_sab.hf.stored_names import StoredNames, names_in_model
+from optimum_sab.hf.stored_names import MARKS, StoredNames, names_in_model
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.linear import SABLinear
 
 _DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-_MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
 
 
 def check_layers(
@@ -65,12 +64,12 @@ def _refuse_packed_elsewhere(
     model: nn.Module, lists: BlockLists, stored: Mapping[str, StoredTensor], keys: Mapping[str, str]
 ) -> None:
     """No layer may be packed in the files and dense in the model."""
-    dense = {lists.short(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    dense = {lists.short(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear) and lists.holds(n)}
     taken = set(keys.values())
     for key in stored:
         stem, _, tensor = key.rpartition(".")
         name = dense.get(lists.short(stem))
-        if tensor in _MARKS and key not in taken and name is not None:
+        if tensor in MARKS and key not in taken and name is not None:
             raise FormatError(
                 f"{name}: packed in the checkpoint, but its quantization_config leaves it dense; they do not belong "
                 "together, fetch both again."

@@ -17,6 +17,8 @@ from torch import nn
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.linear import SABLinear
 
+MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
+
 
 @dataclass(frozen=True)
 class StoredNames:
@@ -48,8 +50,7 @@ def names_in_model(
     """
     wanted = model.state_dict()
     if transforms is None:
-        short = {lists.short(name): name for name in wanted}
-        return StoredNames({short[cut]: key for key in keys if (cut := lists.short(key)) in short})
+        return StoredNames(_by_block(keys, model, lists))
     from transformers.core_model_loading import WeightRenaming
 
     transforms = copy.deepcopy(list(transforms))  # they remember whether they were used
@@ -69,6 +70,18 @@ def names_in_model(
             found[name] = key
             corrections.append(WeightRenaming("^" + _loaded(key, transforms).replace(".", r"\."), name))
     return StoredNames(found, tuple(corrections))
+
+
+def _by_block(keys: Collection[str], model: nn.Module, lists: BlockLists) -> dict[str, str]:
+    """Names of packed layers' tensors only: a vision tower may have the same ones behind its own list of layers."""
+    stems = {lists.short(stem): stem for stem, _, tensor in (key.rpartition(".") for key in keys) if tensor in MARKS}
+    found = {}
+    for name, module in model.named_modules():
+        stem = stems.get(lists.short(name)) if isinstance(module, SABLinear) else None
+        for tensor, _ in module.named_parameters(recurse=False) if stem is not None else ():
+            if f"{stem}.{tensor}" in keys:
+                found[f"{name}.{tensor}"] = f"{stem}.{tensor}"
+    return found
 
 
 def _loaded(key: str, transforms: Sequence[Any], base: str | None = None, wanted: Any = None) -> str:
