@@ -97,7 +97,13 @@ def select_linears(
             f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
         )
     if not settings:
-        raise ConfigError(f"nothing is left to binarize in {type(model).__name__}; loosen modules_to_not_convert.")
+        kind = type(model).__name__
+        if left_dense and all(id(model.get_submodule(name).weight) in shared for name in left_dense):
+            raise ConfigError(
+                f"nothing can be binarized in {kind}: the weights of all its linears stand in more than one place, "
+                "and what they are given in one says nothing of the other."
+            )
+        raise ConfigError(f"nothing is left to binarize in {kind}; loosen modules_to_not_convert.")
     return Selection(decoder.lists, tuple(decoder.named), settings, tuple(left_dense))
 
 
@@ -107,12 +113,18 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
-    """ids of parameters that more than one module holds, or one module that stands in several places."""
+    """ids of parameters that more than one module holds, or one module that stands in several places.
+
+    Transformers ties weights when they are loaded and knows before which.
+    """
+    tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    named = dict(model.named_parameters(remove_duplicate=False))
+    announced = {id(named[name]) for pair in tied.items() for name in pair if name in named}
     seen: dict[int, int] = {}
     for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    return {key for key, count in seen.items() if count > 1}
+    return announced | {key for key, count in seen.items() if count > 1}
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

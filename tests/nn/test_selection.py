@@ -298,3 +298,20 @@ def test_replace_with_skeletons_swaps_the_selected_linears_only():
         assert layer.bias is None or layer.bias.dtype == torch.bfloat16
     down = packed["model.language_model.layers.0.mlp.down_proj"]
     assert (down.in_features, down.out_features) == (32, 16)
+
+
+def test_what_will_be_tied_when_it_is_loaded_is_shared_before():
+    """Transformers 5 says so of a model on meta; DiffusionGemma's encoder has its decoder's weights."""
+    model = VisionLanguage()
+    start = "model.language_model.layers"
+    model.all_tied_weights_keys = {f"{start}.1.mlp.up_proj.weight": f"{start}.0.mlp.up_proj.weight"}
+    found = select_linears(model, SMALL)
+    assert found.left_dense == (f"{start}.0.mlp.up_proj", f"{start}.1.mlp.up_proj")
+
+
+def test_a_model_whose_linears_are_all_tied_is_refused_by_that_name():
+    model = VisionLanguage()
+    first, second = (f"model.language_model.layers.{i}" for i in range(2))
+    model.all_tied_weights_keys = {f"{second}.{part}.weight": f"{first}.{part}.weight" for part in PARTS}
+    with pytest.raises(ConfigError, match="nothing can be binarized in VisionLanguage: the weights of all its linears"):
+        select_linears(model, SMALL)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.groups import Groups
 from optimum_sab.calibration.streams.passage import BlockPassage, Finisher, call_with, hidden_states
@@ -148,7 +149,7 @@ class BlockVisit:
             self._groups = Groups(self._block.index, list(self._block.linears), [])
             return {}
         self._calls, self._watch = [], ResidualWatch(self._block.module)
-        args, kwargs = self._block.brought(pause.payload)
+        args, kwargs = self._block.brought(with_own_caches(pause.payload))
         try:
             if pause.state is not None:
                 pause.state.restore()
@@ -174,7 +175,7 @@ class BlockVisit:
     def _passage(self, entries: Waiting, ends: Waiting) -> BlockPassage:
         def run(sample: int, parameters: Mapping[str, Tensor]) -> Any:
             entry, grad = entries[sample, QUANTIZED], torch.is_grad_enabled()
-            args, kwargs = self._block.brought(entry.payload)
+            args, kwargs = self._block.brought(with_own_caches(entry.payload))
             if entry.state is not None:
                 entry.state.restore()
             torch.set_grad_enabled(grad)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.streams.block_visit import BlockVisit, LockstepBlock, Waiting
+from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
@@ -152,7 +153,7 @@ class Lockstep:
 
     def _wrap_block(self, block: LockstepBlock) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self._coroutines.pause(Pause("block", block.index, (args, kwargs)))
+            self._coroutines.pause(Pause("block", block.index, with_own_caches((args, kwargs))))
             home = first_device((args, kwargs))
             args, kwargs = block.brought((args, kwargs))
             assert self._visit is not None

@@ -710,3 +710,40 @@ def test_model_that_loops_over_its_blocks_is_an_error():
     subject = toy(TwiceToy(Block(), Block()), [{}, {}])
     with pytest.raises(LockstepError, match="again after the last decoder block"):
         run_pass(subject, Recorder(dense_weights(subject)))
+
+
+class Cache:
+    """Adds to what it holds at every call, as Transformers' caches do."""
+
+    def __init__(self):
+        self.held = []
+
+    def update(self, rows):
+        self.held.append(rows)
+        return torch.cat(self.held, dim=1)
+
+    def get_seq_length(self):
+        return sum(rows.shape[1] for rows in self.held)
+
+
+class CachingBlock(Block):
+    def forward(self, x, cache):
+        before = cache.update(self.first(x))
+        return x + self.second(torch.tanh(before.sum(1, keepdim=True) + x))
+
+
+class Caching(Toy):
+    """Makes caches of its own, whatever it is asked, as a decoder does whose action expert reads them."""
+
+    def route(self, x):
+        for block in self.layers:
+            x = block(x, cache=Cache())
+        return x
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+def test_block_that_adds_to_a_cache_is_tried_with_a_copy_of_it(two_streams):
+    torch.manual_seed(0)
+    subject = toy(Caching(CachingBlock(), CachingBlock()))
+    recorder = run_pass(subject, Recorder(dense_weights(subject)), two_streams=two_streams)
+    assert same(of_stream(recorder, QUANTIZED), plain_inputs(subject))
