@@ -1,0 +1,210 @@
+"""What single families need that the names of their entries and arguments do not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optimum_sab.bench.coverage.shrinking import FIRST_SPECIAL, FIRST_TEXT, VOCABULARY, WIDTH
+from optimum_sab.bench.coverage.values import Ids, NumberedPatches, PerToken, Random
+
+
+@dataclass(frozen=True)
+class Exceptions:
+    """One family's.
+
+    Attributes:
+        default: arguments of the configuration from which all begins.
+        config: entries of the small configuration by dotted name.
+        reads_pictures: whether it reads pictures at all.
+        picture: arguments that hold a picture, in the place of or beside those that their names tell; None leaves one
+            out.
+        beside_picture: what a sample with a picture has besides, per token.
+        tokens: placeholders of a picture; None to ask the model.
+        placeholder: their token id; None to ask the configuration.
+        sound: arguments that hold sound.
+        sound_tokens: placeholders of a sound; None to ask the model.
+        always: arguments of every sample.
+        language: see `optimum_sab.bench.coverage.share.language_matrices`.
+    """
+
+    default: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    reads_pictures: bool = True
+    picture: Mapping[str, Any] = field(default_factory=dict)
+    beside_picture: Mapping[str, Any] = field(default_factory=dict)
+    tokens: int | None = None
+    placeholder: int | None = None
+    sound: Mapping[str, Any] = field(default_factory=dict)
+    sound_tokens: int | None = None
+    always: Mapping[str, Any] = field(default_factory=dict)
+    language: str | None = None
+
+
+def exceptions_of(family: str) -> Exceptions:
+    """The family's row of the table; an empty one where it has none."""
+    return TABLE.get(family, Exceptions())
+
+
+_VQ = {"num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+_CODES = VOCABULARY - 32  # ids of a picture's codes, where a model writes them as text
+_PINPOINTS = {"image_grid_pinpoints": [[56, 56]]}
+_TILES = {"pixel_values": Random((1, 2, 3, 56, 56)), "image_sizes": [[56, 56]]}
+_QFORMER = {"qformer_input_ids": Ids((1, 8)), "qformer_attention_mask": [[1] * 8]}
+_LETTERS = "ABCDEFGHIJ"
+
+TABLE: dict[str, Exceptions] = {
+    "aria": Exceptions(config={"projector_patch_to_query_dict": {"16": 4}}),
+    "blip-2": Exceptions(config={"num_query_tokens": 4, "image_token_index": FIRST_SPECIAL + 90}),
+    "chameleon": Exceptions(
+        config={
+            **{f"vq_config.{name}": value for name, value in _VQ.items()},
+            "vq_config.embed_dim": 32,
+            "vq_config.latent_channels": 32,
+            "vq_config.resolution": 16,
+            "vocabulary_map": {
+                "<image>": FIRST_SPECIAL + 90,
+                **{f"IMGIMG{_LETTERS[i // 10]}{_LETTERS[i % 10]}Z": _CODES + i for i in range(16)},
+            },
+        },
+        placeholder=FIRST_SPECIAL + 90,
+        picture={"pixel_values": Random((1, 3, 16, 16))},
+    ),
+    "emu3": Exceptions(
+        config={
+            **{f"vq_config.{name}": value for name, value in _VQ.items() if name != "num_embeddings"},
+            "vq_config.codebook_size": 16,
+            "vq_config.embed_dim": 4,
+            "vq_config.attn_resolutions": [],
+            "vq_config.hidden_size": 64,
+            "vq_config.num_attention_heads": 1,
+            "vocabulary_map": {
+                "<image>": FIRST_SPECIAL + 90,
+                "<|extra_200|>": FIRST_SPECIAL + 91,
+                **{f"<|visual token {i:06}|>": _CODES + i for i in range(16)},
+            },
+        },
+        placeholder=FIRST_SPECIAL + 90,
+        picture={"pixel_values": Random((1, 3, 16, 16)), "image_sizes": [[16, 16]]},
+    ),
+    "evolla": Exceptions(
+        config={
+            "protein_encoder_config.vocab_size": 446,
+            "aligner_num_add_layers": 1,
+            "resampler_depth": 1,
+            "resampler_dim_head": 32,
+            "resampler_heads": 4,
+            "resampler_num_latents": 4,
+        },
+        reads_pictures=False,
+        always={"protein_input_ids": Ids((1, 12)), "protein_attention_mask": [[1] * 12]},
+    ),
+    "gemma3": Exceptions(config={"mm_tokens_per_image": 4}),
+    "git": Exceptions(tokens=0),
+    "granite4_vision": Exceptions(
+        config={
+            **_PINPOINTS,
+            "downsample_rate": "2/4",
+            "deepstack_layer_map": [[-1, 0]],
+            "spatial_target_layers": [1],
+        },
+        picture=_TILES,
+    ),
+    "granite_docling": Exceptions(picture={"pixel_attention_mask": [[True]]}),
+    "granite_speech": Exceptions(
+        config={"encoder_config.context_size": 16, "projector_config.encoder_hidden_size": WIDTH},
+        sound={"input_features": Random((1, 30, 160))},
+    ),
+    "idefics": Exceptions(
+        config={"vision_config.embed_dim": WIDTH, "additional_vocab_size": 0},
+        picture={"pixel_values": Random((1, 1, 3, 56, 56))},
+        beside_picture={"image_attention_mask": PerToken(shape=(1,))},
+        tokens=0,
+    ),
+    "idefics2": Exceptions(
+        config={"perceiver_config.resampler_n_latents": 4, "perceiver_config.resampler_depth": 1},
+    ),
+    "instructblip": Exceptions(config={"num_query_tokens": 4}, always=_QFORMER),
+    "instructblipvideo": Exceptions(
+        config={"num_query_tokens": 4, "video_token_index": FIRST_SPECIAL + 90},
+        picture={"pixel_values": Random((1, 2, 3, 56, 56))},
+        always={"qformer_input_ids": Ids((1, 8)), "qformer_attention_mask": [[1] * 8]},
+        tokens=8,
+    ),
+    "janus": Exceptions(
+        config={f"vq_config.{name}": value for name, value in _VQ.items()} | {"vq_config.embed_dim": 8},
+    ),
+    "kosmos-2": Exceptions(
+        config={"latent_query_num": 4, "text_config.attention_heads": 4},
+        beside_picture={"image_embeds_position_mask": PerToken(text=0, picture=1)},
+        tokens=4,
+        placeholder=FIRST_TEXT,
+    ),
+    "kosmos-2.5": Exceptions(
+        config={"latent_query_num": 4},
+        picture={"pixel_values": None, "flattened_patches": NumberedPatches(4, 4, WIDTH), "width": [4], "height": [4]},
+        beside_picture={"image_embeds_position_mask": PerToken(text=0, picture=1)},
+        tokens=4,
+        placeholder=FIRST_TEXT,
+    ),
+    "llava_next": Exceptions(config=_PINPOINTS, picture=_TILES),
+    "llava_next_video": Exceptions(config=_PINPOINTS, picture=_TILES),
+    "llava_onevision": Exceptions(config=_PINPOINTS, picture=_TILES),
+    "mistral4": Exceptions(reads_pictures=False),
+    "mllama": Exceptions(
+        config={
+            "vision_config.num_global_layers": 1,
+            "vision_config.intermediate_layers_indices": [1],
+            "vision_config.vision_output_dim": 2 * WIDTH,
+            "text_config.cross_attention_layers": [1],
+        },
+        picture={
+            "pixel_values": Random((1, 1, 4, 3, 56, 56)),
+            "aspect_ratio_ids": [[1]],
+            "aspect_ratio_mask": [[[1, 0, 0, 0]]],
+        },
+        beside_picture={"cross_attention_mask": PerToken(shape=(1, 4))},
+        tokens=1,
+    ),
+    "molmo2": Exceptions(
+        config={"text_config.additional_vocab_size": 16, "adapter_config.vision_feature_layer": [-1, -2]},
+        picture={
+            "pixel_values": Random((1, 16, 3 * 14 * 14)),
+            "image_token_pooling": [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]],
+            "image_grids": [[0, 0, 2, 2]],
+            "image_num_crops": [1],
+        },
+    ),
+    "pi0": Exceptions(config={"chunk_size": 4}, always={"state": Random((1, 32))}),
+    "pix2struct": Exceptions(
+        config={"vision_config.seq_len": 64},
+        picture={"pixel_values": None, "flattened_patches": NumberedPatches(4, 4, WIDTH)},
+    ),
+    "qwen2_audio": Exceptions(
+        config={"audio_config.max_source_positions": 16},
+        sound={"input_features": Random((1, 128, 32)), "feature_attention_mask": [[1] * 32]},
+        sound_tokens=8,
+    ),
+    "qwen2_5_omni_thinker": Exceptions(
+        config={"audio_config.max_source_positions": 64, "audio_config.n_window": 16},
+        sound={"input_features": Random((1, 128, 32)), "feature_attention_mask": [[1] * 32]},
+        sound_tokens=8,
+    ),
+    "shieldgemma2": Exceptions(config={"mm_tokens_per_image": 4}),
+    "t5gemma2": Exceptions(config={"encoder.mm_tokens_per_image": 4}),
+    "udop": Exceptions(always={"bbox": PerToken(text=0.5, shape=(4,))}, tokens=0),
+    "vision-encoder-decoder": Exceptions(
+        default={"encoder": {"model_type": "vit"}, "decoder": {"model_type": "trocr"}},
+        config={"decoder.is_decoder": True, "decoder.add_cross_attention": True, "decoder_start_token_id": 1},
+        tokens=0,
+    ),
+    "voxtral": Exceptions(
+        config={
+            "audio_config.max_source_positions": 16,
+            "audio_config.intermediate_size": 4 * WIDTH,
+            "audio_token_id": FIRST_SPECIAL + 90,
+        },
+        sound={"input_features": Random((1, 128, 32))},
+    ),
+}
