@@ -19,6 +19,8 @@ def small_config(family: Family, exceptions: Exceptions) -> Any:
     """The family's configuration, shrunk, with what it needs besides."""
     default = family.config_class(**exceptions.default)
     small = shrink(default.to_dict())
+    if exceptions.mrope:
+        _set_mrope(small.get("text_config", small), list(exceptions.mrope))
     for path, value in exceptions.config.items():
         _set(small, path.split("."), value)
     return family.config_class.from_dict(small)
@@ -51,3 +53,13 @@ def _set(config: dict[str, Any], path: list[str], value: Any) -> None:
             config[part] = {}
         config = config[part]
     config[path[-1]] = value
+
+
+def _set_mrope(text: dict[str, Any], sections: list[int]) -> None:
+    """Where a line of Transformers keeps the parts of multimodal rotary positions."""
+    name = "rope_parameters" if "rope_parameters" in text else "rope_scaling"  # Transformers 4.57
+    parameters = text.get(name) or {"rope_type": "default"}
+    by_kind = [each for each in parameters.values() if isinstance(each, dict)]
+    for each in by_kind or [parameters]:
+        each["mrope_section"] = sections
+    text[name] = parameters

@@ -17,6 +17,7 @@ class Exceptions:
     Attributes:
         default: arguments of the configuration from which all begins.
         config: entries of the small configuration by dotted name.
+        mrope: frequencies of the small heads for time, height and width, where positions have these three.
         reads_pictures: whether it reads pictures at all.
         picture: arguments that hold a picture, in the place of or beside those that their names tell; None leaves one
             out.
@@ -31,6 +32,7 @@ class Exceptions:
 
     default: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    mrope: tuple[int, ...] = ()
     reads_pictures: bool = True
     picture: Mapping[str, Any] = field(default_factory=dict)
     beside_picture: Mapping[str, Any] = field(default_factory=dict)
@@ -47,7 +49,9 @@ def exceptions_of(family: str) -> Exceptions:
     return TABLE.get(family, Exceptions())
 
 
-_VQ = {"num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+_VQ = {"num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": []}
+_QWEN2, _QWEN3 = (4, 6, 6), (6, 5, 5)  # of the sixteen frequencies of a head
+_SAM = {"output_channels": 32, "downsample_channels": [64, WIDTH]}
 _CODES = VOCABULARY - 32  # ids of a picture's codes, where a model writes them as text
 _PINPOINTS = {"image_grid_pinpoints": [[56, 56]]}
 _TILES = {"pixel_values": Random((1, 2, 3, 56, 56)), "image_sizes": [[56, 56]]}
@@ -55,8 +59,23 @@ _QFORMER = {"qformer_input_ids": Ids((1, 8)), "qformer_attention_mask": [[1] * 8
 _LETTERS = "ABCDEFGHIJ"
 
 TABLE: dict[str, Exceptions] = {
+    "apertus1p5": Exceptions(
+        config={
+            "vision_config.codebook_size": 32,
+            "vision_config.embed_dim": 32,
+            "vision_config.latent_channels": 32,
+            "vision_config.base_channels": 32,
+            "vision_config.channel_multiplier": [1, 1],
+            "vision_config.attn_resolutions": [],
+            "audio_config.codebook_size": 32,
+            "audio_config.codebook_dim": 32,
+            "image_token_offset": FIRST_SPECIAL + 60,
+            "audio_token_offset": FIRST_SPECIAL + 92,
+        },
+        picture={"pixel_values": Random((1, 3, 8, 8)), "image_sizes": [[8, 8]]},
+    ),
     "aria": Exceptions(config={"projector_patch_to_query_dict": {"16": 4}}),
-    "blip-2": Exceptions(config={"num_query_tokens": 4, "image_token_index": FIRST_SPECIAL + 90}),
+    "blip-2": Exceptions(config={"num_query_tokens": 4}),
     "chameleon": Exceptions(
         config={
             **{f"vq_config.{name}": value for name, value in _VQ.items()},
@@ -71,12 +90,14 @@ TABLE: dict[str, Exceptions] = {
         placeholder=FIRST_SPECIAL + 90,
         picture={"pixel_values": Random((1, 3, 16, 16))},
     ),
+    "cohere_compass": Exceptions(mrope=_QWEN3),
+    "cosmos3_omni": Exceptions(mrope=_QWEN3),
+    "deepseek_ocr2": Exceptions(config={f"vision_config.sam_config.{k}": v for k, v in _SAM.items()}),
     "emu3": Exceptions(
         config={
             **{f"vq_config.{name}": value for name, value in _VQ.items() if name != "num_embeddings"},
             "vq_config.codebook_size": 16,
             "vq_config.embed_dim": 4,
-            "vq_config.attn_resolutions": [],
             "vq_config.hidden_size": 64,
             "vq_config.num_attention_heads": 1,
             "vocabulary_map": {
@@ -88,20 +109,21 @@ TABLE: dict[str, Exceptions] = {
         placeholder=FIRST_SPECIAL + 90,
         picture={"pixel_values": Random((1, 3, 16, 16)), "image_sizes": [[16, 16]]},
     ),
+    "ernie4_5_vl_moe": Exceptions(mrope=_QWEN3),
     "evolla": Exceptions(
         config={
             "protein_encoder_config.vocab_size": 446,
             "aligner_num_add_layers": 1,
-            "resampler_depth": 1,
-            "resampler_dim_head": 32,
-            "resampler_heads": 4,
             "resampler_num_latents": 4,
         },
         reads_pictures=False,
         always={"protein_input_ids": Ids((1, 12)), "protein_attention_mask": [[1] * 12]},
     ),
+    "florence2": Exceptions(config={"vision_config.depths": [1, 1, 1, 1]}),
     "gemma3": Exceptions(config={"mm_tokens_per_image": 4}),
     "git": Exceptions(tokens=0),
+    **dict.fromkeys(("glm46v", "glm4v", "glm_ocr", "glmga"), Exceptions(mrope=_QWEN2)),
+    "glm4v_moe": Exceptions(mrope=(2, 3, 3)),
     "granite4_vision": Exceptions(
         config={
             **_PINPOINTS,
@@ -122,8 +144,13 @@ TABLE: dict[str, Exceptions] = {
         beside_picture={"image_attention_mask": PerToken(shape=(1,))},
         tokens=0,
     ),
-    "idefics2": Exceptions(
-        config={"perceiver_config.resampler_n_latents": 4, "perceiver_config.resampler_depth": 1},
+    "idefics2": Exceptions(config={"perceiver_config.resampler_n_latents": 4}),
+    "inkling2_loop": Exceptions(
+        config={
+            "text_config.loop_layer_index_start": 0,
+            "text_config.loop_layer_index_end": 1,
+            "text_config.loop_num_passes": 2,
+        },
     ),
     "instructblip": Exceptions(config={"num_query_tokens": 4}, always=_QFORMER),
     "instructblipvideo": Exceptions(
@@ -148,9 +175,14 @@ TABLE: dict[str, Exceptions] = {
         tokens=4,
         placeholder=FIRST_TEXT,
     ),
+    "lfm2_vl": Exceptions(
+        config={"text_config.layer_types": ["conv", "full_attention"], "text_config.num_hidden_layers": 2},
+    ),
     "llava_next": Exceptions(config=_PINPOINTS, picture=_TILES),
     "llava_next_video": Exceptions(config=_PINPOINTS, picture=_TILES),
     "llava_onevision": Exceptions(config=_PINPOINTS, picture=_TILES),
+    "mamba2": Exceptions(config={"head_dim": 64}),
+    "minimax_m3_vl": Exceptions(config={"merged_hidden_size": 1024}),
     "mistral4": Exceptions(reads_pictures=False),
     "mllama": Exceptions(
         config={
@@ -176,24 +208,39 @@ TABLE: dict[str, Exceptions] = {
             "image_num_crops": [1],
         },
     ),
+    "paddleocr_vl": Exceptions(mrope=_QWEN2),
     "pi0": Exceptions(config={"chunk_size": 4}, always={"state": Random((1, 32))}),
     "pix2struct": Exceptions(
         config={"vision_config.seq_len": 64},
         picture={"pixel_values": None, "flattened_patches": NumberedPatches(4, 4, WIDTH)},
     ),
+    "qwen2_5_vl": Exceptions(mrope=_QWEN2),
     "qwen2_audio": Exceptions(
         config={"audio_config.max_source_positions": 16},
         sound={"input_features": Random((1, 128, 32)), "feature_attention_mask": [[1] * 32]},
         sound_tokens=8,
     ),
     "qwen2_5_omni_thinker": Exceptions(
+        mrope=_QWEN2,
         config={"audio_config.max_source_positions": 64, "audio_config.n_window": 16},
         sound={"input_features": Random((1, 128, 32)), "feature_attention_mask": [[1] * 32]},
         sound_tokens=8,
     ),
+    "qwen2_vl": Exceptions(mrope=_QWEN2),
+    "qwen3_5": Exceptions(mrope=(2, 1, 1)),
+    "qwen3_5_moe": Exceptions(mrope=(2, 1, 1)),
+    "qwen3_omni_moe_thinker": Exceptions(mrope=_QWEN3),
+    "qwen3_vl": Exceptions(mrope=_QWEN3),
+    "qwen3_vl_moe": Exceptions(mrope=_QWEN3),
+    "qwen4_exp": Exceptions(
+        mrope=_QWEN3,
+        config={"text_config.ngram_vocab_size_base": 512, "text_config.split_ngram_parts": 4},
+    ),
     "shieldgemma2": Exceptions(config={"mm_tokens_per_image": 4}),
     "t5gemma2": Exceptions(config={"encoder.mm_tokens_per_image": 4}),
     "udop": Exceptions(always={"bbox": PerToken(text=0.5, shape=(4,))}, tokens=0),
+    "unlimited_ocr": Exceptions(config={f"vision_config.sam_config.{k}": v for k, v in _SAM.items()}),
+    "vipllava": Exceptions(config={"vision_feature_layer": [-1, -2]}),
     "vision-encoder-decoder": Exceptions(
         default={"encoder": {"model_type": "vit"}, "decoder": {"model_type": "trocr"}},
         config={"decoder.is_decoder": True, "decoder.add_cross_attention": True, "decoder_start_token_id": 1},

@@ -20,6 +20,7 @@ from optimum_sab.bench.coverage.families import Family
 from optimum_sab.bench.coverage.outcome import FAILED, NOT_BUILT, Outcome
 from optimum_sab.errors import ConfigError
 
+CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform.startswith("linux") else None)
 _FIELDS = {each.name for each in fields(Outcome)} - {"family"}
 
 
@@ -52,8 +53,7 @@ def try_families(families: Sequence[Family], limits: Limits) -> Iterator[Outcome
         raise ConfigError(f"{limits} must be above 0: at least one job, some seconds and some gigabytes.")
     if not sys.platform.startswith("linux"):
         raise ConfigError(f"limits on a family's memory need Linux, and this is {sys.platform}.")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([trial.__name__])
+    CONTEXT.set_forkserver_preload([trial.__name__])
     with ThreadPoolExecutor(limits.jobs) as pool:
         waiting = [pool.submit(try_family, family, limits) for family in families]
         for each in as_completed(waiting):
@@ -90,8 +90,7 @@ def run_limited(work: Callable[..., None], arguments: tuple[Any, ...], limits: L
         limits: on this process.
         log: takes what it prints.
     """
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=_limited, args=(work, arguments, limits, str(log)), daemon=True)
+    process = CONTEXT.Process(target=_limited, args=(work, arguments, limits, str(log)), daemon=True)
     process.start()
     process.join(limits.seconds)
     if process.exitcode is None:
