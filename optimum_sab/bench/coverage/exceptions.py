@@ -56,6 +56,7 @@ _CODES = VOCABULARY - 32  # ids of a picture's codes, where a model writes them 
 _PINPOINTS = {"image_grid_pinpoints": [[56, 56]]}
 _TILES = {"pixel_values": Random((1, 2, 3, 56, 56)), "image_sizes": [[56, 56]]}
 _QFORMER = {"qformer_input_ids": Ids((1, 8)), "qformer_attention_mask": [[1] * 8]}
+_INKLING = {"pixel_values": Random((4, 40, 40, 3)), "image_grid_thw": [[1, 2, 2]]}
 _LETTERS = "ABCDEFGHIJ"
 
 TABLE: dict[str, Exceptions] = {
@@ -145,12 +146,18 @@ TABLE: dict[str, Exceptions] = {
         tokens=0,
     ),
     "idefics2": Exceptions(config={"perceiver_config.resampler_n_latents": 4}),
+    "inkling2": Exceptions(picture=_INKLING),
     "inkling2_loop": Exceptions(
+        picture=_INKLING,
         config={
             "text_config.loop_layer_index_start": 0,
             "text_config.loop_layer_index_end": 1,
             "text_config.loop_num_passes": 2,
         },
+    ),
+    "inkling_mm_model": Exceptions(
+        config={"vision_config.patch_size": 4, "vision_config.n_layers": 4},
+        picture={"pixel_values": Random((4, 2, 4, 4, 3))},
     ),
     "instructblip": Exceptions(config={"num_query_tokens": 4}, always=_QFORMER),
     "instructblipvideo": Exceptions(
@@ -162,6 +169,7 @@ TABLE: dict[str, Exceptions] = {
     "janus": Exceptions(
         config={f"vq_config.{name}": value for name, value in _VQ.items()} | {"vq_config.embed_dim": 8},
     ),
+    "kimi_k25": Exceptions(picture={"pixel_values": Random((16, 3, 14, 14)), "image_grid_thw": [[1, 4, 4]]}),
     "kosmos-2": Exceptions(
         config={"latent_query_num": 4, "text_config.attention_heads": 4},
         beside_picture={"image_embeds_position_mask": PerToken(text=0, picture=1)},
@@ -208,7 +216,9 @@ TABLE: dict[str, Exceptions] = {
             "image_num_crops": [1],
         },
     ),
-    "paddleocr_vl": Exceptions(mrope=_QWEN2),
+    "paddleocr_vl": Exceptions(
+        mrope=_QWEN2, picture={"pixel_values": Random((16, 3, 14, 14)), "image_grid_thw": [[1, 4, 4]]}
+    ),
     "pi0": Exceptions(config={"chunk_size": 4}, always={"state": Random((1, 32))}),
     "pix2struct": Exceptions(
         config={"vision_config.seq_len": 64},
