@@ -10,7 +10,8 @@ import torch
 from optimum_sab.bench.coverage.shrinking import PATCHES
 from optimum_sab.bench.coverage.values import Draw
 
-_PARTS = ("vision_config", "vq_config", "encoder", "sam_config")
+_PARTS = ("vision_config", "vq_config")
+_AROUND = ("encoder", "vlm_config")
 
 
 def picture_arguments(config: Any, names: Set[str], draw: Draw) -> dict[str, Any]:
@@ -60,7 +61,9 @@ def picture_arguments(config: Any, names: Set[str], draw: Draw) -> dict[str, Any
 
 def _vision(config: Any) -> Any:
     """The part of the configuration that describes the picture's encoder; the whole where it is no part."""
-    return next((getattr(config, part) for part in _PARTS if getattr(config, part, None) is not None), config)
+    around = [config, *(getattr(config, name, None) for name in _AROUND)]
+    found = (getattr(each, part, None) for each in around for part in _PARTS)
+    return next((part for part in found if part is not None), config)
 
 
 def _channels(vision: Any) -> int:

@@ -86,7 +86,9 @@ class _Builder:
         marked.append(torch.zeros_like(pieces[-1]))
         ids, types = torch.cat(pieces, dim=1), torch.cat(marked, dim=1)
         found = {**self._per_token(ids, types), **media, **self._always(draw, types > 0, picture)}
-        return found if "input_ids" in self._names else {k: v for k, v in found.items() if k in self._names - _OF_TEXT}
+        if "input_ids" not in self._names:
+            found = {name: value for name, value in found.items() if name in self._names - _OF_TEXT}
+        return {name: value for name, value in found.items() if value is not None}
 
     def takes(self, sample: Mapping[str, Any]) -> bool:
         """Whether the dense model computes with these arguments."""
@@ -102,7 +104,7 @@ class _Builder:
             run(self._model, self.sample(0, picture=True, sound=False))
         except Exception as error:  # a wrong sample fails again, in the open, when it is used
             found = _MISMATCH.search(str(error))
-            if found and int(found[1]):
+            if found:
                 self._tokens["picture"] = int(found[2])
 
     def _picture(self, draw: Draw) -> dict[str, Any]:
@@ -159,8 +161,9 @@ class _Builder:
 
 def count_vectors(features: Any) -> int:
     """Rows of all tensors that a model's ``get_…_features`` gives for one picture or sound."""
-    found = getattr(features, "pooler_output", None)
-    found = features if found is None else found
+    found = features
+    for name in ("last_hidden_state", "pooler_output"):
+        found = found if getattr(features, name, None) is None else getattr(features, name)
     if isinstance(found, Tensor):
         return found.numel() // found.shape[-1]
     if isinstance(found, tuple) and found and isinstance(found[0], (list, tuple)):

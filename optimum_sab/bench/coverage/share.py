@@ -16,7 +16,7 @@ from optimum_sab.nn.linear import SABLinear
 
 _ELSEWHERE = re.compile(
     r"(^|[._])(vision|visual|image|img|video|vit|sam|siglip|clip|audio|speech|sound|qformer|perceiver|resampler|"
-    r"projector|projection|connector|aligner|merger|adapter|vq|vqmodel|vqgan|protein|abstractor|depth_decoder|"
+    r"\w*projectors?|projection|connector|aligner|merger|adapter|vq|vqmodel|vqgan|protein|abstractor|depth_decoder|"
     r"code_predictor|talker|high_res|multi_modal\w*|embed_\w+)([._]|$)"
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)

@@ -27,40 +27,44 @@ _LAYER_COUNTS = (
     "decoder_num_layers",
     "resampler_depth",
 )
-_SIZES = {
-    WIDTH: (
+_SIZES = (
+    (
+        WIDTH,
         "hidden_size d_model embed_dim hidden_dim n_embd encoder_hidden_size out_hidden_size projection_dim "
         "text_hidden_size vision_hidden_size vision_output_dim output_dim output_proj_dims adapter_in_dim "
         "adapter_out_dim adapter_input_size decoder_hidden_size projector_input_dim projector_output_dim "
         "mm_embed_dim image_token_embed_dim patch_embed_hidden_size word_embed_proj_dim pooler_output_size "
         "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
-        "shared_intermediate_size share_expert_dim moe_shared_expert_intermediate_size moe_hidden_size"
+        "shared_intermediate_size share_expert_dim moe_shared_expert_intermediate_size moe_hidden_size",
     ),
-    INNER: (
+    (
+        INNER,
         "intermediate_size ffn_dim d_ff mlp_dim encoder_ffn_dim decoder_ffn_dim intermediate_size_mlp "
         "dense_intermediate_size projector_hidden_size projection_hidden_size projection_hidden_dim "
-        "projection_intermediate_size alignment_intermediate_size decoder_intermediate_size mamba_d_ssm"
+        "projection_intermediate_size alignment_intermediate_size decoder_intermediate_size mamba_d_ssm",
     ),
-    HEADS: (
+    (
+        HEADS,
         "num_attention_heads num_heads attention_heads encoder_attention_heads decoder_attention_heads "
         "swa_num_attention_heads index_n_heads indexer_n_heads num_sliding_attention_heads resampler_n_heads "
-        "resampler_heads linear_num_heads linear_num_value_heads mamba_num_heads mamba_n_heads "
-        "n_routed_experts num_experts num_local_experts moe_num_experts"
+        "resampler_heads linear_num_heads linear_num_value_heads mamba_num_heads mamba_n_heads",
     ),
-    HEAD: (
+    (EXPERTS, "n_routed_experts num_experts num_local_experts moe_num_experts"),
+    (
+        HEAD,
         "head_dim swa_head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim indexer_head_dim d_kv "
         "linear_head_dim linear_key_head_dim linear_value_head_dim resampler_head_dim resampler_dim_head dim_head "
-        "query_pre_attn_scalar rotary_dim ssm_state_size mamba_d_state state_size"
+        "query_pre_attn_scalar rotary_dim ssm_state_size mamba_d_state state_size",
     ),
-    INNER // HEADS: "mamba_head_dim mamba_d_head",
-    LATENT: "kv_lora_rank q_lora_rank codebook_size num_embeddings",
-    POSITIONS: "num_position_embeddings position_embedding_size mm_posemb_size seq_len",
-    VOCABULARY: "vocab_size vocab_size_per_layer_input unpadded_vocab_size output_vocab_size",
-    GROUPS: "num_experts_per_tok moe_topk top_k_experts moe_k num_experts_per_token n_groups",
-    1: "n_group topk_group first_k_dense_replace num_res_blocks",
-    0: "num_kv_shared_layers num_nextn_predict_layers num_mtp_layers insert_layer_id",
-}
-_SIZE_OF = {name: size for size, names in _SIZES.items() for name in names.split()}
+    (INNER // HEADS, "mamba_head_dim mamba_d_head"),
+    (LATENT, "kv_lora_rank q_lora_rank codebook_size num_embeddings"),
+    (POSITIONS, "num_position_embeddings position_embedding_size mm_posemb_size seq_len"),
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size output_vocab_size"),
+    (GROUPS, "num_experts_per_tok moe_topk top_k_experts moe_k num_experts_per_token n_groups"),
+    (1, "n_group topk_group first_k_dense_replace num_res_blocks"),
+    (0, "num_kv_shared_layers num_nextn_predict_layers num_mtp_layers insert_layer_id"),
+)
+_SIZE_OF = {name: size for size, names in _SIZES for name in names.split()}
 _PER_GROUP = ("num_key_value_heads", "swa_num_key_value_heads", "indexer_kv_heads", "linear_num_key_heads")
 _INDICES = ("indexes", "indices", "idxs", "layer_ids", "cross_attention_layers", "mlp_only_layers", "moe_layers")
 _PER_LAYER = "per_layer_config"
