@@ -72,9 +72,7 @@ def quantize(family: Family, folder: Path) -> None:
 
         notes.note(stage="quantize")
         config = SABConfig(calibration=samples.rows, processor=LetterTokenizer(), progress="none", **QUICK)
-        packed = family.model_class.from_pretrained(
-            folder / "dense", quantization_config=config, dtype=torch.float32
-        ).eval()
+        packed = _load(family, folder / "dense", quantization_config=config)
         notes.note(stage="forward", share=binarized_share(packed, matrices))
         logits = [run(packed, samples.rows[index]) for index in COMPARED]
         notes.note(stage="save")
@@ -140,7 +138,15 @@ def _passed(traceback: TracebackType | None) -> bool:
 
 
 def _load(family: Family, folder: Path, **arguments: Any) -> Any:
-    return family.model_class.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
+    """A model whose tensors lie where PyTorch would put them.
+
+    Those that are read lie where they are in the file, at any multiple of their type, and a product of the same numbers
+    may differ in its last bit with the place: Transformers' dense models do so too when they are read from other files.
+    """
+    model = family.model_class.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
 
 
 def _dequantized(family: Family, folder: Path) -> Any:
