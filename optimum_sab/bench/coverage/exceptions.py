@@ -49,7 +49,7 @@ def exceptions_of(family: str) -> Exceptions:
     return TABLE.get(family, Exceptions())
 
 
-_VQ = {"num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1], "attn_resolutions": []}
+_VQ = {"num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1, 1]}
 _QWEN2, _QWEN3 = (4, 6, 6), (6, 5, 5)  # of the sixteen frequencies of a head
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [*_QWEN3]}
 _SAM = {"output_channels": 32, "downsample_channels": [64, WIDTH]}
@@ -81,6 +81,7 @@ TABLE: dict[str, Exceptions] = {
     "chameleon": Exceptions(
         config={
             **{f"vq_config.{name}": value for name, value in _VQ.items()},
+            "vq_config.attn_resolutions": [],
             "vq_config.embed_dim": 32,
             "vq_config.latent_channels": 32,
             "vq_config.resolution": 16,
@@ -131,6 +132,7 @@ TABLE: dict[str, Exceptions] = {
             **{f"vq_config.{name}": value for name, value in _VQ.items() if name != "num_embeddings"},
             "vq_config.codebook_size": 16,
             "vq_config.embed_dim": 4,
+            "vq_config.attn_resolutions": [],
             "vq_config.hidden_size": 32,
             "vq_config.num_attention_heads": 1,
             "vocabulary_map": {
@@ -153,9 +155,7 @@ TABLE: dict[str, Exceptions] = {
         always={"protein_input_ids": Ids((1, 12)), "protein_attention_mask": [[1] * 12]},
     ),
     "florence2": Exceptions(config={"vision_config.depths": [1, 1, 1, 1]}),
-    "fuyu": Exceptions(
-        config={"patch_size": 8, "image_size": 32}, picture={"pixel_values": Random((1, 16, 192))}
-    ),
+    "fuyu": Exceptions(config={"patch_size": 8, "image_size": 32}, picture={"pixel_values": Random((1, 16, 192))}),
     "gemma3": Exceptions(config={"mm_tokens_per_image": 4}),
     "gemma4": Exceptions(default={"vision_config": {"model_type": "gemma4_vision"}}),
     "gemma4_unified": Exceptions(
@@ -262,7 +262,11 @@ TABLE: dict[str, Exceptions] = {
         tokens=1,
     ),
     "molmo2": Exceptions(
-        config={"text_config.additional_vocab_size": 16, "vision_config.num_position_embeddings": 16, "adapter_config.vision_feature_layer": [-1, -2]},
+        config={
+            "text_config.additional_vocab_size": 16,
+            "vision_config.num_position_embeddings": 16,
+            "adapter_config.vision_feature_layer": [-1, -2],
+        },
         picture={
             "pixel_values": Random((1, 16, 3 * 14 * 14)),
             "image_token_pooling": [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]],
@@ -315,7 +319,9 @@ TABLE: dict[str, Exceptions] = {
     "qwen3_vl_moe": Exceptions(mrope=_QWEN3),
     "qwen4_exp": Exceptions(
         mrope=_QWEN3,
-        config={"text_config.ngram_vocab_size_base": 512, "text_config.split_ngram_parts": 4,
+        config={
+            "text_config.ngram_vocab_size_base": 512,
+            "text_config.split_ngram_parts": 4,
             "text_config.indexer_n_heads": 4,
             "text_config.indexer_kv_heads": 1,
             "text_config.indexer_head_dim": 32,
@@ -326,12 +332,17 @@ TABLE: dict[str, Exceptions] = {
     "shieldgemma2": Exceptions(config={"mm_tokens_per_image": 4}),
     "step3p7": Exceptions(config={"text_config.sliding_window": 512}),
     "t5gemma2": Exceptions(config={"encoder.mm_tokens_per_image": 4}),
-    "udop": Exceptions(always={"bbox": PerToken(text=0.5, shape=(4,))}, tokens=0, config={"decoder_start_token_id": 0}),
+    "udop": Exceptions(
+        default={"decoder_start_token_id": 0}, always={"bbox": PerToken(text=0.5, shape=(4,))}, tokens=0
+    ),
     "unlimited_ocr": Exceptions(config={f"vision_config.sam_config.{k}": v for k, v in _SAM.items()}),
     "vipllava": Exceptions(config={"vision_feature_layer": [-1, -2]}),
     "vision-encoder-decoder": Exceptions(
-        default={"encoder": {"model_type": "vit"}, "decoder": {"model_type": "trocr"}},
-        config={"decoder.is_decoder": True, "decoder.add_cross_attention": True, "decoder_start_token_id": 1},
+        default={
+            "encoder": {"model_type": "vit"},
+            "decoder": {"model_type": "trocr", "is_decoder": True, "add_cross_attention": True},
+            "decoder_start_token_id": 1,
+        },
         picture={"pixel_values": Random((1, 3, 64, 64))},
         tokens=0,
         language="decoder",

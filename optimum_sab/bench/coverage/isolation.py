@@ -77,7 +77,7 @@ def try_family(family: Family, limits: Limits) -> Outcome:
 
 def outcome_of(family: Family, known: dict[str, Any]) -> Outcome:
     """The row of what was written down."""
-    found = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
+    found: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in known.items()}
     return Outcome(family.name, **{key: value for key, value in found.items() if key in _FIELDS})
 
 

@@ -1,7 +1,7 @@
 """From a family's default configuration to the smallest one that still has everything: by the names of its entries.
 
-One width, one number of heads and one inner width serve every part, so that projectors, encoders and decoders fit without
-knowing which is attached to which.
+One width, one number of heads and one inner width serve every part, so that projectors, encoders and decoders fit
+without knowing which is attached to which.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def _is_range(value: Any, count: int) -> bool:
     return isinstance(value, (list, tuple)) and count > 1 and list(value) == list(range(count))
 
 
-def _per_layer(value: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+def _per_layer(
+    value: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any], kept: Sequence[int]
+) -> dict[str, Any]:
     """What single layers have otherwise than the rest, in the old proportion to it."""
     by_layer = {int(layer): changes for layer, changes in value.items()}
     return {

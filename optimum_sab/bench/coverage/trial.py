@@ -27,7 +27,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.quantizer import SABHfQuantizer
 
 NEW_TOKENS = 3
-QUICK = {"iterations": 2, "sweeps": 1}  # everything else is as by default
+QUICK: dict[str, Any] = {"iterations": 2, "sweeps": 1}  # everything else is as by default
 COMPARED = (0, -1)  # samples whose logits are compared: one with a picture, one without where there is one
 FOUND = "found.json"
 _EXPECTED = "expected.pt"

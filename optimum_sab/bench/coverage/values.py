@@ -27,7 +27,7 @@ class Ids:
 
 @dataclass(frozen=True)
 class NumberedPatches:
-    """Patches of a picture in one row each, behind the number of their row and column: [1, rows * columns, 2 + width]."""
+    """A picture's patches, a row each behind the number of its row and column: [1, rows * columns, 2 + width]."""
 
     rows: int
     columns: int

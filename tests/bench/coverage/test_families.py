@@ -1,4 +1,4 @@
-"""Families of vision-language models, each built small and random, go the whole way: see `optimum_sab.bench.coverage`."""
+"""Vision-language models, each built small and random, go the whole way; see `optimum_sab.bench.coverage`."""
 
 import pytest
 
@@ -25,7 +25,7 @@ FAMILIES = {family.name: family for family in all_families()}
 
 
 def tried(family, folder):
-    """What comes of a family, in this process: that a fresh one reads the checkpoint alike is what the command tries."""
+    """What comes of a family, in this process; that a fresh one reads its checkpoint alike is for the command."""
     trial.quantize(family, folder)
     if "outcome" not in trial.Notes(folder).known:
         trial.use(family, folder)

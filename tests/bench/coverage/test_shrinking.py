@@ -14,7 +14,9 @@ def test_widths_heads_and_vocabulary_are_small_in_every_part():
             "text_config": {"model_type": "t", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 32000},
         }
     )
-    assert found["projection_dim"] == found["vision_config"]["hidden_size"] == found["text_config"]["hidden_size"] == WIDTH
+    assert (
+        found["projection_dim"] == found["vision_config"]["hidden_size"] == found["text_config"]["hidden_size"] == WIDTH
+    )
     assert found["vision_config"]["depth"] == found["text_config"]["num_hidden_layers"] == LAYERS
     assert found["vision_config"]["num_heads"] == HEADS
     assert found["text_config"]["vocab_size"] == VOCABULARY
@@ -35,12 +37,19 @@ def test_two_layers_of_one_kind_stay():
 
 
 def test_lists_of_layer_numbers_are_no_kinds():
-    found = shrink({"num_hidden_layers": 4, "moe_layers": [0, 1, 2, 3], "scaled": [0, 1, 2, 3], "cross_attention_layers": [3]})
+    found = shrink(
+        {"num_hidden_layers": 4, "moe_layers": [0, 1, 2, 3], "scaled": [0, 1, 2, 3], "cross_attention_layers": [3]}
+    )
     assert found == {"num_hidden_layers": 2, "moe_layers": [0, 1], "scaled": [0, 1], "cross_attention_layers": [1]}
 
 
 def test_what_single_layers_have_otherwise_stays_in_proportion():
-    config = {"num_hidden_layers": 3, "layer_types": ["a", "a", "b"], "head_dim": 256, "per_layer_config": {"02": {"head_dim": 512}}}
+    config = {
+        "num_hidden_layers": 3,
+        "layer_types": ["a", "a", "b"],
+        "head_dim": 256,
+        "per_layer_config": {"02": {"head_dim": 512}},
+    }
     found = shrink(config)
     assert found["head_dim"] == 32
     assert found["per_layer_config"] == {"01": {"head_dim": 64}}
@@ -87,7 +96,7 @@ def test_default_configuration_of_each_family_becomes_small(family):
         for name, value in config.items():
             if isinstance(value, dict):
                 yield from numbers(value)
-            elif isinstance(value, int):
+            elif isinstance(name, str) and isinstance(value, int):
                 yield name, value
 
     small = shrink(family.config_class(**exceptions_of(family.name).default).to_dict())
