@@ -168,7 +168,8 @@ def _in_proportion(name: str, value: Any, config: Mapping[str, Any]) -> Any:
     usual = config.get(name)
     if name not in {*_SIZE_OF, *_PER_GROUP} or not isinstance(value, int) or not isinstance(usual, int) or not usual:
         return value
-    return _entry(name, usual, config, _Tokens()) * value // usual
+    small: int = _entry(name, usual, config, _Tokens())
+    return small * value // usual
 
 
 def _entry(name: str, value: Any, config: Mapping[str, Any], tokens: _Tokens) -> Any:
