@@ -30,7 +30,7 @@ class AllocationSettings:
 
     def free(self, selection: Selection) -> list[str]:
         """The linears that have a choice."""
-        found = found_in(self.fixed, list(selection.settings), selection.prefix)
+        found = found_in(self.fixed, list(selection.settings), selection.lists)
         return [name for name, rules in found.items() if not rules]
 
     @classmethod

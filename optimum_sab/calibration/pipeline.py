@@ -16,6 +16,7 @@ from optimum_sab.calibration.stages.allocation import AllocateBits, MeasureSensi
 from optimum_sab.calibration.stages.answers import RememberAnswers
 from optimum_sab.calibration.stages.blocks import SolveBlocks
 from optimum_sab.calibration.stages.comparison import CompareAnswers
+from optimum_sab.calibration.stages.forward import LookAtForwards
 from optimum_sab.calibration.stages.head import FindHead
 from optimum_sab.calibration.stages.memory import LookAtMemory
 from optimum_sab.calibration.stages.preparation import PrepareLayers
@@ -31,6 +32,7 @@ BINARIZE: tuple[Stage, ...] = (FindHead(), SolveBlocks(), ScaleTemperature(), Tu
 
 STAGES: tuple[Stage, ...] = (
     LookAtMemory(),
+    LookAtForwards(),
     RehearseForward(),
     RememberAnswers(),
     OpenResumeFolder(),

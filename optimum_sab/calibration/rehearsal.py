@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError
@@ -97,7 +98,7 @@ def refusal(model: nn.Module, sample: Mapping[str, Any], packed: Sequence[str]) 
     kind = type(model).__name__
     try:
         with torch.no_grad():
-            model(**sample, use_cache=False)
+            model(**sample, **without_cache(model))
     except torch.OutOfMemoryError as error:
         text = (
             f"one forward of {kind} with one sample does not find room ({_first_line(error)}); give shorter samples "

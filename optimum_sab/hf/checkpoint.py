@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,55 +11,69 @@ from torch import nn
 from optimum_sab.errors import FormatError
 from optimum_sab.format.layout import STORED_SETTINGS, tensor_specs
 from optimum_sab.hf.stored_files import StoredFile, StoredTensor
-from optimum_sab.nn.decoder import name_from_blocks
+from optimum_sab.hf.stored_names import names_in_model
+from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.linear import SABLinear
 
 _DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
 _MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
 
 
-def check_layers(model: nn.Module, prefix: str, files: Sequence[StoredFile]) -> dict[str, str]:
+def check_layers(
+    model: nn.Module, lists: BlockLists, files: Sequence[StoredFile], transforms: Sequence[Any] | None = None
+) -> dict[str, str]:
     """Every packed layer of ``model`` must have all its tensors in the files, in the right shape and dtype.
-
-    Layers are matched by their name from the decoder's block list on, because Transformers may store a model under
-    another prefix than it has in memory.
 
     Args:
         model: the skeleton, `SABLinear` in place.
-        prefix: dotted name of the decoder's block list.
+        lists: that the decoder blocks stand in.
         files: the checkpoint's.
+        transforms: see `names_in_model`.
 
     Returns:
-        Per packed layer, by its name in the model: the stored names of its tensors, without the last part.
+        The stored names of all tensors, by name in the model.
 
     Raises:
         FormatError: a tensor is missing or misshapen, or the configuration describes other layers than were saved.
     """
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    stems: dict[str, str] = {}
-    for key in stored:
-        stem, _, tensor = key.rpartition(".")
-        if tensor in _MARKS:
-            stems.setdefault(name_from_blocks(stem, prefix), stem)
+    keys = names_in_model(stored, model, transforms, lists)
+    _refuse_packed_elsewhere(model, lists, stored, keys)
     layers = files[0].layers if files else {}
-    found_at: dict[str, str] = {}
     for name, module in model.named_modules():
         if isinstance(module, SABLinear):
-            found = stems.get(name_from_blocks(name, prefix))
-            if found is None:
+            found = {
+                tensor: (keys[full], stored[keys[full]])
+                for tensor in (*tensor_specs(module.out_features, module.in_features, module.settings), "bias")
+                if (full := f"{name}.{tensor}") in keys
+            }
+            if not set(found) - {"weight", "bias"}:
                 raise FormatError(
                     f"{name}: no packed tensors in the checkpoint; it is incomplete, or its quantization_config does "
                     "not belong to it."
                 )
-            _check_settings(name, module, layers.get(name_from_blocks(name, prefix)))
-            _check_tensors(name, module, found, stored)
-            found_at[name] = found
-        elif isinstance(module, nn.Linear) and stems.get(name_from_blocks(name, prefix)) is not None:
+            _check_settings(name, module, layers.get(lists.short(name)))
+            foreign = f"{next(iter(found.values()))[0].rpartition('.')[0]}.bias"  # that the model has no place for
+            if foreign in stored:
+                found.setdefault("bias", (foreign, stored[foreign]))
+            _check_tensors(name, module, {tensor: entry for tensor, (_, entry) in found.items()})
+    return keys
+
+
+def _refuse_packed_elsewhere(
+    model: nn.Module, lists: BlockLists, stored: Mapping[str, StoredTensor], keys: Mapping[str, str]
+) -> None:
+    """No layer may be packed in the files and dense in the model."""
+    dense = {lists.short(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    taken = set(keys.values())
+    for key in stored:
+        stem, _, tensor = key.rpartition(".")
+        name = dense.get(lists.short(stem))
+        if tensor in _MARKS and key not in taken and name is not None:
             raise FormatError(
                 f"{name}: packed in the checkpoint, but its quantization_config leaves it dense; they do not belong "
                 "together, fetch both again."
             )
-    return found_at
 
 
 def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | None) -> None:
@@ -72,9 +87,9 @@ def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | N
             )
 
 
-def _check_tensors(name: str, layer: SABLinear, stem: str, stored: Mapping[str, StoredTensor]) -> None:
+def _check_tensors(name: str, layer: SABLinear, stored: Mapping[str, StoredTensor]) -> None:
     for tensor, spec in tensor_specs(layer.out_features, layer.in_features, layer.settings).items():
-        found = stored.get(f"{stem}.{tensor}")
+        found = stored.get(tensor)
         if found is None:
             raise FormatError(f"{name}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again.")
         if (found.shape, found.dtype) != (spec.shape, _DTYPES[spec.dtype]):
@@ -82,7 +97,7 @@ def _check_tensors(name: str, layer: SABLinear, stem: str, stored: Mapping[str, 
                 f"{name}: tensor {tensor!r} is {found.dtype} {found.shape}, expected {_DTYPES[spec.dtype]} "
                 f"{spec.shape}; the checkpoint and its quantization_config do not belong together."
             )
-    bias = stored.get(f"{stem}.bias")
+    bias = stored.get("bias")
     if (bias is None) != (layer.bias is None):
         raise FormatError(
             f"{name}: tensor 'bias' is missing; the checkpoint is incomplete, fetch it again."

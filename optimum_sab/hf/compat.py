@@ -12,3 +12,6 @@ OFFLOADS_INTEGERS = _LINE >= (5, 0)
 # What a model's forward calls its cache. From 5.24 on the old name warns; lines before it swallow the new one among
 # their further arguments and compute without a cache.
 CACHE_ARGUMENT = "cache" if _LINE >= (5, 24) else "past_key_values"
+
+# Transformers 5 renames, merges and splits tensors on their way between disk and model.
+RENAMES = _LINE >= (5, 0)

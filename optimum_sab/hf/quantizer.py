@@ -13,17 +13,20 @@ from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.hf.checkpoint import check_layers
-from optimum_sab.hf.compat import OFFLOADS_INTEGERS
+from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.finite import check_finite
 from optimum_sab.hf.one_save import check_one_save
-from optimum_sab.hf.origin import Origin, origin_of
+from optimum_sab.hf.origin import origin_of
 from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, local_files, read_headers
+from optimum_sab.hf.stored_names import as_before, spare_packed
 from optimum_sab.hf.verification import verify_loaded
+from optimum_sab.nn.decoder import BlockLists
+from optimum_sab.nn.dense_share import warn_of_dense
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons, set_module
@@ -45,8 +48,9 @@ class SABHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
         self._stages: Any = None  # with what they found before the weights were read
-        self._files: list[StoredFile] = []  # these two while a packed checkpoint is loaded
-        self._stems: dict[str, str] = {}
+        self._files: list[StoredFile] = []  # these three while a packed checkpoint is loaded
+        self._keys: dict[str, str] = {}  # stored names, by name in the model
+        self._lists = BlockLists(())
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
         else:
@@ -75,18 +79,30 @@ class SABHfQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         selection = select(model, self.quantization_config, strict=not self.pre_quantized)  # a bad rule stops here
-        origin = origin_of(model)
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import check_before_loading
 
-            self._stages = check_before_loading(model, self.quantization_config, origin)
+            warn_of_dense(model, selection)
+            self._stages = check_before_loading(model, self.quantization_config, origin_of(model))
         else:
             replace_with_skeletons(model, selection)
-            self._check_files(model, selection.prefix, origin)
+            self._lists = selection.lists
+            if not RENAMES:
+                self._check_files(model, None)
         return model
 
-    def _check_files(self, model: nn.Module, prefix: str, origin: Origin) -> None:
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Transformers 5: told how the checkpoint's tensors are renamed and changed on their way into the model."""
+        transforms: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        if not self.pre_quantized:
+            return transforms
+        transforms = spare_packed(transforms, model)
+        self._check_files(model, transforms)
+        return transforms
+
+    def _check_files(self, model: nn.Module, transforms: list[Any] | None) -> None:
         """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
+        origin = origin_of(model)
         found = origin.files
         if found is None and Path(origin.name).is_dir():
             found = local_files(Path(origin.name))
@@ -94,7 +110,7 @@ class SABHfQuantizer(HfQuantizer):
             return
         self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
         check_one_save(self._files, self.quantization_config.saved_as)
-        self._stems = check_layers(model, prefix, self._files)
+        self._keys = check_layers(model, self._lists, self._files, transforms)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
@@ -103,10 +119,15 @@ class SABHfQuantizer(HfQuantizer):
 
             beginning, self._stages = self._stages, None
             self.report = binarize_loaded(model, self.quantization_config, beginning)
+            transforms = getattr(model, "_weight_conversions", None)
+            if transforms is not None:  # of the dense checkpoint; saving undoes them
+                model._weight_conversions = spare_packed(transforms, model)  # type: ignore[assignment]
         else:
             self._check_content(model)
             if self.quantization_config.dequantize:
                 self._dequantize(model)
+                if hasattr(model, "_weight_conversions"):
+                    model._weight_conversions = as_before(model._weight_conversions)  # type: ignore[arg-type,assignment]
                 self.remove_quantization_config(model)
                 return model
             prepare_layers(model, self.quantization_config.backend)
@@ -117,12 +138,12 @@ class SABHfQuantizer(HfQuantizer):
     def _check_content(self, model: nn.Module) -> None:
         wanted = self.quantization_config.verify
         if wanted:
-            verify_loaded(model, self._files, self._stems, rest=wanted == "all")
+            verify_loaded(model, self._files, self._keys, rest=wanted == "all")
         for name, module in model.named_modules():
             if isinstance(module, SABLinear) and module.weight.device.type != "meta":
                 module.packed.validate(name)
         check_finite(model, self._files)
-        self._files, self._stems = [], {}
+        self._files, self._keys = [], {}
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.hf.config import SABConfig, describe_calibration
-from optimum_sab.nn.decoder import name_from_blocks
 from optimum_sab.nn.selection import Selection
 
 
@@ -33,7 +32,7 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
     measured: dict[str, Any] = {
         "bits_per_weight": round(report.bits_per_weight, 6),
         "calibration_tokens": report.tokens,
-        "left_dense": [name_from_blocks(name, selection.prefix) for name in selection.left_dense],
+        "left_dense": [selection.lists.short(name) for name in selection.left_dense],
     }
     if report.temperature is not None:
         measured["temperature"] = round(report.temperature.value, 4)

@@ -21,7 +21,7 @@ from transformers import modeling_utils
 from optimum_sab.format.digest import digest
 from optimum_sab.format.layout import STORED_SETTINGS
 from optimum_sab.hf.stored_files import DIGESTS_KEY, LAYERS_KEY, SAVE_KEY
-from optimum_sab.nn.decoder import find_decoder_blocks, name_from_blocks
+from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 
 
@@ -66,9 +66,9 @@ def describe_save(model: nn.Module) -> dict[str, str]:
     Args:
         model: as it is now, packed layers in it.
     """
-    prefix = find_decoder_blocks(model).prefix
+    lists = find_decoder_blocks(model).lists
     layers = {
-        name_from_blocks(name, prefix): {key: asdict(module.settings)[key] for key in STORED_SETTINGS}
+        lists.short(name): {key: asdict(module.settings)[key] for key in STORED_SETTINGS}
         for name, module in model.named_modules()
         if isinstance(module, SABLinear)
     }

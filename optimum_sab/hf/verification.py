@@ -15,7 +15,7 @@ from optimum_sab.nn.linear import SABLinear
 VERIFY = (True, False, "all")
 
 
-def verify_loaded(model: nn.Module, files: Sequence[StoredFile], stems: Mapping[str, str], rest: bool) -> None:
+def verify_loaded(model: nn.Module, files: Sequence[StoredFile], keys: Mapping[str, str], rest: bool) -> None:
     """The packed layers of a model must be what was saved; files without digests are passed over.
 
     They are compared where they are, before they are prepared for computing. What is offloaded, and a bias of which
@@ -24,7 +24,7 @@ def verify_loaded(model: nn.Module, files: Sequence[StoredFile], stems: Mapping[
     Args:
         model: loaded, packed layers in the stored layout.
         files: of the checkpoint.
-        stems: per packed layer, by its name in the model: its tensors' stored names, without the last part.
+        keys: stored names of the tensors, by name in the model.
         rest: whether everything else is compared too, from the files.
 
     Raises:
@@ -36,14 +36,14 @@ def verify_loaded(model: nn.Module, files: Sequence[StoredFile], stems: Mapping[
     wrong: list[str] = []
     unseen = set(digests)
     packed = set()
-    for name, stem in stems.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, SABLinear)
-        for key, tensor in layer.named_parameters(recurse=False):
-            stored = f"{stem}.{key}"
+    for name, layer in model.named_modules():
+        if not isinstance(layer, SABLinear):
+            continue
+        for tensor_name, tensor in layer.named_parameters(recurse=False):
+            stored = keys[f"{name}.{tensor_name}"]
             packed.add(stored)
             if tensor.is_meta or (
-                key == "bias" and _dtype_of(files, stored) != str(tensor.dtype).removeprefix("torch.")
+                tensor_name == "bias" and _dtype_of(files, stored) != str(tensor.dtype).removeprefix("torch.")
             ):
                 continue
             unseen.discard(stored)

@@ -14,6 +14,7 @@ from typing import Any
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.patterns import PLAIN, NameSearch, steps
 
 PATTERNS = 1000  # of a configuration
@@ -81,13 +82,13 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
     return covered
 
 
-def found_in(rules: Iterable[str], names: Sequence[str], prefix: str) -> dict[str, list[str]]:
+def found_in(rules: Iterable[str], names: Sequence[str], lists: BlockLists) -> dict[str, list[str]]:
     """The keys of ``dynamic`` that are found in each name, in their order.
 
     Args:
         rules: regular expressions.
-        names: of linears, under ``prefix``.
-        prefix: dotted name of the decoder's block list.
+        names: of linears in the decoder blocks.
+        lists: that the blocks stand in.
 
     Raises:
         ConfigError: see `check_rules`.
@@ -95,7 +96,7 @@ def found_in(rules: Iterable[str], names: Sequence[str], prefix: str) -> dict[st
     rules = list(rules)
     check_rules((), rules)
     found: dict[str, list[str]] = {name: [] for name in names}
-    search, index = NameSearch(names), _WholeNames(names, prefix)
+    search, index = NameSearch(names), _WholeNames(names, lists)
     for rule in rules:
         known = index.look_up(rule)
         for name in search.find(rule) if known is None else known:
@@ -104,10 +105,10 @@ def found_in(rules: Iterable[str], names: Sequence[str], prefix: str) -> dict[st
 
 
 def overridden(
-    settings: Mapping[str, LayerSettings], dynamic: Mapping[str, Mapping[str, Any]], prefix: str
+    settings: Mapping[str, LayerSettings], dynamic: Mapping[str, Mapping[str, Any]], lists: BlockLists
 ) -> tuple[dict[str, LayerSettings], set[str]]:
     """Settings by name with what the rules found in each name change, in their order; and the rules that were found."""
-    found = found_in(dynamic, list(settings), prefix)
+    found = found_in(dynamic, list(settings), lists)
     made: dict[tuple[LayerSettings, str], LayerSettings] = {}  # many rules say the same
     own = {}
     for name, each in settings.items():
@@ -120,25 +121,24 @@ def overridden(
     return own, {rule for each in found.values() for rule in each}
 
 
-def rules_for(names: Sequence[str], among: Sequence[str], prefix: str) -> dict[str, str]:
+def rules_for(names: Sequence[str], among: Sequence[str], lists: BlockLists) -> dict[str, str]:
     """A key of ``dynamic`` for each name that is found in no other, to be written down.
 
     Args:
         names: of linears.
         among: names of all linears, these too.
-        prefix: dotted name of the decoder's block list.
+        lists: that the decoder blocks stand in.
 
     Returns:
         By name: the name from the block list on; an anchored expression where that would be found in another name too.
     """
-    start = len(prefix) - len(prefix.rpartition(".")[2])
-    plain = {name: name[start:] for name in names}
-    found = found_in(plain.values(), among, prefix)
+    plain = {name: name[lists.start :] for name in names}
+    found = found_in(plain.values(), among, lists)
     count: dict[str, int] = {}
     for each in found.values():
         for rule in each:
             count[rule] = count.get(rule, 0) + 1
-    head = r"(?:^|\.)" if prefix else "^"
+    head = "^" if lists.bare else r"(?:^|\.)"
     return {
         name: rule if PLAIN.fullmatch(rule) and count.get(rule) == 1 else f"{head}(?:{_escaped(rule)})$"
         for name, rule in plain.items()
@@ -152,12 +152,11 @@ def _escaped(name: str) -> str:
 class _WholeNames:
     """Rules that are names of linears, from the block list on, or lists of such."""
 
-    def __init__(self, names: Sequence[str], prefix: str) -> None:
-        start = len(prefix) - len(prefix.rpartition(".")[2])
-        self._anchored = not prefix  # then names begin with a number, which is found in longer numbers
-        self._names = {name[start:]: name for name in names}
+    def __init__(self, names: Sequence[str], lists: BlockLists) -> None:
+        self._anchored = lists.bare  # then names begin with a number, which is found in longer numbers
+        self._names = {name[lists.start :]: name for name in names}
         self._sorted = sorted(self._names)
-        self._above = prefix[:start]
+        self._above = f"{lists.above}." if lists.above else ""
 
     def look_up(self, rule: str) -> list[str] | None:
         """What the rule is found in; None where it has to be searched."""

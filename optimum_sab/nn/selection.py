@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError, warn
-from optimum_sab.nn.decoder import find_decoder_blocks
+from optimum_sab.errors import ConfigError
+from optimum_sab.nn.decoder import BlockLists, find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.routers import find_routers
 from optimum_sab.nn.rules import covered_by, overridden
@@ -21,18 +21,30 @@ class Selection:
     """The outcome of the rules on one model.
 
     Attributes:
-        prefix: dotted name of the decoder's block list.
+        lists: the module lists that hold the decoder blocks.
+        blocks: dotted names of the decoder blocks, in the order in which the model calls them as far as that is known.
         settings: per selected linear, by dotted name, in the model's order.
         left_dense: linears inside the decoder blocks that a rule, a tied weight or their place keeps dense.
     """
 
-    prefix: str
+    lists: BlockLists
+    blocks: tuple[str, ...]
     settings: dict[str, LayerSettings]
     left_dense: tuple[str, ...]
 
     def with_rules(self, dynamic: Mapping[str, Mapping[str, Any]]) -> Selection:
         """The same linears with the settings that more rules of ``dynamic`` give them."""
-        return replace(self, settings=overridden(self.settings, dynamic, self.prefix)[0])
+        return replace(self, settings=overridden(self.settings, dynamic, self.lists)[0])
+
+    def without(self, names: Collection[str]) -> Selection:
+        """The same, but that these linears stay dense."""
+        settings = {name: own for name, own in self.settings.items() if name not in names}
+        more = [name for name in self.settings if name in names]
+        return replace(self, settings=settings, left_dense=(*self.left_dense, *more))
+
+    def in_order(self, blocks: Sequence[str]) -> Selection:
+        """The same linears, of blocks that the model calls in this order."""
+        return replace(self, blocks=tuple(blocks))
 
 
 def select_linears(
@@ -46,8 +58,8 @@ def select_linears(
     """Every linear in the decoder blocks, less the rules.
 
     The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
-    linear whose weight is shared with another module, or that decides which expert a token goes to
-    (`find_routers`). ``modules_to_not_convert`` adds to that, it replaces nothing.
+    linear whose weight is shared with another module, that decides which expert a token goes to (`find_routers`), or
+    that computes more than a linear does. ``modules_to_not_convert`` adds to that, it replaces nothing.
 
     Args:
         model: dense, or a skeleton on meta.
@@ -70,14 +82,13 @@ def select_linears(
     chosen: dict[str, LayerSettings] = {}
     left_dense: list[str] = []
     for name, module in model.named_modules():
-        inside = name.startswith(decoder.prefix + ".") if decoder.prefix else True
-        if not inside or not isinstance(module, (nn.Linear, SABLinear)):
+        if not decoder.lists.holds(name) or not isinstance(module, (nn.Linear, SABLinear)):
             continue
-        if id(module.weight) in shared or name in dense:
+        if id(module.weight) in shared or name in dense or not _is_plain(module):
             left_dense.append(name)
         else:
             chosen[name] = defaults
-    settings, used = overridden(chosen, dynamic or {}, decoder.prefix)
+    settings, used = overridden(chosen, dynamic or {}, decoder.lists)
     used |= {rule for rule, found in covered.items() if found}
     unused = [r for r in [*modules_to_not_convert, *(dynamic or {})] if r not in used]
     if strict and unused:
@@ -87,9 +98,12 @@ def select_linears(
         )
     if not settings:
         raise ConfigError(f"nothing is left to binarize in {type(model).__name__}; loosen modules_to_not_convert.")
-    if strict:
-        _warn_fused(model, decoder.prefix)
-    return Selection(decoder.prefix, settings, tuple(left_dense))
+    return Selection(decoder.lists, tuple(decoder.named), settings, tuple(left_dense))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it computes ``x Wᵀ + b`` and nothing else, which is what a packed layer does."""
+    return isinstance(module, SABLinear) or type(module).forward is nn.Linear.forward
 
 
 def shared_parameters(model: nn.Module) -> set[int]:
@@ -99,24 +113,6 @@ def shared_parameters(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return {key for key, count in seen.items() if count > 1}
-
-
-def _warn_fused(model: nn.Module, prefix: str) -> None:
-    start = prefix + "." if prefix else ""
-    fused = [
-        name
-        for name, parameter in model.named_parameters()
-        if name.startswith(start)
-        and parameter.dim() == 3
-        and parameter.dtype.is_floating_point
-        and not isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Conv1d)
-    ]
-    if fused:
-        share = sum(model.get_parameter(n).numel() for n in fused) / sum(p.numel() for p in model.parameters())
-        warn(
-            f"{len(fused)} fused expert tensors, such as {fused[0]!r}, are not nn.Linear and stay dense: "
-            f"{share:.0%} of the model's parameters. Mixture-of-experts models gain little yet."
-        )
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -52,7 +52,7 @@ class Subject:
     @property
     def linears(self) -> list[dict[str, nn.Linear]]:
         """Every linear of every decoder block by dotted name."""
-        prefix = find_decoder_blocks(self.model).prefix
+        prefix = find_decoder_blocks(self.model).lists.names[0]
         return [
             {f"{prefix}.{i}.{n}": m for n, m in block.named_modules() if isinstance(m, nn.Linear)}
             for i, block in enumerate(self.blocks)

@@ -75,8 +75,8 @@ def skeleton(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_routers_of_a_family_stay_dense_and_nothing_else_does(family):
     found = select_linears(skeleton(family), LayerSettings(block_size=32))
-    below = {name.removeprefix(f"{found.prefix}.").partition(".")[2] for name in found.left_dense}
-    selected = {name.removeprefix(f"{found.prefix}.").partition(".")[2] for name in found.settings}
+    below = {name.removeprefix(f"{found.lists.names[0]}.").partition(".")[2] for name in found.left_dense}
+    selected = {name.removeprefix(f"{found.lists.names[0]}.").partition(".")[2] for name in found.settings}
     routers, others = PLACES[family]
     if transformers.__version__.startswith("4."):
         routers = LINE_4.get(family, routers)

@@ -6,10 +6,12 @@ import pytest
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.patterns import NameSearch
 from optimum_sab.nn.rules import check_rules, covered_by, found_in, overridden, rules_for
 
 PREFIX = "model.language_model.layers"
+LISTS = BlockLists((PREFIX,))
 SMALL = LayerSettings(block_size=32)
 ONE, TWO = {"base_planes": 1}, {"base_planes": 2}
 
@@ -85,7 +87,7 @@ def test_dynamic_rule_is_found_where_re_finds_it(rule):
     for prefix in (PREFIX, "layers", ""):
         names = linears(12, prefix)
         wanted = {name: [rule] if re.search(rule, name) else [] for name in names}
-        assert found_in([rule], names, prefix) == wanted
+        assert found_in([rule], names, BlockLists((prefix,))) == wanted
 
 
 def test_rules_apply_in_their_order_whether_looked_up_or_searched():
@@ -95,10 +97,10 @@ def test_rules_apply_in_their_order_whether_looked_up_or_searched():
         "layers.1.mlp.down_proj": {"base_planes": 2},
         r"1\.mlp": {"damping": 0.2},
     }
-    own, used = overridden(dict.fromkeys(names, SMALL), dynamic, PREFIX)
+    own, used = overridden(dict.fromkeys(names, SMALL), dynamic, LISTS)
     assert own[f"{PREFIX}.0.mlp.down_proj"] == SMALL.replace(base_planes=3)
     assert own[f"{PREFIX}.1.mlp.down_proj"] == SMALL.replace(base_planes=2, damping=0.2)
-    backwards, _ = overridden(dict.fromkeys(names, SMALL), dict(reversed(dynamic.items())), PREFIX)
+    backwards, _ = overridden(dict.fromkeys(names, SMALL), dict(reversed(dynamic.items())), LISTS)
     assert backwards[f"{PREFIX}.1.mlp.down_proj"] == SMALL.replace(base_planes=3, damping=0.2)
     assert used == set(dynamic)
 
@@ -109,8 +111,8 @@ def test_rules_apply_in_their_order_whether_looked_up_or_searched():
 @pytest.mark.parametrize("prefix", [PREFIX, "layers", "h", ""])
 def test_written_rules_are_names_and_find_one_linear_each(prefix):
     names = linears(12, prefix)
-    keys = rules_for(names, names, prefix)
-    assert found_in(keys.values(), names, prefix) == {name: [keys[name]] for name in names}
+    keys = rules_for(names, names, BlockLists((prefix,)))
+    assert found_in(keys.values(), names, BlockLists((prefix,))) == {name: [keys[name]] for name in names}
     for name, key in keys.items():  # in a release that searches them, too
         assert [each for each in names if re.search(key, each)] == [name]
     if prefix:
@@ -124,7 +126,7 @@ def test_ten_thousand_names_are_looked_up_and_not_searched(searched):
     dynamic = {
         key: ONE if i % 2 else TWO for i, key in enumerate(n.removeprefix("model.language_model.") for n in names)
     }
-    own, used = overridden(dict.fromkeys(names, SMALL), dynamic, PREFIX)
+    own, used = overridden(dict.fromkeys(names, SMALL), dynamic, LISTS)
     assert len(used) == 10_000 and searched == []
     assert {s.base_planes for s in own.values()} == {1, 2}
     left = [n.removeprefix("model.language_model.") for n in names]
@@ -137,12 +139,12 @@ def test_a_list_of_names_as_it_was_stored_is_looked_up(searched):
     listed = "|".join(re.escape(n.removeprefix(f"{PREFIX}.")) for n in names[::2])
     rule = rf"(?:^|\.)layers\.(?:{listed})$"
     assert len(rule) > 10_000
-    assert found_in([rule], names, PREFIX) == {n: [rule] if i % 2 == 0 else [] for i, n in enumerate(names)}
+    assert found_in([rule], names, LISTS) == {n: [rule] if i % 2 == 0 else [] for i, n in enumerate(names)}
     assert searched == []
 
 
 def test_patterns_are_searched_once_for_all_names(searched):
-    found_in(["down", r"layers\.\d+\."], linears(50), PREFIX)
+    found_in(["down", r"layers\.\d+\."], linears(50), LISTS)
     covered_by(["re:down", "q_proj"], linears(50))
     assert searched == ["down", r"layers\.\d+\.", "down"]
 
@@ -187,5 +189,5 @@ def test_what_users_write_is_within_the_bounds():
 
 def test_refused_rules_have_not_been_searched(searched):
     with pytest.raises(ConfigError):
-        found_in(["down", "((a*)*)*b"], linears(2), PREFIX)
+        found_in(["down", "((a*)*)*b"], linears(2), LISTS)
     assert searched == []

@@ -1,11 +1,9 @@
-import warnings
-
 import pytest
 import torch
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.errors import ConfigError
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import replace_with_skeletons, select_linears, set_module
 
@@ -85,7 +83,7 @@ def test_selection_holds_the_linears_of_the_decoder_blocks_and_nothing_else(pref
     """Not the vision tower with its own list of layers, the projector, the embedding or the tied lm_head."""
     model = VisionLanguage(prefix)
     found = select_linears(model, SMALL)
-    assert found.prefix == f"model.{prefix}.layers"
+    assert found.lists.names == (f"model.{prefix}.layers",)
     assert list(found.settings) == names(f"model.{prefix}.layers", 2)
     assert set(found.settings.values()) == {SMALL}
     assert found.left_dense == ()
@@ -98,7 +96,7 @@ def test_selection_of_a_text_model_holds_its_layers():
 
 def test_selection_of_a_bare_list_of_blocks_holds_its_linears():
     found = select_linears(Text().model.layers, SMALL)
-    assert found.prefix == ""
+    assert found.lists.names == ("",)
     assert list(found.settings) == [name.removeprefix("model.layers.") for name in names("model.layers", 3)]
 
 
@@ -246,41 +244,27 @@ def test_routers_stay_dense_and_experts_do_not(strict):
     assert {name for name in found.settings if name.startswith(start)} == wanted
 
 
-def test_fused_experts_are_warned_of():
-    model = VisionLanguage()
-    mlp = model.model.language_model.layers[1].mlp
-    mlp.experts = nn.Module()
-    mlp.experts.gate_up_proj = nn.Parameter(torch.zeros(4, 16, 32))
-    with pytest.warns(SABWarning, match=r"1 fused .*model\.language_model\.layers\.1\.mlp\.experts\.gate_up_proj"):
-        select_linears(model, SMALL)
-
-
-def test_nothing_is_warned_of_without_fused_experts_or_when_loading():
-    model = VisionLanguage()
-    model.model.visual.patches = nn.Parameter(torch.zeros(3, 4, 4))  # outside the decoder
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        select_linears(model, SMALL)
-        model.model.language_model.layers[1].experts = nn.Parameter(torch.zeros(4, 16, 32))
-        select_linears(model, SMALL, strict=False)
-
-
-def test_a_convolution_is_not_taken_for_fused_experts():
-    """Hybrid decoders (LFM2, Mamba layers) have one in a block; its kernel has three dimensions."""
-    model = VisionLanguage()
-    model.model.language_model.layers[0].conv = nn.Conv1d(16, 16, 4, groups=16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        select_linears(model, SMALL)
-
-
-def test_a_packed_model_is_not_warned_of_and_selects_the_same_names():
+def test_a_packed_model_selects_the_same_names():
     model = VisionLanguage()
     selection = select_linears(model, SMALL, ["o_proj"])
     replace_with_skeletons(model, selection)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert select_linears(model, SMALL, ["o_proj"]) == selection
+    assert select_linears(model, SMALL, ["o_proj"]) == selection
+
+
+class Scaled(nn.Linear):
+    """Computes more than its weight says."""
+
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+def test_a_linear_with_a_forward_of_its_own_stays_dense():
+    model = VisionLanguage()
+    up = model.model.language_model.layers[0].mlp.up_proj
+    model.model.language_model.layers[0].mlp.up_proj = Scaled(up.in_features, up.out_features)
+    found = select_linears(model, SMALL)
+    assert found.left_dense == ("model.language_model.layers.0.mlp.up_proj",)
+    assert "model.language_model.layers.1.mlp.up_proj" in found.settings
 
 
 def test_a_model_without_decoder_blocks_is_refused():

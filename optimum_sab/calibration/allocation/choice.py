@@ -39,7 +39,7 @@ class Allocation:
         Args:
             selection: all linears that will be binarized.
         """
-        keys = rules_for(list(self.settings), list(selection.settings), selection.prefix)
+        keys = rules_for(list(self.settings), list(selection.settings), selection.lists)
         return {keys[name]: {each: getattr(own, each) for each in PLANES} for name, own in self.settings.items()}
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.progress import OnStep, no_step
-from optimum_sab.calibration.samples.modality import token_modalities
+from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
+from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import call_with, recomputed
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError, NonFiniteError
+from optimum_sab.nn.decoder import input_embedding
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ def output_sensitivity(
     To second order an error δ in a linear's output y costs ``KL = ½ δᵀ F δ``, with F the Fisher information of the
     predictions (at all later tokens too). For an error with the relative energy e that points anywhere that is
     ``e · s``: so ``s`` times the relative output error is the expected KL per token, in nats. Of a model without
-    logits the relative squared error of its last hidden states h takes the divergence's place: ``log p(ŷ)`` is then
-    ``zᵀh / ‖h‖`` with z drawn from a normal distribution.
+    logits, or with a single one, the relative squared error of its last hidden states h (or of that number) takes the
+    divergence's place: ``log p(ŷ)`` is then ``zᵀh / ‖h‖`` with z drawn from a normal distribution.
 
     Args:
         model: dense, with gradients possible; its parameters' ``requires_grad`` is put back.
@@ -69,28 +71,28 @@ def output_sensitivity(
         NonFiniteError: the model's output or a gradient holds NaN or inf.
         CalibrationError: the model's gradients do not reach a linear, or inference mode forbids them.
     """
-    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
-        raise CalibrationError(
-            "inside torch.inference_mode() no gradient can be had to allocate bits by; load the model outside of it "
-            "(torch.no_grad() is fine), or use allocation='uniform'."
-        )
+    refuse_inference_mode(model)
     sums = dict.fromkeys(names, 0.0)
     tokens = 0
     wanted = [p.requires_grad for p in model.parameters()]
     with ExitStack() as stack:
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_hook(_watch(sums, name)).remove)
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        embeddings = input_embedding(model)
+        if embeddings is not None:
+            stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        for block in () if recomputation is None else recomputation.blocks:
+            stack.callback(block.register_forward_pre_hook(_begin_gradient, with_kwargs=True).remove)
         stack.callback(lambda: [p.requires_grad_(w) for p, w in zip(model.parameters(), wanted, strict=True)])
         stack.enter_context(patched_forwards({} if recomputation is None else recomputation.forwards()))
         stack.enter_context(torch.enable_grad())
         model.requires_grad_(False)
         for index, sample in enumerate(samples):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
-            text = token_modalities(sample, getattr(model, "config", None)).text
-            _drawn_log_probability(model(**sample, use_cache=False), text, generator).backward()
-            tokens += int(text.sum())
+            modalities = token_modalities(sample, getattr(model, "config", None))
+            drawn, count = _drawn_log_probability(model(**sample, **without_cache(model)), modalities, generator)
+            drawn.backward()
+            tokens += count
             on_step(index + 1, len(samples))
     for name, total in sums.items():
         if not torch.isfinite(torch.tensor(total)):
@@ -103,20 +105,36 @@ def output_sensitivity(
     return {name: total / (2 * max(1, tokens)) for name, total in sums.items()}
 
 
-def _drawn_log_probability(output: Any, text: Tensor, generator: torch.Generator) -> Tensor:
-    """What is differentiated: summed over the text tokens [tokens, booleans]."""
+def refuse_inference_mode(model: nn.Module) -> None:
+    """Gradients are needed.
+
+    Raises:
+        CalibrationError: there can be none.
+    """
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise CalibrationError(
+            "inside torch.inference_mode() no gradient can be had to allocate bits by; load the model outside of it "
+            "(torch.no_grad() is fine), or use allocation='uniform'."
+        )
+
+
+def _drawn_log_probability(output: Any, modalities: TokenModalities, generator: torch.Generator) -> tuple[Tensor, int]:
+    """What is differentiated, summed over the predictions that are judged, and how many those are.
+
+    Predictions are logits [..., classes]: for each token, or one for the sample.
+    """
     logits = getattr(output, "logits", None)
     given = output[0] if logits is None else logits
     if not bool(torch.isfinite(given).all()):
         raise NonFiniteError("the model's output holds NaN or inf; load the model in bfloat16 or float32.")
-    if logits is not None:
-        log_p = logits[0].float()[text.to(logits.device)].log_softmax(-1)
+    rows = given.flatten(0, -2).float()
+    rows = rows[modalities.judged(len(rows)).to(rows.device)]
+    if logits is not None and rows.shape[-1] > 1:
+        log_p = rows.log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-        return log_p.gather(1, drawn).sum()
-    hidden = output[0][0].float()
-    hidden = hidden[text.to(hidden.device)]
-    direction = torch.randn(hidden.shape, generator=generator).to(hidden.device)
-    return (hidden * direction / hidden.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)).sum()
+        return log_p.gather(1, drawn).sum(), len(rows)
+    direction = torch.randn(rows.shape, generator=generator).to(rows.device)
+    return (rows * direction / rows.detach().norm(dim=-1, keepdim=True).clamp_min(1e-12)).sum(), len(rows)
 
 
 def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -131,6 +149,16 @@ def _watch(sums: dict[str, float], name: str) -> Callable[[nn.Module, Any, Tenso
             output.register_hook(add)
 
     return hook
+
+
+def _begin_gradient(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """From a block's hidden states on, where no embedding of tokens was come by before."""
+    if args and isinstance(args[0], Tensor) and args[0].is_floating_point() and not args[0].requires_grad:
+        return (args[0].detach().requires_grad_(True).clone(), *args[1:]), kwargs
+    hidden = kwargs.get("hidden_states")
+    if isinstance(hidden, Tensor) and not hidden.requires_grad:
+        return args, {**kwargs, "hidden_states": hidden.detach().requires_grad_(True).clone()}
+    return None
 
 
 def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> Tensor:

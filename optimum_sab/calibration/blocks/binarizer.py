@@ -106,7 +106,7 @@ class BlockBinarizer:
     def _refine(self, passage: BlockPassage) -> bool:
         """Reconstruct the block's output; whether that improved it."""
         refine = self._run.options.refine
-        if refine is None or not refine.epochs:
+        if refine is None or not refine.epochs or not passage.samples:
             return False
         packed = {name.removeprefix(self._start): weight for name, weight in self._block.packed.items()}
         dense = next(iter(self._linears.values())).weight
@@ -128,15 +128,15 @@ class BlockBinarizer:
     @property
     def _start(self) -> str:
         """What the names of the block's modules begin with."""
-        prefix, position = self._run.selection.prefix, self._targets.positions[self._index]
-        return f"{prefix}.{position}." if prefix else f"{position}."
+        return f"{self._targets.names[self._index]}."
 
     def leave(self, index: int, drift: float | None) -> None:
         if self._run.resume is not None and not self.known(index):
             self._block.write(self._run.resume, index)
         layers = tuple(self._swap(name, dense) for name, dense in self._linears.items())
         seconds = time.perf_counter() - self._started
-        report = BlockReport(self._targets.positions[index], layers, drift, seconds, self._block.reconstruction)
+        position = self._run.selection.blocks.index(self._targets.names[index])
+        report = BlockReport(position, layers, drift, seconds, self._block.reconstruction)
         self.reports.append(report)
         self._run.progress.on_block(report, len(self._targets.linears))
 

@@ -23,7 +23,7 @@ def allow_idle_experts(names: Sequence[str], linears: Mapping[str, nn.Linear], r
         CalibrationError: one is no expert among others that were reached, or they are more than `MISSED` of the block.
     """
     missed, selected = (sum(linears[n].weight.numel() for n in some) for some in (names, linears))
-    experts = {name: _idle_expert(name, reached) for name in names}
+    experts = {name: idle_expert(name, reached) for name in names}
     remedy = (
         "Give more or more varied samples, or leave them dense with "
         f"modules_to_not_convert={list(dict.fromkeys(experts[name] or name for name in names))}."
@@ -40,8 +40,8 @@ def allow_idle_experts(names: Sequence[str], linears: Mapping[str, nn.Linear], r
     warn(f"{what}: they are binarized to approximate their weights, without data. {remedy}")
 
 
-def _idle_expert(name: str, reached: Collection[str]) -> str | None:
-    """The expert that a linear belongs to, if the same linear of another expert was reached; else None."""
+def idle_expert(name: str, reached: Collection[str]) -> str | None:
+    """The expert that a linear belongs to, if the same linear of another expert of its block was reached; else None."""
     parts, others = name.split("."), [other.split(".") for other in reached]
     for place in reversed([i for i, part in enumerate(parts) if part.isdigit()]):
         before, after = parts[:place], parts[place + 1 :]

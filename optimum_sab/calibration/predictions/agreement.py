@@ -18,7 +18,6 @@ from optimum_sab.calibration.predictions.head import SharedHead, output_embeddin
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.streams.modes import reading
 from optimum_sab.calibration.streams.placement import map_tensors
-from optimum_sab.errors import SampleError
 
 FAR = 2.0  # nats per token: likely tokens have become e² = 7 times less likely
 
@@ -59,9 +58,6 @@ class AgreementCheck:
     Args:
         model: dense.
         samples: forward keyword arguments, one sample each, by kind.
-
-    Raises:
-        SampleError: a sample's tokens at the embedding are not those of its ``input_ids``, or none is text.
     """
 
     def __init__(self, model: nn.Module, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -83,16 +79,13 @@ class AgreementCheck:
             return {kind: Agreement.of(self._logits(kind, shared)) for kind in self._dense}
 
     def _given(self, shared: SharedHead, sample: Mapping[str, Any]) -> Tensor:
-        given, text = shared.given(sample), self._text(sample)
-        if given.shape[-2] != text.numel() or not bool(text.any()):
-            raise SampleError("its tokens cannot be told apart by what they show.")
-        return given
+        return shared.given(sample)
 
-    def _text(self, sample: Mapping[str, Any]) -> Tensor:
-        return token_modalities(sample, getattr(self._model, "config", None)).text
+    def _text(self, sample: Mapping[str, Any], predictions: int) -> Tensor:
+        return token_modalities(sample, getattr(self._model, "config", None)).judged(predictions)
 
     def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
         for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
             mine, dense = shared.logits(sample, given)
-            text = self._text(sample).to(mine.device)
+            text = self._text(sample, mine.shape[-2]).to(mine.device)
             yield mine[0][text], dense[0][text]

@@ -34,12 +34,12 @@ class AtHead:
     given: Mapping[Worker, Tensor]
 
     def pairs(self, modalities: Sequence[TokenModalities]) -> list[HeadInputs]:
-        """Of the samples that came there in both streams, and whose tokens there are known by their modality."""
+        """Of the samples that came there in both streams."""
         found = []
         for (sample, stream), dense in self.given.items():
-            binarized, text = self.given.get((sample, QUANTIZED)), modalities[sample].text
-            if stream == DENSE and binarized is not None and dense.shape[-2] == text.numel():
-                found.append(HeadInputs(dense, binarized, text))
+            binarized = self.given.get((sample, QUANTIZED))
+            if stream == DENSE and binarized is not None and dense.shape == binarized.shape:
+                found.append(HeadInputs(dense, binarized, modalities[sample].judged(dense.shape[-2])))
         return found
 
     def teacher(self, sample: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import call_with
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import brought
@@ -88,7 +89,7 @@ class SharedHead:
         """The model's output, with ``at_head(head, given)`` in the place of ``head(given)``."""
         self._at_head = at_head
         try:
-            return self._model(**inputs, use_cache=False)
+            return self._model(**inputs, **without_cache(self._model))
         finally:
             self._at_head = None
 

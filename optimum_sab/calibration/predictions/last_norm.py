@@ -24,7 +24,7 @@ class LastNorm:
     Attributes:
         module: the norm.
         head: the output embedding.
-        one_token: forward arguments that carry the model's forward to either.
+        carrier: forward arguments that carry the model's forward to either.
         input: what the norm was given then, to try it on.
         blocks: the decoder blocks, and what each gave then. Replayed, they carry the forward to the embedding at the
             embedding's cost alone; empty where the model asks more of them.
@@ -32,7 +32,7 @@ class LastNorm:
 
     module: nn.Module
     head: nn.Module
-    one_token: Mapping[str, Any]
+    carrier: Mapping[str, Any]
     input: Tensor
     blocks: Mapping[nn.Module, Any]
 
@@ -61,16 +61,16 @@ class LastNorm:
 
 
 @torch.no_grad()
-def find_last_norm(model: nn.Module, head: nn.Module, one_token: Mapping[str, Any]) -> LastNorm | None:
+def find_last_norm(model: nn.Module, head: nn.Module, carrier: Mapping[str, Any]) -> LastNorm | None:
     """The module with a one-dimensional weight of its own whose output is what the head is given; None without one.
 
     Args:
         model: in eval mode.
         head: its output embedding.
-        one_token: forward arguments of a single token.
+        carrier: forward arguments, of a single token where the model takes that.
 
     Raises:
-        CalibrationError: the model does not take a single token.
+        CalibrationError: the model does not take them.
     """
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
@@ -94,19 +94,16 @@ def find_last_norm(model: nn.Module, head: nn.Module, one_token: Mapping[str, An
     handles += [block.register_forward_hook(keep) for block in find_decoder_blocks(model).blocks]
     try:
         with SharedHead(model, head).open() as opened:
-            given = opened.given(one_token)
-            if not _can_replay(model, opened, blocks, one_token, given):
+            given = opened.given(carrier)
+            if not _can_replay(model, opened, blocks, carrier, given):
                 blocks = {}
     except Exception as error:  # whatever a model of any kind may say to it; better now than after the work
-        raise CalibrationError(
-            f"{type(model).__name__} does not read a single token, by which its temperature is found ({error}); use "
-            "temperature_scaling=False."
-        ) from error
+        raise CalibrationError(f"the forward that should show it fails ({error})") from error
     finally:
         for handle in handles:
             handle.remove()
     found = [c for c in calls if c[2].shape == given.shape and torch.equal(c[2], given)]
-    return LastNorm(found[-1][0], head, one_token, found[-1][1], blocks) if found else None
+    return LastNorm(found[-1][0], head, carrier, found[-1][1], blocks) if found else None
 
 
 def replaying(blocks: Mapping[nn.Module, Any]) -> dict[nn.Module, Callable[..., Any]]:
@@ -119,12 +116,12 @@ def replaying(blocks: Mapping[nn.Module, Any]) -> dict[nn.Module, Callable[..., 
 
 
 def _can_replay(
-    model: nn.Module, shared: SharedHead, blocks: Mapping[nn.Module, Any], one_token: Mapping[str, Any], given: Tensor
+    model: nn.Module, shared: SharedHead, blocks: Mapping[nn.Module, Any], carrier: Mapping[str, Any], given: Tensor
 ) -> bool:
     """Whether nothing behind the blocks asks for more than their output (what routers say, for one)."""
-    wanted = shared.logits_of(given, one_token)
+    wanted = shared.logits_of(given, carrier)
     try:
         with patched_forwards(replaying(blocks)):
-            return torch.equal(shared.logits_of(given, one_token), wanted)
+            return torch.equal(shared.logits_of(given, carrier), wanted)
     except Exception:  # whatever it misses: then the blocks run
         return False

@@ -69,7 +69,7 @@ def set_temperature(
         def mean_divergence(scale: float) -> float:
             total = 0.0
             for wanted, given in zip(dense, mine, strict=True):
-                p, q = (shared.logits_of(h[None], last.one_token)[0] for h in (wanted, scale * given.float()))
+                p, q = (shared.logits_of(h[None], last.carrier)[0] for h in (wanted, scale * given.float()))
                 total += float(divergence(q, p).sum(dtype=torch.float64))
             return total / tokens
 

@@ -53,23 +53,24 @@ def reconstruct(passage: BlockPassage, parameters: ModuleParameters, epochs: int
         CalibrationError: the passage has one stream only.
     """
     split = split_samples(len(passage.samples))
+    train, judge = ([passage.samples[i] for i in some] for some in (split.train, split.judge))
     tensors = parameters.tensors
     optimizer = torch.optim.Adam(tensors, lr=RATE, betas=BETAS)
     with frozen(passage.block):
-        before = best = _judge(passage, parameters, split.judge)
+        before = best = _judge(passage, parameters, judge)
         kept = copied(tensors)
         generator = torch.Generator().manual_seed(seed)
-        total = epochs * -(-len(split.train) // BATCH)
+        total = epochs * -(-len(train) // BATCH)
         step = 0
         for _ in range(epochs):
-            order = [split.train[i] for i in torch.randperm(len(split.train), generator=generator)]
+            order = [train[i] for i in torch.randperm(len(train), generator=generator)]
             for start in range(0, len(order), BATCH):
                 optimizer.param_groups[0]["lr"] = RATE * cosine(step, total)
                 optimizer.zero_grad()
                 _gradients(passage, parameters, order[start : start + BATCH])
                 optimizer.step()
                 step += 1
-            error = _judge(passage, parameters, split.judge)
+            error = _judge(passage, parameters, judge)
             if error < best:
                 best, kept = error, copied(tensors)
         restore(tensors, kept)

@@ -62,9 +62,7 @@ class TuningSample:
     @property
     def counted(self) -> Tensor:
         """Which tokens are judged, bool [tokens]."""
-        tokens = self.teacher.shape[-2]
-        text = self.modalities.text
-        return text if text.numel() == tokens and bool(text.any()) else torch.ones(tokens, dtype=torch.bool)
+        return self.modalities.judged(self.teacher.shape[-2])
 
 
 def tune(

@@ -64,7 +64,7 @@ def _tuned_modules(model: nn.Module, dtype: torch.dtype, device: torch.device | 
         layers = {name: m for name, m in block.named_modules() if isinstance(m, SABLinear)}
         if layers:
             yield _tuned(block, layers, dtype, device)
-    beside = model.get_submodule(decoder.prefix.rpartition(".")[0])
+    beside = model.get_submodule(decoder.lists.names[-1].rpartition(".")[0])
     for child in beside.children():
         if not list(child.children()) and vectors_of(child):
             yield _tuned(child, {}, dtype, device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample
-from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN
+from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_count
 from optimum_sab.calibration.samples.rows import read_row
 from optimum_sab.errors import MissingDependencyError, SampleError, warn
 
@@ -67,7 +67,7 @@ def encode_sample(sample: Any, encoding: Encoding, label: str) -> dict[str, Any]
         inputs = sample
     if set(inputs) <= set(PER_TOKEN):
         inputs = {name: value[:, : encoding.sequence_length] for name, value in inputs.items()}
-    if inputs["input_ids"].shape[-1] == 0:
+    if token_count(inputs) == 0:
         raise SampleError(f"{label} has no tokens; remove it.")
     return inputs
 

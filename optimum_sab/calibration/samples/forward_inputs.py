@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from optimum_sab.calibration.samples.modality import token_ids
 from optimum_sab.errors import SampleError
 
+IDS = ("input_ids", "decoder_input_ids")
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 _OF_TRAINING = ("labels", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
 
@@ -18,7 +20,8 @@ def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
     """One sample's forward arguments as tensors, and the names of what is none.
 
     Args:
-        row: tensors, arrays or lists, with ``input_ids`` of one sample: [tokens] or [1, tokens].
+        row: tensors, arrays or lists, with ``input_ids`` of one sample, [tokens] or [1, tokens]; a model whose encoder
+            reads pictures only takes ``decoder_input_ids`` instead.
         label: names the sample in errors.
 
     Raises:
@@ -31,25 +34,39 @@ def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
             others.append(name)
         else:
             inputs[name] = _tensor(value, name, label)
-    ids = inputs.get("input_ids")
-    if ids is None or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise SampleError(f"{label}: 'input_ids' must be whole numbers, a list or a tensor.")
+    for own in IDS:
+        if own in row:
+            inputs[own] = _ids(inputs.get(own), own, label)
+    if "input_ids" not in inputs:
+        return inputs, others
+    ids = inputs["input_ids"]
     for name in PER_TOKEN:
         if name in inputs:
             inputs[name] = inputs[name][None] if inputs[name].ndim == 1 else inputs[name]
-    ids = inputs["input_ids"] = inputs["input_ids"].long()
-    if ids.ndim != 2 or ids.shape[0] != 1:
-        raise SampleError(
-            f"{label}: 'input_ids' has the shape {list(ids.shape)}; a sample is one row, [1, tokens]: give the rows "
-            "of a batch one by one."
-        )
-    for name in PER_TOKEN:
         if name in inputs and inputs[name].shape != ids.shape:
             raise SampleError(
                 f"{label}: {name!r} has the shape {list(inputs[name].shape)}, and 'input_ids' {list(ids.shape)}; they "
                 "must be the same."
             )
     return _without_padding(inputs), others
+
+
+def token_count(inputs: Mapping[str, Any]) -> int:
+    """Tokens of a sample's inputs (`token_ids`)."""
+    ids = token_ids(inputs)
+    return 0 if ids is None else int(ids.numel())
+
+
+def _ids(ids: Tensor | None, name: str, label: str) -> Tensor:
+    if ids is None or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise SampleError(f"{label}: {name!r} must be whole numbers, a list or a tensor.")
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[0] != 1:
+        raise SampleError(
+            f"{label}: {name!r} has the shape {list(ids.shape)}; a sample is one row, [1, tokens]: give the rows "
+            "of a batch one by one."
+        )
+    return ids.long()
 
 
 def _is_remark(value: Any) -> bool:

@@ -7,7 +7,9 @@ from typing import Any
 
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.context_length import limited_length, warn_of_long_samples
+from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
 from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, encode_samples, has_chat_template
+from optimum_sab.calibration.samples.forward_inputs import token_count
 from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
 from optimum_sab.calibration.samples.named_source import SELF
 from optimum_sab.calibration.samples.reading import labelled_samples
@@ -75,9 +77,9 @@ def given_inputs(config: Any, processor: Any, source: SampleSource) -> list[dict
     visual = VISUAL in model_modalities(config)
     encoded = {}
     for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
-        encoded[label] = encode_sample(sample, encoding, label)
+        encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
         check_tokens(encoded[label], config, label)
-    warn_of_long_samples({label: inputs["input_ids"].shape[-1] for label, inputs in encoded.items()}, config)
+    warn_of_long_samples({label: token_count(inputs) for label, inputs in encoded.items()}, config)
     return list(encoded.values())
 
 
@@ -91,4 +93,5 @@ def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]
     samples: dict[str, list[Any]] = {"text": list(unseen_texts())}
     if VISUAL in model_modalities(model.config) and has_chat_template(processor):
         samples["pictures"] = list(unseen_chats())
-    return {kind: encode_samples(some, processor, UNSEEN_LENGTH) for kind, some in samples.items()}
+    encoded = {kind: encode_samples(some, processor, UNSEEN_LENGTH) for kind, some in samples.items()}
+    return {kind: [with_decoder_inputs(each, model.config) for each in some] for kind, some in encoded.items()}

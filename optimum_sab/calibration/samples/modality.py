@@ -35,6 +35,17 @@ class TokenModalities:
         """Which tokens are text, bool [tokens]: what a model predicts for the next piece of a picture nobody reads."""
         return self.labels == self.names.index(TEXT)  # which is always one of them
 
+    def judged(self, predictions: int) -> Tensor:
+        """Which of a sample's predictions are about text, bool [predictions].
+
+        Most models make one for each token. Some put pictures before the tokens and make more, and a decoder that
+        attends to an encoder makes them for tokens of its own, which are text.
+        """
+        text = self.text
+        if not bool(text.any()) or text.numel() > predictions:
+            return torch.ones(predictions, dtype=torch.bool)
+        return torch.cat([torch.zeros(predictions - text.numel(), dtype=torch.bool), text])
+
     def count(self, name: str) -> int:
         """Tokens of a modality; 0 where it is absent."""
         return int((self.labels == self.names.index(name)).sum()) if name in self.names else 0
@@ -51,7 +62,7 @@ def token_modalities(inputs: Mapping[str, Any], config: Any) -> TokenModalities:
     The model's own image, video and audio placeholder ids decide; where the config has none, the processor's
     ``mm_token_type_ids`` (non-zero = visual) do. A sample without either is text.
     """
-    ids = inputs.get("input_ids")
+    ids = token_ids(inputs)
     if ids is None:
         return TokenModalities((TEXT,), torch.zeros(0, dtype=torch.int64))
     ids = ids.flatten().cpu()
@@ -65,6 +76,12 @@ def token_modalities(inputs: Mapping[str, Any], config: Any) -> TokenModalities:
         names = (TEXT, VISUAL)
         labels[types.flatten().cpu() != 0] = 1
     return TokenModalities(names, labels)
+
+
+def token_ids(inputs: Mapping[str, Any]) -> Tensor | None:
+    """The tokens that a sample's inputs are about: what is read, or where that is only a picture, what is written."""
+    found: Tensor | None = inputs.get("input_ids", inputs.get("decoder_input_ids"))
+    return found
 
 
 def _placeholder_ids(config: Any, modality: str) -> list[int]:

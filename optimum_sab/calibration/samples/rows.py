@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample, check_text, is_chat, read_chat, read_tools
-from optimum_sab.calibration.samples.forward_inputs import read_inputs
+from optimum_sab.calibration.samples.forward_inputs import IDS, read_inputs
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
 from optimum_sab.errors import SampleError
@@ -33,8 +33,8 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
     Args:
         row: a text; a list of messages; or a mapping with one of: "messages" or "conversations"; "text", "caption",
             "prompt" (with "completion"), "question" (with "answer"), "instruction" (with "input" and "output");
-            "input_ids" with other arguments of the model's forward. Beside messages and texts may stand "image",
-            "images", "video", "videos", "system" and "tools". What is None counts as absent.
+            "input_ids" or "decoder_input_ids" with other arguments of the model's forward. Beside messages and texts
+            may stand "image", "images", "video", "videos", "system" and "tools". What is None counts as absent.
         label: names the row in errors.
         folder: paths of pictures are relative to it.
 
@@ -51,7 +51,7 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
             f"with {FORMS}."
         )
     columns = {str(key): value for key, value in row.items() if value is not None}
-    if "input_ids" in columns:
+    if any(name in columns for name in IDS):
         return read_inputs(columns, label)
     sample = _read_columns(columns, label, folder)
     if sample is None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from optimum_sab.calibration.samples.modality import token_modalities
+from optimum_sab.calibration.samples.modality import token_ids, token_modalities
 from optimum_sab.errors import SampleError
 
 
@@ -61,7 +61,10 @@ def check_tokens(inputs: Mapping[str, Any], config: Any, label: str) -> None:
     if not isinstance(size, int):
         return
     modalities = token_modalities(inputs, config)
-    ids = inputs["input_ids"].flatten().cpu()[modalities.text]
+    given = token_ids(inputs)
+    if given is None:
+        return
+    ids = given.flatten().cpu()[modalities.text]
     foreign = ids[(ids < 0) | (ids >= size)]
     if len(foreign):
         raise SampleError(

@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from optimum_sab.calibration.allocation.choice import Allocation, allocate
 from optimum_sab.calibration.allocation.probe import measure_errors
-from optimum_sab.calibration.allocation.sensitivity import Recomputation, output_sensitivity
+from optimum_sab.calibration.allocation.sensitivity import Recomputation, output_sensitivity, refuse_inference_mode
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, NonFiniteError, warn
 
 SAMPLES = 16
 _RULES = "rules.json"
@@ -54,19 +56,31 @@ class MeasureSensitivities(Stage):
                 f"target_bits={asked.target_bits} has nothing to choose: dynamic sets the planes of every linear. "
                 "Leave one of the two out."
             )
+        if asked is not None and not _known(run):
+            refuse_inference_mode(run.model)
 
     def wanted(self, run: Run) -> bool:
         return bool(_free(run)) and not _known(run)
 
-    def apply(self, run: Run, on_step: OnStep) -> Sensitivities:
+    def apply(self, run: Run, on_step: OnStep) -> Sensitivities | None:
         blocks = decoder_targets(run.model, run.selection).blocks
         samples = _few_samples(run).inputs
         recomputation = Recomputation(blocks, run.options.device)
-        found = Sensitivities(
-            output_sensitivity(run.model, _free(run), samples, recomputation, on_step=on_step),
-        )
-        run.keep(found)
-        return found
+        try:
+            found = output_sensitivity(run.model, _free(run), samples, recomputation, on_step=on_step)
+        except (NonFiniteError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model's backward pass may raise; it can be binarized all the same
+            equal = run.options.allocation is not None and run.options.allocation.target_bits is not None
+            then = "all are taken to be equally sensitive" if equal else "every linear keeps the bits of its settings"
+            kind = type(run.model).__name__
+            warn(f"it cannot be measured which linears of {kind} need more bits, so {then}: {error}")
+            if not equal:
+                return None
+            found = dict.fromkeys(_free(run), 1.0)
+        sensitivities = Sensitivities(found)
+        run.keep(sensitivities)
+        return sensitivities
 
 
 class AllocateBits(Stage):
@@ -80,7 +94,7 @@ class AllocateBits(Stage):
     unit: ClassVar[str] = "block"
 
     def wanted(self, run: Run) -> bool:
-        return bool(_free(run))
+        return bool(_free(run)) and (_known(run) or run.kept(Sensitivities) is not None)
 
     def apply(self, run: Run, on_step: OnStep) -> AllocationReport:
         report = self._read(run) if _known(run) else self._choose(run, on_step)

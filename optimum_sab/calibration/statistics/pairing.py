@@ -69,11 +69,12 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
 def _are_routed(arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> bool:
     """Whether which tokens come here is decided token by token, as at an expert.
 
-    That shows in a sample that never comes, or that has fewer rows than entered the block and other than its tokens:
+    That shows in a sample that comes to the block and not here, or that has fewer rows than entered the block and other
+    than its tokens:
     a block that carries several hidden states per token is given more rows than its linears; those have one per token.
     """
     came = {a.sample for a in arrivals if a.stream != DENSE}
-    if len(came) < len(modalities):
+    if len(came) < (arrivals[0].company or len(modalities)):
         return True
     return any(a.rows < a.entered and a.rows != modalities[a.sample].labels.numel() for a in arrivals)
 

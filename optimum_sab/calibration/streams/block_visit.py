@@ -48,7 +48,7 @@ class BlockVisit:
 
     Args:
         block: which.
-        coroutines: all of them, waiting at the block's entry.
+        coroutines: all of them; some wait at the block's entry, and the way of others leads past it.
     """
 
     def __init__(self, block: LockstepBlock, coroutines: Coroutines) -> None:
@@ -108,9 +108,10 @@ class BlockVisit:
 
     def _solve_groups(self, waiting: Waiting, visitor: Visitor) -> Waiting:
         linears = self._block.linears
-        sources = self._probe(waiting[self._coroutines.workers[0]])
+        sources = self._probe(next(iter(waiting.values()), None))
         assert self._groups is not None
         entered = {worker: _rows_given(pause.payload) for worker, pause in waiting.items()}
+        company = len({sample for sample, _ in waiting})
         reached: set[str] = set()
         self._residuals = {worker: {} for worker in self._coroutines.workers}
         with read_arguments(sources, self._keep_residual):
@@ -118,7 +119,9 @@ class BlockVisit:
             while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
                 group, here = self._groups.next(at_linear)
                 source = sources.get(group.names[0]) if len(group.names) == 1 else None
-                arrivals = [Arrival(*w, p.payload, self._residual(w, source), entered[w]) for w, p in here.items()]
+                arrivals = [
+                    Arrival(*w, p.payload, self._residual(w, source), entered[w], company) for w, p in here.items()
+                ]
                 if any(arrival.rows for arrival in arrivals if arrival.stream == QUANTIZED):
                     self._weights.update(visitor.solve(group.names, arrivals))
                     reached.update(group.names)
@@ -136,11 +139,14 @@ class BlockVisit:
             visitor.miss(missed)
         return waiting
 
-    def _probe(self, pause: Pause) -> dict[str, ResidualSource]:
-        """Run the block once on one sample; returns what the outputs of its linears are added to.
+    def _probe(self, pause: Pause | None) -> dict[str, ResidualSource]:
+        """Run the block once on one sample, if any comes here; returns what the outputs of its linears are added to.
 
         That also shows which linears are given the same tensor, in which order.
         """
+        if pause is None:
+            self._groups = Groups(self._block.index, list(self._block.linears), [])
+            return {}
         self._calls, self._watch = [], ResidualWatch(self._block.module)
         args, kwargs = self._block.brought(pause.payload)
         try:
@@ -185,7 +191,7 @@ class BlockVisit:
         def replace(sample: int, output: Any) -> None:
             ends[sample, QUANTIZED].payload = output
 
-        samples = [sample for sample, stream in self._coroutines.workers if stream == QUANTIZED]
+        samples = [sample for sample, stream in entries if stream == QUANTIZED]
         return BlockPassage(self._block.module, samples, run, dense, replace)
 
     @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.streams.block_visit import BlockVisit, LockstepBlock, Waiting
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import device_of, first_device, map_tensors
@@ -68,7 +69,7 @@ class Lockstep:
             What each of ``to_head`` gave to ``head``; those that end without calling it are missing.
 
         Raises:
-            LockstepError: samples disagree about the next block, or one reaches a linear that is already binarized.
+            LockstepError: a sample comes to a block again, or reaches a linear that is already binarized.
             MissingDependencyError: see `import_greenlet`.
         """
         streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
@@ -79,22 +80,27 @@ class Lockstep:
                 waiting = self._coroutines.start()
                 for index in range(len(self.blocks)):
                     waiting = self._visit_block(index, waiting, visitor, finisher)
-                return self._finish(to_head if head is not None else ())
+                return self._finish(waiting, to_head if head is not None else ())
             finally:
                 self._coroutines.close()
 
     def _visit_block(self, index: int, waiting: Waiting, visitor: Visitor, finisher: Finisher | None) -> Waiting:
+        """Let those that come to the block go through it; those whose way leads past it wait behind it."""
         for worker, pause in waiting.items():
-            if pause.kind != "block" or pause.key != index:
+            if pause.kind == "linear" or (pause.kind == "block" and int(pause.key) < index):
                 raise LockstepError(
-                    f"sample {worker[0]} is at {pause} while the others enter decoder block {index}: "
-                    "every sample must go through every block once, in order. Remove the sample, or report the model."
+                    f"sample {worker[0]} is at {pause} while the others enter decoder block {index}: no sample may go "
+                    "through a block twice, or through blocks in another order. Remove the sample, or report the model."
                 )
+        here = {worker: pause for worker, pause in waiting.items() if pause.kind == "block" and pause.key == index}
+        past = {worker: pause for worker, pause in waiting.items() if worker not in here}
         visitor.enter(index)
         self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines)
         with self._brought(self.blocks[index]):
-            waiting = self._visit.run(waiting, visitor, finisher)
-        return self._coroutines.resume(waiting) if index + 1 < len(self.blocks) else waiting
+            here = self._visit.run(here, visitor, finisher)
+        if index + 1 < len(self.blocks):
+            here = self._coroutines.resume(here)
+        return {worker: here[worker] if worker in here else past[worker] for worker in waiting}
 
     @contextmanager
     def _brought(self, block: nn.Module) -> Iterator[None]:
@@ -108,25 +114,27 @@ class Lockstep:
         finally:
             block.to(home)
 
-    def _finish(self, to_head: Collection[Worker]) -> dict[Worker, Tensor]:
+    def _finish(self, waiting: Waiting, to_head: Collection[Worker]) -> dict[Worker, Tensor]:
         """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""
         at_head: dict[Worker, Tensor] = {}
         for worker in to_head:
-            pause = self._coroutines.go_on(worker)
+            pause = waiting[worker] = self._behind_blocks(worker, waiting[worker])
             if pause.kind == "head":
                 at_head[worker] = pause.payload
             else:
                 _check_end(pause)
         first = self._coroutines.workers[0]
-        if not self._coroutines.ended(first):
-            pause = self._coroutines.go_on(first)
-            _check_end(self._coroutines.go_on(first) if pause.kind == "head" else pause)
+        pause = self._behind_blocks(first, waiting[first])
+        _check_end(self._coroutines.go_on(first) if pause.kind == "head" else pause)
         return at_head
+
+    def _behind_blocks(self, worker: Worker, pause: Pause) -> Pause:
+        return self._coroutines.go_on(worker) if pause.kind == "end of block" else pause
 
     # -- inside the coroutines ---------------------------------------------------------------------------------------
 
     def _forward(self, sample: int) -> Pause:
-        self.model(**self.samples[sample], use_cache=False)
+        self.model(**self.samples[sample], **without_cache(self.model))
         return Pause(_END, "")
 
     @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_sab.calibration.samples.forward_inputs import token_count
 from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
@@ -66,7 +67,7 @@ def warn_of_memory(
     free = free_memory(place)
     if free is None or not widths:
         return
-    tokens = sum(sample["input_ids"].numel() for sample in samples)
+    tokens = sum(token_count(sample) for sample in samples)
     needed = calibration_bytes(tokens, 1 + two_streams, widths[0], max(widths), next(linears[0].parameters()).dtype)
     if needed <= free:
         return

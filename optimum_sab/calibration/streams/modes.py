@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Arguments that keep the model's forward from making a cache, which nothing here reads; none if it makes none."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    takes = any(p.name == "use_cache" or p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    return {"use_cache": False} if takes else {}
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from optimum_sab.core.magnitude import check_magnitude
 from optimum_sab.errors import CalibrationError, NonFiniteError
-from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.selection import Selection
 
 
@@ -18,12 +17,12 @@ class DecoderTargets:
     """The decoder blocks that hold selected linears.
 
     Attributes:
-        positions: of the blocks in the decoder.
+        names: of the blocks.
         blocks: themselves.
         linears: of each block, by dotted name.
     """
 
-    positions: list[int]
+    names: list[str]
     blocks: list[nn.Module]
     linears: list[dict[str, nn.Linear]]
 
@@ -34,14 +33,12 @@ def decoder_targets(model: nn.Module, selection: Selection) -> DecoderTargets:
     Raises:
         CalibrationError: a selected module is no `nn.Linear`.
     """
-    decoder = find_decoder_blocks(model)
     targets = DecoderTargets([], [], [])
-    for index, block in enumerate(decoder.blocks):
-        start = f"{decoder.prefix}.{index}." if decoder.prefix else f"{index}."
-        inside = {name: target_linear(model, name) for name in selection.settings if name.startswith(start)}
+    for block in selection.blocks:
+        inside = {name: target_linear(model, name) for name in selection.settings if name.startswith(f"{block}.")}
         if inside:
-            targets.positions.append(index)
-            targets.blocks.append(block)
+            targets.names.append(block)
+            targets.blocks.append(model.get_submodule(block))
             targets.linears.append(inside)
     return targets
 

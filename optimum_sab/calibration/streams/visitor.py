@@ -23,6 +23,7 @@ class Arrival:
         residual: what the linear's output will be added to, [..., tokens, out]; None where that is not known, or the
             linear is not the only one with this input.
         entered: rows of hidden states that the block was called with; an expert is given fewer.
+        company: samples that came to the block; 0 where that is not known.
     """
 
     sample: int
@@ -30,6 +31,7 @@ class Arrival:
     inputs: Tensor
     residual: Tensor | None = None
     entered: int = 0
+    company: int = 0
 
     @property
     def rows(self) -> int:

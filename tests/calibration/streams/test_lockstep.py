@@ -497,20 +497,36 @@ class Skipping(Toy):
 @pytest.mark.parametrize(
     ("order", "place"),
     [
-        ((1, 2), "block 1 while the others enter decoder block 0"),
-        ((0, 2), "block 2 while the others enter decoder block 1"),
-        ((0, 1), "end of the forward while the others enter decoder block 2"),
         ((0, 0, 1, 2), "block 0 while the others enter decoder block 1"),
         ((0, 1, 0, 2), "block 0 while the others enter decoder block 2"),
-        ((), "end of the forward while the others enter decoder block 0"),
     ],
 )
-def test_sample_that_leaves_the_common_way_is_named(order, place):
+def test_sample_that_comes_back_to_a_block_is_named(order, place):
     torch.manual_seed(0)
     subject = toy(Skipping(Block(), Block(), Block()), [{}, {"order": order}])
     with pytest.raises(LockstepError, match=f"sample 1 is at {place}"):
         run_pass(subject, Recorder(dense_weights(subject)))
     assert subject.model.begun == subject.model.left
+
+
+@pytest.mark.parametrize("two_streams", [True, False])
+@pytest.mark.parametrize("order", [(1, 2), (0, 2), (0, 1), (2,), ()])
+def test_sample_whose_way_leads_past_a_block_waits_behind_it(order, two_streams):
+    torch.manual_seed(0)
+    subject = toy(Skipping(Block(), Block(), Block()), [{}, {"order": order}])
+    recorder = run_pass(subject, Recorder(dense_weights(subject)), two_streams=two_streams)
+    found = of_stream(recorder, QUANTIZED)
+    assert same(found, plain_inputs(subject))
+    for block in range(3):
+        came = {sample for name, sample in found if name == f"layers.{block}.first"}
+        assert came == ({0, 1} if block in order else {0})
+
+
+def test_block_that_no_sample_comes_to_is_told():
+    torch.manual_seed(0)
+    subject = toy(Skipping(Block(), Block(), Block()), [{"order": (0, 2)}, {"order": (0, 2)}])
+    recorder = run_pass(subject, Recorder(dense_weights(subject)))
+    assert ("miss", ("layers.1.first", "layers.1.second")) in recorder.calls
 
 
 def test_linear_that_is_called_twice_is_named():

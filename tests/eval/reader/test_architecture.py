@@ -99,7 +99,7 @@ def test_reader_answers_every_question(model, processor, cifar):
 def test_reader_blocks_are_those_of_the_language_model(model):
     found = find_decoder_blocks(model)
     assert len(found.blocks) == 2
-    assert found.prefix.endswith("language_model.layers")
+    assert found.lists.names[0].endswith("language_model.layers")
 
 
 def test_reader_quantizes_and_its_vision_part_stays_dense(folder, model):

@@ -1,0 +1,147 @@
+"""See what the model does with its blocks and linears, and leave dense what a packed layer cannot stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+from torch import nn
+
+from optimum_sab.calibration.blocks.idle_experts import idle_expert
+from optimum_sab.calibration.options import RunOptions
+from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.rehearsal import random_state_kept, refusal
+from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.streams.observation import Observation
+from optimum_sab.calibration.streams.targets import decoder_targets, target_linear
+from optimum_sab.errors import CalibrationError, ConfigError, warn
+from optimum_sab.nn.decoder import behind_number
+
+_PASSES = ("loop_num_passes", "total_ut_steps")  # what models that use their blocks repeatedly call the number
+_NOT_TWICE = "a block's weights are found by what it is given once, so such a model cannot be binarized."
+
+
+class LookAtForwards(Stage):
+    """One sample of every kind goes through the dense model.
+
+    The blocks stand in the selection's order of their first call afterwards. Linears that the model does more with than
+    to call them once are taken out of it, in all blocks.
+    """
+
+    name: ClassVar[str] = "forward"
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        """What shows in the class and the configuration already.
+
+        Raises:
+            ConfigError: the model is one of several parts and has no forward, or is said to use its blocks repeatedly.
+        """
+        kind = type(model).__name__
+        if type(model).forward is nn.Module.forward:
+            parts = ", ".join(f"{name} ({type(part).__name__})" for name, part in model.named_children())
+            raise ConfigError(f"{kind} has no forward; load the part that writes text by its own class: {parts}.")
+        config: Any = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        passes = next((found for name in _PASSES if isinstance(found := getattr(text, name, None), int)), 1)
+        if passes > 1:
+            raise ConfigError(f"{kind} goes through its decoder blocks {passes} times; {_NOT_TWICE}")
+
+    def apply(self, run: Run, on_step: OnStep) -> dict[str, list[str]] | None:
+        seen = _observe(run)
+        again = next((name for name, count in seen.entered.items() if count > 1), None)
+        if again is not None:
+            kind = type(run.model).__name__
+            raise CalibrationError(
+                f"{kind} calls its decoder block {again} more than once in one forward; {_NOT_TWICE}"
+            )
+        order = [name for name in seen.entered if name in run.selection.blocks]
+        rest = [name for name in run.selection.blocks if name not in seen.entered]
+        left = {reason: names for reason, names in _left_dense(run, seen).items() if names}
+        selection = run.selection.without({name for names in left.values() for name in names})
+        if not selection.settings:
+            raise CalibrationError(f"nothing is left to binarize in {type(run.model).__name__}: {_told(left)}")
+        run.selection = selection.in_order((*order, *rest))
+        if left:
+            warn(f"{_share(run, left):.1%} of the weights that were to be binarized stay dense. {_told(left)}")
+        return left or None
+
+
+def _observe(run: Run) -> Observation:
+    targets, model, seen = decoder_targets(run.model, run.selection), run.model, Observation()
+    blocks = {name: model.get_submodule(name) for name in run.selection.blocks}
+    linears = {name: each for some in targets.linears for name, each in some.items()}
+    samples = [run.samples.inputs[index] for index in one_of_each_kind(run.samples)]
+    for sample in samples:
+        refused = seen.forward(partial(refusal, model, sample, ()), blocks, linears)
+        if refused is not None:
+            raise refused
+    with random_state_kept(), _buffers_kept(model):
+        model.train()
+        try:  # what it does to weights only then is seen as far as it comes
+            seen.forward(partial(refusal, model, samples[0], ()), {}, linears)
+        finally:
+            model.eval()
+    return seen
+
+
+def _left_dense(run: Run, seen: Observation) -> dict[str, list[str]]:
+    """Linears by the reason for which they stay dense."""
+    names, blocks = list(run.selection.settings), run.selection.blocks
+    read = {behind_number(name, blocks) for name in seen.read}
+    twice = {behind_number(name, blocks) for name, count in seen.called.items() if count > 1}
+    found: dict[str, list[str]] = {_READ: [], _TWICE: [], _MISSED: []}
+    for block in blocks:
+        own = [name for name in names if name.startswith(f"{block}.")]
+        reached = [name for name in own if name in seen.called]
+        for name in own:
+            if behind_number(name, blocks) in read:
+                found[_READ].append(name)
+            elif behind_number(name, blocks) in twice:
+                found[_TWICE].append(name)
+            elif name not in seen.called and idle_expert(name, reached) is None:
+                found[_MISSED].append(name)
+    return found
+
+
+_READ = "the model reads their weight (its dtype, say) instead of only calling them"
+_TWICE = "the model calls them more than once in one forward"
+_MISSED = "no calibration sample comes to them"
+
+
+def _told(left: Mapping[str, list[str]]) -> str:
+    return " ".join(f"{len(names)} linears, such as {names[0]}: {reason}." for reason, names in left.items())
+
+
+def _share(run: Run, left: Mapping[str, list[str]]) -> float:
+    def weights(names: Iterable[str]) -> int:
+        return sum(target_linear(run.model, name).weight.numel() for name in names)
+
+    dense = weights(name for names in left.values() for name in names)
+    return dense / (dense + weights(run.selection.settings))
+
+
+def one_of_each_kind(samples: CalibrationSamples) -> list[int]:
+    """Indices of the shortest sample with every set of modalities, those with most modalities first."""
+    shortest: dict[tuple[str, ...], int] = {}
+    for index, modalities in enumerate(samples.modalities):
+        kind = tuple(name for name in modalities.names if modalities.count(name))
+        best = shortest.get(kind)
+        if best is None or modalities.labels.numel() < samples.modalities[best].labels.numel():
+            shortest[kind] = index
+    return [shortest[kind] for kind in sorted(shortest, key=lambda kind: (-len(kind), kind))]
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Training updates running statistics."""
+    before = {name: each.detach().clone() for name, each in model.named_buffers() if not each.is_meta}
+    try:
+        yield
+    finally:
+        for name, each in model.named_buffers():
+            if name in before:
+                each.copy_(before[name])
