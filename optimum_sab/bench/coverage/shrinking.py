@@ -213,7 +213,9 @@ def _old_head(config: Mapping[str, Any]) -> int:
 
 def _rope(rope: Mapping[str, Any], head: int) -> dict[str, Any]:
     """Rotary positions with as many frequencies as the new heads have, per axis in the old proportion."""
-    small = {name: _rope(value, head) if isinstance(value, Mapping) else value for name, value in rope.items()}
+    small: dict[str, Any] = {
+        name: _rope(value, head) if isinstance(value, Mapping) else value for name, value in rope.items()
+    }
     sections = small.get("mrope_section")
     if sections:
         new = [each * HEAD // head for each in sections]
