@@ -207,3 +207,22 @@ def test_significance_map_of_a_zero_weight_is_one_everywhere():
     assert found.ratio == 0.0
     assert torch.equal(found.spatial, torch.zeros(4))
     assert torch.equal(found.map, torch.ones(4))
+
+
+def test_map_of_three_modalities_is_the_hand_computed_one():
+    """Text, pictures and sound (z = 3): W² = [[1, 4], [9, 1]] and 1/[H⁻¹]² = [1, 4], [1, 1], [4, 1].
+
+    The maps' means are 15/2, 15/4 and 45/4, so the columns are (6, 12, 16)/45 and (24, 12, 4)/45, with sums of 34/45
+    and 40/45 and norms of √436/45 and √736/45. ΣS = [[34, 160], [306, 40]]/45, of which the largest is the only salient
+    one.
+    """
+    weight = torch.tensor([[1.0, 2.0], [3.0, 1.0]])
+    inverse_diagonals = torch.tensor([[1.0, 0.5], [1.0, 1.0], [0.5, 1.0]])
+    found = significance_map(weight, inverse_diagonals)
+    root = math.sqrt(3.0)
+    rho = [(root - 34 / math.sqrt(436)) / (root - 1), (root - 40 / math.sqrt(736)) / (root - 1)]
+    ratio = 306 / 540
+    assert found.spatial.tolist() == pytest.approx(rho, rel=1e-5)
+    assert found.ratio == pytest.approx(ratio, rel=1e-6)
+    assert found.map.tolist() == pytest.approx([ratio * r + (1 - ratio) * (1 - r) for r in rho], rel=1e-5)
+    assert found.map.tolist() == pytest.approx([0.452229, 0.480257], abs=2e-6)

@@ -9,10 +9,15 @@ from typing import Any
 from optimum_sab.calibration.samples.chat import Sample
 from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_count
 from optimum_sab.calibration.samples.rows import read_row
+from optimum_sab.calibration.samples.sounds import sound_for
 from optimum_sab.errors import MissingDependencyError, SampleError, warn
 
 _PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
-_READERS = {"image": "image_processor", "video": "video_processor", "audio": "feature_extractor"}
+_READERS = {
+    "image": ("image_processor",),
+    "video": ("video_processor",),
+    "audio": ("feature_extractor", "audio_processor"),
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,8 @@ def _encode_chat(
     _check_parts(chat, processor, label)
     if kinds and template_owner is tokenizer:
         raise SampleError(f"{label} holds more than text and the model's processor takes text only; remove it.")
+    if "audio" in kinds:
+        chat = [{**message, "content": _heard(message["content"], processor, label)} for message in chat]
     _warn_of_tools(messages, tools, template_owner)
     try:
         inputs = dict(
@@ -131,7 +138,14 @@ def _check_parts(chat: Sequence[Mapping[str, Any]], processor: Any, label: str) 
 
 
 def _reads(processor: Any, kind: str) -> bool:
-    return getattr(processor, _READERS[kind], None) is not None
+    return any(getattr(processor, name, None) is not None for name in _READERS[kind])
+
+
+def _heard(parts: Sequence[Mapping[str, Any]], processor: Any, label: str) -> list[dict[str, Any]]:
+    """Parts with sounds as the processor takes them."""
+    rates = (getattr(getattr(processor, name, None), "sampling_rate", None) for name in _READERS["audio"])
+    rate = next((rate for rate in rates if rate is not None), None)
+    return [{**part, **({"audio": sound_for(part["audio"], rate, label)} if "audio" in part else {})} for part in parts]
 
 
 def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.calibration.samples.pictures import load_picture, load_video, local_name
+from optimum_sab.calibration.samples.pictures import load_picture, load_video
+from optimum_sab.calibration.samples.sounds import load_sound
 from optimum_sab.errors import SampleError
 
 _SOURCES = {
@@ -65,13 +66,13 @@ def _read_part(part: dict[str, Any], content: Any, label: str, folder: Path | No
     source = _address(next(iter(found.values())), kind, label) if found else None
     if source is None:
         return {"type": kind} if index is None else {"type": kind, "index": index}
-    load = {"image": load_picture, "video": load_video, "audio": local_name}[kind]
+    load = {"image": load_picture, "video": load_video, "audio": load_sound}[kind]
     return {"type": kind, kind: load(source, label, folder)}
 
 
 def _address(source: Any, kind: str, label: str) -> Any:
     """What ``{"url": …, "detail": …}`` refers to; the detail is how closely a server shall look."""
-    if not isinstance(source, Mapping) or "bytes" in source or "path" in source:
+    if not isinstance(source, Mapping) or {"bytes", "path", "array"} & set(source):
         return source
     rest = {key: value for key, value in source.items() if key not in ("url", "detail") and value is not None}
     _refuse_keys(rest, kind, label)

@@ -19,7 +19,7 @@ def fill_in(chat: Sequence[Message], kind: str, media: Sequence[Any], label: str
 
     Args:
         chat: see `optimum_sab.calibration.samples.chat.read_chat`.
-        kind: "image" or "video".
+        kind: "image", "video" or "audio".
         media: loaded; at least one.
         label: names the sample in errors.
 
@@ -69,4 +69,4 @@ def _in_front(chat: Sequence[Message], parts: list[dict[str, Any]], label: str) 
             first = next((i for i, part in enumerate(own) if part["type"] == "text"), len(own))
             filled[place] = {**message, "content": [*own[:first], *parts, *own[first:]]}
             return filled
-    raise SampleError(f"{label} brings pictures and has no message of the user to show them in; add one.")
+    raise SampleError(f"{label} brings pictures or sound and has no message of the user to put them in; add one.")

@@ -10,6 +10,7 @@ from optimum_sab.calibration.samples.chat import Sample, check_text, is_chat, re
 from optimum_sab.calibration.samples.forward_inputs import IDS, read_inputs
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
+from optimum_sab.calibration.samples.sounds import load_sound
 from optimum_sab.errors import SampleError
 
 CHATS = ("messages", "conversations", "conversation")
@@ -20,8 +21,8 @@ PROMPTS = {  # a question or a beginning, and what may hold its answer
     "instruction": ("output", "response"),
     "caption": (),
 }
-_MEDIA = {"image": load_picture, "video": load_video}
-_UNREAD = ("audio", "audios", "documents", "functions")  # would change what the model sees
+_MEDIA = {"image": load_picture, "video": load_video, "audio": load_sound}
+_UNREAD = ("documents", "functions")  # would change what the model sees
 FORMS = "'messages', 'text', 'question' or 'prompt' (with 'image' or 'images'), or 'input_ids'"
 
 
@@ -34,7 +35,8 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
         row: a text; a list of messages; or a mapping with one of: "messages" or "conversations"; "text", "caption",
             "prompt" (with "completion"), "question" (with "answer"), "instruction" (with "input" and "output");
             "input_ids" or "decoder_input_ids" with other arguments of the model's forward. Beside messages and texts
-            may stand "image", "images", "video", "videos", "system" and "tools". What is None counts as absent.
+            may stand "image", "images", "video", "videos", "audio", "audios", "system" and "tools". What is None counts
+            as absent.
         label: names the row in errors.
         folder: paths of pictures are relative to it.
 
