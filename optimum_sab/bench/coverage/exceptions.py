@@ -85,6 +85,7 @@ TABLE: dict[str, Exceptions] = {
             "vq_config.embed_dim": 32,
             "vq_config.latent_channels": 32,
             "vq_config.resolution": 16,
+            "image_token_id": FIRST_SPECIAL + 90,
             "vocabulary_map": {
                 "<image>": FIRST_SPECIAL + 90,
                 **{f"IMGIMG{_LETTERS[i // 10]}{_LETTERS[i % 10]}Z": _CODES + i for i in range(16)},
@@ -135,6 +136,7 @@ TABLE: dict[str, Exceptions] = {
             "vq_config.attn_resolutions": [],
             "vq_config.hidden_size": 32,
             "vq_config.num_attention_heads": 1,
+            "image_token_id": FIRST_SPECIAL + 90,
             "vocabulary_map": {
                 "<image>": FIRST_SPECIAL + 90,
                 "<|extra_200|>": FIRST_SPECIAL + 91,

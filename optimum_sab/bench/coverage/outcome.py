@@ -25,7 +25,7 @@ class Outcome:
         pictures: how many samples held a picture.
         sound: how many samples held sound.
         share: part of the language model's matrices that is binarized, experts counted; None before that is known.
-        seconds: all of it, without the imports.
+        seconds: of one processor core, without the imports.
         left_out: what was not asked because the dense model cannot do it either.
         warnings: what the library said about it.
     """
