@@ -75,7 +75,11 @@ def _add_coverage(kinds: Any) -> None:
     coverage.add_argument("families", nargs="*", metavar="FAMILY", help="model types (default: all)")
     coverage.add_argument("--jobs", type=int, default=1, metavar="N", help="families at a time (default: 1)")
     coverage.add_argument(
-        "--timeout", type=float, default=120.0, metavar="S", help="seconds of each half of a family (default: 120)"
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds of computing of each half of a family (default: 120)",
     )
     coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
     shown = coverage.add_mutually_exclusive_group()

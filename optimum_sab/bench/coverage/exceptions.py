@@ -249,6 +249,7 @@ TABLE: dict[str, Exceptions] = {
     "minimax_m3_vl": Exceptions(config={"merged_hidden_size": 1024}),
     "mistral4": Exceptions(config={"head_dim": 64}, reads_pictures=False),
     "mllama": Exceptions(
+        default={"text_config": {"rope_scaling": {"rope_type": "default"}}},  # Transformers 4.57 has no other
         config={
             "vision_config.num_global_layers": 1,
             "vision_config.intermediate_layers_indices": [1],
@@ -290,7 +291,7 @@ TABLE: dict[str, Exceptions] = {
     "pi0": Exceptions(
         config={"chunk_size": 4},
         picture={"pixel_values": Random((1, 1, 3, 56, 56)), "pixel_attention_mask": [[True]]},
-        always={"state": Random((1, 32))},
+        always={"state": Random((1, 32)), "noise": Random((1, 4, 32)), "timestep": [0.5]},
     ),
     "pix2struct": Exceptions(
         config={"vision_config.seq_len": 64},
@@ -338,7 +339,9 @@ TABLE: dict[str, Exceptions] = {
         default={"decoder_start_token_id": 0}, always={"bbox": PerToken(text=0.5, shape=(4,))}, tokens=0
     ),
     "unlimited_ocr": Exceptions(config={f"vision_config.sam_config.{k}": v for k, v in _SAM.items()}),
-    "vipllava": Exceptions(config={"vision_feature_layer": [-1, -2]}),
+    "vipllava": Exceptions(
+        default={"vision_feature_layer": [-1, -2], "vision_feature_layers": [-1, -2]},  # one each by line
+    ),
     "vision-encoder-decoder": Exceptions(
         default={
             "encoder": {"model_type": "vit"},

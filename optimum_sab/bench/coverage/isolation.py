@@ -5,10 +5,13 @@ The processes are forked from a server that has imported everything and has seen
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, fields
@@ -20,6 +23,7 @@ from optimum_sab.bench.coverage.families import Family
 from optimum_sab.bench.coverage.outcome import FAILED, NOT_BUILT, Outcome
 from optimum_sab.errors import ConfigError
 
+PATIENCE = 5
 CONTEXT: Any = multiprocessing.get_context("forkserver" if sys.platform.startswith("linux") else None)
 _FIELDS = {each.name for each in fields(Outcome)} - {"family"}
 
@@ -29,7 +33,8 @@ class Limits:
     """What a family may take.
 
     Attributes:
-        seconds: for each half of a trial.
+        seconds: of computing, for each half of a trial; on the clock it may take `PATIENCE` times as long, since other
+            work may go on beside it.
         gigabytes: of memory beyond what the imports take.
         jobs: families at a time.
     """
@@ -92,10 +97,12 @@ def run_limited(work: Callable[..., None], arguments: tuple[Any, ...], limits: L
     """
     process = CONTEXT.Process(target=_limited, args=(work, arguments, limits, str(log)), daemon=True)
     process.start()
-    process.join(limits.seconds)
+    process.join(PATIENCE * limits.seconds)
     if process.exitcode is None:
         process.kill()
         process.join()
+        return f"over its time of {limits.seconds:g} s"
+    if process.exitcode == -signal.SIGXCPU:
         return f"over its time of {limits.seconds:g} s"
     if process.exitcode:
         lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
@@ -113,8 +120,17 @@ def _limited(work: Callable[..., None], arguments: tuple[Any, ...], limits: Limi
         os.dup2(handle, stream.fileno())
     torch.set_num_threads(1)
     limit_memory(limits.gigabytes)
+    limit_time(limits.seconds)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     work(*arguments)
+
+
+def limit_time(seconds: float) -> None:
+    """No more seconds of computing than this beyond what the process has taken."""
+    import resource  # which Windows has not
+
+    most = math.ceil(time.process_time() + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (most, most + 5))
 
 
 def limit_memory(gigabytes: float) -> None:

@@ -133,14 +133,18 @@ class _Builder:
     def _features(self, kind: str, media: Mapping[str, Any]) -> int:
         """How many vectors the model makes of a picture or of a sound, which is how many placeholders it wants."""
         name = "get_image_features" if kind == "picture" else "get_audio_features"
-        owners = (self._model, getattr(self._model, "model", None))
+        owners = (getattr(self._model, "model", None), self._model)  # the inner one is what a forward calls
         method = next((getattr(each, name) for each in owners if hasattr(each, name)), None)
         if method is None:
             return 0
-        inner = next((getattr(each, name) for each in reversed(owners) if hasattr(each, name)), method)
-        names = set(inspect.signature(inner).parameters) | set(inspect.signature(method).parameters)
+        given = {}
+        for key, parameter in inspect.signature(method).parameters.items():
+            if key in media:
+                given[key] = media[key]
+            elif parameter.default is inspect.Parameter.empty and parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                given[key] = _setting(self._model.config, key)
         with torch.no_grad():
-            return count_vectors(method(**{key: value for key, value in media.items() if key in names}))
+            return count_vectors(method(**given))
 
     def _per_token(self, ids: Tensor, types: Tensor) -> dict[str, Tensor]:
         found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -183,6 +187,12 @@ def run(model: Any, sample: Mapping[str, Any]) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"{type(model).__name__} gives no logits.")
     return logits
+
+
+def _setting(config: Any, name: str) -> Any:
+    """An argument that a model's own forward takes from the configuration."""
+    parts = (config, getattr(config, "vision_config", None))
+    return next((getattr(part, name) for part in parts if hasattr(part, name)), None)
 
 
 def _named(config: Any, names: tuple[str, ...]) -> int | None:

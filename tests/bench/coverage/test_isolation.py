@@ -1,5 +1,6 @@
 """Limits on a family's time and memory, and what is said of one that goes beyond."""
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -36,8 +37,9 @@ def at_stage(stage, work):
 
 def test_process_over_its_time_is_ended(forked, tmp_path):
     began = time.perf_counter()
-    assert run_limited(time.sleep, (60,), Limits(seconds=0.3), tmp_path / "log") == "over its time of 0.3 s"
+    assert run_limited(time.sleep, (60,), Limits(seconds=0.1), tmp_path / "log") == "over its time of 0.1 s"
     assert time.perf_counter() - began < 20
+    assert run_limited(sum, (itertools.repeat(1),), Limits(seconds=1), tmp_path / "log") == "over its time of 1 s"
 
 
 def test_process_over_its_memory_is_ended(forked, tmp_path):
@@ -53,9 +55,9 @@ def test_process_that_dies_is_told_by_its_status(forked, tmp_path):
 @pytest.mark.parametrize(("stage", "outcome"), [("build", NOT_BUILT), ("quantize", FAILED)])
 def test_family_over_its_time_fails_at_its_stage(forked, llama, monkeypatch, stage, outcome):
     monkeypatch.setattr(trial, "quantize", at_stage(stage, lambda: time.sleep(60)))
-    found = try_family(llama, Limits(seconds=0.3))
+    found = try_family(llama, Limits(seconds=0.1))
     assert (found.family, found.outcome, found.stage) == ("llama", outcome, stage)
-    assert found.reason == "over its time of 0.3 s"
+    assert found.reason == "over its time of 0.1 s"
     assert found.pictures == 8
 
 
