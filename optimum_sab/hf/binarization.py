@@ -12,8 +12,10 @@ from optimum_sab.calibration.pipeline import STAGES
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage, check_stages, run_stages
+from optimum_sab.calibration.stages.forward import LookAtForwards
+from optimum_sab.calibration.stages.rehearsal import RehearseForward
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly
+from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.progress import shown_progress
 from optimum_sab.hf.record import record
@@ -29,7 +31,9 @@ def stages(config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]
         origin: where the model comes from; None to ask it.
     """
     processor = FindProcessor(config.processor, origin)
-    return (processor, ReadSamplesEarly(processor), *STAGES)
+    written = run_options(config).source.written
+    tried: tuple[Stage, ...] = (ReadUnseen(), LookAtForwards(), RehearseForward()) if written else ()
+    return (processor, *tried, ReadSamplesEarly(processor), *STAGES)
 
 
 def check_settings(model: nn.Module, config: SABConfig) -> None:
@@ -66,7 +70,7 @@ def check_before_loading(model: nn.Module, config: SABConfig, origin: Origin | N
     check_settings(model, config)
     beginning = stages(config, origin)
     with _on_cpu():
-        check_stages(beginning[:2], model, run_options(config))
+        check_stages([each for each in beginning if each not in STAGES], model, run_options(config))
     return beginning
 
 

@@ -11,17 +11,16 @@ from torch import nn
 from optimum_sab.errors import FormatError
 from optimum_sab.format.layout import STORED_SETTINGS, tensor_specs
 from optimum_sab.hf.stored_files import StoredFile, StoredTensor
-from optimum_sab.hf.stored_names import names_in_model
+from optimum_sab.hf.stored_names import MARKS, StoredNames, names_in_model
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.linear import SABLinear
 
 _DTYPES = {torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"}
-_MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
 
 
 def check_layers(
     model: nn.Module, lists: BlockLists, files: Sequence[StoredFile], transforms: Sequence[Any] | None = None
-) -> dict[str, str]:
+) -> StoredNames:
     """Every packed layer of ``model`` must have all its tensors in the files, in the right shape and dtype.
 
     Args:
@@ -31,13 +30,14 @@ def check_layers(
         transforms: see `names_in_model`.
 
     Returns:
-        The stored names of all tensors, by name in the model.
+        Where the tensors are loaded to.
 
     Raises:
         FormatError: a tensor is missing or misshapen, or the configuration describes other layers than were saved.
     """
     stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
-    keys = names_in_model(stored, model, transforms, lists)
+    names = names_in_model(stored, model, transforms, lists)
+    keys = names.keys
     _refuse_packed_elsewhere(model, lists, stored, keys)
     layers = files[0].layers if files else {}
     for name, module in model.named_modules():
@@ -57,19 +57,19 @@ def check_layers(
             if foreign in stored:
                 found.setdefault("bias", (foreign, stored[foreign]))
             _check_tensors(name, module, {tensor: entry for tensor, (_, entry) in found.items()})
-    return keys
+    return names
 
 
 def _refuse_packed_elsewhere(
     model: nn.Module, lists: BlockLists, stored: Mapping[str, StoredTensor], keys: Mapping[str, str]
 ) -> None:
     """No layer may be packed in the files and dense in the model."""
-    dense = {lists.short(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    dense = {lists.short(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear) and lists.holds(n)}
     taken = set(keys.values())
     for key in stored:
         stem, _, tensor = key.rpartition(".")
         name = dense.get(lists.short(stem))
-        if tensor in _MARKS and key not in taken and name is not None:
+        if tensor in MARKS and key not in taken and name is not None:
             raise FormatError(
                 f"{name}: packed in the checkpoint, but its quantization_config leaves it dense; they do not belong "
                 "together, fetch both again."

@@ -10,10 +10,13 @@ from torch import nn
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
-from optimum_sab.calibration.samples.inputs import given_inputs
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
 from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.samples import ReadSamples
+from optimum_sab.calibration.streams.placement import map_tensors
+from optimum_sab.errors import SABError
 from optimum_sab.hf.origin import Origin, origin_of
 from optimum_sab.hf.processor import find_processor
 
@@ -45,6 +48,23 @@ class FindProcessor(Stage):
             origin = origin_of(model) if self._origin is None else self._origin
             self._found = find_processor(self._given, origin, VISUAL in model_modalities(model.config))
         return self._found
+
+
+class ReadUnseen(Stage):
+    """Before a model spends its time on writing samples, others go through it, to see that it bears packed layers.
+
+    A model that does not read them is tried on what it has written.
+    """
+
+    name: ClassVar[str] = "unseen"
+
+    def apply(self, run: Run, on_step: OnStep) -> None:
+        try:
+            kinds = unseen_inputs(run.model, run.processor)
+        except SABError:  # said where the finished model is to be compared by them
+            return
+        inputs = [map_tensors(each, run.home) for some in kinds.values() for each in some]
+        run.keep(CalibrationSamples.of(inputs, getattr(run.model, "config", None)))
 
 
 class ReadSamplesEarly(ReadSamples):

@@ -23,7 +23,7 @@ from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, local_files, read_headers
-from optimum_sab.hf.stored_names import as_before, spare_packed
+from optimum_sab.hf.stored_names import StoredNames, as_before, spare_packed
 from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.dense_share import warn_of_dense
@@ -49,7 +49,7 @@ class SABHfQuantizer(HfQuantizer):
         self.report: Any = None
         self._stages: Any = None  # with what they found before the weights were read
         self._files: list[StoredFile] = []  # these three while a packed checkpoint is loaded
-        self._keys: dict[str, str] = {}  # stored names, by name in the model
+        self._names = StoredNames({})
         self._lists = BlockLists(())
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
@@ -98,7 +98,7 @@ class SABHfQuantizer(HfQuantizer):
             return transforms
         transforms = spare_packed(transforms, model)
         self._check_files(model, transforms)
-        return transforms
+        return [*transforms, *self._names.corrections]
 
     def _check_files(self, model: nn.Module, transforms: list[Any] | None) -> None:
         """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
@@ -110,7 +110,7 @@ class SABHfQuantizer(HfQuantizer):
             return
         self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
         check_one_save(self._files, self.quantization_config.saved_as)
-        self._keys = check_layers(model, self._lists, self._files, transforms)
+        self._names = check_layers(model, self._lists, self._files, transforms)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
@@ -138,12 +138,12 @@ class SABHfQuantizer(HfQuantizer):
     def _check_content(self, model: nn.Module) -> None:
         wanted = self.quantization_config.verify
         if wanted:
-            verify_loaded(model, self._files, self._keys, rest=wanted == "all")
+            verify_loaded(model, self._files, self._names.keys, rest=wanted == "all")
         for name, module in model.named_modules():
             if isinstance(module, SABLinear) and module.weight.device.type != "meta":
                 module.packed.validate(name)
         check_finite(model, self._files)
-        self._files, self._keys = [], {}
+        self._files, self._names = [], StoredNames({})
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""

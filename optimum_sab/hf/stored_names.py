@@ -8,49 +8,99 @@ layers: their tensors are no matrices that could be split, stacked or permuted.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from optimum_sab.hf.compat import RENAMES
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.linear import SABLinear
 
+MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
+
+
+@dataclass(frozen=True)
+class StoredNames:
+    """Where Transformers loads the tensors of a checkpoint to.
+
+    Attributes:
+        keys: by name in the model's state dict: the name on disk. What the model has no place for is left out.
+        corrections: what is to be added to the mapping that the model is loaded with.
+    """
+
+    keys: dict[str, str]
+    corrections: tuple[Any, ...] = ()
+
 
 def names_in_model(
-    keys: Iterable[str], model: nn.Module, transforms: Sequence[Any] | None, lists: BlockLists
-) -> dict[str, str]:
-    """Where Transformers will load tensors to.
+    keys: Collection[str], model: nn.Module, transforms: Sequence[Any] | None, lists: BlockLists
+) -> StoredNames:
+    """Follow names on disk into the model.
+
+    A mapping that names ``weight`` only may lead the other tensors of a packed layer nowhere (``conv`` ↔
+    ``conv.weight``). They are found by the way they took when they were saved, and their way back is added.
 
     Args:
         keys: names on disk.
         model: the skeleton that is loaded into, packed layers in place.
-        transforms: the mapping it is loaded with; None for a line of Transformers that has none, where names are
-            matched from the decoder's block list on.
+        transforms: the mapping it is loaded with (`spare_packed`); None for a line of Transformers that has none, where
+            names are matched from the decoder's block list on.
         lists: that the decoder blocks stand in.
-
-    Returns:
-        By name in the model's state dict: the name on disk. What the model has no place for is left out.
     """
     wanted = model.state_dict()
-    if transforms is None or not RENAMES:
-        short = {lists.short(name): name for name in wanted}
-        return {short[cut]: key for key in keys if (cut := lists.short(key)) in short}
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+    if transforms is None:
+        return StoredNames(_by_block(keys, model, lists))
+    from transformers.core_model_loading import WeightRenaming
 
     transforms = copy.deepcopy(list(transforms))  # they remember whether they were used
-    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
-    converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    base: Any = model.base_model_prefix
+    base: Any = getattr(model, "base_model_prefix", None)
     found: dict[str, str] = {}
     for key in keys:
-        name, _ = rename_source_key(key, renamings, converters, base, wanted)
+        name = _loaded(key, transforms, base, wanted)
         if name not in wanted and key in wanted:
             name = key
         if name in wanted:
             found[name] = key
+    used = [each for each in transforms if each.was_used()]
+    corrections = []
+    for name in sorted(_packed_tensors(model) & wanted.keys() - found.keys()):
+        key = _saved(name, used)
+        if key in keys:
+            found[name] = key
+            corrections.append(WeightRenaming("^" + _loaded(key, transforms).replace(".", r"\."), name))
+    return StoredNames(found, tuple(corrections))
+
+
+def _by_block(keys: Collection[str], model: nn.Module, lists: BlockLists) -> dict[str, str]:
+    """Names of packed layers' tensors only: a vision tower may have the same ones behind its own list of layers."""
+    stems = {lists.short(stem): stem for stem, _, tensor in (key.rpartition(".") for key in keys) if tensor in MARKS}
+    found = {}
+    for name, module in model.named_modules():
+        stem = stems.get(lists.short(name)) if isinstance(module, SABLinear) else None
+        for tensor, _ in module.named_parameters(recurse=False) if stem is not None else ():
+            if f"{stem}.{tensor}" in keys:
+                found[f"{name}.{tensor}"] = f"{stem}.{tensor}"
     return found
+
+
+def _loaded(key: str, transforms: Sequence[Any], base: str | None = None, wanted: Any = None) -> str:
+    """The name in the model of what is stored as ``key``."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
+    converters = [each for each in transforms if isinstance(each, WeightConverter)]
+    return str(rename_source_key(key, renamings, converters, base, wanted)[0])
+
+
+def _saved(name: str, transforms: Sequence[Any]) -> str:
+    """The name on disk of what is ``name`` in a model that was loaded with this mapping."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    back = [each.reverse_transform() for each in reversed(transforms)]
+    renamings = [each for each in back if isinstance(each, WeightRenaming)]
+    converters = [each for each in back if isinstance(each, WeightConverter)]
+    return str(rename_source_key(name, renamings, converters, reverse=True)[0])
 
 
 def spare_packed(transforms: Sequence[Any], model: nn.Module) -> list[Any]:

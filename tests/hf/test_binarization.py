@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stages import allocation, memory
 from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError
@@ -158,3 +159,15 @@ def test_a_calibration_device_beside_a_device_map_over_several_is_refused(
         run = Run(model, select(model, config, strict=True), run_options(config))
         for stage in stages(config):
             stage.prepare(run)
+
+
+def test_a_model_that_writes_its_samples_is_tried_before_it_writes(example, quick_config, monkeypatch):
+    from optimum_sab.calibration.samples import inputs
+    from optimum_sab.calibration.stages import rehearsal
+
+    written = []
+    monkeypatch.setattr(inputs, "self_samples", lambda *arguments: written.append(arguments))
+    monkeypatch.setattr(rehearsal, "refusal", lambda *arguments: CalibrationError("does not bear it"))
+    with pytest.raises(CalibrationError, match="does not bear it"):
+        AutoModelForVision2Seq.from_pretrained(example, quantization_config=quick_config(calibration="self"))
+    assert not written

@@ -12,13 +12,22 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import optimum_sab
 from optimum_sab import AutoModelForVision2Seq, SABConfig, SABLinear
 from optimum_sab.calibration.samples.inputs import unseen_inputs
 from optimum_sab.errors import ConfigError, FormatError, FormatVersionError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.eval.measures import agreement
+from optimum_sab.example import checkpoint_path
 from optimum_sab.example.tasks import held_out_questions
 from optimum_sab.hf.processor import load_processor
 from optimum_sab.hf.registration import register
@@ -511,3 +520,40 @@ def test_target_bits_without_a_choice_or_out_of_reach_is_refused(llama_folder, q
         config = quick_config(calibration=texts, block_size=64, **changes)
         with pytest.raises(ConfigError, match=message):
             AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+
+
+def test_a_tower_whose_layers_are_named_like_the_decoder_s_is_not_taken_for_them(quick_config, texts, tmp_path):
+    """LLaVA, Gemma 3, SmolVLM and many more: ``layers.0.self_attn.k_proj`` stands in both."""
+    vision = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=16,
+    )
+    text = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    dense, packed = tmp_path / "dense", tmp_path / "packed"
+    LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=1000)
+    ).save_pretrained(dense)
+    AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(dense)
+    config = quick_config(calibration=texts, processor=AutoTokenizer.from_pretrained(checkpoint_path()))
+    model = AutoModelForVision2Seq.from_pretrained(dense, quantization_config=config)
+    model.save_pretrained(packed)
+    loaded = AutoModelForVision2Seq.from_pretrained(packed)
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    tower = loaded.get_submodule("model.vision_tower")
+    assert not any(isinstance(module, SABLinear) for module in tower.modules())

@@ -50,6 +50,9 @@ class LookAtForwards(Stage):
         if passes > 1:
             raise ConfigError(f"{kind} goes through its decoder blocks {passes} times; {_NOT_TWICE}")
 
+    def wanted(self, run: Run) -> bool:
+        return run.kept(CalibrationSamples) is not None
+
     def apply(self, run: Run, on_step: OnStep) -> dict[str, list[str]] | None:
         seen = _observe(run)
         again = next((name for name, count in seen.entered.items() if count > 1), None)

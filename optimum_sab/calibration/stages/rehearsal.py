@@ -20,6 +20,9 @@ class RehearseForward(Stage):
 
     name: ClassVar[str] = "rehearsal"
 
+    def wanted(self, run: Run) -> bool:
+        return run.kept(CalibrationSamples) is not None
+
     def apply(self, run: Run, on_step: OnStep) -> None:
         sample, model = run.samples.inputs[telling_sample(run.samples)], run.model
         blocks = one_of_each_kind(decoder_targets(model, run.selection))
