@@ -79,7 +79,7 @@ def _add_coverage(kinds: Any) -> None:
         type=float,
         default=120.0,
         metavar="S",
-        help="seconds of computing of each half of a family (default: 120)",
+        help="seconds of computing, each half (default: 120)",
     )
     coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
     shown = coverage.add_mutually_exclusive_group()
