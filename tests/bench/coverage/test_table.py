@@ -1,11 +1,14 @@
 """How outcomes are shown, and what the command says in the end."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import transformers
 
 from optimum_sab.bench.coverage import isolation
+from optimum_sab.bench.coverage.families import all_families
 from optimum_sab.bench.coverage.outcome import (
     FAILED,
     NOT_BUILT,
@@ -84,6 +87,15 @@ def test_command_shows_outcomes_and_ends_with_their_status(monkeypatch, capsys, 
     assert ("families failed" in captured.err) == bool(status)
     if form == "--json":
         assert json.loads(captured.out)["rows"][0]["outcome"] == outcome.outcome
+
+
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24), reason="the page is of the newest line"
+)
+def test_page_has_a_row_for_every_family():
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\S+) \| (works|refused|failed|not built) \|", page, re.MULTILINE)
+    assert [name for name, _ in rows] == [family.name for family in all_families()]
 
 
 def test_command_refuses_a_family_that_does_not_exist(capsys):
