@@ -23,7 +23,7 @@ from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, local_files, read_headers
-from optimum_sab.hf.stored_names import StoredNames, as_before, spare_packed
+from optimum_sab.hf.stored_names import StoredNames, spare_packed
 from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.dense_share import warn_of_dense
@@ -126,8 +126,6 @@ class SABHfQuantizer(HfQuantizer):
             self._check_content(model)
             if self.quantization_config.dequantize:
                 self._dequantize(model)
-                if hasattr(model, "_weight_conversions"):
-                    model._weight_conversions = as_before(model._weight_conversions)  # type: ignore[arg-type,assignment]
                 self.remove_quantization_config(model)
                 return model
             prepare_layers(model, self.quantization_config.backend)
@@ -194,6 +192,8 @@ class SABHfQuantizer(HfQuantizer):
                 if module.weight.device.type == "meta":
                     raise ConfigError(f"{name} is offloaded; load the model without offload to dequantize it.")
                 set_module(model, name, module.dequantize(wanted))
+        if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
+            del model._weight_conversions
         return model
 
 

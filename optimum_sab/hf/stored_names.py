@@ -116,17 +116,6 @@ def spare_packed(transforms: Sequence[Any], model: nn.Module) -> list[Any]:
     return [_sparing(each, packed) if isinstance(each, WeightConverter) else each for each in transforms]
 
 
-def as_before(transforms: Sequence[Any]) -> list[Any]:
-    """What `spare_packed` was given, of these that it made: for a model whose packed layers became dense."""
-    found = []
-    for each in transforms:
-        if hasattr(type(each), "_spares"):
-            each = copy.copy(each)
-            each.__class__ = type(each)._spares
-        found.append(each)
-    return found
-
-
 def _sparing(converter: Any, packed: frozenset[str]) -> Any:
     """A copy of a converter, and of its reverse, that finds none of these names."""
     kind = type(converter)
@@ -134,7 +123,7 @@ def _sparing(converter: Any, packed: frozenset[str]) -> Any:
     def rename_source_key(self: Any, source_key: str) -> tuple[str, str | None]:
         return (source_key, None) if source_key in packed else kind.rename_source_key(self, source_key)
 
-    members = {"__slots__": (), "_spares": kind, "rename_source_key": rename_source_key}
+    members = {"__slots__": (), "rename_source_key": rename_source_key}
     sparing = copy.copy(converter)
     sparing.__class__ = type(f"{kind.__name__}SparingPacked", (kind,), members)
     return sparing

@@ -157,9 +157,37 @@ FAULTS = (
     Fault(
         "rows of an expert paired with those of other tokens",
         "optimum_sab/calibration/statistics/pairing.py",
-        "    if len(came) < len(modalities):\n        return True\n",
+        "    if len(came) < (arrivals[0].company or len(modalities)):\n        return True\n",
         "",
         ("tests/calibration/statistics",),
+    ),
+    Fault(
+        "a family's converter applied to packed tensors",
+        "optimum_sab/hf/stored_names.py",
+        "return (source_key, None) if source_key in packed else kind.rename_source_key(self, source_key)",
+        "return kind.rename_source_key(self, source_key)",
+        ("tests/hf/test_stored_names.py",),
+    ),
+    Fault(
+        "a weight that the model reads not noticed",
+        "optimum_sab/calibration/streams/observation.py",
+        "            self.read.setdefault(name, asked)\n",
+        "            pass\n",
+        ("tests/calibration/streams/test_observation.py",),
+    ),
+    Fault(
+        "a picture tower taken for the decoder",
+        "optimum_sab/nn/decoder.py",
+        "candidates = [each for each in lists if id(each) not in foreign] or lists",
+        "candidates = lists",
+        ("tests/nn/test_decoder.py",),
+    ),
+    Fault(
+        "a sample that passes a block by taken for the block's end",
+        "optimum_sab/calibration/streams/lockstep.py",
+        "here[worker] if worker in here else past[worker] for worker in waiting",
+        'here.get(worker, Pause(_END, "")) for worker in waiting',
+        ("tests/calibration/streams/test_lockstep.py",),
     ),
     Fault(
         "a resume folder of other samples accepted",

@@ -61,7 +61,7 @@ class FindHead(Stage):
 
 def _last_norm(model: nn.Module, embedding: nn.Module, samples: CalibrationSamples) -> LastNorm | None:
     """The norm before the embedding; None, with a word, where it is not found."""
-    reason = "no norm of it gives the output embedding its input"
+    reason = ""
     for carrier in _carriers(samples):
         try:
             found = find_last_norm(model, embedding, carrier)
@@ -70,6 +70,7 @@ def _last_norm(model: nn.Module, embedding: nn.Module, samples: CalibrationSampl
             continue
         if found is not None:
             return found
+        reason = "no norm of it gives the output embedding its input"
         break
     warn(f"the temperature of {type(model).__name__}'s predictions is not fitted: {reason}.")
     return None
