@@ -1,4 +1,4 @@
-"""`optimum-sab bench`: speed and memory on random weights."""
+"""`optimum-sab bench`: speed and memory on random weights, and which model families work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_command(commands: Any) -> None:
     """Add the command's parsers."""
-    parser = commands.add_parser("bench", help="measure speed and memory")
+    parser = commands.add_parser("bench", help="measure speed, memory, and which model families work")
     kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
 
     kernels = kinds.add_parser(
@@ -61,6 +61,31 @@ def add_command(commands: Any) -> None:
     )
     _add_speed_options(generate, repeats=3)
     generate.set_defaults(run=run_generate)
+    _add_coverage(kinds)
+
+
+def _add_coverage(kinds: Any) -> None:
+    coverage = kinds.add_parser(
+        "coverage",
+        help="which model families of the installed Transformers are binarized, saved, reloaded and go on",
+        description="Every model type that reads pictures, and some for text and sound, built small and random, each "
+        "in a process of its own: quantized with pictures and text, saved, reloaded in a fresh process and compared "
+        "bit for bit, then generation, training mode, a second save and dequantizing.",
+    )
+    coverage.add_argument("families", nargs="*", metavar="FAMILY", help="model types (default: all)")
+    coverage.add_argument("--jobs", type=int, default=1, metavar="N", help="families at a time (default: 1)")
+    coverage.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds of computing, each half (default: 120)",
+    )
+    coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
+    shown = coverage.add_mutually_exclusive_group()
+    shown.add_argument("--json", action="store_true", help="print one JSON object")
+    shown.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
+    coverage.set_defaults(run=run_coverage)
 
 
 def _add_speed_options(parser: argparse.ArgumentParser, repeats: int) -> None:
@@ -174,3 +199,30 @@ def run_generate(options: argparse.Namespace) -> None:
         f"{report.environment.device}, Qwen2.5-VL {size}, backend {report.backend}, {options.dtype}, batch "
         f"{options.batch}, {options.prompt_tokens}+{options.new_tokens} tokens, {graphs}"
     )
+
+
+def run_coverage(options: argparse.Namespace) -> None:
+    """Print one row per family, as soon as it is known."""
+    from optimum_sab.bench.coverage.families import find_families
+    from optimum_sab.bench.coverage.isolation import Limits, try_families
+    from optimum_sab.bench.coverage.outcome import Outcome, check_outcomes
+    from optimum_sab.bench.coverage.table import HEADER, as_json, as_markdown, row, total_line
+
+    families = find_families(options.families)
+    limits = Limits(options.timeout, options.memory, options.jobs)
+    rows = not (options.json or options.markdown)
+    if rows:
+        print(HEADER, flush=True)
+    found: dict[str, Outcome] = {}
+    for each in try_families(families, limits):
+        found[each.family] = each
+        if rows:
+            print(row(each), flush=True)
+    outcomes = [found[family.name] for family in families]
+    if options.json:
+        print(json.dumps(as_json(outcomes)))
+    elif options.markdown:
+        print(as_markdown(outcomes))
+    else:
+        print(total_line(outcomes))
+    check_outcomes(outcomes)
