@@ -17,6 +17,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from tests.speed.interpreter import quicken
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
 
@@ -27,6 +29,11 @@ FIRST = ("test_documentation.py", "test_main.py", "test_training.py", "test_comp
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist would begin with the files of many tests, which are short
+
+
+def pytest_collection_finish():
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
+        quicken()
 
 
 def pytest_collection_modifyitems(items):
@@ -44,8 +51,10 @@ BLOCKS, TOWER, WIDTH = 2, 1, 256  # of the small example: decoder blocks, blocks
 
 @pytest.fixture(scope="session")
 def small_example(tmp_path_factory):
-    """The embedded example with the first of its blocks, of each a third of the MLP, in float32: its files, its pictures,
-    an eighth of its work, and no bfloat16, which many CPUs multiply tens of times slower."""
+    """The embedded example with the first of its blocks, of each a third of the MLP, in float32.
+
+    Its files, its pictures, an eighth of its work, and no bfloat16, which many CPUs multiply tens of times slower.
+    """
     from safetensors.torch import load_file, save_file
 
     from optimum_sab.example import checkpoint_path
@@ -77,7 +86,7 @@ def small_example(tmp_path_factory):
 @pytest.fixture(scope="session")
 def warm(small_example):
     """A folder for the front of PATH: `optimum-sab`, `optimum-cli` and `python` there need not import anything."""
-    here = Path(__file__).parent / "warm"
+    here = Path(__file__).parent / "speed"
     with tempfile.TemporaryDirectory() as name:  # the path of a socket must be short
         folder = Path(name)
         for program in ("optimum-sab", "optimum-cli", "python"):

@@ -1,6 +1,6 @@
 """A process that has imported torch, Transformers and this package, and forks for every command that it is handed.
 
-    python server.py SOCKET EXAMPLE     serves until it is killed; EXAMPLE is what commands take for the embedded example
+    python server.py SOCKET EXAMPLE     EXAMPLE is what commands take for the embedded example
 
 Of several seconds of a command that is run here nearly all are imports. A fork of a process that has done them, and
 nothing else, is as good as a new process: no model was loaded, no thread was started, no generator was seeded. What is
@@ -12,6 +12,7 @@ read from the environment while something is imported is as it was when the serv
 import atexit
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import runpy
@@ -22,6 +23,8 @@ import threading
 import traceback
 import types
 from pathlib import Path
+
+from interpreter import quicken
 
 # what commands import when they run
 LATE = (
@@ -47,6 +50,8 @@ def serve(path: str, example: str) -> None:
     importlib.import_module("optimum_sab.example").checkpoint_path = lambda: Path(example)
     for name in LATE:
         importlib.import_module(name)
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        quicken()
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(path)
     listening.listen()
@@ -94,9 +99,9 @@ def run(called: str, arguments: list[str], folder: str, environment: dict[str, s
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
     at_once = bool(environment.get("PYTHONUNBUFFERED"))
-    sys.stdin = open(0, closefd=False)
-    sys.stdout = open(1, "w", closefd=False)
-    sys.stderr = open(2, "w", closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
     sys.stdout.reconfigure(write_through=at_once)
     sys.stderr.reconfigure(write_through=True, errors="backslashreplace")
     sys.executable = str(Path(called).with_name("python"))  # of which it may start more

@@ -1,4 +1,4 @@
-"""Hands the command to the server whose socket lies beside this file, with its input and outputs, and ends as it did."""
+"""Hands the command to the server, whose socket lies beside this file, and ends as it did."""
 
 import json
 import os
@@ -15,7 +15,7 @@ socket.send_fds(connection, [len(body).to_bytes(4, "little")], [0, 1, 2])
 connection.sendall(body)
 answer = connection.recv(2)
 if not answer:
-    sys.exit("the server of tests/warm has ended")
+    sys.exit("the server of tests/speed has ended")
 status = int.from_bytes(answer, "little", signed=True)
 if status < 0:
     signal.signal(-status, signal.SIG_DFL)
