@@ -69,7 +69,8 @@ def test_picture_is_drawn(quality, tmp_path):
     assert drawn.count('<g id="line2d') > 4
 
 
-def test_example_is_asked_its_tasks(capsys):
+def test_example_is_asked_its_tasks(small_example, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_sab.eval.subject.checkpoint_path", lambda: small_example)
     command = [
         "eval",
         "quality",
