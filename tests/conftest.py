@@ -83,6 +83,21 @@ def small_example(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def quick_muon(monkeypatch):
+    """Muon that computes in float32 what it computes in bfloat16, which many CPUs multiply tens of times slower."""
+    from torch.optim import _muon
+
+    real = _muon._zeropower_via_newtonschulz
+
+    def orthogonalized(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+            return real(*arguments)
+
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", orthogonalized)
+
+
 @pytest.fixture(scope="session")
 def warm(small_example):
     """A folder for the front of PATH: `optimum-sab`, `optimum-cli` and `python` there need not import anything."""

@@ -13,7 +13,9 @@ from optimum_sab.eval.subject import Budget, find_subject
 from optimum_sab.example import checkpoint_path
 
 SMALL = Budget(samples=8, length=64, held_out=2, window=64, questions=2, probes=2)
-OURS = "default,iterations=2,allocation=uniform"  # an allocation of its own would give every seed bits of its own
+OURS = (
+    "default,iterations=2,sweeps=0,allocation=uniform"  # an allocation of its own would give every seed bits of its own
+)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_example_is_asked_its_tasks(small_example, capsys, monkeypatch):
         "quality",
         "example",
         "--methods",
-        "two-bit,iterations=2,sweeps=0",
+        "two-bit,iterations=2,sweeps=0,allocation=uniform",
         "--calibration",
         "tasks",
         "--json",
