@@ -3,6 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side would wait for each other's threads
@@ -11,6 +16,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+from tests.speed.interpreter import quicken
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
@@ -24,6 +31,11 @@ def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist would begin with the files of many tests, which are short
 
 
+def pytest_collection_finish():
+    if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
+        quicken()
+
+
 def pytest_collection_modifyitems(items):
     """The longest come first; those marked gpu are skipped, by name and reason, where there is no CUDA device."""
     items.sort(key=lambda item: item.path.name not in FIRST)
@@ -34,10 +46,15 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+BLOCKS, TOWER, WIDTH = 2, 1, 256  # of the small example: decoder blocks, blocks of the tower, rows of gate and up
+
+
 @pytest.fixture(scope="session")
 def small_example(tmp_path_factory):
-    """The embedded example with the first two of its decoder blocks, in float32: its files, its pictures, a third of
-    its work, and no bfloat16, which many CPUs multiply tens of times slower."""
+    """The embedded example with the first of its blocks, of each a third of the MLP, in float32.
+
+    Its files, its pictures, an eighth of its work, and no bfloat16, which many CPUs multiply tens of times slower.
+    """
     from safetensors.torch import load_file, save_file
 
     from optimum_sab.example import checkpoint_path
@@ -45,15 +62,57 @@ def small_example(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small") / "example-vlm"
     shutil.copytree(checkpoint_path(), folder)
     config = json.loads((folder / "config.json").read_text())
-    text = config["text_config"]
-    blocks, text["num_hidden_layers"] = text["num_hidden_layers"], 2
-    for part in (config, *(each for each in config.values() if isinstance(each, dict))):
-        if "dtype" in part:
-            part["dtype"] = "float32"
+    text, vision = config["text_config"], config["vision_config"]
+    text["num_hidden_layers"], text["intermediate_size"] = BLOCKS, WIDTH
+    vision["depth"], vision["fullatt_block_indexes"] = TOWER, list(range(TOWER))
+    for part in (config, text, vision):
+        part["dtype"] = "float32"
     if "layer_types" in text:
-        text["layer_types"] = text["layer_types"][:2]
+        text["layer_types"] = text["layer_types"][:BLOCKS]
     (folder / "config.json").write_text(json.dumps(config))
-    left_out = tuple(f".layers.{index}." for index in range(2, blocks))
-    kept = {n: t for n, t in load_file(folder / "model.safetensors").items() if not any(each in n for each in left_out)}
-    save_file({n: t.float() for n, t in kept.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    kept = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        for place, blocks in ((".layers.", BLOCKS), ("visual.blocks.", TOWER)):
+            if place in name and int(name.split(place)[1].split(".")[0]) >= blocks:
+                break
+        else:
+            if ".layers." in name and ".mlp." in name:
+                tensor = tensor[:, :WIDTH] if "down_proj" in name else tensor[:WIDTH]
+            kept[name] = tensor.float().contiguous()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def quick_muon(monkeypatch):
+    """Muon that computes in float32 what it computes in bfloat16, which many CPUs multiply tens of times slower."""
+    from torch.optim import _muon
+
+    real = _muon._zeropower_via_newtonschulz
+
+    def orthogonalized(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+            return real(*arguments)
+
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", orthogonalized)
+
+
+@pytest.fixture(scope="session")
+def warm(small_example):
+    """A folder for the front of PATH: `optimum-sab`, `optimum-cli` and `python` there need not import anything."""
+    here = Path(__file__).parent / "speed"
+    with tempfile.TemporaryDirectory() as name:  # the path of a socket must be short
+        folder = Path(name)
+        for program in ("optimum-sab", "optimum-cli", "python"):
+            (folder / program).write_text(f"#!{sys.executable} -IS\n{(here / 'client.py').read_text()}")
+            (folder / program).chmod(0o755)
+        server = subprocess.Popen([sys.executable, here / "server.py", folder / "socket", small_example])
+        try:
+            while not (folder / "socket").exists():
+                assert server.poll() is None, "the server has ended"
+                time.sleep(0.05)
+            yield folder
+        finally:
+            server.kill()
+            server.wait()

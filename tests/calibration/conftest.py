@@ -180,6 +180,6 @@ def subject(request: pytest.FixtureRequest) -> Subject:
     return build(request.param)
 
 
-@pytest.fixture(name="build")
+@pytest.fixture(name="build", scope="session")
 def build_fixture() -> Callable[[str], Subject]:
     return build

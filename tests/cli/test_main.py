@@ -21,6 +21,7 @@ from optimum_sab.ops.backends import _triton_problem as triton_problem
 from optimum_sab.version import __version__
 
 QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations", "2"]
+QUICKER = [*QUICK, "--allocation", "uniform", "--sweeps", "0", "--no-temperature-scaling"]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_size_is_known_before_the_work(small_example, packed, dtype):
 
 
 def test_quantize_reports_blocks_and_json(small_example, tmp_path, capsys):
-    code = main(["quantize", str(small_example), "--output", str(tmp_path / "out"), "--json", *QUICK])
+    code = main(["quantize", str(small_example), "--output", str(tmp_path / "out"), "--json", *QUICKER])
     captured = capsys.readouterr()
     report = json.loads(captured.out)  # nothing but the object on standard output
     assert code == 0
@@ -74,7 +75,7 @@ def test_quantize_overwrites_when_asked(small_example, tmp_path):
     (folder / "notes.txt").write_text("mine")
     for stale in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (folder / stale).write_text("old")
-    assert main(["quantize", str(small_example), "--output", str(folder), "--overwrite", *QUICK]) == 0
+    assert main(["quantize", str(small_example), "--output", str(folder), "--overwrite", *QUICKER]) == 0
     assert (folder / "config.json").exists()
     assert (folder / "notes.txt").read_text() == "mine"
     assert [p.name for p in folder.glob("model*")] == ["model.safetensors"]
@@ -174,9 +175,10 @@ def test_inspect_refuses_a_dense_checkpoint(small_example, capsys):
     assert "not a packed SAB checkpoint" in capsys.readouterr().err
 
 
-def test_demo_reports_what_the_issue_asks_for(small_example, capsys, monkeypatch):
+def test_demo_reports_what_the_issue_asks_for(small_example, warm, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", str(warm / "python"))  # of which it starts another
     monkeypatch.setattr("optimum_sab.example.demonstration.checkpoint_path", lambda: small_example)  # CI runs it whole
-    assert main(["demo", "--questions", "4", "--json", *QUICK]) == 0
+    assert main(["demo", "--questions", "4", "--json", *QUICKER]) == 0
     found = json_of(capsys)
     assert set(found["tasks"]) == {"colour", "shape", "counting", "position", "reading", "text"}
     assert all(0 <= score[side] <= 1 for score in found["tasks"].values() for side in ("dense", "packed"))
@@ -233,12 +235,13 @@ def installed():
 
 
 @pytest.mark.skipif(not installed(), reason="the package is not installed, only on the path")
-def test_optimum_cli_runs_the_same_commands(packed):
+def test_optimum_cli_runs_the_same_commands(packed, warm):
     pytest.importorskip("optimum.commands")
     tool = Path(sys.executable).with_name("optimum-cli")
     done = subprocess.run([tool, "sab", "inspect", str(packed), "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["format_version"] == 1
-    bad = subprocess.run([tool, "sab", "inspect", "nowhere"], capture_output=True, text=True, check=False)
+    again = [warm / "optimum-cli", "sab", "inspect", "nowhere"]
+    bad = subprocess.run(again, capture_output=True, text=True, check=False)
     assert bad.returncode == 1
     assert "nowhere" in bad.stderr

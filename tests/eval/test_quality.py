@@ -13,7 +13,9 @@ from optimum_sab.eval.subject import Budget, find_subject
 from optimum_sab.example import checkpoint_path
 
 SMALL = Budget(samples=8, length=64, held_out=2, window=64, questions=2, probes=2)
-OURS = "default,iterations=2,allocation=uniform"  # an allocation of its own would give every seed bits of its own
+OURS = (
+    "default,iterations=2,sweeps=0,allocation=uniform"  # an allocation of its own would give every seed bits of its own
+)
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +71,14 @@ def test_picture_is_drawn(quality, tmp_path):
     assert drawn.count('<g id="line2d') > 4
 
 
-def test_example_is_asked_its_tasks(capsys):
+def test_example_is_asked_its_tasks(small_example, capsys, monkeypatch):
+    monkeypatch.setattr("optimum_sab.eval.subject.checkpoint_path", lambda: small_example)
     command = [
         "eval",
         "quality",
         "example",
         "--methods",
-        "two-bit,iterations=2,sweeps=0",
+        "two-bit,iterations=2,sweeps=0,allocation=uniform",
         "--calibration",
         "tasks",
         "--json",

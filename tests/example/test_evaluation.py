@@ -1,6 +1,7 @@
 import dataclasses
 
 import pytest
+import torch
 from transformers import AutoModelForImageTextToText
 
 from optimum_sab.errors import ConfigError
@@ -13,7 +14,7 @@ from optimum_sab.hf.processor import load_processor
 @pytest.fixture(scope="module")
 def example():
     path = checkpoint_path()
-    return AutoModelForImageTextToText.from_pretrained(path), load_processor(path)
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32), load_processor(path)
 
 
 @pytest.fixture(scope="module")

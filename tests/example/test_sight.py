@@ -48,6 +48,7 @@ def test_sight_batches_give_every_cell_a_distribution_over_its_words(processor):
     assert digits.isdigit()
 
 
+@pytest.mark.usefixtures("quick_muon")
 def test_teach_sight_changes_the_tower_and_nothing_else(processor):
     torch.manual_seed(0)
     model = build_model()

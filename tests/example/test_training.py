@@ -64,6 +64,7 @@ def test_acceleration_changes_neither_loss_nor_gradient(batch):
         assert error < 1e-4, name
 
 
+@pytest.mark.usefixtures("quick_muon")
 def test_train_saves_a_changed_decoder_and_leaves_the_tower_alone(processor, tmp_path, monkeypatch):
     torch.manual_seed(0)
     small = model_config()

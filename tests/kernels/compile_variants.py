@@ -172,11 +172,12 @@ def compiled(kernel, capability, arguments, **options):
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def dump(cubin, what):
+def dump(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def loops(sass):
@@ -197,13 +198,14 @@ def loops(sass):
 
 
 def describe(kernel):
-    resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", dump(kernel.asm["cubin"], "--dump-resource-usage")))
+    said = dump(kernel.asm["cubin"])
+    resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", said))
     offsets = re.findall(r"%(\w+_ptr)\w* = tt\.addptr %\w+, %\S+ : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"])
     return {
         "registers": int(resources["REG"]),
         "stack": int(resources["STACK"]),
         "local": int(resources["LOCAL"]),
-        "loops": loops(dump(kernel.asm["cubin"], "--dump-sass")),
+        "loops": loops(said),
         "offsets": offsets,
     }
 

@@ -70,10 +70,34 @@ FURTHER = {
     },
 }
 COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CAPABILITIES}
+# A variant takes seconds to compile. The ordinary run has most of them for one capability, and of each kernel for the
+# other that which needs the most registers.
+SAMPLE = {
+    80: {
+        *("decode 2 tiles", "decode 8 tokens 1 tile", "small batch of 32"),
+        *("dequantize fine", "prepare limbs of 8 tokens", "prepare floats"),
+    },
+    90: COMPILED[90].keys() - {"decode unrolled", "small batch fine"},
+}
+
+
+def each(*names, capabilities=CAPABILITIES):
+    """Parameters of a test: variants, those that are there by default, for every capability."""
+    return pytest.mark.parametrize(
+        ("name", "capability"),
+        [
+            pytest.param(name, capability, marks=[] if name in SAMPLE[capability] else pytest.mark.full)
+            for capability in capabilities
+            for name in names or COMPILED[capability]
+        ],
+    )
 
 
 class Compiled:
-    """What compile_variants.py says of a variant, by ``[name, capability]``; a capability compiles when first asked."""
+    """What compile_variants.py says of a variant, by ``[name, capability]``.
+
+    When it is first asked for, all of its capability are compiled that are in the sample, or all that are not.
+    """
 
     def __init__(self, folder):
         self._folder = folder
@@ -81,12 +105,15 @@ class Compiled:
 
     def __getitem__(self, key):
         name, capability = key
-        if capability not in self._found:
-            self._found[capability] = self._compile(capability)
-        return self._found[capability][name]
+        if key not in self._found:
+            sampled = name in SAMPLE[capability]
+            names = [other for other in COMPILED[capability] if (other in SAMPLE[capability]) == sampled]
+            found = self._compile(names, capability)
+            self._found.update({(other, capability): found[other] for other in names})
+        return self._found[key]
 
-    def _compile(self, capability):
-        variants = COMPILED[capability]
+    def _compile(self, names, capability):
+        variants = {name: COMPILED[capability][name] for name in names}
         wanted = json.dumps({name: (kernel, capability, changes) for name, (kernel, changes) in variants.items()})
         environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(self._folder / str(capability))}
         done = subprocess.run(
@@ -108,21 +135,19 @@ def matrix_loops(found):
     return loops
 
 
-@pytest.mark.parametrize(("name", "capability"), [(n, c) for c, variants in COMPILED.items() for n in variants])
+@each()
 def test_kernel_does_not_spill(compiled, name, capability):
     found = compiled[name, capability]
     assert found["stack"] == 0 and found["local"] == 0, f"{found['registers']} registers were not enough"
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", DECODE)
+@each(*DECODE)
 def test_decode_loop_over_base_tiles_moves_nothing_between_lanes(compiled, name, capability):
     base, _ = matrix_loops(compiled[name, capability])
     assert not SHARED_MEMORY & base.keys()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("name", DECODE)
+@each(*DECODE)
 def test_decode_loop_over_residual_tiles_moves_nothing_between_lanes(compiled, name, capability):
     _, residual = matrix_loops(compiled[name, capability])
     assert not SHARED_MEMORY & residual.keys()
@@ -139,17 +164,15 @@ def test_decode_takes_at_most_one_instruction_per_stored_bit(compiled, capabilit
     assert instructions / (signs + scales) <= 1.0
 
 
-@pytest.mark.parametrize("capability", [90])
-@pytest.mark.parametrize("name", DECODE)
+@each(*DECODE, capabilities=[90])
 def test_decode_unpacks_four_weights_by_one_instruction(compiled, name, capability):
     """32 permutations make the 128 weights that a lane has of a tile; Hopper converts fp8 without further ones."""
     base, _ = matrix_loops(compiled[name, capability])
     assert base["PRMT"] <= 36 * DECODE[name].get("TILES", 2)
 
 
-@pytest.mark.parametrize("capability", [90])
+@each("decode 2 tiles", "small batch of 16", "dequantize", capabilities=[90])
 @pytest.mark.parametrize("pointer", ["weight_ptr", "residual_ptr", "row_scale_ptr"])
-@pytest.mark.parametrize("name", ["decode 2 tiles", "small batch of 16", "dequantize"])
 def test_row_tiles_are_addressed_with_64_bits(compiled, name, pointer, capability):
     offsets = [bits for found, bits in compiled[name, capability]["offsets"] if found == pointer]
     assert offsets[0] == "i64"

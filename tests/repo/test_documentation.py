@@ -131,17 +131,23 @@ def complaint(block: Block) -> str | None:
     return None
 
 
-def run(found: list[Block], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the executed blocks in the folder, output and errors together."""
+@pytest.fixture
+def run(warm):
+    """`run_blocks` with commands that need not import anything."""
+    return lambda found, folder: run_blocks(found, folder, warm)
+
+
+def run_blocks(found: list[Block], folder: Path, programs: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the executed blocks in the folder with those programs, output and errors together."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HOME": str(folder / ".cache"),
         "PYTHONUNBUFFERED": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     return subprocess.run(
-        [sys.executable, "-c", DRIVER],
+        [programs / "python", "-c", DRIVER],
         input=json.dumps([asdict(block) for block in found if block.executed]),
         cwd=folder,
         env=environment,
@@ -167,7 +173,7 @@ def test_document_says_of_every_block_what_becomes_of_it(path):
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=document_id)
-def test_document_runs_as_it_stands(path, small_example, tmp_path):
+def test_document_runs_as_it_stands(path, small_example, run, tmp_path):
     found = document_blocks(path)
     if not any(block.executed for block in found):
         pytest.skip("the document has no block to run")
@@ -272,7 +278,7 @@ def test_block_that_is_accounted_for_is_accepted(document):
     assert complaint(blocks("x.md", document)[0]) is None
 
 
-def test_run_keeps_one_namespace_and_one_folder(tmp_path):
+def test_run_keeps_one_namespace_and_one_folder(run, tmp_path):
     document = (
         "```python\na = 20\nopen('made', 'w').write('kept')\n```\n```bash\ncat made\n```\n```python\nprint(a + 3)\n```"
     )
@@ -290,14 +296,14 @@ def test_run_keeps_one_namespace_and_one_folder(tmp_path):
         ("```python\nassert False\n```\n```python\nprint('not reached')\n```", "AssertionError"),
     ],
 )
-def test_run_stops_at_the_block_that_fails(document, message, tmp_path):
+def test_run_stops_at_the_block_that_fails(document, message, run, tmp_path):
     finished = run(blocks("x.md", document), tmp_path)
     assert finished.returncode != 0
     assert message in finished.stdout
     assert "not reached" not in finished.stdout
 
 
-def test_run_leaves_out_what_is_not_executed(tmp_path):
+def test_run_leaves_out_what_is_not_executed(run, tmp_path):
     document = "<!-- not executed: it fails on purpose -->\n```python\n1 / 0\n```\n```python\nprint('after')\n```"
     finished = run(blocks("x.md", document), tmp_path)
     assert finished.returncode == 0

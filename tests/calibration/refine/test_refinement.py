@@ -1,6 +1,7 @@
 """Refinement in the whole pipeline: what it improves, what it leaves alone, and that what is judged is stored."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,18 +56,42 @@ def block_output(model, samples, index):
     return torch.cat(rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def llama(build):
+    """Left as it is by all."""
     subject = build("llama")
     generator = torch.Generator().manual_seed(5)
     subject.samples = [{"input_ids": torch.randint(2, 60, (1, n), generator=generator)} for n in (12,) * 58 + (7, 9)]
     return subject
 
 
+@pytest.fixture
+def few(llama):
+    """The same with a third of its samples, to break as one likes."""
+    return replace(llama, model=copy.deepcopy(llama.model), samples=llama.samples[-20:])
+
+
+@pytest.fixture(scope="module")
+def solved(llama):
+    """(model, report) without refinement."""
+    return quantize(llama)
+
+
+@pytest.fixture(scope="module")
+def reconstructed(llama):
+    """(model, report) whose blocks were refined, one by one."""
+    return quantize(llama, RefineSettings(epochs=6, steps=0))
+
+
+@pytest.fixture(scope="module")
+def tuned(llama):
+    """(model, report) that was refined as a whole."""
+    return quantize(llama, RefineSettings(epochs=0, steps=20))
+
+
 @pytest.mark.compat
-def test_reconstruction_lowers_the_block_error_on_the_samples_that_judge(llama):
-    plain, _ = quantize(llama)
-    refined, report = quantize(llama, RefineSettings(epochs=6, steps=0))
+def test_reconstruction_lowers_the_block_error_on_the_samples_that_judge(llama, solved, reconstructed):
+    (plain, _), (refined, report) = solved, reconstructed
     assert report.blocks[0].reconstruction.improved
     assert report.tuning is None
     judge = llama.samples[9::10]
@@ -82,9 +107,8 @@ def test_reconstruction_lowers_the_block_error_on_the_samples_that_judge(llama):
 
 
 @pytest.mark.compat
-def test_tuning_lowers_the_divergence_and_stores_what_was_judged(llama):
-    plain, _ = quantize(llama)
-    refined, report = quantize(llama, RefineSettings(epochs=0, steps=20))
+def test_tuning_lowers_the_divergence_and_stores_what_was_judged(llama, solved, tuned):
+    (plain, _), (refined, report) = solved, tuned
     judge = llama.samples[9::10]
     assert report.tuning.improved
     assert divergence(llama.model, plain, judge) == pytest.approx(report.tuning.before, rel=1e-4)
@@ -93,14 +117,14 @@ def test_tuning_lowers_the_divergence_and_stores_what_was_judged(llama):
     assert not torch.equal(refined.model.norm.weight, plain.model.norm.weight)  # behind the blocks
 
 
-def test_tuning_on_a_device_brings_there_what_is_not_trained(llama, monkeypatch):
+def test_tuning_on_a_device_brings_there_what_is_not_trained(few, monkeypatch):
     """cpu:0 is not cpu to PyTorch, so that everything is brought there."""
     places = []
     monkeypatch.setattr(student, "brought", lambda *a: places.append(a) or brought(*a))
-    here, report = quantize(llama, RefineSettings(epochs=0, steps=4))
+    here, report = quantize(few, RefineSettings(epochs=0, steps=4))
     assert {device for _, device in places} == {None}
     places.clear()
-    there, other = quantize(llama, RefineSettings(epochs=0, steps=4), device=torch.device("cpu:0"))
+    there, other = quantize(few, RefineSettings(epochs=0, steps=4), device=torch.device("cpu:0"))
     assert {module for module, _ in places} == {*there.model.layers, there.model.norm}
     assert {device for _, device in places} == {torch.device("cpu:0")}
     assert other.tuning == report.tuning
@@ -108,28 +132,30 @@ def test_tuning_on_a_device_brings_there_what_is_not_trained(llama, monkeypatch)
     assert all(torch.equal(tensor, state[name]) for name, tensor in here.state_dict().items())
 
 
-def test_later_blocks_are_calibrated_on_the_refined_stream(llama):
+def test_later_blocks_are_calibrated_on_the_refined_stream(llama, solved, reconstructed):
     """The second block's error at its start is that behind the refined first block, not behind the solved one."""
-    _, report = quantize(llama, RefineSettings(epochs=6, steps=0))
-    plain, _ = quantize(llama)
+    (plain, _), (_, report) = solved, reconstructed
     judge = llama.samples[9::10]
     wanted = block_output(llama.model, judge, 1)
     behind_solved = ((block_output(plain, judge, 1) - wanted).square().sum(-1) / wanted.square().sum(-1)).mean()
     assert report.blocks[1].reconstruction.before < float(behind_solved)
 
 
-def test_drift_is_that_of_the_refined_stream(llama):
-    refined, report = quantize(llama, RefineSettings(epochs=6, steps=0))
+def test_drift_is_that_of_the_refined_stream(llama, reconstructed):
+    refined, report = reconstructed
     wanted, found = (block_output(m, llama.samples, 1) for m in (llama.model, refined))
     expected = float((wanted - found).square().sum() / wanted.square().sum())
     assert report.blocks[1].drift == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [QUICK, QUICK.replace(row_scale="fp16", base_planes=2)], ids=["fp8", "fp16"])
-def test_refinement_changes_scales_and_keeps_signs(llama, settings):
-    # One block, and tuned only: what a block is given depends on the refinement of those before it.
-    plain, _ = quantize(llama, settings=settings)
-    refined, report = quantize(llama, RefineSettings(epochs=0, steps=10), settings=settings)
+@pytest.mark.parametrize("row_scale", ["fp8", "fp16"])
+def test_refinement_changes_scales_and_keeps_signs(llama, solved, tuned, row_scale):
+    # Tuned only: what a block is given depends on the refinement of those before it.
+    (plain, _), (refined, report) = solved, tuned
+    if row_scale == "fp16":
+        settings = QUICK.replace(row_scale="fp16", base_planes=2)
+        plain, _ = quantize(llama, settings=settings)
+        refined, report = quantize(llama, RefineSettings(epochs=0, steps=10), settings=settings)
     assert report.tuning.improved
     for name, layer in layers(refined).items():
         layer.packed.validate(name)
@@ -140,9 +166,8 @@ def test_refinement_changes_scales_and_keeps_signs(llama, settings):
         assert not torch.equal(layer.packed.tensors["col_scale"], before["col_scale"])
 
 
-def test_reconstruction_keeps_the_signs_of_the_first_block(llama):
-    plain, _ = quantize(llama)
-    refined, _ = quantize(llama, RefineSettings(epochs=6, steps=0))
+def test_reconstruction_keeps_the_signs_of_the_first_block(solved, reconstructed):
+    (plain, _), (refined, _) = solved, reconstructed
     for name, layer in layers(refined).items():
         if ".layers.0." in name:
             before = layers(plain)[name].packed
@@ -160,11 +185,11 @@ def test_every_family_can_be_refined(subject):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_refinement_leaves_no_trace(llama, dtype):
-    llama.model.to(dtype)
-    llama.model.model.embed_tokens.weight.requires_grad_(False)
-    flags = {name: p.requires_grad for name, p in llama.model.named_parameters() if p.dim() != 2}
-    model, report = quantize(llama, RefineSettings(epochs=2, steps=3))
+def test_refinement_leaves_no_trace(few, dtype):
+    few.model.to(dtype)
+    few.model.model.embed_tokens.weight.requires_grad_(False)
+    flags = {name: p.requires_grad for name, p in few.model.named_parameters() if p.dim() != 2}
+    model, report = quantize(few, RefineSettings(epochs=2, steps=3))
     named = dict(model.named_parameters())
     assert {name: named[name].requires_grad for name in flags if "proj" not in name} == {
         name: flag for name, flag in flags.items() if "proj" not in name
@@ -178,8 +203,8 @@ def test_refinement_leaves_no_trace(llama, dtype):
     assert report.tuning is not None
 
 
-def test_start_is_kept_where_nothing_beats_it(llama, monkeypatch):
-    plain, _ = quantize(llama)
+def test_start_is_kept_where_nothing_beats_it(llama, solved, monkeypatch):
+    plain, _ = solved
     for module in (reconstruction, tuning):
         monkeypatch.setattr(module, "RATE", 100.0)  # nothing but ruin comes of this
     model, report = quantize(llama, RefineSettings(epochs=1, steps=2))
@@ -189,8 +214,8 @@ def test_start_is_kept_where_nothing_beats_it(llama, monkeypatch):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
-def test_refinement_runs_a_dense_stream_even_without_the_propagated_target(llama):
-    _, report = quantize(llama, RefineSettings(epochs=3, steps=0), settings=QUICK.replace(propagation=0.0))
+def test_refinement_runs_a_dense_stream_even_without_the_propagated_target(few):
+    _, report = quantize(few, RefineSettings(epochs=3, steps=0), settings=QUICK.replace(propagation=0.0))
     assert all(b.drift is not None for b in report.blocks) and report.blocks[0].reconstruction.improved
 
 

@@ -17,6 +17,9 @@ from optimum_sab.example.evaluation import answer, question_messages
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
 
+# what is tested is what is quantized, not how well
+QUICK = {"sequence_length": 64, "iterations": 2, "sweeps": 0, "allocation": "uniform", "temperature_scaling": False}
+
 
 @pytest.fixture(scope="module")
 def folder(language, vision, tmp_path_factory):
@@ -103,7 +106,7 @@ def test_reader_blocks_are_those_of_the_language_model(model):
 
 
 def test_reader_quantizes_and_its_vision_part_stays_dense(folder, model):
-    config = SABConfig(calibration_samples=8, sequence_length=64)
+    config = SABConfig(calibration_samples=8, **QUICK)
     quantized = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     packed = {name for name, module in quantized.named_modules() if isinstance(module, SABLinear)}
     assert len(packed) == 14
@@ -116,7 +119,7 @@ def test_reader_quantizes_and_its_vision_part_stays_dense(folder, model):
 
 def test_reader_quantizes_on_chats_of_its_own_tasks(folder, cifar):
     chats = reader_chats(4, seed=0, cifar=cifar)
-    config = SABConfig(calibration=chats, calibration_samples=4, sequence_length=64)
+    config = SABConfig(calibration=chats, calibration_samples=4, **QUICK)
     quantized = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     assert any(isinstance(module, SABLinear) for module in quantized.modules())
 

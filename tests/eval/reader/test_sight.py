@@ -106,6 +106,7 @@ def test_enlarged_pictures_are_those_of_the_image_processor():
     assert np.abs(ours - expected).max() <= 1
 
 
+@pytest.mark.usefixtures("quick_muon")
 def test_teach_sight_lowers_the_loss_of_what_it_was_shown(pictures, tower):
     settings = SightSettings(steps=4, signs=2, pictures=2, warmup=1)
     generator = torch.Generator().manual_seed(2)

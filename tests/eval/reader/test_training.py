@@ -15,6 +15,7 @@ from optimum_sab.eval.reader.training import main, make_sight, tune_prompt, writ
 from optimum_sab.example.evaluation import question_messages
 
 
+@pytest.mark.usefixtures("quick_muon")
 def test_training_writes_weights_that_the_reader_takes_and_goes_on_from_them(language, cifar, tmp_path):
     arguments = ["--language", str(language), "--cifar", str(cifar), "--no-compile"]
     small = ["--sight-steps", "2", "--sight-signs", "2", "--sight-pictures", "2", "--sight-warmup", "1"]

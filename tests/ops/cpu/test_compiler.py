@@ -55,10 +55,42 @@ def wrapper(tmp_path, monkeypatch):
     return install
 
 
-def start(code, cache):
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    """A compiler that gives the same file again for the same flags: compiling takes seconds, and only what comes before
+    and after it is looked at where this is used."""
+    if COMPILER is None:
+        return None
+    folder = tmp_path_factory.mktemp("remembered")
+    script = folder / "cc"
+    script.write_text(
+        f"""#!/bin/sh
+out= flags= previous=
+for a in "$@"; do
+  if [ "$previous" = -o ]; then out=$a; fi
+  case "$a" in /*) ;; *) flags="$flags$a" ;; esac
+  previous=$a
+done
+if [ -z "$out" ]; then exec {COMPILER} "$@"; fi
+kept="{folder}/$(echo "$flags" | tr -c 'a-zA-Z0-9=\n' _)"
+[ -e "$kept" ] || {COMPILER} "$@" || exit
+[ -e "$kept" ] || cp "$out" "$kept"
+cp "$kept" "$out"
+"""
+    )
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def quick_compiler(remembering, monkeypatch):
+    monkeypatch.setenv("CC", str(remembering))
+
+
+def start(code, cache, python=sys.executable):
     environment = os.environ | {"OPTIMUM_SAB_CACHE": str(cache)}
     return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [python, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -143,6 +175,7 @@ def test_load_library_brings_no_second_openmp_runtime():
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[:-1] + b"?", lambda _: b""])
 def test_load_library_compiles_again_what_is_damaged(monkeypatch, fresh, tmp_path, damage):
     assert compiler.compile_library().library is not None
@@ -156,6 +189,7 @@ def test_load_library_compiles_again_what_is_damaged(monkeypatch, fresh, tmp_pat
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 def test_cache_and_library_are_written_for_this_user_alone(fresh):
     before = os.umask(0)
     try:
@@ -180,6 +214,7 @@ def compiled_again(fresh, monkeypatch, spoil):
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
 def test_a_library_that_others_may_write_is_compiled_again(fresh, monkeypatch, mode):
     loaded, linked = compiled_again(fresh, monkeypatch, lambda folder, path: path.chmod(mode))
@@ -189,6 +224,7 @@ def test_a_library_that_others_may_write_is_compiled_again(fresh, monkeypatch, m
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("mode", [0o720, 0o777, 0o1777])
 def test_nothing_is_loaded_from_a_folder_that_others_may_write(fresh, monkeypatch, mode):
     with pytest.warns(SABWarning, match=rf"{fresh}, may be written by other users \(mode {mode:o}\).*chmod 700"):
@@ -198,6 +234,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write(fresh, monkeypatc
 
 
 @needs_compiler
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("whose", ["folder", "library"])
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can give files away")
 def test_what_another_user_owns_is_not_loaded(fresh, monkeypatch, whose):
@@ -224,8 +261,8 @@ def test_a_library_of_an_owner_who_is_not_trusted_is_not_found(tmp_path, monkeyp
 
 
 @needs_compiler
-def test_load_library_by_two_processes_at_once_works_in_both(tmp_path):
-    processes = [start(COMPUTE, tmp_path / "shared") for _ in range(2)]
+def test_load_library_by_two_processes_at_once_works_in_both(warm, tmp_path):
+    processes = [start(COMPUTE, tmp_path / "shared", warm / "python") for _ in range(2)]
     for process in processes:
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and "computed" in output, output
