@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 
 
 # so that no worker is left alone with them at the end
-FIRST = ("test_documentation.py", "test_main.py", "test_training.py", "test_compile.py")
+FIRST = ("test_documentation.py", "test_compile.py", "test_linear.py", "test_operator.py", "test_quantizer.py")
 
 
 def pytest_configure(config):

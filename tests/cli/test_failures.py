@@ -147,6 +147,15 @@ def running(monkeypatch, work):
     monkeypatch.setattr(env, "describe", work)
 
 
+@pytest.fixture
+def interruptible():
+    """As in a terminal: what a script starts in the background ignores interruptions, and so would the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("resume", [False, True])
 def test_interruption_exits_with_130(monkeypatch, capsys, tmp_path, small_example, resume):
     monkeypatch.setattr("optimum_sab.cli.quantize.auto_class", lambda source: signal.raise_signal(signal.SIGINT))

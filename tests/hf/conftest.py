@@ -41,6 +41,13 @@ def quick_config():
 
 
 @pytest.fixture(scope="session")
+def quicker_config(quick_config):
+    """`quick_config` without the parts of a run that choose, descend or measure."""
+    plain = {"allocation": "uniform", "sweeps": 0, "temperature_scaling": False}
+    return lambda **changes: quick_config(**{**plain, **changes})
+
+
+@pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
     """An untied Llama of three blocks with odd sizes (in_features is no multiple of the block), and a tokenizer."""
     folder = tmp_path_factory.mktemp("llama")

@@ -213,18 +213,20 @@ def test_a_finished_model_is_compared_with_the_dense_one(llama_packed, llama_fol
     assert set(example_packed[0].hf_quantizer.report.agreement) == {"text", "pictures"}
 
 
-def test_a_model_far_from_the_dense_one_is_said_to_be(llama_folder, quick_config, texts, monkeypatch):
+def test_a_model_far_from_the_dense_one_is_said_to_be(llama_folder, quicker_config, texts, monkeypatch):
     monkeypatch.setattr("optimum_sab.calibration.predictions.agreement.FAR", 0.0)
     with pytest.warns(SABWarning, match=r"far from the dense one on text .* KL \d"):
-        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quicker_config(calibration=texts))
 
 
 def test_a_model_that_does_not_read_the_samples_of_the_comparison_is_binarized_all_the_same(
-    llama_folder, quick_config, texts, monkeypatch
+    llama_folder, quicker_config, texts, monkeypatch
 ):
     monkeypatch.setattr("optimum_sab.calibration.samples.inputs.unseen_texts", lambda: ["<image>", ""])
     with pytest.warns(SABWarning, match="will not be compared with the dense one.*no tokens"):
-        model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+        model = AutoModelForCausalLM.from_pretrained(
+            llama_folder, quantization_config=quicker_config(calibration=texts)
+        )
     assert packed_linears(model)
     assert "agreement" not in model.config.quantization_config.measured
 
@@ -241,13 +243,15 @@ def test_dequantize_gives_the_same_logits(llama_packed, token_ids):
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_a_comparison_that_fails_does_not_lose_the_finished_model(llama_folder, quick_config, texts, monkeypatch):
+def test_a_comparison_that_fails_does_not_lose_the_finished_model(llama_folder, quicker_config, texts, monkeypatch):
     def fail(self):
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr("optimum_sab.calibration.predictions.agreement.AgreementCheck.measure", fail)
     with pytest.warns(SABWarning, match="could not be compared with the dense one: no room"):
-        model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(calibration=texts))
+        model = AutoModelForCausalLM.from_pretrained(
+            llama_folder, quantization_config=quicker_config(calibration=texts)
+        )
     assert packed_linears(model)
 
 
@@ -308,9 +312,9 @@ def test_gradients_reach_an_adapter_below_packed_layers(llama_packed, token_ids)
 
 
 def test_modules_to_not_convert_adds_to_the_defaults_and_survives_reload(
-    llama_folder, token_ids, tmp_path, quick_config, texts
+    llama_folder, token_ids, tmp_path, quicker_config, texts
 ):
-    config = quick_config(
+    config = quicker_config(
         calibration=texts, modules_to_not_convert=["down_proj"], dynamic={"q_proj": {"base_planes": 2}}
     )
     model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
@@ -351,19 +355,19 @@ def test_the_configuration_of_a_finished_model_is_a_recipe(llama_packed, llama_f
     AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-def test_samples_of_which_only_the_number_is_stored_are_the_built_in_ones(llama_folder, quick_config):
+def test_samples_of_which_only_the_number_is_stored_are_the_built_in_ones(llama_folder, quicker_config):
     for recipe in (
-        quick_config(calibration={"samples": 8}),
-        {"quant_method": "sab", **quick_config().to_dict(), "calibration": {"samples": 8}, "progress": "none"},
+        quicker_config(calibration={"samples": 8}),
+        {"quant_method": "sab", **quicker_config().to_dict(), "calibration": {"samples": 8}, "progress": "none"},
     ):
         with pytest.warns(SABWarning, match=r"calibration=\{'samples': 8\} says how many .* built-in set is used"):
             model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=recipe)
         assert model.config.quantization_config.calibration is None
 
 
-def test_overlapping_rules_are_read_back_in_their_order(llama_folder, quick_config, texts, token_ids, tmp_path):
+def test_overlapping_rules_are_read_back_in_their_order(llama_folder, quicker_config, texts, token_ids, tmp_path):
     rules = {"layers": {"base_planes": 2}, "down_proj": {"base_planes": 1}}
-    config = quick_config(calibration=texts, dynamic=rules, allocation="uniform")
+    config = quicker_config(calibration=texts, dynamic=rules)
     model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
@@ -394,20 +398,20 @@ def test_missing_processor_is_named(llama_folder, tmp_path, quick_config, texts)
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quick_config(calibration=texts))
 
 
-def test_nan_weight_names_the_module(llama_folder, tmp_path, quick_config, texts):
+def test_nan_weight_names_the_module(llama_folder, tmp_path, quicker_config, texts):
     model = AutoModelForCausalLM.from_pretrained(llama_folder)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
     model.save_pretrained(tmp_path)
     transformers.AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
     with pytest.raises(NonFiniteError, match=r"layers\.1\.mlp\.up_proj"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quick_config(calibration=texts))
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quicker_config(calibration=texts))
 
 
-def test_pictures_missing_from_the_calibration_are_named(example, quick_config, texts):
+def test_pictures_missing_from_the_calibration_are_named(example, quicker_config, texts):
     with pytest.warns(SABWarning, match="visual"):
         AutoModelForVision2Seq.from_pretrained(
-            example, dtype=torch.float32, quantization_config=quick_config(calibration=texts)
+            example, dtype=torch.float32, quantization_config=quicker_config(calibration=texts)
         )
 
 

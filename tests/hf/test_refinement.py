@@ -38,9 +38,23 @@ def load(folder, dtype, config=None):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
 
 
+@pytest.fixture(scope="module")
+def refined(llama_folder, texts, quick_config):
+    """``refined(dtype)``: the same model for the same dtype, to be left as it is."""
+    made = {}
+
+    def make(dtype):
+        if dtype not in made:
+            config = quick_config(calibration=texts, calibration_samples=20, **SETTINGS, **REFINE)
+            made[dtype] = load(llama_folder, dtype, config)
+        return made[dtype]
+
+    return make
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_refined_model_reloads_to_the_same_logits(llama_folder, texts, quick_config, token_ids, tmp_path, dtype):
-    model = load(llama_folder, dtype, quick_config(calibration=texts, calibration_samples=20, **SETTINGS, **REFINE))
+def test_refined_model_reloads_to_the_same_logits(refined, token_ids, tmp_path, dtype):
+    model = refined(dtype)
     assert model.hf_quantizer.report.tuning.improved
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
@@ -52,11 +66,8 @@ def test_refined_model_reloads_to_the_same_logits(llama_folder, texts, quick_con
     assert stored.refine and (stored.refine_epochs, stored.refine_steps) == (2, 8)
 
 
-def test_refined_norms_are_saved_in_the_models_dtype(llama_folder, texts, quick_config, tmp_path):
-    model = load(
-        llama_folder, torch.bfloat16, quick_config(calibration=texts, calibration_samples=20, **SETTINGS, **REFINE)
-    )
-    model.save_pretrained(tmp_path)
+def test_refined_norms_are_saved_in_the_models_dtype(refined, llama_folder, tmp_path):
+    refined(torch.bfloat16).save_pretrained(tmp_path)
     dense = load(llama_folder, torch.bfloat16)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         norm = file.get_tensor("model.norm.weight")
@@ -64,10 +75,10 @@ def test_refined_norms_are_saved_in_the_models_dtype(llama_folder, texts, quick_
     assert not torch.equal(norm, dense.model.norm.weight)
 
 
-def test_refinement_costs_no_bit(llama_folder, texts, quick_config):
-    plain = load(llama_folder, torch.float32, quick_config(calibration=texts, **SETTINGS))
-    refined = load(llama_folder, torch.float32, quick_config(calibration=texts, **SETTINGS, **REFINE))
-    bits = [{n: m.bits_per_weight for n, m in x.named_modules() if isinstance(m, SABLinear)} for x in (plain, refined)]
+def test_refinement_costs_no_bit(refined, llama_folder, texts, quick_config):
+    plain = load(llama_folder, torch.float32, quick_config(calibration=texts, calibration_samples=20, **SETTINGS))
+    models = (plain, refined(torch.float32))
+    bits = [{n: m.bits_per_weight for n, m in x.named_modules() if isinstance(m, SABLinear)} for x in models]
     assert len(bits[0]) == 14 and bits[0] == bits[1]
 
 
