@@ -296,6 +296,18 @@ def test_gradient_of_a_half_bias_under_float_inputs_has_the_bias_s_dtype(backend
 
 
 @eager
+@pytest.mark.parametrize("leading", [(2,), (2, 3)])
+def test_output_may_be_changed_in_place_before_gradients_are_taken(backend, layout, leading):
+    """As Llama 4 does in training; autograd refuses that of a view that an operator returns."""
+    layer = Layer(backend, layout)
+    x = layer.random(*leading, COLUMNS).requires_grad_()
+    out = layer(x)
+    out.mul_(2.0)
+    out.sum().backward()
+    assert_near(x.grad, 2 * layer.dense.sum(0).expand(*leading, -1), torch.float32)
+
+
+@eager
 def test_gradient_of_a_layer_used_twice_is_the_sum(backend, layout):
     layer = Layer(backend, layout)
     x, y = layer.random(2, COLUMNS).requires_grad_(), layer.random(4, COLUMNS, seed=2).requires_grad_()
