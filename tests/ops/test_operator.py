@@ -13,8 +13,8 @@ from optimum_sab.ops.operator import binary_linear, operator_names, stacked_line
 from optimum_sab.ops.shape import LayerShape
 from optimum_sab.ops.verification import sample_weight
 
-ROWS, COLUMNS = 72, 300
-SIZES = (32, 40)
+ROWS, COLUMNS = 40, 140
+SIZES = (32, 8)
 DEFAULT = LayerSettings()
 SETTINGS = [
     DEFAULT,
