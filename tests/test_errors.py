@@ -10,6 +10,7 @@ from torch import nn
 
 from optimum_sab.errors import SABWarning, warn
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.nn.dense_share import warn_of_dense
 from optimum_sab.nn.selection import select_linears
 
 
@@ -50,9 +51,10 @@ def test_warning_of_the_package_points_at_the_users_line():
 
     model = nn.Module()
     model.layers = nn.ModuleList([Experts(), Experts()])
+    selection = select_linears(model, SABConfig().layer_settings, [], {}, True)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        select_linears(model, SABConfig().layer_settings, [], {}, True)
+        warn_of_dense(model, selection)
         line = inspect.currentframe().f_lineno - 1
     assert [(w.category, w.filename, w.lineno) for w in caught] == [(SABWarning, __file__, line)]
 

@@ -148,7 +148,7 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
             out += bias.to(out.dtype)
     else:
         out = reference_linear(rows, weight.packed(), bias)
-    return out.to(x.dtype).view(*x.shape[:-1], shape.out_features)
+    return _shaped(out.to(x.dtype), x)
 
 
 def _stacked(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:
@@ -161,7 +161,7 @@ def _stacked(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any)
 
     rows = x.reshape(-1, weight.shape.in_features).to(_kernel_dtype(x))
     parts = triton_linear(rows, weight.for_kernels(), weight.shape.geometry, tuple(sizes), biases)
-    return [part.to(x.dtype).view(*x.shape[:-1], part.shape[1]) for part in parts]
+    return [_shaped(part.to(x.dtype), x) for part in parts]
 
 
 def _transposed(grad: Tensor, *arguments: Any) -> Tensor:
@@ -179,7 +179,12 @@ def _transposed(grad: Tensor, *arguments: Any) -> Tensor:
     else:
         dense = weight.packed().dequantize()
     out = rows.to(dense.dtype) @ dense
-    return out.to(grad.dtype).view(*grad.shape[:-1], weight.shape.in_features)
+    return _shaped(out.to(grad.dtype), grad)
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows in the leading shape of the input. No view, which autograd would not let a model change in place."""
+    return torch.ops.aten._unsafe_view.default(rows, [*like.shape[:-1], rows.shape[-1]])
 
 
 def _kernel_dtype(x: Tensor) -> torch.dtype:

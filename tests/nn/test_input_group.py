@@ -48,7 +48,7 @@ def _rows_of(name, tensor, rows):
 class Attention(nn.Module):
     """q, k and v of one input, and o of another."""
 
-    def __init__(self, sizes=(64, 32, 40), settings=DEFAULT, bias=True):
+    def __init__(self, sizes=(64, 32, 8), settings=DEFAULT, bias=True):
         super().__init__()
         self.q, self.k, self.v = siblings(sizes, settings, bias=bias)
         (self.o,) = siblings([20], settings, width=sum(sizes))
@@ -123,8 +123,8 @@ def launches(monkeypatch):
     return seen
 
 
-TOGETHER = (64, 32, 40)
-ALONE = [(64,), (32,), (40,)]
+TOGETHER = (64, 32, 8)
+ALONE = [(64,), (32,), (8,)]
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_group_serves_calls_in_any_order(attention, launches):
     q, k, v = expected.parts(x)
     assert_near([model.v(x), model.k(x), model.q(x)], [v, k, q])
     assert_near([model.k(x), model.v(x)], [k, v])  # what the call of q left
-    assert launches == [(40,), (32,), TOGETHER]
+    assert launches == [(8,), (32,), TOGETHER]
 
 
 def test_member_called_with_another_tensor_computes_alone(attention, launches):
@@ -294,7 +294,7 @@ def test_member_called_with_another_tensor_computes_alone(attention, launches):
     assert not group.proven
     equal = x.clone()  # the same values are not the same tensor
     assert_near([model.q(x), model.k(equal), model.v(equal)], expected.parts(x))
-    assert launches[2:] == [TOGETHER, (32,), (40,)]
+    assert launches[2:] == [TOGETHER, (32,), (8,)]
 
 
 def test_first_member_called_alone_again_and_again_is_right(attention):
@@ -333,7 +333,7 @@ def test_input_changed_in_place_between_calls_dissolves_the_group(attention, lau
     x.mul_(-2)
     after = expected.parts(x)
     assert_near([q, model.k(x), model.v(x)], [before[0], *after[1:]])
-    assert launches == [TOGETHER, (32,), (40,)]
+    assert launches == [TOGETHER, (32,), (8,)]
     assert not any(member.group for member in group.members)
     assert_near(model.parts(x), after)
     assert launches[3:] == ALONE
@@ -351,7 +351,7 @@ def test_input_changed_in_place_between_whole_calls_is_computed_anew(attention, 
 
 def test_group_without_tokens(attention):
     model, _, _ = attention
-    assert [tuple(part.shape) for part in model.parts(inputs(2, 0, WIDTH))] == [(2, 0, 64), (2, 0, 32), (2, 0, 40)]
+    assert [tuple(part.shape) for part in model.parts(inputs(2, 0, WIDTH))] == [(2, 0, 64), (2, 0, 32), (2, 0, 8)]
 
 
 def test_group_survives_a_refused_input(attention, launches):
@@ -436,7 +436,7 @@ def test_bias_that_was_replaced_is_seen(attention):
     x = inputs(2, WIDTH)
     model.parts(x)
     model.v.bias = nn.Parameter(torch.zeros_like(model.v.bias))
-    expected.biases["v"] = torch.zeros(40)
+    expected.biases["v"] = torch.zeros(8)
     assert_near(model.parts(x), expected.parts(x))
 
 

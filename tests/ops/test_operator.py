@@ -13,8 +13,8 @@ from optimum_sab.ops.operator import binary_linear, operator_names, stacked_line
 from optimum_sab.ops.shape import LayerShape
 from optimum_sab.ops.verification import sample_weight
 
-ROWS, COLUMNS = 72, 300
-SIZES = (32, 40)
+ROWS, COLUMNS = 40, 140
+SIZES = (32, 8)
 DEFAULT = LayerSettings()
 SETTINGS = [
     DEFAULT,
@@ -293,6 +293,18 @@ def test_gradient_of_a_half_bias_under_float_inputs_has_the_bias_s_dtype(backend
     bias = layer.random(ROWS, dtype=torch.float16).requires_grad_()
     layer(layer.random(3, COLUMNS), bias).sum().backward()
     assert torch.equal(bias.grad, torch.full_like(bias, 3.0))
+
+
+@eager
+@pytest.mark.parametrize("leading", [(2,), (2, 3)])
+def test_output_may_be_changed_in_place_before_gradients_are_taken(backend, layout, leading):
+    """As Llama 4 does in training; autograd refuses that of a view that an operator returns."""
+    layer = Layer(backend, layout)
+    x = layer.random(*leading, COLUMNS).requires_grad_()
+    out = layer(x)
+    out.mul_(2.0)
+    out.sum().backward()
+    assert_near(x.grad, 2 * layer.dense.sum(0).expand(*leading, -1), torch.float32)
 
 
 @eager
