@@ -11,6 +11,7 @@ from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side would wait for each other's threads
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # or each process keeps others, which import torch too
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
