@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 
 from optimum_sab.errors import SABError
@@ -90,8 +90,10 @@ def demonstrate(config: SABConfig, output: Path, questions: int = 100, seed: int
     dense = AutoModelForVision2Seq.from_pretrained(source, dtype=COMPUTE)
     before = evaluate(dense, processor, asked)
     model = AutoModelForVision2Seq.from_pretrained(source, dtype=COMPUTE, quantization_config=config)
+    made = {name: buffer.clone() for name, buffer in model.named_buffers()}
     save_packed(model.to(stored), processor, where)
-    logits = probe_logits(model.to(COMPUTE), processor, asked)
+    _give_back(model.to(COMPUTE), made)
+    logits = probe_logits(model, processor, asked)
     after = _evaluate_in_fresh_process(output, questions, seed)
     inventory = read_inventory(output)
     return Demonstration(
@@ -109,6 +111,15 @@ def demonstrate(config: SABConfig, output: Path, questions: int = 100, seed: int
 def draw_questions(count: int, seed: int) -> list[Question]:
     """``count`` held-out questions of every task."""
     return [question for task in TASKS for question in held_out_questions(task, count, seed)]
+
+
+def _give_back(model: nn.Module, made: dict[str, Tensor]) -> None:
+    """Buffers as they were before the model was cast to be stored.
+
+    Those that are not stored (a rotary embedding's frequencies) are made in float32 by whoever reads the checkpoint.
+    """
+    for name, buffer in model.named_buffers():
+        buffer.copy_(made[name])
 
 
 @torch.inference_mode()

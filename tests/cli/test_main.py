@@ -175,9 +175,20 @@ def test_inspect_refuses_a_dense_checkpoint(small_example, capsys):
     assert "not a packed SAB checkpoint" in capsys.readouterr().err
 
 
-def test_demo_reports_what_the_issue_asks_for(small_example, warm, capsys, monkeypatch):
+@pytest.fixture
+def half_example(small_example, tmp_path):
+    """The small example as the embedded one is stored."""
+    folder = shutil.copytree(small_example, tmp_path / "example-vlm")
+    config = (folder / "config.json").read_text().replace('"float32"', '"bfloat16"')
+    (folder / "config.json").write_text(config)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_demo_reports_what_the_issue_asks_for(half_example, warm, capsys, monkeypatch):
     monkeypatch.setattr(sys, "executable", str(warm / "python"))  # of which it starts another
-    monkeypatch.setattr("optimum_sab.example.demonstration.checkpoint_path", lambda: small_example)  # CI runs it whole
+    monkeypatch.setattr("optimum_sab.example.demonstration.checkpoint_path", lambda: half_example)  # CI runs it whole
     assert main(["demo", "--questions", "4", "--json", *QUICKER]) == 0
     found = json_of(capsys)
     assert set(found["tasks"]) == {"colour", "shape", "counting", "position", "reading", "text"}

@@ -70,14 +70,15 @@ FURTHER = {
     },
 }
 COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CAPABILITIES}
-# A variant takes seconds to compile. The ordinary run has most of them for one capability, and of each kernel for the
-# other that which needs the most registers.
+# A variant takes seconds to compile. The ordinary run has of each kernel, for one capability, the one that needs the most
+# registers, and for the other the ordinary ones too.
 SAMPLE = {
-    80: {
-        *("decode 2 tiles", "decode 8 tokens 1 tile", "small batch of 32"),
-        *("dequantize fine", "prepare limbs of 8 tokens", "prepare floats"),
+    80: {"decode 2 tiles", "small batch of 32", "dequantize fine", "prepare limbs of 8 tokens", "prepare floats"},
+    90: {
+        *("decode 1 tile", "decode 2 tiles", "decode 4 tokens 2 tiles", "decode 8 tokens 1 tile", "decode fine"),
+        *("small batch of 16", "small batch of 64", "dequantize", "dequantize fine"),
+        *("prepare limbs", "prepare limbs of 8 tokens", "prepare floats"),
     },
-    90: COMPILED[90].keys() - {"decode unrolled", "small batch fine"},
 }
 
 

@@ -176,7 +176,7 @@ def test_reconstruction_keeps_the_signs_of_the_first_block(solved, reconstructed
 
 
 def test_every_family_can_be_refined(subject):
-    model, report = quantize(subject, RefineSettings(epochs=2, steps=4))
+    model, report = quantize(subject, RefineSettings(epochs=1, steps=2))
     judge = [subject.samples[-1]]
     assert report.tuning.after <= report.tuning.before
     assert all(b.reconstruction.after <= b.reconstruction.before for b in report.blocks)

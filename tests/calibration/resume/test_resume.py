@@ -35,7 +35,7 @@ class Crash(Exception):
 def llama(build):
     subject = build("llama")
     generator = torch.Generator().manual_seed(5)
-    subject.samples = [{"input_ids": torch.randint(2, 60, (1, n), generator=generator)} for n in (12,) * 18 + (7, 9)]
+    subject.samples = [{"input_ids": torch.randint(2, 60, (1, n), generator=generator)} for n in (12,) * 9 + (7, 9)]
     return subject
 
 

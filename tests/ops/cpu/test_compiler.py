@@ -1,3 +1,4 @@
+import importlib
 import os
 import re
 import shutil
@@ -8,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import optimum_sab.ops.cpu
 from optimum_sab.errors import MissingDependencyError, SABWarning
-from optimum_sab.ops.cpu import cache, compiler
+from optimum_sab.ops.cpu import cache, compiler, kernel
 
 COMPILER = next(filter(None, map(shutil.which, compiler.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
@@ -269,8 +271,13 @@ def test_load_library_by_two_processes_at_once_works_in_both(warm, tmp_path):
     assert {path.suffix for path in (tmp_path / "shared").iterdir()} == {".so"}
 
 
-def test_import_compiles_nothing(tmp_path):
-    process = start("import optimum_sab.ops.cpu.compiler, optimum_sab.ops.cpu.kernel", tmp_path / "unused")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert not (tmp_path / "unused").exists()
+def test_import_compiles_nothing(fresh, monkeypatch):
+    modules = {"cache": cache, "compiler": compiler, "kernel": kernel}
+    for name, module in modules.items():
+        monkeypatch.delitem(sys.modules, module.__name__)
+        monkeypatch.setattr(optimum_sab.ops.cpu, name, module)  # as it shall be again afterwards
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda *arguments, **named: ran.append(arguments))
+    again = {name: importlib.import_module(module.__name__) for name, module in modules.items()}
+    assert all(again[name] is not module for name, module in modules.items())
+    assert ran == [] and not fresh.exists()
