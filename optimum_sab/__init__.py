@@ -5,13 +5,48 @@ work::
 
     model = AutoModelForImageTextToText.from_pretrained("org/vlm", quantization_config=SABConfig())
     model = AutoModelForImageTextToText.from_pretrained("me/vlm-sab")
+
+It imports neither torch nor Transformers before they are needed: what Transformers is to know it is told once its part
+that loads models is imported, by whomever.
 """
 
-from optimum_sab.hf.auto import AutoModelForVision2Seq as AutoModelForVision2Seq
-from optimum_sab.hf.config import SABConfig as SABConfig
-from optimum_sab.hf.quantizer import SABHfQuantizer as SABHfQuantizer
-from optimum_sab.hf.registration import register as _register
-from optimum_sab.nn.linear import SABLinear as SABLinear
-from optimum_sab.version import __version__ as __version__
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
 
-_register()
+from optimum_sab.version import __version__ as __version__
+from optimum_sab.when_imported import when_imported
+
+if TYPE_CHECKING:
+    from optimum_sab.hf.auto import AutoModelForVision2Seq as AutoModelForVision2Seq
+    from optimum_sab.hf.config import SABConfig as SABConfig
+    from optimum_sab.hf.quantizer import SABHfQuantizer as SABHfQuantizer
+    from optimum_sab.nn.linear import SABLinear as SABLinear
+
+_PUBLIC = {
+    "AutoModelForVision2Seq": "optimum_sab.hf.auto",
+    "SABConfig": "optimum_sab.hf.config",
+    "SABHfQuantizer": "optimum_sab.hf.quantizer",
+    "SABLinear": "optimum_sab.nn.linear",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+def _register() -> None:
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or hasattr(modeling, "PreTrainedModel"):  # else it is being imported, and we are called again
+        importlib.import_module("optimum_sab.hf")  # registers when all of it is there: it may be what imports just now
+
+
+for _each in ("transformers.quantizers", "transformers.modeling_utils"):
+    when_imported(_each, _register)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from optimum_sab.cli.arguments.common import FoundWrong, WrongCall
+from optimum_sab.cli.arguments.parser import build_parser
 from optimum_sab.errors import SABWarning
-from optimum_sab.version import __version__
 
+FAILED, WRONG_CALL = 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have it: 128 and the signal's number
 
 
@@ -23,21 +27,25 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         program: shown in usage lines.
 
     Returns:
-        Exit code: 0 done; 1 an error was printed in one line; 130 interrupted; 141 whoever
-        was to read the output has gone (argparse exits with 2 on a wrong call).
+        Exit code: 0 done; 1 an error was printed in one line; 2 a wrong call; 130 interrupted; 141 whoever was to
+        read the output has gone. With ``--json`` an error is an object on standard output too, under "error".
     """
-    options = argparse.Namespace()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = argparse.Namespace(json="--json" in given)  # until they are parsed
     try:
-        parser = build_parser(program)
-        parser.parse_args(None if arguments is None else list(arguments), namespace=options)
+        build_parser(program, given).parse_args(given, namespace=options)
         with warnings.catch_warnings():
             warnings.showwarning = _showing(warnings.showwarning)
-            options.run(options)
+            _command(options.run)(options)
         sys.stdout.flush()
+    except WrongCall as wrong:
+        sys.stderr.write(wrong.usage)
+        return _failed(options, str(wrong), WRONG_CALL)
     except KeyboardInterrupt:
         folder = getattr(options, "resume_folder", None)
-        print(f"interrupted{f'; what is finished is kept in {folder!r}' if folder else ''}.", file=sys.stderr)
-        return INTERRUPTED
+        return _failed(
+            options, f"interrupted{f'; what is finished is kept in {folder!r}' if folder else ''}.", INTERRUPTED
+        )
     except BrokenPipeError:
         # Python would complain once more when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -48,21 +56,23 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         line = one_line(error)
         if line is None:
             raise  # a fault of ours, whose place must be seen
-        print(f"error: {line}", file=sys.stderr)
-        return 1
+        return _failed(options, line, FAILED, error.found if isinstance(error, FoundWrong) else {})
     return 0
 
 
-def build_parser(program: str) -> argparse.ArgumentParser:
-    """The parser of all commands."""
-    from optimum_sab.cli import bench, demo, env, eval, inspect, quantize
+def _command(name: str) -> Callable[[argparse.Namespace], None]:
+    """The function of a command, "MODULE.FUNCTION" below `optimum_sab.cli.commands`."""
+    module, _, function = name.rpartition(".")
+    found: Callable[[argparse.Namespace], None]
+    found = getattr(importlib.import_module(f"optimum_sab.cli.commands.{module}"), function)
+    return found
 
-    parser = argparse.ArgumentParser(program, description="Significance-aware binarization of vision-language models.")
-    parser.add_argument("--version", action="version", version=f"optimum-sab {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (quantize, inspect, demo, eval, bench, env):
-        module.add_command(commands)
-    return parser
+
+def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[str, Any] | None = None) -> int:
+    print(line if code == INTERRUPTED else f"error: {line}", file=sys.stderr)
+    if options.json:
+        print(json.dumps({**(found or {}), "error": line, "exit_code": code}))
+    return code
 
 
 def _showing(shown_before: Callable[..., None]) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.eval import weightings as weightings  # registers calibration passes to compare with
 from optimum_sab.eval.baselines import BASELINES, Baseline
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.presets import PRESETS
+from optimum_sab.presets import PRESETS
 
 DENSE = "dense"
 
@@ -39,7 +39,7 @@ class Method:
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
-        return PRESETS[self.preset or "default"](**{**(self.settings or {}), **more})
+        return SABConfig.preset(self.preset or "default", **{**(self.settings or {}), **more})
 
 
 def read_method(spec: str) -> Method:

@@ -22,10 +22,10 @@ from optimum_sab.hf.replay import replayed
 from optimum_sab.hf.verification import VERIFY
 from optimum_sab.nn.rules import check_rules
 from optimum_sab.ops.backends import BACKENDS
+from optimum_sab.presets import ALLOCATION, RunSettings, find_preset
 
 QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
-ALLOCATION = ("sensitivity", "uniform")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
 _TRANSIENT = ("processor", "progress", "dequantize", "backend", "verify", "resume_folder")  # of one call
@@ -99,25 +99,25 @@ class SABConfig(QuantizationConfigMixin):
         row_scale: str = LayerSettings.row_scale,
         damping: float = LayerSettings.damping,
         propagation: float | None = LayerSettings.propagation,
-        allocation: str = "sensitivity",
-        target_bits: float | None = None,
+        allocation: str = RunSettings.allocation,
+        target_bits: float | None = RunSettings.target_bits,
         modules_to_not_convert: Sequence[str] | None = None,
         dynamic: Mapping[str, Mapping[str, Any]] | None = None,
-        calibration: Any = None,
-        calibration_samples: int = 512,
-        sequence_length: int = 256,
-        seed: int = 0,
-        calibration_pass: str = "hessian",
-        calibration_device: str | None = None,
-        refine: bool = False,
-        refine_epochs: int = RefineSettings.epochs,
-        refine_steps: int = RefineSettings.steps,
-        temperature_scaling: bool = True,
-        resume_folder: str | Path | None = None,
+        calibration: Any = RunSettings.calibration,
+        calibration_samples: int = RunSettings.calibration_samples,
+        sequence_length: int = RunSettings.sequence_length,
+        seed: int = RunSettings.seed,
+        calibration_pass: str = RunSettings.calibration_pass,
+        calibration_device: str | None = RunSettings.calibration_device,
+        refine: bool = RunSettings.refine,
+        refine_epochs: int = RunSettings.refine_epochs,
+        refine_steps: int = RunSettings.refine_steps,
+        temperature_scaling: bool = RunSettings.temperature_scaling,
+        resume_folder: str | Path | None = RunSettings.resume_folder,
         processor: Any = None,
         progress: str = "bar",
         dequantize: bool = False,
-        backend: str | None = None,
+        backend: str | None = RunSettings.backend,
         verify: bool | str = True,
         format_version: int = FORMAT_VERSION,
         measured: dict[str, Any] | None = None,
@@ -180,28 +180,27 @@ class SABConfig(QuantizationConfigMixin):
         self.validate()
 
     @classmethod
-    def paper(cls, **changes: Any) -> SABConfig:
-        """SAB-LVLM as published: its map Λ, 15 rounds, block-wise compensation, two base planes and a residual one.
+    def preset(cls, name: str, **changes: Any) -> SABConfig:
+        """The settings of a preset, by the name that the command line knows it under.
 
-        Its row scales are fp16 and nothing is refit or propagated. This is the baseline, not the recommendation.
+        Args:
+            name: one of `optimum_sab.presets.PRESETS`.
+            changes: further settings, which come before the preset's.
+
+        Raises:
+            ConfigError: there is no such preset; and as the class says.
         """
-        published: dict[str, Any] = {
-            "block_size": 128,
-            "base_planes": 2,
-            "residual_planes": 1,
-            "salient_fraction": 0.125,
-            "iterations": 15,
-            "significance": "modality",
-            "feedback": "block",
-            "refit": False,
-            "sweeps": 0,
-            "row_scale": "fp16",
-            "damping": 0.01,
-            "propagation": 0.0,
-            "allocation": "uniform",
-            "temperature_scaling": False,
-        }
-        return cls(**{**published, **changes})
+        return cls(**{**find_preset(name).changes, **changes})
+
+    @classmethod
+    def light(cls, **changes: Any) -> SABConfig:
+        """The default's bits in a fraction of the time, for a first look."""
+        return cls.preset("light", **changes)
+
+    @classmethod
+    def best(cls, **changes: Any) -> SABConfig:
+        """The default's bits for several times the time."""
+        return cls.preset("best", **changes)
 
     @classmethod
     def two_bit(cls, **changes: Any) -> SABConfig:
@@ -209,7 +208,15 @@ class SABConfig(QuantizationConfigMixin):
 
         With twice the default's sweeps of sign descent, which pay at two bits and not at one (docs/benchmarks.md).
         """
-        return cls(**{"base_planes": 2, "salient_fraction": 0.125, "sweeps": 4, **changes})
+        return cls.preset("two-bit", **changes)
+
+    @classmethod
+    def paper(cls, **changes: Any) -> SABConfig:
+        """SAB-LVLM as published: its map Λ, 15 rounds, block-wise compensation, two base planes and a residual one.
+
+        Its row scales are fp16 and nothing is refit or propagated. This is the baseline, not the recommendation.
+        """
+        return cls.preset("paper", **changes)
 
     @property
     def layer_settings(self) -> LayerSettings:

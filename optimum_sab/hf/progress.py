@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,23 +12,47 @@ from tqdm.auto import tqdm
 from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.calibration.progress import OnStep, no_step
 
+INTERVAL = 30.0  # seconds between two lines about the same stage
+
 
 class Progress:
-    """A bar per stage.
+    """A bar per stage, or lines.
 
     Args:
-        style: "bar"; "lines" for a line per block beside the bars; "none".
+        style: "bar"; "lines" for a line per block and, where nobody watches a bar move (a file, a pipe), a line per
+            stage in the place of the bars; "none".
     """
 
     def __init__(self, style: str) -> None:
-        self._style = style
-        self._bars: dict[str, tqdm] = {}
+        self._lines = style == "lines"
+        self._bars = style != "none" and (style == "bar" or sys.stderr.isatty())
+        self._open: dict[str, tqdm] = {}
 
     def steps(self, title: str, unit: str) -> OnStep:
         """What is told how far a stage is."""
-        if self._style == "none":
-            return no_step
+        if self._bars:
+            return self._moving(title, unit)
+        return _written(title, unit) if self._lines else no_step
 
+    def on_block(self, report: BlockReport, blocks: int) -> None:
+        """What is told of every block."""
+        if self._bars:
+            bar = self._bar("Binarizing", "block")
+            bar.total = blocks
+            bar.set_postfix(error=f"{report.error:.4f}", refresh=False)
+            bar.update()
+        if self._lines:
+            drift = "" if report.drift is None else f"   drift {report.drift:.4f}"
+            line = f"block {report.index:3d}   error {report.error:.4f}{drift}   {report.seconds:.1f} s"
+            tqdm.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bars as they are."""
+        for bar in self._open.values():
+            bar.close()
+        self._open.clear()
+
+    def _moving(self, title: str, unit: str) -> OnStep:
         def on_step(done: int, total: int) -> None:
             bar = self._bar(title, unit)
             bar.total = total
@@ -35,30 +60,25 @@ class Progress:
 
         return on_step
 
-    def on_block(self, report: BlockReport, blocks: int) -> None:
-        """What is told of every block."""
-        if self._style == "none":
-            return
-        bar = self._bar("Binarizing", "block")
-        bar.total = blocks
-        bar.set_postfix(error=f"{report.error:.4f}", refresh=False)
-        bar.update()
-        if self._style == "lines":
-            drift = "" if report.drift is None else f"   drift {report.drift:.4f}"
-            line = f"block {report.index:3d}   error {report.error:.4f}{drift}   {report.seconds:.1f} s"
-            bar.write(line, file=sys.stderr)
-
-    def close(self) -> None:
-        """Leave the bars as they are."""
-        for bar in self._bars.values():
-            bar.close()
-        self._bars.clear()
-
     def _bar(self, title: str, unit: str) -> tqdm:
-        if title not in self._bars:
+        if title not in self._open:
             self.close()  # one stage at a time
-            self._bars[title] = tqdm(desc=title, unit=unit)
-        return self._bars[title]
+            self._open[title] = tqdm(desc=title, unit=unit)
+        return self._open[title]
+
+
+def _written(title: str, unit: str) -> OnStep:
+    """A line when a stage ends, and on the way where it takes long."""
+    started = told = time.monotonic()
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if done >= total or now - told >= INTERVAL:
+            told = now
+            print(f"{title}: {done} of {total} {unit}s, {now - started:.0f} s", file=sys.stderr, flush=True)
+
+    return on_step
 
 
 @contextmanager

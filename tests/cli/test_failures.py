@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from optimum_sab.cli import env
+from optimum_sab.cli.commands import env
 from optimum_sab.cli.main import main
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.hf.failure import one_line
@@ -158,7 +158,9 @@ def interruptible():
 @pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("resume", [False, True])
 def test_interruption_exits_with_130(monkeypatch, capsys, tmp_path, small_example, resume):
-    monkeypatch.setattr("optimum_sab.cli.quantize.auto_class", lambda source: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(
+        "optimum_sab.cli.commands.quantize.auto_class", lambda source: signal.raise_signal(signal.SIGINT)
+    )
     folder = tmp_path / "resume"
     arguments = ["quantize", str(small_example), "--output", str(tmp_path / "out")]
     assert main([*arguments, *(["--resume-folder", str(folder)] if resume else [])]) == 130

@@ -224,19 +224,6 @@ def test_env_shows_a_forced_backend_that_cannot_be_used(capsys, monkeypatch):
     triton_problem.cache_clear()
 
 
-def test_wrong_call_exits_with_two(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["quantize"])
-    assert stopped.value.code == 2
-    assert "--output" in capsys.readouterr().err
-
-
-def test_version_is_printed(capsys):
-    with pytest.raises(SystemExit):
-        main(["--version"])
-    assert __version__ in capsys.readouterr().out
-
-
 def installed():
     try:
         importlib.metadata.distribution("optimum-sab")

@@ -3,7 +3,7 @@ import pytest
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.baselines import BASELINES
 from optimum_sab.eval.methods import read_method
-from optimum_sab.hf.presets import PRESETS
+from optimum_sab.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", [*PRESETS, *BASELINES])

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from optimum_sab.cli.eval import table
+from optimum_sab.cli.commands.eval import table
 from optimum_sab.cli.main import main
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.methods import read_method

@@ -1,4 +1,5 @@
 import io
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,36 @@ def test_lines_tell_every_block(shown, monkeypatch):
     assert told == ["block   7   error 0.5000   drift 0.2500   1.5 s"]
 
 
+def test_lines_in_a_file_tell_every_stage_without_bars(capsys, monkeypatch):
+    monkeypatch.setattr(BlockReport, "error", property(lambda self: 0.5))
+    with shown_progress("lines") as progress:
+        steps = progress.steps("Measuring", "sample")
+        for done in range(1, 4):
+            steps(done, 3)
+        progress.on_block(report(0), 2)
+    assert capsys.readouterr().err.splitlines() == [
+        "Measuring: 3 of 3 samples, 0 s",
+        "block   0   error 0.5000   drift 0.2500   1.5 s",
+    ]
+
+
+def test_lines_in_a_file_tell_now_and_then_of_a_long_stage(capsys, monkeypatch):
+    clock = iter((0.0, 10.0, 31.0, 40.0, 62.0))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    steps = module.Progress("lines").steps("Writing", "answer")
+    for done in range(1, 5):
+        steps(done, 100)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["Writing: 2 of 100 answers, 31 s", "Writing: 4 of 100 answers, 62 s"]
+
+
+def test_lines_in_a_terminal_have_bars_too(shown, monkeypatch):
+    monkeypatch.setattr(module.sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    with shown_progress("lines") as progress:
+        progress.steps("Measuring", "sample")(1, 2)
+    assert "Measuring:  50%" in shown.getvalue()
+
+
 def test_none_writes_nothing(shown):
     with shown_progress("none") as progress:
         progress.steps("Refining", "step")(1, 2)
@@ -67,4 +98,4 @@ def test_bars_are_closed_after_an_error(shown):
     kept = []
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert not kept[0]._bars
+    assert not kept[0]._open

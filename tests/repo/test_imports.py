@@ -17,8 +17,9 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "sab_kernels"
 
 # A module may import its own layer and the layers before it.
 LAYERS = (
-    ("version", "errors"),
+    ("version", "errors", "when_imported"),
     ("core",),
+    ("presets",),
     ("format",),
     ("ops",),
     ("nn",),

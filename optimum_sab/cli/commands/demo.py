@@ -6,31 +6,16 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
-from optimum_sab.cli.settings import add_settings, check_calibration, read_settings
-
-
-def add_command(commands: Any) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser(
-        "demo", help="binarize the embedded example, reload it in a fresh process, compare accuracy per task"
-    )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="keep the packed checkpoint here")
-    parser.add_argument(
-        "--questions", type=int, default=100, metavar="N", help="held-out questions per task (default: 100)"
-    )
-    parser.add_argument("--question-seed", type=int, default=0, metavar="N", help="seed of the questions (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    add_settings(parser)
-    parser.set_defaults(run=run)
+from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_settings
 
 
 def run(options: argparse.Namespace) -> None:
     """Run the demonstration and print it."""
     from optimum_sab.example.demonstration import demonstrate
 
-    config = read_settings(options, progress="lines")
+    hush_libraries(options)
+    config = read_settings(options)
     check_calibration(config.calibration)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch) / "example-sab"

@@ -8,61 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.cli.settings import check_calibration
+from optimum_sab.cli.commands.settings import check_calibration, hush_libraries
 from optimum_sab.errors import ConfigError
 
 if TYPE_CHECKING:
     from optimum_sab.eval.quality import Measurement, Quality
-
-DTYPES = ("float32", "bfloat16")
-
-
-def add_command(commands: Any) -> None:
-    """Add the command's parsers."""
-    parser = commands.add_parser("eval", help="measure what quantization costs, several methods side by side")
-    kinds = parser.add_subparsers(title="evaluations", required=True, metavar="EVALUATION")
-    quality = kinds.add_parser(
-        "quality",
-        help="perplexity, accuracy, layer errors and divergence of many methods on one model",
-        description="Quantizes the model by every method on the same calibration data, ours through from_pretrained, "
-        "the baselines as dense simulations through the same lockstep calibration, and measures each result.",
-    )
-    quality.add_argument("model", help="'example' for the embedded model, or a checkpoint")
-    quality.add_argument(
-        "--methods",
-        nargs="+",
-        default=["default", "two-bit", "paper"],
-        metavar="METHOD",
-        help="presets (default, two-bit, paper), with settings as in 'default,sweeps=0'; or baselines: rtn-sign, "
-        "gptq-2, gptq-3, gptq-4, pb-llm, billm, arb-rc, arb-rc-cgb, arb-rc-cgb-rows, sab-published",
-    )
-    quality.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="calibration seeds")
-    quality.add_argument(
-        "--calibration",
-        metavar="SOURCE",
-        help="mixed, reference or passages for a language model (default: mixed); tasks, or mixed with the built-in "
-        "set, for the example and the reader; or what SABConfig takes: builtin (default where there are pictures), "
-        "self, a .jsonl file, a Hub dataset",
-    )
-    quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the reader's second task")
-    for name, default, text in (
-        ("samples", 64, "calibration samples"),
-        ("length", 512, "calibration tokens per text"),
-        ("held-out", 24, "windows per held-out text"),
-        ("window", 512, "tokens of a held-out window"),
-        ("questions", 100, "questions per task"),
-        ("probes", 8, "inputs on which predictions and layers are compared with the dense model's"),
-    ):
-        quality.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
-    quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
-    quality.add_argument("--json", action="store_true", help="print one JSON object")
-    quality.set_defaults(run=run_quality)
 
 
 def run_quality(options: argparse.Namespace) -> None:
@@ -71,6 +25,7 @@ def run_quality(options: argparse.Namespace) -> None:
     from optimum_sab.eval.quality import compare_quality
     from optimum_sab.eval.subject import Budget, find_subject
 
+    hush_libraries(options)
     if options.picture is not None:
         from optimum_sab.eval.picture import check_picture
 
@@ -86,7 +41,8 @@ def run_quality(options: argparse.Namespace) -> None:
     subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
 
     def on_row(row: Measurement) -> None:
-        sys.stderr.write(f"{row.method}, seed {row.seed}: {row.bits_per_weight:.3f} bits, {row.seconds:.0f} s\n")
+        if not options.quiet:
+            sys.stderr.write(f"{row.method}, seed {row.seed}: {row.bits_per_weight:.3f} bits, {row.seconds:.0f} s\n")
 
     quality = compare_quality(subject, methods, options.seeds, on_row)
     if options.json:

@@ -7,11 +7,10 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from optimum_sab.cli.settings import add_settings, add_source, check_calibration, read_settings
+from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_settings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
@@ -22,27 +21,11 @@ from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
 from optimum_sab.hf.stored_files import local_files, read_headers
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-def add_command(commands: Any) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
-    parser.add_argument("model", help="checkpoint folder or Hub repository")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the packed checkpoint goes")
-    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output; other files stay")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
-    parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--processor", metavar="PATH", help="processor to use instead of the checkpoint's own")
-    add_source(parser)
-    add_settings(parser)
-    parser.set_defaults(run=run)
-
 
 def run(options: argparse.Namespace) -> None:
     """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
-    config = read_settings(options, progress="lines")
+    hush_libraries(options)
+    config = read_settings(options)
     check_calibration(config.calibration)
     check_device_map(options.device_map)
     started = time.perf_counter()
@@ -74,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     }
     if options.json:
         print(json.dumps(summary))
-    else:
+    elif not options.quiet:
         print(
             f"{options.output}: {summary['bits_per_weight']:.3f} bits per weight in the binarized linears, "
             f"{summary['bytes'] / 1e6:.1f} MB in all, {summary['seconds']:.0f} s"

@@ -5,105 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from optimum_sab.hf.presets import PRESETS
+from optimum_sab.cli.arguments.common import FoundWrong
+from optimum_sab.errors import ConfigError
 
 if TYPE_CHECKING:
     from optimum_sab.bench.conditions import Conditions
 
 
-def add_command(commands: Any) -> None:
-    """Add the command's parsers."""
-    parser = commands.add_parser("bench", help="measure speed, memory, and which model families work")
-    kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
-
-    kernels = kinds.add_parser(
-        "kernels",
-        help="time of single packed linears against a dense weight, checked and beside the memory roofline",
-        description="Random packed linears against torch.nn.functional.linear with a dense weight, in turns in one "
-        "run. Every packed result is first checked against the dequantized weight.",
-    )
-    kernels.add_argument(
-        "--shapes",
-        nargs="+",
-        metavar="SHAPE",
-        help="qwen2.5-vl-7b, qwen2.5-vl-72b or OUTxIN (default: both models on CUDA, 4096x4096 on the CPU)",
-    )
-    kernels.add_argument(
-        "--tokens",
-        type=int,
-        nargs="+",
-        metavar="M",
-        help="rows of the input (default: 1 4 16 64 256 on the CPU; on CUDA also 1024 4096)",
-    )
-    kernels.add_argument(
-        "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"
-    )
-    kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
-    _add_speed_options(kernels, repeats=20)
-    kernels.set_defaults(run=run_kernels)
-
-    generate = kinds.add_parser(
-        "generate",
-        help="prefill and decode tokens per second of a random Qwen2.5-VL, dense against packed",
-        description="A randomly initialised Qwen2.5-VL, dense and then packed: greedy decoding of a text prompt over a "
-        "static cache.",
-    )
-    generate.add_argument("--size", metavar="SIZE", help="7b or tiny (default: 7b on CUDA, tiny on the CPU)")
-    generate.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="per sequence (default: 512)")
-    generate.add_argument("--new-tokens", type=int, default=64, metavar="N", help="per sequence (default: 64)")
-    generate.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
-    generate.add_argument(
-        "--cuda-graphs",
-        action=argparse.BooleanOptionalAction,
-        help="replay the decode step as a CUDA graph (default: on CUDA)",
-    )
-    _add_speed_options(generate, repeats=3)
-    generate.set_defaults(run=run_generate)
-    _add_coverage(kinds)
-
-
-def _add_coverage(kinds: Any) -> None:
-    coverage = kinds.add_parser(
-        "coverage",
-        help="which model families of the installed Transformers are binarized, saved, reloaded and go on",
-        description="Every model type that reads pictures, and some for text and sound, built small and random, each "
-        "in a process of its own: quantized with pictures and text, saved, reloaded in a fresh process and compared "
-        "bit for bit, then generation, training mode, a second save and dequantizing.",
-    )
-    coverage.add_argument("families", nargs="*", metavar="FAMILY", help="model types (default: all)")
-    coverage.add_argument("--jobs", type=int, default=1, metavar="N", help="families at a time (default: 1)")
-    coverage.add_argument(
-        "--timeout",
-        type=float,
-        default=120.0,
-        metavar="S",
-        help="seconds of computing, each half (default: 120)",
-    )
-    coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
-    shown = coverage.add_mutually_exclusive_group()
-    shown.add_argument("--json", action="store_true", help="print one JSON object")
-    shown.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
-    coverage.set_defaults(run=run_coverage)
-
-
-def _add_speed_options(parser: argparse.ArgumentParser, repeats: int) -> None:
-    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:0 (default: cuda where there is one)")
-    parser.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="bfloat16, float16 or float32")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="of the packed linears (default: auto)")
-    parser.add_argument("--preset", choices=PRESETS, default="default", help="settings of the packed linears")
-    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"per median (default: {repeats})")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
 def _conditions(options: argparse.Namespace) -> Conditions:
     from optimum_sab.bench.conditions import Conditions
     from optimum_sab.bench.environment import find_device, find_dtype
+    from optimum_sab.hf.config import SABConfig
 
     return Conditions(
-        settings=PRESETS[options.preset]().layer_settings,
+        settings=SABConfig.preset(options.preset).layer_settings,
         device=find_device(options.device),
         dtype=find_dtype(options.dtype),
         backend=options.backend,
@@ -205,9 +122,11 @@ def run_coverage(options: argparse.Namespace) -> None:
     """Print one row per family, as soon as it is known."""
     from optimum_sab.bench.coverage.families import find_families
     from optimum_sab.bench.coverage.isolation import Limits, try_families
-    from optimum_sab.bench.coverage.outcome import Outcome, check_outcomes
+    from optimum_sab.bench.coverage.outcome import FamiliesFailedError, Outcome, check_outcomes
     from optimum_sab.bench.coverage.table import HEADER, as_json, as_markdown, row, total_line
 
+    if options.json and options.markdown:
+        raise ConfigError("--json and --markdown are two ways to print the same; leave one out.")
     families = find_families(options.families)
     limits = Limits(options.timeout, options.memory, options.jobs)
     rows = not (options.json or options.markdown)
@@ -219,10 +138,13 @@ def run_coverage(options: argparse.Namespace) -> None:
         if rows:
             print(row(each), flush=True)
     outcomes = [found[family.name] for family in families]
+    if options.markdown:
+        print(as_markdown(outcomes))
+    elif not options.json:
+        print(total_line(outcomes))
+    try:
+        check_outcomes(outcomes)
+    except FamiliesFailedError as error:
+        raise FoundWrong(str(error), as_json(outcomes)) from error
     if options.json:
         print(json.dumps(as_json(outcomes)))
-    elif options.markdown:
-        print(as_markdown(outcomes))
-    else:
-        print(total_line(outcomes))
-    check_outcomes(outcomes)

@@ -18,13 +18,6 @@ from optimum_sab.version import __version__
 PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "optimum", "kernels", "gemlite")
 
 
-def add_command(commands: Any) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("env", help="show versions, devices, and which backend computes on each and why")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
-
-
 def run(options: argparse.Namespace) -> None:
     """Print the environment; on a GPU this runs the kernels once and compares them with the reference."""
     found = describe()

@@ -5,42 +5,34 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from optimum_sab.errors import FormatError
+from optimum_sab.cli.arguments.common import FoundWrong
 from optimum_sab.hf.inventory import Inventory, Verification, read_inventory, verify_inventory
-
-
-def add_command(commands: Any) -> None:
-    """Add the command's parser."""
-    parser = commands.add_parser("inspect", help="show what a packed checkpoint holds: bits, bytes, settings")
-    parser.add_argument("folder", type=Path, help="packed checkpoint folder")
-    parser.add_argument("--verify", action="store_true", help="read every tensor and compare it with its digest")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the inventory; without ``--verify`` only headers are read.
 
     Raises:
-        FormatError: after everything is printed, where a tensor is not what was saved.
+        FoundWrong: after everything is printed, where a tensor is not what was saved.
     """
     inventory = read_inventory(options.folder)
     verification = verify_inventory(inventory) if options.verify else None
-    if options.json:
-        print(json.dumps(as_json(inventory, verification)))
-    else:
+    wrong = verification is not None and bool(verification.differ)
+    if not options.json:
         _print_table(inventory)
         if verification is not None:
             print(f"\nverified: {verification.tensors - len(verification.differ)} of {verification.tensors} tensors")
             for name in verification.differ:
                 print(f"  {name} is not what was saved")
-    if verification is not None and verification.differ:
-        raise FormatError(
+    elif not wrong:
+        print(json.dumps(as_json(inventory, verification)))
+    if verification is not None and wrong:
+        raise FoundWrong(
             f"{len(verification.differ)} of {verification.tensors} tensors in {str(options.folder)!r} are not what was "
-            f"saved, {verification.differ[0]} the first; fetch the checkpoint again."
+            f"saved, {verification.differ[0]} the first; fetch the checkpoint again.",
+            as_json(inventory, verification),
         )
 
 

@@ -1,0 +1,95 @@
+"""`optimum-sab bench`: speed and memory on random weights, and which model families work."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from optimum_sab.cli.arguments.common import add_common
+from optimum_sab.presets import PRESETS
+
+
+def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
+    """Add the command's parsers."""
+    parser = commands.add_parser("bench", help="measure speed, memory, and which model families work")
+    kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
+
+    kernels = kinds.add_parser(
+        "kernels",
+        help="time of single packed linears against a dense weight, checked and beside the memory roofline",
+        description="Random packed linears against torch.nn.functional.linear with a dense weight, in turns in one "
+        "run. Every packed result is first checked against the dequantized weight.",
+    )
+    kernels.add_argument(
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help="qwen2.5-vl-7b, qwen2.5-vl-72b or OUTxIN (default: both models on CUDA, 4096x4096 on the CPU)",
+    )
+    kernels.add_argument(
+        "--tokens",
+        type=int,
+        nargs="+",
+        metavar="M",
+        help="rows of the input (default: 1 4 16 64 256 on the CPU; on CUDA also 1024 4096)",
+    )
+    kernels.add_argument(
+        "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"
+    )
+    kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
+    _add_speed_options(kernels, repeats=20)
+    add_common(kernels, quiet=False)
+    kernels.set_defaults(run="bench.run_kernels")
+
+    generate = kinds.add_parser(
+        "generate",
+        help="prefill and decode tokens per second of a random Qwen2.5-VL, dense against packed",
+        description="A randomly initialised Qwen2.5-VL, dense and then packed: greedy decoding of a text prompt over a "
+        "static cache.",
+    )
+    generate.add_argument("--size", metavar="SIZE", help="7b or tiny (default: 7b on CUDA, tiny on the CPU)")
+    generate.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="per sequence (default: 512)")
+    generate.add_argument("--new-tokens", type=int, default=64, metavar="N", help="per sequence (default: 64)")
+    generate.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")
+    generate.add_argument(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        help="replay the decode step as a CUDA graph (default: on CUDA)",
+    )
+    _add_speed_options(generate, repeats=3)
+    add_common(generate, quiet=False)
+    generate.set_defaults(run="bench.run_generate")
+    _add_coverage(kinds)
+
+
+def _add_coverage(kinds: Any) -> None:
+    coverage = kinds.add_parser(
+        "coverage",
+        help="which model families of the installed Transformers are binarized, saved, reloaded and go on",
+        description="Every model type that reads pictures, and some for text and sound, built small and random, each "
+        "in a process of its own: quantized with pictures and text, saved, reloaded in a fresh process and compared "
+        "bit for bit, then generation, training mode, a second save and dequantizing.",
+    )
+    coverage.add_argument("families", nargs="*", metavar="FAMILY", help="model types (default: all)")
+    coverage.add_argument("--jobs", type=int, default=1, metavar="N", help="families at a time (default: 1)")
+    coverage.add_argument(
+        "--timeout",
+        type=float,
+        default=120.0,
+        metavar="S",
+        help="seconds of computing, each half (default: 120)",
+    )
+    coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
+    coverage.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
+    add_common(coverage, quiet=False)
+    coverage.set_defaults(run="bench.run_coverage")
+
+
+def _add_speed_options(parser: argparse.ArgumentParser, repeats: int) -> None:
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:0 (default: cuda where there is one)")
+    parser.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="bfloat16, float16 or float32")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="of the packed linears (default: auto)")
+    parser.add_argument("--preset", choices=PRESETS, default="default", help="settings of the packed linears")
+    parser.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"per median (default: {repeats})")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")

@@ -1,0 +1,54 @@
+"""`optimum-sab eval quality MODEL`: methods side by side on the same calibration data and the same questions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optimum_sab.cli.arguments.common import add_common
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
+    """Add the command's parsers."""
+    parser = commands.add_parser("eval", help="measure what quantization costs, several methods side by side")
+    kinds = parser.add_subparsers(title="evaluations", required=True, metavar="EVALUATION")
+    quality = kinds.add_parser(
+        "quality",
+        help="perplexity, accuracy, layer errors and divergence of many methods on one model",
+        description="Quantizes the model by every method on the same calibration data, ours through from_pretrained, "
+        "the baselines as dense simulations through the same lockstep calibration, and measures each result.",
+    )
+    quality.add_argument("model", help="'example' for the embedded model, or a checkpoint")
+    quality.add_argument(
+        "--methods",
+        nargs="+",
+        default=["default", "two-bit", "paper"],
+        metavar="METHOD",
+        help="presets (default, two-bit, paper), with settings as in 'default,sweeps=0'; or baselines: rtn-sign, "
+        "gptq-2, gptq-3, gptq-4, pb-llm, billm, arb-rc, arb-rc-cgb, arb-rc-cgb-rows, sab-published",
+    )
+    quality.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="calibration seeds")
+    quality.add_argument(
+        "--calibration",
+        metavar="SOURCE",
+        help="mixed, reference or passages for a language model (default: mixed); tasks, or mixed with the built-in "
+        "set, for the example and the reader; or what SABConfig takes: builtin (default where there are pictures), "
+        "self, a .jsonl file, a Hub dataset",
+    )
+    quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the reader's second task")
+    for name, default, text in (
+        ("samples", 64, "calibration samples"),
+        ("length", 512, "calibration tokens per text"),
+        ("held-out", 24, "windows per held-out text"),
+        ("window", 512, "tokens of a held-out window"),
+        ("questions", 100, "questions per task"),
+        ("probes", 8, "inputs on which predictions and layers are compared with the dense model's"),
+    ):
+        quality.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
+    quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
+    add_common(quality)
+    quality.set_defaults(run="eval.run_quality")

@@ -1,0 +1,19 @@
+"""`optimum-sab example DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optimum_sab.cli.arguments.common import add_common
+
+
+def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "example", help="copy the embedded example, a small dense vision-language model, into a folder"
+    )
+    parser.add_argument("output", type=Path, metavar="DIR", help="where it goes")
+    add_common(parser)
+    parser.set_defaults(run="example.run")

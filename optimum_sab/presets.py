@@ -1,0 +1,99 @@
+"""Settings to start from, and what every setting is when nothing is said: known without torch.
+
+`SABConfig` takes its defaults from here, and the command line shows them before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from optimum_sab.core.refinement import RefineSettings
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError
+
+ALLOCATION = ("sensitivity", "uniform")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What a run is asked besides the settings of a layer; `optimum_sab.SABConfig` says what each means."""
+
+    allocation: str = "sensitivity"
+    target_bits: float | None = None
+    calibration: Any = None
+    calibration_samples: int = 512
+    sequence_length: int = 256
+    seed: int = 0
+    calibration_pass: str = "hessian"
+    calibration_device: str | None = None
+    refine: bool = False
+    refine_epochs: int = RefineSettings.epochs
+    refine_steps: int = RefineSettings.steps
+    temperature_scaling: bool = True
+    resume_folder: str | None = None
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Changes to the defaults, by a name.
+
+    Args:
+        summary: what it is for, in a few words.
+        changes: setting → value.
+    """
+
+    summary: str
+    changes: Mapping[str, Any]
+
+
+PRESETS: Mapping[str, Preset] = {
+    "default": Preset("about 1.25 bits", {}),
+    "light": Preset("the default's bits in less time", {"calibration_samples": 128, "sweeps": 0, "iterations": 5}),
+    "best": Preset("the default's bits in more time", {"calibration_samples": 1024, "sweeps": 4}),
+    "two-bit": Preset(
+        "about 2.2 bits, near the dense model",  # sweeps pay at two bits and not at one (docs/benchmarks.md)
+        {"base_planes": 2, "salient_fraction": 0.125, "sweeps": 4},
+    ),
+    "paper": Preset(
+        "SAB-LVLM as published: the baseline, not the recommendation",
+        {
+            "block_size": 128,
+            "base_planes": 2,
+            "residual_planes": 1,
+            "salient_fraction": 0.125,
+            "iterations": 15,
+            "significance": "modality",
+            "feedback": "block",
+            "refit": False,
+            "sweeps": 0,
+            "row_scale": "fp16",
+            "damping": 0.01,
+            "propagation": 0.0,
+            "allocation": "uniform",
+            "temperature_scaling": False,
+        },
+    ),
+}
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """Every setting of a preset, setting → value.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    return {**asdict(LayerSettings()), **asdict(RunSettings()), **find_preset(name).changes}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}.")
+    return PRESETS[name]

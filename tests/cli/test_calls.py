@@ -1,0 +1,168 @@
+"""How commands are called: help, wrong calls, what every command takes, and how soon it is answered."""
+
+import json
+import runpy
+import subprocess
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+import optimum_sab
+from optimum_sab.cli.arguments.parser import build_parser, command_names
+from optimum_sab.cli.arguments.settings import SETTINGS
+from optimum_sab.cli.main import main
+from optimum_sab.hf.config import _PARAMETERS, SABConfig
+from optimum_sab.presets import PRESETS, preset_settings
+from optimum_sab.version import __version__
+
+# Settings that are no option of `quantize` like the others, which docs/cli.md says too: the processor and the rules have
+# options of their own, progress is --quiet, the rest belongs to loading or is written by the quantizer.
+ELSEWHERE = {"processor", "modules_to_not_convert", "dynamic", "progress"}
+OF_LOADING = {"dequantize", "verify", "format_version", "measured", "quant_method"}
+
+
+def fresh(*arguments):
+    """Call in a process that has imported nothing, and say what it has imported in the end."""
+    script = (
+        "import sys, json\n"
+        "from optimum_sab.cli.main import main\n"
+        "try:\n    code = main(sys.argv[1:])\n"
+        "except SystemExit as stopped:\n    code = stopped.code or 0\n"
+        "print(json.dumps([code, sorted(sys.modules)]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=True)
+    *printed, last = done.stdout.splitlines()
+    code, modules = json.loads(last)
+    return code, "\n".join(printed), done.stderr, set(modules)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--help"], 0, "quantize"),
+        (["--version"], 0, __version__),
+        (["quantize", "--help"], 0, "--base-planes"),
+        (["bench", "kernels", "--help"], 0, "--shapes"),
+        (["eval", "quality", "--help"], 0, "--methods"),
+        (["quantize"], 2, "--output"),
+        (["quantise"], 2, "quantise"),
+        (["inspect", "folder", "--verbose"], 2, "--verbose"),
+        (["quantize", "model", "--output", "out", "--sweeps", "many"], 2, "many"),
+    ],
+)
+def test_help_and_wrong_calls_load_nothing(arguments, code, words):
+    found, out, err, modules = fresh(*arguments)
+    assert found == code
+    assert words in out + err
+    assert not modules & {"torch", "transformers", "numpy", "huggingface_hub", "tqdm"}
+
+
+def test_wrong_call_is_two_and_says_what_is_missing(capsys):
+    assert main(["quantize"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("usage: optimum-sab quantize")
+    assert err.splitlines()[-1] == "error: optimum-sab quantize: the following arguments are required: model, --output"
+
+
+def test_options_are_not_abbreviated(capsys):
+    assert main(["quantize", "model", "--output", "out", "--calibration-sam", "8"]) == 2
+    assert "--calibration-sam" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--json", "inspect", "nowhere"], ["inspect", "nowhere", "--json"]])
+def test_json_carries_errors_wherever_it_stands(capsys, arguments):
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["exit_code"] == 1
+    assert "nowhere" in found["error"]
+    assert captured.err.splitlines()[-1] == f"error: {found['error']}"
+
+
+def test_json_carries_wrong_calls(capsys):
+    assert main(["quantize", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["exit_code"] == 2 and "--output" in found["error"]
+
+
+def test_json_and_markdown_are_not_asked_for_together(capsys):
+    assert main(["--json", "bench", "coverage", "llava", "--markdown"]) == 1
+    assert "--markdown" in json.loads(capsys.readouterr().out)["error"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_help_shows_the_defaults_of_the_preset(capsys, preset):
+    for arguments in (["--preset", preset, "--help"], ["--help", f"--preset={preset}"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(["quantize", *arguments])
+        assert stopped.value.code == 0
+        text = "".join(capsys.readouterr().out.split())  # lines break anywhere
+        config = SABConfig.preset(preset)
+        for name in ("block_size", "sweeps", "damping", "calibration_samples"):
+            words = f"{SETTINGS[name].help} ({preset}: {getattr(config, name)})"
+            assert words.replace(" ", "") in text
+
+
+def test_every_setting_has_an_option_of_its_name():
+    assert set(SETTINGS) | ELSEWHERE | OF_LOADING == set(_PARAMETERS)
+    for name in [*SETTINGS, *ELSEWHERE - {"progress"}]:
+        flag = "--" + name.replace("_", "-")
+        known = {
+            option for action in _actions(build_parser("optimum-sab"), "quantize") for option in action.option_strings
+        }
+        assert flag in known
+
+
+def test_defaults_that_are_shown_are_those_of_the_configuration():
+    for preset in PRESETS:
+        config = SABConfig.preset(preset)
+        assert {name: getattr(config, name) for name in preset_settings(preset)} == preset_settings(preset)
+
+
+def test_every_option_says_what_to_give_and_what_it_does():
+    for name in command_names(build_parser("optimum-sab")):
+        for action in _actions(build_parser("optimum-sab"), name):
+            if isinstance(action.choices, dict) and not action.option_strings:
+                continue  # commands of a command
+            assert action.help, action
+            assert action.metavar != "X"
+
+
+def _actions(parser, name):
+    found = next(action for action in parser._actions if action.dest == "==SUPPRESS==" and action.choices)
+    return found.choices[name]._actions
+
+
+def test_every_command_takes_json(capsys):
+    for name, command in _commands(build_parser("optimum-sab")):
+        options = {option for action in command._actions for option in action.option_strings}
+        assert "--json" in options, name
+
+
+def _commands(parser, before=""):
+    for action in parser._actions:
+        if action.choices and not action.option_strings and isinstance(action.choices, dict):
+            for name, command in action.choices.items():
+                inner = list(_commands(command, f"{before} {name}"))
+                yield from inner or [(f"{before} {name}", command)]
+
+
+def test_python_runs_the_package_as_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "optimum_sab", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"optimum-sab {__version__}\n"
+
+
+def test_optimum_cli_lists_all_commands():
+    pytest.importorskip("optimum.commands.base")
+    path = Path(optimum_sab.__file__).parent / "cli" / "register" / "register_sab.py"
+    command = runpy.run_path(str(path))["SABCommand"]
+    parser = ArgumentParser("optimum-cli sab", formatter_class=command.COMMAND.formatter_class)
+    command.parse_args(parser)
+    text = parser.format_help()
+    commands = command_names(build_parser("optimum-cli sab"))
+    assert {"quantize", "inspect", "eval", "bench", "example"} <= set(commands)
+    assert all(f"  {name} " in text and purpose in text for name, purpose in commands.items())
