@@ -76,7 +76,7 @@ def _written(title: str, unit: str) -> OnStep:
         now = time.monotonic()
         if done >= total or now - told >= INTERVAL:
             told = now
-            print(f"{title}: {done} of {total} {unit}s, {now - started:.0f} s", file=sys.stderr, flush=True)
+            tqdm.write(f"{title}: {done} of {total} {unit}s, {now - started:.0f} s", file=sys.stderr)
 
     return on_step
 

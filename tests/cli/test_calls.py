@@ -17,8 +17,8 @@ from optimum_sab.hf.config import _PARAMETERS, SABConfig
 from optimum_sab.presets import PRESETS, preset_settings
 from optimum_sab.version import __version__
 
-# Settings that are no option of `quantize` like the others, which docs/cli.md says too: the processor and the rules have
-# options of their own, progress is --quiet, the rest belongs to loading or is written by the quantizer.
+# Settings that are no option of `quantize` like the others, which docs/cli.md says too: the processor and the rules
+# have options of their own, progress is --quiet, the rest belongs to loading or is written by the quantizer.
 ELSEWHERE = {"processor", "modules_to_not_convert", "dynamic", "progress"}
 OF_LOADING = {"dequantize", "verify", "format_version", "measured", "quant_method"}
 

@@ -18,7 +18,6 @@ from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.cli.main import main
 from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.ops.backends import _triton_problem as triton_problem
-from optimum_sab.version import __version__
 
 QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations", "2"]
 QUICKER = [*QUICK, "--allocation", "uniform", "--sweeps", "0", "--no-temperature-scaling"]

@@ -53,7 +53,7 @@ def test_seeds_change_the_calibration_and_repeat(quality, llama_folder):
 def test_bits_come_from_the_packed_tensors(quality):
     bits = {r.bits_per_weight for r in quality.rows if r.method.startswith("default")}
     assert len(bits) == 1
-    assert 1.2 < bits.pop() < 1.6
+    assert 1.2 < bits.pop() < 2.0  # blocks of 64 and 128 columns, whose scales weigh more
 
 
 def test_table_shows_ranges_only_where_seeds_differ(quality):

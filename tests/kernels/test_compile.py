@@ -70,8 +70,8 @@ FURTHER = {
     },
 }
 COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CAPABILITIES}
-# A variant takes seconds to compile. The ordinary run has of each kernel, for one capability, the one that needs the most
-# registers, and for the other the ordinary ones too.
+# A variant takes seconds to compile. The ordinary run has of each kernel, for one capability, the one that needs the
+# most registers, and for the other the ordinary ones too.
 SAMPLE = {
     80: {"decode 2 tiles", "small batch of 32", "dequantize fine", "prepare limbs of 8 tokens", "prepare floats"},
     90: {

@@ -48,6 +48,7 @@ TOP_LEVEL = {
     "setup.py",
     "pyproject.toml",
     "MANIFEST.in",
+    "mkdocs.yml",
     "README.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",

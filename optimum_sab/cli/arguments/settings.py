@@ -75,12 +75,9 @@ def add_settings(parser: argparse.ArgumentParser, arguments: Sequence[str] = ())
     for name, setting in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
         default = defaults[name]
-        words = f"{setting.help} ({shown}: {'off' if default is False else 'on' if default is True else default})"
-        options: dict[str, Any] = {
-            "default": None,
-            "dest": name,
-            "help": words if default is not None else setting.help,
-        }
+        value = ("off", "on")[default] if isinstance(default, bool) else default
+        words = setting.help if default is None else f"{setting.help} ({shown}: {value})"
+        options: dict[str, Any] = {"default": None, "dest": name, "help": words}
         if setting.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif setting.choices is not None:

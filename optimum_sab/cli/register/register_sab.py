@@ -1,7 +1,8 @@
 """Registers `optimum-cli sab`: setup.py installs this file as optimum/commands/register/register_sab.py.
 
-optimum-cli imports it at every start, whatever the command, so it imports nothing that brings torch or Transformers along
-until a command runs. This folder must never hold an `__init__.py`: it would end up inside the `optimum` namespace package.
+optimum-cli imports it at every start, whatever the command, so it imports nothing that brings torch or Transformers
+along until a command runs. This folder must never hold an `__init__.py`: it would end up inside the `optimum`
+namespace package.
 """
 
 from argparse import REMAINDER, ArgumentParser
