@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent
 REGISTER_PACKAGE = "optimum.commands.register"
 
 QUANTIZE = ["accelerate>=1.0", "greenlet>=3.0", "jinja2>=3.1", "pillow>=10.0", "tqdm>=4.60"]
+DOCS = ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"]
 REPORT = ["matplotlib>=3.8", "pillow>=10.0"]
 TEST = [
     *QUANTIZE,
@@ -81,6 +82,7 @@ setup(
         "eval": QUANTIZE,
         "report": REPORT,
         "optimum": ["optimum>=2.0"],
+        "docs": DOCS,
         "test": TEST,
         "dev": [*TEST, "jaxtyping>=0.2.30", "mypy>=1.11", "ruff>=0.6"],
     },

@@ -33,6 +33,7 @@ LATE = (
     "optimum.commands",
     "optimum_sab.bench.generate",
     "optimum_sab.bench.kernels",
+    *(f"optimum_sab.cli.commands.{name}" for name in ("bench", "demo", "env", "eval", "example", "inspect", "quantize")),
     "optimum_sab.cli.main",
     "optimum_sab.eval.quality",
     "optimum_sab.example.demonstration",
