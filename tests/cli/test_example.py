@@ -18,3 +18,11 @@ def test_example_replaces_nothing(tmp_path, capsys):
     assert main(["example", str(tmp_path)]) == 1
     assert "not empty" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_example_is_overwritten_when_asked(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mine.txt").write_text("mine")
+    assert main(["example", str(tmp_path), "--overwrite", "--quiet"]) == 0
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "config.json").read_bytes() == (checkpoint_path() / "config.json").read_bytes()

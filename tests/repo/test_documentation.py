@@ -23,6 +23,7 @@ import pytest
 from optimum_sab.cli.main import build_parser
 
 ROOT = Path(__file__).parents[2]
+MADE = "optimum-sab example ./example-vlm"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 EXECUTED = ("python", "bash")
@@ -135,18 +136,26 @@ def complaint(block: Block) -> str | None:
 @pytest.fixture
 def run(warm):
     """`run_blocks` with commands that need not import anything."""
-    return lambda found, folder: run_blocks(found, folder, warm)
+    return lambda found, folder, example="": run_blocks(found, folder, warm, example)
 
 
-def run_blocks(found: list[Block], folder: Path, programs: Path) -> subprocess.CompletedProcess[str]:
-    """Runs the executed blocks in the folder with those programs, output and errors together."""
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_OFFLINE": "1",
-        "HF_HOME": str(folder / ".cache"),
-        "PYTHONUNBUFFERED": "1",
-        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-    }
+def run_blocks(found: list[Block], folder: Path, programs: Path, example: str = "") -> subprocess.CompletedProcess[str]:
+    """Runs the executed blocks in the folder with those programs, output and errors together.
+
+    What they take for the embedded example is ``example``, or what the programs take for it.
+    """
+    own = {"EXAMPLE_VLM": example} if example else {}
+    environment = (
+        os.environ
+        | own
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "HF_HOME": str(folder / ".cache"),
+            "PYTHONUNBUFFERED": "1",
+            "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+        }
+    )
     return subprocess.run(
         [programs / "python", "-c", DRIVER],
         input=json.dumps([asdict(block) for block in found if block.executed]),
@@ -179,8 +188,10 @@ def test_document_runs_as_it_stands(path, small_example, smallest_example, run, 
     if not any(block.executed for block in found):
         pytest.skip("the document has no block to run")
     default_run = path.name == "README.md"  # of all its samples, as in the demo, which .ci/run runs whole
-    shutil.copytree(smallest_example if default_run else small_example, tmp_path / "example-vlm")
-    finished = run(found, tmp_path)
+    example = smallest_example if default_run else small_example
+    if not any(MADE in block.code for block in found):
+        shutil.copytree(example, tmp_path / "example-vlm")
+    finished = run(found, tmp_path, str(example))
     assert finished.returncode == 0, finished.stdout
 
 

@@ -1,6 +1,8 @@
 """A process that has imported torch, Transformers and this package, and forks for every command that it is handed.
 
-    python server.py SOCKET EXAMPLE     EXAMPLE is what commands take for the embedded example
+    python server.py SOCKET EXAMPLE
+
+EXAMPLE is what commands take for the embedded example, unless their environment has another in EXAMPLE_VLM.
 
 Of several seconds of a command that is run here nearly all are imports. A fork of a process that has done them, and
 nothing else, is as good as a new process: no model was loaded, no thread was started, no generator was seeded. What is
@@ -33,7 +35,10 @@ LATE = (
     "optimum.commands",
     "optimum_sab.bench.generate",
     "optimum_sab.bench.kernels",
-    *(f"optimum_sab.cli.commands.{name}" for name in ("bench", "demo", "env", "eval", "example", "inspect", "quantize")),
+    *(
+        f"optimum_sab.cli.commands.{name}"
+        for name in ("bench", "demo", "env", "eval", "example", "inspect", "quantize")
+    ),
     "optimum_sab.cli.main",
     "optimum_sab.eval.quality",
     "optimum_sab.example.demonstration",
@@ -48,7 +53,9 @@ LATE = (
 
 def serve(path: str, example: str) -> None:
     sys.path.pop(0)  # this folder
-    importlib.import_module("optimum_sab.example").checkpoint_path = lambda: Path(example)
+    importlib.import_module("optimum_sab.example").checkpoint_path = lambda: Path(
+        os.environ.get("EXAMPLE_VLM", example)
+    )
     for name in LATE:
         importlib.import_module(name)
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):

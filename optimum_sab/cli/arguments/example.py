@@ -15,5 +15,6 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         "example", help="copy the embedded example, a small dense vision-language model, into a folder"
     )
     parser.add_argument("output", type=Path, metavar="DIR", help="where it goes")
+    parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in it; other files stay")
     add_common(parser)
     parser.set_defaults(run="example.run")

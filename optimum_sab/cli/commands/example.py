@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> None:
         OutputExistsError: the folder is not empty.
         OutputError: it cannot be written to.
     """
-    with written_whole(check_output(options.output)) as folder:
+    with written_whole(check_output(options.output, options.overwrite)) as folder:
         shutil.copytree(checkpoint_path(), folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
     size = sum(file.stat().st_size for file in options.output.iterdir())
     if options.json:
