@@ -51,7 +51,7 @@ class Preset:
 
 PRESETS: Mapping[str, Preset] = {
     "default": Preset("about 1.25 bits", {}),
-    "light": Preset("the default's bits in less time", {"calibration_samples": 128, "sweeps": 0, "iterations": 5}),
+    "light": Preset("the default's bits in less time", {"calibration_samples": 64, "sweeps": 0, "iterations": 4}),
     "best": Preset("the default's bits in more time", {"calibration_samples": 1024, "sweeps": 4}),
     "two-bit": Preset(
         "about 2.2 bits, near the dense model",  # sweeps pay at two bits and not at one (docs/benchmarks.md)
