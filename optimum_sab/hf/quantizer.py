@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_sab.errors import ConfigError, FormatError
+from optimum_sab.errors import ConfigError, FormatError, warn
 from optimum_sab.hf.checkpoint import check_layers
-from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES
+from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES, TAKES_LOAD_OPTIONS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.finite import check_finite
 from optimum_sab.hf.one_save import check_one_save
-from optimum_sab.hf.origin import origin_of
+from optimum_sab.hf.origin import loading_call, origin_of
+from optimum_sab.hf.parallel import refuse_split
 from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
-from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, local_files, read_headers
+from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, described, local_files, read_headers
 from optimum_sab.hf.stored_names import StoredNames, spare_packed
 from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
@@ -59,6 +61,12 @@ class SABHfQuantizer(HfQuantizer):
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        call = loading_call() or {}
+        refuse_split(call)
+        given = call.get("quantization_config")
+        if self.pre_quantized and not TAKES_LOAD_OPTIONS and isinstance(given, SABConfig):
+            for name, value in given.get_loading_attributes().items():
+                setattr(self.quantization_config, name, value)
         device_map = kwargs.get("device_map")
         check_device_map(device_map)
         self._refuse_disk(device_map if isinstance(device_map, dict) else {})
@@ -106,9 +114,18 @@ class SABHfQuantizer(HfQuantizer):
         found = origin.files
         if found is None and Path(origin.name).is_dir():
             found = local_files(Path(origin.name))
-        if found is None:  # no file is read: a state dict was given
+        if found is None:
+            given = (loading_call() or {}).get("state_dict")
+            if given is not None:  # in the place of files
+                self._names = check_layers(model, self._lists, [described(given)], transforms)
             return
-        self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
+        files = [str(file) for file in found if str(file).endswith(".safetensors")]
+        if found and not files:
+            raise FormatError(
+                f"{Path(found[0]).name} is no safetensors file, and packed checkpoints are read from those alone; save "
+                "the model again with save_pretrained."
+            )
+        self._files = read_headers(files)
         check_one_save(self._files, self.quantization_config.saved_as)
         self._names = check_layers(model, self._lists, self._files, transforms)
 
@@ -161,7 +178,18 @@ class SABHfQuantizer(HfQuantizer):
     # -- what Transformers asks ------------------------------------------------------------------------------------
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        if safe_serialization is False:  # Transformers 4.57, whose error then says to look at the warnings
+            warn("packed models are saved as safetensors only; leave safe_serialization=False out.")
         return safe_serialization is not False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Generation with a static cache compiles the model by itself, where there is a GPU."""
+        return True
+
+    def get_accelerator_warm_up_factor(self) -> int:
+        """Transformers 4.57: 2 has it reserve what the model takes; packed layers have their true size by then."""
+        return 2
 
     def get_state_dict_and_metadata(
         self, model: nn.Module, safe_serialization: bool | None = None
@@ -194,7 +222,18 @@ class SABHfQuantizer(HfQuantizer):
                 set_module(model, name, module.dequantize(wanted))
         if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
             del model._weight_conversions
+        _forget_quantized(model)
         return model
+
+
+def _forget_quantized(model: nn.Module) -> None:
+    """Take the marks off that Transformers leaves on configs: the parts' own, and 5's on the model's too."""
+    for part in model.modules():
+        config = getattr(part, "config", None)
+        if isinstance(config, PretrainedConfig):
+            vars(config).pop("_is_quantized", None)
+            if config is not getattr(model, "config", None):  # 4.57 takes it from the model's own itself
+                vars(config).pop("_pre_quantization_dtype", None)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:
