@@ -50,8 +50,9 @@ class SABHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
         self._stages: Any = None  # with what they found before the weights were read
-        self._files: list[StoredFile] = []  # these three while a packed checkpoint is loaded
+        self._files: list[StoredFile] = []  # these four while a packed checkpoint is loaded
         self._names = StoredNames({})
+        self._missing: tuple[str, ...] = ()  # what Transformers makes up
         self._lists = BlockLists(())
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
@@ -110,14 +111,15 @@ class SABHfQuantizer(HfQuantizer):
 
     def _check_files(self, model: nn.Module, transforms: list[Any] | None) -> None:
         """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
+        given = (loading_call() or {}).get("state_dict")
+        if given is not None:  # in the place of files
+            self._names = check_layers(model, self._lists, [described(given)], transforms)
+            return
         origin = origin_of(model)
         found = origin.files
-        if found is None and Path(origin.name).is_dir():
+        if found is None and origin.name and Path(origin.name).is_dir():
             found = local_files(Path(origin.name))
         if found is None:
-            given = (loading_call() or {}).get("state_dict")
-            if given is not None:  # in the place of files
-                self._names = check_layers(model, self._lists, [described(given)], transforms)
             return
         files = [str(file) for file in found if str(file).endswith(".safetensors")]
         if found and not files:
@@ -157,11 +159,14 @@ class SABHfQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, SABLinear) and module.weight.device.type != "meta":
                 module.packed.validate(name)
-        check_finite(model, self._files)
-        self._files, self._names = [], StoredNames({})
+        if RENAMES:
+            self._missing = tuple(model.state_dict().keys() - self._names.keys.keys())
+        check_finite(model, self._files, self._missing)
+        self._files, self._names, self._missing = [], StoredNames({}), ()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""
+        self._missing = tuple(missing_keys)
         if self.pre_quantized:
             for key in missing_keys:
                 stem, _, tensor = key.rpartition(".")

@@ -96,7 +96,9 @@ def test_the_config_is_json(pair, model, tmp_path, saved_before):
             found = json.loads(json.dumps(state["quantization_config"]))
             assert found["quant_method"] == "sab"
             assert SABConfig.from_dict(found) == SABConfig.from_dict(model.config.quantization_config.to_dict())
-    assert AutoConfig.from_pretrained(pair.packed).to_dict()["quantization_config"]["block_size"] == SABConfig().block_size
+    assert (
+        AutoConfig.from_pretrained(pair.packed).to_dict()["quantization_config"]["block_size"] == SABConfig().block_size
+    )
 
 
 def test_resized_embeddings_are_saved_and_loaded(model, logits, tmp_path):
