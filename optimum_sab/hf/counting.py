@@ -18,9 +18,7 @@ from optimum_sab.nn.linear import SABLinear
 def install() -> None:
     """Have every model count its packed layers' weights. Doing it again changes nothing."""
     counting: Any = PreTrainedModel.num_parameters
-    PreTrainedModel.num_parameters = as_dense(  # type: ignore[method-assign]
-        getattr(counting, "without_packed", counting)
-    )
+    PreTrainedModel.num_parameters = as_dense(getattr(counting, "without_packed", counting))
 
 
 def as_dense(count: Callable[..., int]) -> Callable[..., int]:

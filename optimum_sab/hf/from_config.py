@@ -19,9 +19,9 @@ from optimum_sab.hf.origin import loading_call
 
 def install() -> None:
     """Have `from_config` refuse packed models. Doing it again changes nothing."""
-    building: Any = PreTrainedModel._from_config.__func__  # type: ignore[attr-defined]
+    building: Any = PreTrainedModel._from_config.__func__
     refusing = unless_packed(getattr(building, "without_refusal", building))
-    PreTrainedModel._from_config = classmethod(refusing)  # type: ignore[method-assign,assignment]
+    PreTrainedModel._from_config = classmethod(refusing)
 
 
 def unless_packed(build: Callable[..., Any]) -> Callable[..., Any]:

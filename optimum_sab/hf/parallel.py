@@ -25,11 +25,11 @@ def refuse_split(call: Mapping[str, Any]) -> None:
     if call.get("device_mesh") is not None:  # Transformers makes it of the others, unless they ask for one process only
         name = next(each for each in _ARGUMENTS if call.get(each) is not None)
         raise ConfigError(
-            f"{name}={call[name]!r} splits the model over processes, which packed layers cannot be yet. Leave it out. "
-            f"{_REMEDY}"
+            f"{name} splits the model over processes ({call['device_mesh']}), which packed layers cannot be yet. "
+            f"Leave it out. {_REMEDY}"
         )
     if is_deepspeed_zero3_enabled():
         raise ConfigError(
-            "DeepSpeed's ZeRO-3 splits the model over processes, which packed layers cannot be yet. Use ZeRO-2 or "
-            f"plain data parallelism. {_REMEDY}"
+            "DeepSpeed's ZeRO-3 splits the model over processes, which nobody has tried with packed layers. Use "
+            "ZeRO-2, FSDP2 or plain data parallelism."
         )

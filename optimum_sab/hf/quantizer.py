@@ -64,13 +64,19 @@ class SABHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         call = loading_call() or {}
         refuse_split(call)
-        given = call.get("quantization_config")
-        if self.pre_quantized and not TAKES_LOAD_OPTIONS and isinstance(given, SABConfig):
-            for name, value in given.get_loading_attributes().items():
-                setattr(self.quantization_config, name, value)
+        if self.pre_quantized and not TAKES_LOAD_OPTIONS:
+            self._take_load_options(call.get("quantization_config"))
         device_map = kwargs.get("device_map")
         check_device_map(device_map)
         self._refuse_disk(device_map if isinstance(device_map, dict) else {})
+
+    def _take_load_options(self, given: Any) -> None:
+        """Transformers 4.57 says that nothing of a configuration counts which is given for a packed checkpoint."""
+        options = given.get_loading_attributes() if isinstance(given, SABConfig) else {}
+        for name, value in options.items():
+            setattr(self.quantization_config, name, value)
+        if options:
+            warn(f"of the given SABConfig, {', '.join(options)} are used, and nothing else.")
 
     def _refuse_disk(self, device_map: Mapping[str, Any]) -> None:
         if "disk" not in device_map.values():

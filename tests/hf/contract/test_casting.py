@@ -3,12 +3,13 @@
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from optimum_sab import SABLinear
+from optimum_sab import AutoModelForVision2Seq, SABLinear
 from optimum_sab.errors import ConfigError
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
+MARK = "_is_quantized" if FIVE else "_pre_quantization_dtype"
 
 
 def packed_tensors(model):
@@ -97,3 +98,15 @@ def test_dequantizing_leaves_no_trace(pair, model):
     model.to(torch.bfloat16).float()
     dense = AutoModelForCausalLM.from_pretrained(pair.dense)
     assert model.state_dict().keys() == dense.state_dict().keys()
+
+
+def test_parts_of_a_dequantized_model_have_no_trace_either(packed_vlm, tmp_path):
+    packed_vlm().save_pretrained(tmp_path)
+    model = AutoModelForVision2Seq.from_pretrained(tmp_path)
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    assert len({id(part.config) for part in parts}) == 3  # the model's, the text's, the pictures'
+    assert any(hasattr(part.config, MARK) for part in parts if part is not model)
+    model.dequantize()
+    assert not any(
+        hasattr(part.config, mark) for part in parts for mark in ("_pre_quantization_dtype", "_is_quantized")
+    )
