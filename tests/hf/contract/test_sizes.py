@@ -5,7 +5,13 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    modeling_utils,
+)
 
 from optimum_sab import SABLinear
 from optimum_sab.errors import ConfigError
@@ -98,3 +104,21 @@ def test_module_sizes_are_those_of_the_packed_tensors(model):
     for name, layer in model.named_modules():
         if isinstance(layer, SABLinear):
             assert sizes[name] == sum(p.numel() * p.element_size() for p in layer.parameters())
+
+
+def test_what_is_reserved_on_a_gpu_is_what_the_model_takes(model, monkeypatch):
+    reserved = []
+    for name, value in (
+        ("mem_get_info", (1 << 40, 1 << 40)),
+        ("memory_reserved", 0),
+        ("memory_allocated", 0),
+        ("current_device", 0),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch, "empty", lambda count, dtype, **_: reserved.append(count * dtype.itemsize))
+    places = {name: "cuda:0" for name, _ in model.named_parameters()}
+    modeling_utils.caching_allocator_warmup(model, places, model.hf_quantizer)
+    taken = model.get_memory_footprint(return_buffers=False)
+    if not FIVE:  # takes every head for tied
+        taken -= model.lm_head.weight.nbytes
+    assert reserved == [taken // 2 * 2]
