@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError, warn
@@ -18,6 +17,7 @@ from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES, TAKES_LOAD_OPTIONS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.finite import check_finite
+from optimum_sab.hf.marks import forget_quantized
 from optimum_sab.hf.one_save import check_one_save
 from optimum_sab.hf.origin import loading_call, origin_of
 from optimum_sab.hf.parallel import refuse_split
@@ -233,18 +233,8 @@ class SABHfQuantizer(HfQuantizer):
                 set_module(model, name, module.dequantize(wanted))
         if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
             del model._weight_conversions
-        _forget_quantized(model)
+        forget_quantized(model)
         return model
-
-
-def _forget_quantized(model: nn.Module) -> None:
-    """Take the marks off that Transformers leaves on configs: the parts' own, and 5's on the model's too."""
-    for part in model.modules():
-        config = getattr(part, "config", None)
-        if isinstance(config, PretrainedConfig):
-            vars(config).pop("_is_quantized", None)
-            if config is not getattr(model, "config", None):  # 4.57 takes it from the model's own itself
-                vars(config).pop("_pre_quantization_dtype", None)
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module | None:

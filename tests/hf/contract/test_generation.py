@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import CompileConfig, StaticCache, pipeline
 
+from optimum_sab.hf.compat import CACHE_ARGUMENT, RENAMES
 from optimum_sab.hf.quantizer import SABHfQuantizer
 
 
@@ -44,18 +45,12 @@ def test_it_does_not_where_it_is_not_asked_to(model, continued, compiled, monkey
     assert not graphs  # so it is the quantizer that is asked
 
 
-def test_transformers_criteria_hold_for_a_packed_model(model, ids, compiled):
+def test_transformers_criteria_hold_for_a_packed_model(model, compiled):
     config, _ = compiled
-    try:
-        cache = StaticCache(config=model.config, max_cache_len=8)
-    except TypeError:
-        cache = StaticCache(model.config, 1, 8)
+    sizes = {"max_cache_len": 8} if RENAMES else {"max_cache_len": 8, "max_batch_size": 1}
+    given = {CACHE_ARGUMENT: StaticCache(config=model.config, **sizes)}
     model.generation_config.compile_config = config
-    for name in ("cache", "past_key_values"):
-        criteria = model._valid_auto_compile_criteria({name: cache}, model.generation_config)
-        if criteria:
-            return
-    pytest.fail("generate would not compile")
+    assert model._valid_auto_compile_criteria(given, model.generation_config) is True
 
 
 def test_a_pipeline_generates_what_generate_does(pair, model):
