@@ -39,25 +39,53 @@ def check_layers(
     names = names_in_model(stored, model, transforms, lists)
     keys = names.keys
     _refuse_packed_elsewhere(model, lists, stored, keys)
-    layers = files[0].layers if files else {}
-    for name, module in model.named_modules():
-        if isinstance(module, SABLinear):
-            found = {
-                tensor: (keys[full], stored[keys[full]])
-                for tensor in (*tensor_specs(module.out_features, module.in_features, module.settings), "bias")
-                if (full := f"{name}.{tensor}") in keys
-            }
-            if not set(found) - {"weight", "bias"}:
-                raise FormatError(
-                    f"{name}: no packed tensors in the checkpoint; it is incomplete, or its quantization_config does "
-                    "not belong to it."
-                )
-            _check_settings(name, module, layers.get(lists.short(name)))
-            foreign = f"{next(iter(found.values()))[0].rpartition('.')[0]}.bias"  # that the model has no place for
-            if foreign in stored:
-                found.setdefault("bias", (foreign, stored[foreign]))
-            _check_tensors(name, module, {tensor: entry for tensor, (_, entry) in found.items()})
+    saved = files[0].layers if files else {}
+    packed = {
+        name: (module, _tensors_of(name, module, keys, stored))
+        for name, module in model.named_modules()
+        if isinstance(module, SABLinear)
+    }
+    for name, (layer, tensors) in packed.items():
+        if not set(tensors) - {"weight", "bias"}:
+            raise FormatError(
+                f"{name}: no packed tensors in the checkpoint; it is incomplete, or its quantization_config does "
+                "not belong to it."
+            )
+        _check_settings(name, layer, saved.get(lists.short(name)))
+    _refuse_missing(packed)
+    for name, (layer, tensors) in packed.items():
+        _check_tensors(name, layer, tensors)
     return names
+
+
+def _tensors_of(
+    name: str, layer: SABLinear, keys: Mapping[str, str], stored: Mapping[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """What the checkpoint has of a layer, by the format's names; a bias, too, that the layer has no place for."""
+    names = {
+        tensor: keys[full]
+        for tensor in (*tensor_specs(layer.out_features, layer.in_features, layer.settings), "bias")
+        if (full := f"{name}.{tensor}") in keys
+    }
+    if names:
+        foreign = f"{next(iter(names.values())).rpartition('.')[0]}.bias"
+        if foreign in stored:
+            names.setdefault("bias", foreign)
+    return {tensor: stored[key] for tensor, key in names.items()}
+
+
+def _refuse_missing(packed: Mapping[str, tuple[SABLinear, Mapping[str, StoredTensor]]]) -> None:
+    """Before anything is said about what is there: a tensor that is not is the likelier cause."""
+    missing = [
+        (name, tensor)
+        for name, (layer, tensors) in packed.items()
+        for tensor in (*layer.shape.names, *(() if layer.bias is None else ("bias",)))
+        if tensor not in tensors
+    ]
+    if missing:
+        name, tensor = missing[0]
+        more = f", and {len(missing) - 1} more of packed layers" if len(missing) > 1 else ""
+        raise FormatError(f"{name}: tensor {tensor!r} is missing{more}; the checkpoint is incomplete, fetch it again.")
 
 
 def _refuse_packed_elsewhere(
@@ -89,20 +117,16 @@ def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | N
 
 def _check_tensors(name: str, layer: SABLinear, stored: Mapping[str, StoredTensor]) -> None:
     for tensor, spec in tensor_specs(layer.out_features, layer.in_features, layer.settings).items():
-        found = stored.get(tensor)
-        if found is None:
-            raise FormatError(f"{name}: tensor {tensor!r} is missing; the checkpoint is incomplete, fetch it again.")
+        found = stored[tensor]
         if (found.shape, found.dtype) != (spec.shape, _DTYPES[spec.dtype]):
             raise FormatError(
                 f"{name}: tensor {tensor!r} is {found.dtype} {found.shape}, expected {_DTYPES[spec.dtype]} "
                 f"{spec.shape}; the checkpoint and its quantization_config do not belong together."
             )
     bias = stored.get("bias")
-    if (bias is None) != (layer.bias is None):
+    if bias is not None and layer.bias is None:
         raise FormatError(
-            f"{name}: tensor 'bias' is missing; the checkpoint is incomplete, fetch it again."
-            if bias is None
-            else f"{name}: tensor 'bias' is in the checkpoint, but the model has none; they do not belong together."
+            f"{name}: tensor 'bias' is in the checkpoint, but the model has none; they do not belong together."
         )
     if bias is not None and (bias.shape != (layer.out_features,) or not bias.is_floating):
         raise FormatError(

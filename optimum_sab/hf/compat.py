@@ -15,3 +15,6 @@ CACHE_ARGUMENT = "cache" if _LINE >= (5, 24) else "past_key_values"
 
 # Transformers 5 renames, merges and splits tensors on their way between disk and model.
 RENAMES = _LINE >= (5, 0)
+
+# 4.57 takes options of a call that loads a packed checkpoint for its own quantizers alone.
+TAKES_LOAD_OPTIONS = _LINE >= (5, 0)

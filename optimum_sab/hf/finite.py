@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from optimum_sab.errors import FormatError
 from optimum_sab.hf.stored_files import StoredFile
 
 
-def check_finite(model: nn.Module, files: Sequence[StoredFile]) -> None:
+def check_finite(model: nn.Module, files: Sequence[StoredFile], missing: Collection[str] = ()) -> None:
     """No parameter may hold NaN or inf, no buffer NaN (masks hold inf).
 
     Args:
         model: loaded; where a tensor is offloaded, the files are read in its place.
         files: the checkpoint's.
+        missing: names in the model that the checkpoint has not, so Transformers made something up.
 
     Raises:
         FormatError: names the first tensor that does.
@@ -29,6 +30,11 @@ def check_finite(model: nn.Module, files: Sequence[StoredFile]) -> None:
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             offloaded = True
         elif bool(tensor.isnan().any()) if name in buffers else non_finite(tensor):
+            if name in missing:
+                raise FormatError(
+                    f"{name} is missing, and what was made up in its place holds NaN or inf; the checkpoint is "
+                    "incomplete, fetch it again."
+                )
             half = "; or its values do not fit into float16, load it with another dtype"
             raise FormatError(
                 f"{name} holds NaN or inf; the checkpoint is damaged, fetch it again"

@@ -60,7 +60,7 @@ def origin_of(model: nn.Module) -> Origin:
     The commit is taken rather than the branch it was looked up from, which may have moved since.
     """
     config: Any = getattr(model, "config", None)
-    call = _loading_call()
+    call = loading_call()
     if call is None:
         return Origin(getattr(config, "_name_or_path", "") or "")
     revision = call.get("revision")
@@ -71,7 +71,7 @@ def origin_of(model: nn.Module) -> Origin:
     return Origin(found.name, found.place, found.access, None if files is None else tuple(map(str, files)))
 
 
-def _loading_call() -> Mapping[str, Any] | None:
+def loading_call() -> Mapping[str, Any] | None:
     """The variables of the innermost `PreTrainedModel.from_pretrained` that is running; None where none is."""
     code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__
     frame: FrameType | None = sys._getframe()

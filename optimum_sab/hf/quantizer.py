@@ -11,18 +11,20 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_sab.errors import ConfigError, FormatError
+from optimum_sab.errors import ConfigError, FormatError, warn
 from optimum_sab.hf.checkpoint import check_layers
-from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES
+from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES, TAKES_LOAD_OPTIONS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.finite import check_finite
+from optimum_sab.hf.marks import forget_quantized
 from optimum_sab.hf.one_save import check_one_save
-from optimum_sab.hf.origin import origin_of
+from optimum_sab.hf.origin import loading_call, origin_of
+from optimum_sab.hf.parallel import refuse_split
 from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.saving import describe_save
 from optimum_sab.hf.selection import select
-from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, local_files, read_headers
+from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, described, local_files, read_headers
 from optimum_sab.hf.stored_names import StoredNames, spare_packed
 from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
@@ -48,8 +50,9 @@ class SABHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
         self._stages: Any = None  # with what they found before the weights were read
-        self._files: list[StoredFile] = []  # these three while a packed checkpoint is loaded
+        self._files: list[StoredFile] = []  # these four while a packed checkpoint is loaded
         self._names = StoredNames({})
+        self._missing: tuple[str, ...] = ()  # what Transformers makes up
         self._lists = BlockLists(())
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
@@ -59,9 +62,21 @@ class SABHfQuantizer(HfQuantizer):
     # -- loading ---------------------------------------------------------------------------------------------------
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        call = loading_call() or {}
+        refuse_split(call)
+        if self.pre_quantized and not TAKES_LOAD_OPTIONS:
+            self._take_load_options(call.get("quantization_config"))
         device_map = kwargs.get("device_map")
         check_device_map(device_map)
         self._refuse_disk(device_map if isinstance(device_map, dict) else {})
+
+    def _take_load_options(self, given: Any) -> None:
+        """Transformers 4.57 says that nothing of a configuration counts which is given for a packed checkpoint."""
+        options = given.get_loading_attributes() if isinstance(given, SABConfig) else {}
+        for name, value in options.items():
+            setattr(self.quantization_config, name, value)
+        if options:
+            warn(f"of the given SABConfig, {', '.join(options)} are used, and nothing else.")
 
     def _refuse_disk(self, device_map: Mapping[str, Any]) -> None:
         if "disk" not in device_map.values():
@@ -102,13 +117,23 @@ class SABHfQuantizer(HfQuantizer):
 
     def _check_files(self, model: nn.Module, transforms: list[Any] | None) -> None:
         """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
+        given = (loading_call() or {}).get("state_dict")
+        if given is not None:  # in the place of files
+            self._names = check_layers(model, self._lists, [described(given)], transforms)
+            return
         origin = origin_of(model)
         found = origin.files
-        if found is None and Path(origin.name).is_dir():
+        if found is None and origin.name and Path(origin.name).is_dir():
             found = local_files(Path(origin.name))
-        if found is None:  # no file is read: a state dict was given
+        if found is None:
             return
-        self._files = read_headers([str(file) for file in found if str(file).endswith(".safetensors")])
+        files = [str(file) for file in found if str(file).endswith(".safetensors")]
+        if found and not files:
+            raise FormatError(
+                f"{Path(found[0]).name} is no safetensors file, and packed checkpoints are read from those alone; save "
+                "the model again with save_pretrained."
+            )
+        self._files = read_headers(files)
         check_one_save(self._files, self.quantization_config.saved_as)
         self._names = check_layers(model, self._lists, self._files, transforms)
 
@@ -140,11 +165,14 @@ class SABHfQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, SABLinear) and module.weight.device.type != "meta":
                 module.packed.validate(name)
-        check_finite(model, self._files)
-        self._files, self._names = [], StoredNames({})
+        if RENAMES:
+            self._missing = tuple(model.state_dict().keys() - self._names.keys.keys())
+        check_finite(model, self._files, self._missing)
+        self._files, self._names, self._missing = [], StoredNames({}), ()
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         """Transformers 4.57: a packed tensor the checkpoint lacks would be made up; stop instead."""
+        self._missing = tuple(missing_keys)
         if self.pre_quantized:
             for key in missing_keys:
                 stem, _, tensor = key.rpartition(".")
@@ -161,7 +189,18 @@ class SABHfQuantizer(HfQuantizer):
     # -- what Transformers asks ------------------------------------------------------------------------------------
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        if safe_serialization is False:  # Transformers 4.57, whose error then says to look at the warnings
+            warn("packed models are saved as safetensors only; leave safe_serialization=False out.")
         return safe_serialization is not False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Generation with a static cache compiles the model by itself, where there is a GPU."""
+        return True
+
+    def get_accelerator_warm_up_factor(self) -> int:
+        """Transformers 4.57: 2 has it reserve what the model takes; packed layers have their true size by then."""
+        return 2
 
     def get_state_dict_and_metadata(
         self, model: nn.Module, safe_serialization: bool | None = None
@@ -194,6 +233,7 @@ class SABHfQuantizer(HfQuantizer):
                 set_module(model, name, module.dequantize(wanted))
         if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
             del model._weight_conversions
+        forget_quantized(model)
         return model
 
 

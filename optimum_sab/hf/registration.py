@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from transformers.quantizers import auto
 
+from optimum_sab.hf import counting, from_config, saving
 from optimum_sab.hf.config import QUANT_METHOD, SABConfig
 from optimum_sab.hf.quantizer import SABHfQuantizer
-from optimum_sab.hf.saving import install
 
 
 def register() -> None:
@@ -20,4 +20,5 @@ def register() -> None:
     loading = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)  # Transformers 5: load-time options
     if loading is not None and SABConfig not in loading:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*loading, SABConfig)
-    install()
+    for each in (saving, counting, from_config):
+        each.install()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from optimum_sab.errors import FormatError
 
@@ -157,6 +158,16 @@ def read_headers(files: Sequence[str]) -> list[StoredFile]:
                 )
             owners[name] = file.name
     return stored
+
+
+def described(tensors: Mapping[str, Tensor]) -> StoredFile:
+    """Tensors that are in memory, as if they were a file of a save without digests."""
+    spelled = {name: dtype for dtype, (name, _) in _DTYPES.items()}
+    entries = {
+        name: StoredTensor(tuple(tensor.shape), spelled[str(tensor.dtype).removeprefix("torch.")], 0)
+        for name, tensor in tensors.items()
+    }
+    return StoredFile("state_dict", entries, None, {}, {})
 
 
 def _read_header(path: str) -> StoredFile:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.layer_group import LayerGroup
@@ -138,11 +139,15 @@ class SABLinear(nn.Module):
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SABLinear:
-        """``.to``, ``.cuda`` and the like move stored tensors; what computes there decides their layout."""
+        """``.to``, ``.cuda`` and the like move stored tensors; what computes there decides their layout.
+
+        Raises:
+            ConfigError: ``.type`` and the like would make other numbers of the packed bits.
+        """
         prepared = self.layout == "kernel"
         before = self.weight.device
         self.to_layout("stored")
-        super()._apply(fn, recurse)
+        super()._apply(_keeping_integers(fn), recurse)
         if prepared or self.weight.device != before != torch.device("meta"):  # from meta comes what is yet to be filled
             self.prepare()
         return self
@@ -190,6 +195,19 @@ class SABLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"planes={s.base_planes}+{s.residual_planes}, block_size={s.block_size}, row_scale={s.row_scale}"
         )
+
+
+def _keeping_integers(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def apply(tensor: Tensor) -> Tensor:
+        result = fn(tensor)
+        if result.dtype != tensor.dtype and not tensor.is_floating_point():
+            raise ConfigError(
+                f"a packed layer's {tensor.dtype} tensors hold bits and cannot become {result.dtype}; .to(dtype) casts "
+                "everything else of the model."
+            )
+        return result
+
+    return apply
 
 
 def _offloaded(module: nn.Module) -> bool:

@@ -18,7 +18,6 @@ from optimum_sab.format.random_weight import random_packed
 from optimum_sab.hf.inventory import read_inventory, verify_inventory
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
-load_time_options = pytest.mark.skipif(not FIVE, reason="Transformers 4.57 takes no load-time options of ours")
 LAYER = "layers.1.mlp.down_proj"
 
 
@@ -147,7 +146,6 @@ def test_two_layers_in_each_other_s_place_are_found(copy):
         load(rewrite(copy, swap))
 
 
-@load_time_options
 def test_the_switch(copy, saved):
     rewrite(copy, flip(f"{LAYER}.weight"))
     found = load(copy, quantization_config=SABConfig(verify=False)).state_dict()
@@ -164,7 +162,6 @@ def test_a_flipped_bit_elsewhere_is_found_when_it_is_asked_for(copy):
             load(copy, quantization_config=SABConfig(verify="all"))
 
 
-@load_time_options
 def test_a_dequantized_model_is_made_of_verified_layers(copy):
     settings = {"quantization_config": SABConfig(dequantize=True)}
     assert not any(isinstance(m, SABLinear) for m in load(copy, **settings).modules())

@@ -274,43 +274,6 @@ def test_dequantized_model_is_an_ordinary_checkpoint(llama_packed, token_ids, tm
         assert torch.equal(model(input_ids=token_ids).logits, again(input_ids=token_ids).logits)
 
 
-@pytest.mark.skipif(not FIVE, reason="Transformers 4.57 has no load-time options for quantizers it does not ship")
-def test_dequantize_can_be_asked_for_at_load_time(llama_packed):
-    _, folder = llama_packed
-    with pytest.warns(UserWarning, match="dequantize"):
-        model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=SABConfig(dequantize=True))
-    assert not packed_linears(model)
-    assert not hasattr(model.config, "quantization_config")
-
-
-def test_casting_the_model_leaves_packed_tensors_alone(llama_packed):
-    _, folder = llama_packed
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    before = {n: {k: t.clone() for k, t in m.packed.tensors.items()} for n, m in packed_linears(model).items()}
-    model.to(torch.bfloat16)
-    for name, tensors in before.items():
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, model.get_submodule(name).packed.tensors[key])
-
-
-def test_footprint_shrinks(llama_packed, llama_folder):
-    model, _ = llama_packed
-    dense = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-    blocks = sum(p.numel() * 4 for p in dense.model.layers.parameters())
-    saved = dense.get_memory_footprint() - model.get_memory_footprint()
-    assert saved > 0.9 * blocks
-
-
-def test_gradients_reach_an_adapter_below_packed_layers(llama_packed, token_ids):
-    _, folder = llama_packed
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    embeddings = model.get_input_embeddings()(token_ids).detach().requires_grad_()
-    model(inputs_embeds=embeddings).logits.square().mean().backward()
-    assert embeddings.grad is not None
-    assert float(embeddings.grad.abs().sum()) > 0
-    assert all(not m.weight.requires_grad for m in packed_linears(model).values())
-
-
 def test_modules_to_not_convert_adds_to_the_defaults_and_survives_reload(
     llama_folder, token_ids, tmp_path, quicker_config, texts
 ):
