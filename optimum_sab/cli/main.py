@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
 
 def build_parser(program: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from optimum_sab.cli import bench, demo, env, eval, inspect, quantize
+    from optimum_sab.cli import bench, demo, env, eval, inspect, quantize, report
 
     parser = argparse.ArgumentParser(program, description="Significance-aware binarization of vision-language models.")
     parser.add_argument("--version", action="version", version=f"optimum-sab {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (quantize, inspect, demo, eval, bench, env):
+    for module in (quantize, inspect, report, demo, eval, bench, env):
         module.add_command(commands)
     return parser
 

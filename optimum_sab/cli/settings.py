@@ -40,6 +40,7 @@ _HELP = {
     "refine_epochs": "rounds over the samples per block",
     "refine_steps": "steps of the tuning of the whole model",
     "temperature_scaling": "make the predictions as sure as the dense model's are",
+    "examples": "let the model write to a few prompts before and after, for the report",
     "resume_folder": "keeps what is finished, for a run that is interrupted",
 }
 
