@@ -9,7 +9,7 @@ from typing import Any
 
 from optimum_sab.errors import MissingDependencyError, ReportError
 from optimum_sab.report.charts import draw_charts
-from optimum_sab.report.words import bytes_in_words, number, percent, seconds_in_words
+from optimum_sab.report.words import bytes_in_words, number, percent, said, seconds_in_words
 
 _TEMPLATE = "report.html"
 
@@ -38,7 +38,7 @@ def render(document: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        bytes=bytes_in_words, number=number, percent=percent, time=seconds_in_words, picture=_picture
+        bytes=bytes_in_words, number=number, percent=percent, time=seconds_in_words, said=said, picture=_picture
     )
     try:
         template = environment.get_template(_TEMPLATE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
@@ -31,3 +33,8 @@ def number(value: float | None, digits: int = 3) -> str:
 def percent(share: float | None) -> str:
     """Of 1; a dash where there is none."""
     return "–" if share is None else f"{100 * float(share):.3g} %"
+
+
+def said(text: str) -> str:
+    """What a model wrote, without the empty lines that it may write many of."""
+    return re.sub(r"\s*\n\s*\n\s*", "\n\n", text).strip()

@@ -37,7 +37,7 @@ class Limits:
     far_kl: float
 
 
-LIMITS: Mapping[str, Limits] = {"text": Limits(0.1, 0.8, 1.0), "pictures": Limits(0.1, 0.8, 0.6)}
+LIMITS: Mapping[str, Limits] = {"text": Limits(0.1, 0.75, 1.0), "pictures": Limits(0.1, 0.8, 0.6)}
 _FEW_BITS = 2.0
 
 
