@@ -33,7 +33,7 @@ class Sizes:
 
     Attributes:
         kinds: of the binarized linears, by the last part of their names.
-        planes: the same by their planes, e.g. "1 + 1 on 19 % of the columns".
+        planes: the same by their planes: "1 + 1 on 18.75 %" is one on every column and one on so many of them.
         tensors: bytes of the binarized linears by stored tensor.
         dense: bytes of what stays dense, by where it is in the model.
         dense_linears: bytes that the binarized linears took before.

@@ -56,7 +56,7 @@ def test_linears_are_counted_by_kind_and_by_planes(run):
     )
     assert sizes.kinds["down_proj"].weights == 2 * 96 * 64
     assert {name: each.linears for name, each in sizes.planes.items()} == {
-        "1 + 1 on 18.75 % of the columns": 12,
+        "1 + 1 on 18.75 %": 12,
         "2": 2,
     }
     assert set(sizes.tensors) == {

@@ -89,8 +89,8 @@ def judge(agreement: Mapping[str, Agreement], bits_per_weight: float) -> Verdict
     kind = max(levels, key=lambda name: order.index(levels[name]))
     limits = LIMITS[kind]
     reason = (
-        f"on {kind} that did not calibrate it: {agreement[kind]} (close: up to {limits.close_kl:g} nats and from "
-        f"{limits.close_top1:.0%} on; far: above {limits.far_kl:g} nats)"
+        f"on {kind} that did not calibrate it: {agreement[kind]} (close: at most {limits.close_kl:g} nats and "
+        f"at least {limits.close_top1:.0%} the same; far: above {limits.far_kl:g} nats)"
     )
     return Verdict(levels[kind], kind, reason, _advice(levels[kind], bits_per_weight))
 

@@ -45,10 +45,13 @@ class SampleSource:
 
     @property
     def described(self) -> str:
-        """What it is, in the words of whoever named it; of objects only that they were given."""
+        """What it is, as it was named, of a file without the folders; of objects only that they were given."""
         if self.data is None:
             return BUILTIN
-        return os.fspath(self.data) if isinstance(self.data, (str, os.PathLike)) else GIVEN
+        if not isinstance(self.data, (str, os.PathLike)):
+            return GIVEN
+        name = os.path.expanduser(os.fspath(self.data))
+        return os.path.basename(name) if os.path.isfile(name) else name
 
 
 def calibration_inputs(

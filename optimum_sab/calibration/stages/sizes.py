@@ -57,7 +57,7 @@ def _planes_of(layer: SABLinear) -> str:
     own = layer.settings
     if not own.residual_planes:
         return f"{own.base_planes}"
-    return f"{own.base_planes} + {own.residual_planes} on {100 * own.salient_fraction:.4g} % of the columns"
+    return f"{own.base_planes} + {own.residual_planes} on {100 * own.salient_fraction:.4g} %"
 
 
 def _dense(run: Run, packed: set[int]) -> dict[str, int]:
