@@ -50,7 +50,7 @@ def test_calibration_is_told(told):
     assert found["calibration"] == {
         "count": 4,
         "tokens": model.hf_quantizer.report.tokens,
-        "pictured": 2,
+        "with_pictures": 2,
         "source": "builtin",
         "sequence_length": 64,
         "seed": 0,

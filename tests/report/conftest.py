@@ -98,7 +98,7 @@ DOCUMENT = {
     "calibration": {
         "count": 8,
         "tokens": {"text": 1200, "visual": 300},
-        "pictured": 4,
+        "with_pictures": 4,
         "source": "builtin",
         "sequence_length": 256,
         "seed": 0,

@@ -67,5 +67,5 @@ def test_quantize_writes_report_and_verdict(smallest_example, tmp_path, capsys):
 def test_the_run_says_what_the_report_says(reported):
     found = read_report(reported)
     assert len(found["examples"]) == 6
-    assert found["calibration"]["count"] == 8 and found["calibration"]["pictured"] == 4
+    assert found["calibration"]["count"] == 8 and found["calibration"]["with_pictures"] == 4
     assert found["verdict"]["level"] in ("close", "care", "far")

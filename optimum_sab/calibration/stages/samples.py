@@ -28,7 +28,7 @@ class SampleReport:
     Attributes:
         count: samples.
         tokens: of each modality that there is.
-        pictured: samples that show a picture or a video.
+        with_pictures: samples that show a picture or a video.
         source: where they are from, as it was named.
         sequence_length: tokens of a text at most.
         seed: of what is drawn.
@@ -36,7 +36,7 @@ class SampleReport:
 
     count: int
     tokens: dict[str, int]
-    pictured: int
+    with_pictures: int
     source: str
     sequence_length: int
     seed: int
@@ -67,7 +67,7 @@ class ReadSamples(Stage):
         return SampleReport(
             count=len(samples),
             tokens=tokens,
-            pictured=sum(map(_is_pictured, samples.inputs, samples.modalities)),
+            with_pictures=sum(map(_shows_a_picture, samples.inputs, samples.modalities)),
             source=self.described(run),
             sequence_length=source.sequence_length,
             seed=source.seed,
@@ -103,7 +103,7 @@ def _config(run: Run) -> Any:
     return getattr(run.model, "config", None)
 
 
-def _is_pictured(inputs: Mapping[str, Any], modalities: TokenModalities) -> bool:
+def _shows_a_picture(inputs: Mapping[str, Any], modalities: TokenModalities) -> bool:
     """By its tokens, or, for models whose pictures have none, by what is called after pixels."""
     return modalities.count(VISUAL) > 0 or any("pixel" in name for name in inputs)
 
