@@ -39,7 +39,7 @@ class Method:
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
-        return PRESETS[self.preset or "default"](**{**(self.settings or {}), **more})
+        return PRESETS[self.preset or "default"](**{"examples": False, **(self.settings or {}), **more})
 
 
 def read_method(spec: str) -> Method:
