@@ -14,7 +14,7 @@ REGISTER_PACKAGE = "optimum.commands.register"
 
 QUANTIZE = ["accelerate>=1.0", "greenlet>=3.0", "jinja2>=3.1", "pillow>=10.0", "tqdm>=4.60"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"]
-REPORT = ["matplotlib>=3.8", "pillow>=10.0"]
+REPORT = ["jinja2>=3.1", "matplotlib>=3.8", "pillow>=10.0"]
 TEST = [
     *QUANTIZE,
     *REPORT,
@@ -74,6 +74,7 @@ setup(
         "optimum_sab.eval.reader": ["*.safetensors"],
         "optimum_sab.example": ["checkpoint/*"],
         "optimum_sab.ops.cpu": ["*.c"],
+        "optimum_sab.report": ["templates/*.html"],
     },
     # Loading a packed checkpoint needs these and nothing else.
     install_requires=["torch>=2.6", "transformers>=4.57,<6", "safetensors>=0.4.3", "numpy>=1.24"],

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Whoever is inside of these did not write the line that a warning is about.
 _NOT_THE_USERS = (
@@ -62,6 +65,10 @@ class OutputError(SABError, OSError):
     """Nothing can be written where it was asked for; the message says where a finished checkpoint is instead."""
 
 
+class ReportError(SABError, ValueError):
+    """There is no report where one was looked for, or it is not one that this release reads."""
+
+
 class MissingDependencyError(SABError, ImportError):
     """An optional package is needed for what was asked; the message names the extra to install."""
 
@@ -70,8 +77,32 @@ class SABWarning(UserWarning):
     """Something the user should know although the work goes on."""
 
 
+class _Listeners(threading.local):
+    """Of one thread; the coroutines of a calibration share theirs."""
+
+    def __init__(self) -> None:
+        self.lists: list[list[str]] = []
+
+
+_LISTENERS = _Listeners()
+
+
+@contextmanager
+def warnings_heard() -> Iterator[list[str]]:
+    """Inside, what this thread is warned of is written down too, each message once, whatever filters say."""
+    heard: list[str] = []
+    _LISTENERS.lists.append(heard)
+    try:
+        yield heard
+    finally:
+        _LISTENERS.lists = [each for each in _LISTENERS.lists if each is not heard]
+
+
 def warn(message: str) -> None:
     """Warn with `SABWarning`, and point at the line outside of this package and of those it works in that led here."""
+    for heard in _LISTENERS.lists:
+        if message not in heard:
+            heard.append(message)
     frame = sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _NOT_THE_USERS:
         frame = frame.f_back

@@ -32,6 +32,7 @@ class RunSettings:
     refine_epochs: int = RefineSettings.epochs
     refine_steps: int = RefineSettings.steps
     temperature_scaling: bool = True
+    examples: bool = True
     resume_folder: str | None = None
     backend: str | None = None
 

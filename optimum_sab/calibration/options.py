@@ -52,6 +52,7 @@ class RunOptions:
         temperature_scaling: fit the temperature of the predictions, where there are two streams and a head.
         resume_folder: keeps what is finished; the same run goes on from there.
         backend: what will compute with the packed layers; None or "auto" leaves it to the device.
+        examples: let the model write to a few prompts before and after.
     """
 
     source: SampleSource = field(default_factory=SampleSource)
@@ -62,6 +63,7 @@ class RunOptions:
     temperature_scaling: bool = True
     resume_folder: str | Path | None = None
     backend: str | None = None
+    examples: bool = True
 
     @property
     def tuned(self) -> bool:

@@ -16,6 +16,7 @@ from optimum_sab.calibration.stages.allocation import AllocateBits, MeasureSensi
 from optimum_sab.calibration.stages.answers import RememberAnswers
 from optimum_sab.calibration.stages.blocks import SolveBlocks
 from optimum_sab.calibration.stages.comparison import CompareAnswers
+from optimum_sab.calibration.stages.examples import WriteAfter, WriteBefore
 from optimum_sab.calibration.stages.forward import LookAtForwards
 from optimum_sab.calibration.stages.head import FindHead
 from optimum_sab.calibration.stages.memory import LookAtMemory
@@ -23,6 +24,7 @@ from optimum_sab.calibration.stages.preparation import PrepareLayers
 from optimum_sab.calibration.stages.rehearsal import RehearseForward
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
 from optimum_sab.calibration.stages.samples import GivenSamples
+from optimum_sab.calibration.stages.sizes import MeasureSizes
 from optimum_sab.calibration.stages.temperature import ScaleTemperature
 from optimum_sab.calibration.stages.tuning import TuneModel
 from optimum_sab.nn.selection import Selection
@@ -35,12 +37,15 @@ STAGES: tuple[Stage, ...] = (
     LookAtForwards(),
     RehearseForward(),
     RememberAnswers(),
+    WriteBefore(),
     OpenResumeFolder(),
     MeasureSensitivities(),
     AllocateBits(),
     *BINARIZE,
+    MeasureSizes(),
     PrepareLayers(),
     CompareAnswers(),
+    WriteAfter(),
 )
 """All of it, with samples that are read."""
 

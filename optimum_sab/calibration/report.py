@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.calibration.predictions.agreement import Agreement
 from optimum_sab.calibration.predictions.temperature import Temperature
+from optimum_sab.calibration.predictions.verdict import LIMITS, Verdict, judge
 from optimum_sab.calibration.refine.tuning import Tuning
+from optimum_sab.calibration.report_entries import block_entry, finite, sizes_entry
+from optimum_sab.errors import OutputError
+from optimum_sab.report.files import REPORT_VERSION, write_report
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,13 @@ class BinarizationReport:
 
     Attributes:
         stages: in the order in which they worked; those that had nothing to do are missing.
+        warnings: what was warned of, in order.
+        about: which model was binarized, with which settings and versions, JSON-ready; empty where nobody said.
     """
 
     stages: tuple[StageReport, ...] = field(default=())
+    warnings: tuple[str, ...] = ()
+    about: Mapping[str, Any] = field(default_factory=dict)
 
     def section(self, name: str) -> Any:
         """What the stage of a name found; None where it said nothing or did not work."""
@@ -85,3 +94,49 @@ class BinarizationReport:
         """Stored bits over weights, all binarized linears together."""
         layers = [layer for block in self.blocks for layer in block.layers]
         return sum(la.bits_per_weight * la.weights for la in layers) / sum(la.weights for la in layers)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What is said of the finished model in a word."""
+        return judge(self.agreement, self.bits_per_weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, JSON-ready: what report.json holds (docs/report.md)."""
+        samples, examples = self.section("samples"), self.section("examples")
+        return finite(
+            {
+                "report_version": REPORT_VERSION,
+                "about": dict(self.about),
+                "verdict": {**asdict(self.verdict), "words": self.verdict.words},
+                "limits": {kind: asdict(each) for kind, each in LIMITS.items()},
+                "agreement": {kind: asdict(each) for kind, each in self.agreement.items()},
+                "examples": [asdict(each) for each in examples or ()],
+                "no_examples": self.section("dense examples"),
+                "bits_per_weight": self.bits_per_weight,
+                "blocks": [block_entry(block) for block in self.blocks],
+                "sizes": sizes_entry(self.section("sizes")),
+                "stages": [{"name": each.name, "seconds": each.seconds} for each in self.stages],
+                "seconds": self.seconds,
+                "calibration": None if samples is None else asdict(samples),
+                "temperature": None if self.temperature is None else asdict(self.temperature),
+                "tuning": None if self.tuning is None else asdict(self.tuning),
+                "warnings": list(self.warnings),
+            }
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write report.json and report.html into a folder, which is made where it is missing.
+
+        Without the packages for report.html (``pip install optimum-sab[report]``) a warning says so, and report.json is
+        written alone; ``optimum-sab report FOLDER`` makes the page of it later.
+
+        Raises:
+            OutputError: the folder cannot be written to.
+        """
+        try:
+            os.makedirs(folder, exist_ok=True)
+            write_report(folder, self.to_dict())
+        except OSError as error:
+            raise OutputError(
+                f"the report cannot be written to {os.fspath(folder)!r} ({error.strerror}); name another folder."
+            ) from error

@@ -14,6 +14,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.report import BinarizationReport, StageReport
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.streams.modes import reading
+from optimum_sab.errors import warnings_heard
 
 
 class Stage(ABC):
@@ -66,10 +67,11 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> BinarizationReport:
 
     The model is in eval mode meanwhile, and in the mode it was in afterwards.
     """
-    with reading(run.model):
+    with reading(run.model), warnings_heard() as heard:
         for stage in stages:
             stage.prepare(run)
-        return BinarizationReport(tuple(_timed(run, stage) for stage in stages if stage.wanted(run)))
+        done = tuple(_timed(run, stage) for stage in stages if stage.wanted(run))
+    return BinarizationReport(done, tuple(heard))
 
 
 def _timed(run: Run, stage: Stage) -> StageReport:

@@ -39,7 +39,8 @@ class Method:
         Raises:
             ConfigError: a setting is unknown or out of range.
         """
-        return SABConfig.preset(self.preset or "default", **{**(self.settings or {}), **more})
+        settings = {"examples": False, **(self.settings or {}), **more}
+        return SABConfig.preset(self.preset or "default", **settings)
 
 
 def read_method(spec: str) -> Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage, check_stages, run_stages
 from optimum_sab.calibration.stages.forward import LookAtForwards
 from optimum_sab.calibration.stages.rehearsal import RehearseForward
+from optimum_sab.hf.about import about
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.origin import Origin
@@ -92,7 +94,7 @@ def binarize_loaded(
         run = Run(model, select(model, config, strict=True), run_options(config), progress)
         report = run_stages(run, stages(config) if beginning is None else beginning)
     record(config, run.selection, report)
-    return report
+    return replace(report, about=about(model, config))
 
 
 @contextmanager

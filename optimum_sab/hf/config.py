@@ -28,7 +28,7 @@ QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
-_TRANSIENT = ("processor", "progress", "dequantize", "backend", "verify", "resume_folder")  # of one call
+_TRANSIENT = ("processor", "progress", "dequantize", "backend", "verify", "resume_folder", "examples")  # of one call
 _SAVE = "weights"  # in ``measured``: the save the configuration was written by
 _ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it stores, and rules apply in their order
 
@@ -69,6 +69,8 @@ class SABConfig(QuantizationConfigMixin):
         temperature_scaling: at the end, scale the norm before the output embedding so that the predictions are closest
             to the dense model's; needs the dense stream that ``propagation`` runs.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
+        examples: let the dense model and the finished one write a few words to the same few prompts, for the report.
+            Changes nothing in the model. Not stored.
         processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own, from
             the revision and with the token and other arguments that ``from_pretrained`` was given. Not stored.
         progress: "bar", "lines" (one line per block) or "none". Not stored.
@@ -114,6 +116,7 @@ class SABConfig(QuantizationConfigMixin):
         refine_steps: int = RunSettings.refine_steps,
         temperature_scaling: bool = RunSettings.temperature_scaling,
         resume_folder: str | Path | None = RunSettings.resume_folder,
+        examples: bool = RunSettings.examples,
         processor: Any = None,
         progress: str = "bar",
         dequantize: bool = False,
@@ -169,6 +172,7 @@ class SABConfig(QuantizationConfigMixin):
         self.refine_steps = refine_steps
         self.temperature_scaling = temperature_scaling
         self.resume_folder = resume_folder
+        self.examples = examples
         self.processor = processor
         self.progress = progress
         self.dequantize = dequantize
@@ -254,7 +258,7 @@ class SABConfig(QuantizationConfigMixin):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < low:
                 raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
-        for name in ("refine", "temperature_scaling", "dequantize"):
+        for name in ("refine", "temperature_scaling", "examples", "dequantize"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         RefineSettings(self.refine_epochs, self.refine_steps)

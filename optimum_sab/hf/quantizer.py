@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
-from optimum_sab.errors import ConfigError, FormatError, warn
+from optimum_sab.errors import ConfigError, FormatError, warn, warnings_heard
 from optimum_sab.hf.checkpoint import check_layers
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES, TAKES_LOAD_OPTIONS
 from optimum_sab.hf.config import SABConfig
@@ -50,6 +51,7 @@ class SABHfQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
         self._stages: Any = None  # with what they found before the weights were read
+        self._heard: list[str] = []  # what was warned of before the weights were read
         self._files: list[StoredFile] = []  # these four while a packed checkpoint is loaded
         self._names = StoredNames({})
         self._missing: tuple[str, ...] = ()  # what Transformers makes up
@@ -97,8 +99,9 @@ class SABHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import check_before_loading
 
-            warn_of_dense(model, selection)
-            self._stages = check_before_loading(model, self.quantization_config, origin_of(model))
+            with warnings_heard() as self._heard:
+                warn_of_dense(model, selection)
+                self._stages = check_before_loading(model, self.quantization_config, origin_of(model))
         else:
             replace_with_skeletons(model, selection)
             self._lists = selection.lists
@@ -143,7 +146,8 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import binarize_loaded
 
             beginning, self._stages = self._stages, None
-            self.report = binarize_loaded(model, self.quantization_config, beginning)
+            report = binarize_loaded(model, self.quantization_config, beginning)
+            self.report = replace(report, warnings=tuple(dict.fromkeys((*self._heard, *report.warnings))))
             transforms = getattr(model, "_weight_conversions", None)
             if transforms is not None:  # of the dense checkpoint; saving undoes them
                 model._weight_conversions = spare_packed(transforms, model)  # type: ignore[assignment]

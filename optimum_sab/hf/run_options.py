@@ -25,4 +25,5 @@ def run_options(config: SABConfig) -> RunOptions:
         temperature_scaling=config.temperature_scaling,
         resume_folder=config.resume_folder,
         backend=config.backend,
+        examples=config.examples,
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from optimum_sab.calibration.blocks.measured import block_significance
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.calibration.run import Silent
@@ -321,10 +322,31 @@ def test_modalities_reach_the_statistics(build, watched):
     torch.testing.assert_close(statistics.by_modality["visual"], 2 / images * visual.T @ visual, rtol=1e-4, atol=1e-5)
 
 
-def test_hessians_of_each_modality_are_kept_for_the_significance_map_alone(build, watched):
-    quantize(build("qwen2_5_vl"), calibration_pass="watched")
-    assert watched
-    assert all(statistics.by_modality == {} for _, statistics in watched.values())
+def test_hessians_of_each_modality_are_kept_where_a_block_begins_and_for_the_significance_map_alone(build, watched):
+    report = quantize(build("qwen2_5_vl"), calibration_pass="watched")
+    kept = [name for name, (_, statistics) in watched.items() if statistics.by_modality]
+    assert kept == [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    assert len(watched) > len(kept)
+    for name, block in zip(kept, report.blocks, strict=True):
+        statistics = watched[name][1]
+        stack = torch.cat(dense_weights(build("qwen2_5_vl"), name))
+        assert block.significance == block_significance(stack, statistics, QUICK.damping)
+        assert 0 < block.significance.ratio < 1
+
+
+def dense_weights(subject, query):
+    """Of q, k and v of the block that a query projection is in."""
+    stem = query.removesuffix("q_proj")
+    return [subject.model.get_submodule(f"{stem}{letter}_proj").weight.detach() for letter in "qkv"]
+
+
+def test_errors_are_told_by_modality(build):
+    report = quantize(build("qwen2_5_vl"))
+    for block in report.blocks:
+        assert set(block.by_modality) == {"text", "visual"}
+        assert all(set(layer.by_modality) == {"text", "visual"} for layer in block.layers)
+        assert 0 < block.by_modality["text"] != block.by_modality["visual"] > 0
+    assert set(quantize(build("llama")).blocks[0].by_modality) == {"text"}
 
 
 def test_experts_as_separate_linears_are_binarized_on_their_own_tokens(watched):

@@ -19,7 +19,7 @@ from optimum_sab.cli.main import main
 from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.ops.backends import _triton_problem as triton_problem
 
-QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations", "2"]
+QUICK = ["--calibration-samples", "8", "--sequence-length", "64", "--iterations", "2", "--no-examples"]
 QUICKER = [*QUICK, "--allocation", "uniform", "--sweeps", "0", "--no-temperature-scaling"]
 
 
@@ -37,6 +37,7 @@ def json_of(capsys):
 def test_quantize_writes_a_whole_checkpoint(packed):
     names = {p.name for p in packed.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json"} <= names
+    assert {"report.json", "report.html"} <= names
     assert [p.name for p in packed.parent.iterdir()] == [packed.name]  # no partial folder is left
 
 

@@ -34,7 +34,8 @@ def quick_config():
     """`SABConfig` with few, short samples: what is tested is the path, not the quality."""
 
     def make(**changes):
-        settings = {"calibration_samples": 8, "sequence_length": 64, "iterations": 2, "progress": "none", **changes}
+        settings = {"calibration_samples": 8, "sequence_length": 64, "iterations": 2, "progress": "none"}
+        settings |= {"examples": False, **changes}
         return SABConfig(**settings)
 
     return make

@@ -24,6 +24,7 @@ from transformers import (
 
 import optimum_sab
 from optimum_sab import AutoModelForVision2Seq, SABConfig, SABLinear
+from optimum_sab.calibration.predictions.verdict import LIMITS, Limits
 from optimum_sab.calibration.samples.inputs import unseen_inputs
 from optimum_sab.errors import ConfigError, FormatError, FormatVersionError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.eval.measures import agreement
@@ -214,9 +215,14 @@ def test_a_finished_model_is_compared_with_the_dense_one(llama_packed, llama_fol
 
 
 def test_a_model_far_from_the_dense_one_is_said_to_be(llama_folder, quicker_config, texts, monkeypatch):
-    monkeypatch.setattr("optimum_sab.calibration.predictions.agreement.FAR", 0.0)
-    with pytest.warns(SABWarning, match=r"far from the dense one on text .* KL \d"):
-        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quicker_config(calibration=texts))
+    monkeypatch.setitem(LIMITS, "text", Limits(0.0, 1.0, 0.0))
+    with pytest.warns(SABWarning, match=r"model is far from the dense model: on text .* KL \d.*more varied"):
+        model = AutoModelForCausalLM.from_pretrained(
+            llama_folder, quantization_config=quicker_config(calibration=texts)
+        )
+    report = model.hf_quantizer.report
+    assert report.verdict.level == "far"
+    assert [each for each in report.warnings if "far from the dense model" in each] != []
 
 
 def test_a_model_that_does_not_read_the_samples_of_the_comparison_is_binarized_all_the_same(

@@ -25,7 +25,7 @@ def report(rules):
     layers = (LayerReport("layers.0.gate", 0.1, 1.5, 4096),)
     return BinarizationReport(
         (
-            StageReport("samples", 0.0, SampleReport(3, {"text": 30})),
+            StageReport("samples", 0.0, SampleReport(3, {"text": 30}, 0, "builtin", 256, 0)),
             StageReport("allocation", 0.0, AllocationReport(rules, None)),
             StageReport("blocks", 0.0, (BlockReport(0, layers, None, 0.0),)),
         )

@@ -23,11 +23,11 @@ LAYERS = (
     ("format",),
     ("ops",),
     ("nn",),
-    ("data",),
+    ("data", "report"),
     ("calibration",),
     ("hf",),
     ("example",),
-    ("eval", "bench", "report"),
+    ("eval", "bench"),
     ("cli", "__main__", ""),  # "" is optimum_sab/__init__.py
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
@@ -231,7 +231,8 @@ def test_no_modules_import_each_other_in_a_circle():
         ("optimum_sab.errors", "from optimum_sab.core import planes"),
         ("optimum_sab.nn.linear", "from transformers import PreTrainedModel"),
         ("optimum_sab.calibration.streams.lockstep", "import transformers.utils"),
-        ("optimum_sab.hf.config", "from optimum_sab.report.html import write"),
+        ("optimum_sab.hf.config", "from optimum_sab.eval.measures import agreement"),
+        ("optimum_sab.report.page", "from optimum_sab.calibration.report import BinarizationReport"),
         ("optimum_sab.eval.tasks", "from optimum_sab.cli.main import main"),
         ("sab_kernels.decode", "from optimum_sab.core.planes import BinaryPlanes"),
         ("sab_kernels.decode", "import numpy"),
@@ -251,7 +252,7 @@ def test_upward_import_is_refused(name, source):
         ("optimum_sab.ops.reference", "import sab_kernels.decode"),
         ("optimum_sab.calibration.samples", "from transformers import ProcessorMixin"),
         ("optimum_sab.hf.config", "from transformers.utils.quantization_config import QuantizationConfigMixin"),
-        ("optimum_sab.report.html", "from optimum_sab.eval.tasks import Score"),
+        ("optimum_sab.calibration.report", "from optimum_sab.report.files import write_report"),
         ("optimum_sab.cli.main", "from optimum_sab import SABConfig"),
         ("optimum_sab", "from optimum_sab.hf.config import SABConfig as SABConfig"),
         ("sab_kernels.decode", "import triton\nfrom .layout import BLOCK"),

@@ -37,7 +37,7 @@ LATE = (
     "optimum_sab.bench.kernels",
     *(
         f"optimum_sab.cli.commands.{name}"
-        for name in ("bench", "demo", "env", "eval", "example", "inspect", "quantize")
+        for name in ("bench", "demo", "env", "eval", "example", "inspect", "quantize", "report")
     ),
     "optimum_sab.cli.main",
     "optimum_sab.eval.quality",

@@ -71,7 +71,9 @@ def quantize(family: Family, folder: Path) -> None:
         del model
 
         notes.note(stage="quantize")
-        config = SABConfig(calibration=samples.rows, processor=LetterTokenizer(), progress="none", **QUICK)
+        config = SABConfig(
+            calibration=samples.rows, processor=LetterTokenizer(), progress="none", examples=False, **QUICK
+        )
         packed = _load(family, folder / "dense", quantization_config=config)
         notes.note(stage="forward", share=binarized_share(packed, matrices))
         logits = [run(packed, samples.rows[index]) for index in COMPARED]

@@ -93,7 +93,7 @@ class _Probe:
         if groups:
             device = self._device or members[names[0]].weight.device
             settings = [each for each, _ in groups]
-            statistics = self._gathering.statistics(names[0], arrivals, settings, device)
+            statistics = self._gathering.statistics(names[0], self._gathering.pairs(arrivals), settings, device)
             for (own, _), group in groups.items():
                 self.found.groups.append(tuple(group))
                 self._measure(own, {name: members[name].weight for name in group}, statistics)

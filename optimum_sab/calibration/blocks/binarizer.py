@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.blocks.finished import FinishedBlock, is_finished
 from optimum_sab.calibration.blocks.idle_experts import allow_idle_experts
+from optimum_sab.calibration.blocks.measured import ModalityRows, block_significance
 from optimum_sab.calibration.blocks.report import BlockReport, LayerReport
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.reconstruction import reconstruct
@@ -49,23 +51,35 @@ class BlockBinarizer:
         self._started = time.perf_counter()
         self._index = index
         self._linears = self._targets.linears[index]
-        self._block = FinishedBlock({}, {}, {}, None)
+        self._block = FinishedBlock({}, {}, {}, None, {}, None)
 
     # -- groups ----------------------------------------------------------------------------------------------------
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         device = self._device or self._linears[names[0]].weight.device
         settings = [self._settings[name] for name in names]
-        return self._solve(names, self._gathering.statistics(names[0], arrivals, settings, device))
+        pairs = self._gathering.pairs(arrivals)
+        first = not self._block.packed
+        statistics = self._gathering.statistics(names[0], pairs, settings, device, by_modality=first)
+        if first:
+            self._look_at_significance(names, statistics)
+        return self._solve(names, statistics, ModalityRows.of(pairs, device))
 
     def miss(self, names: Sequence[str]) -> None:
         allow_idle_experts(names, self._linears, self._block.packed)
         for name in names:
             linear = self._linears[name]
             device = self._device or linear.weight.device
-            self._solve((name,), InputStatistics.without_data(linear.in_features, device))
+            self._solve((name,), InputStatistics.without_data(linear.in_features, device), ModalityRows({}))
 
-    def _solve(self, names: Sequence[str], statistics: InputStatistics) -> dict[str, Tensor]:
+    def _look_at_significance(self, names: Sequence[str], statistics: InputStatistics) -> None:
+        """Of a block's first linears only: their input is narrow, so Hessians of each modality cost little there."""
+        weights = [self._linears[name].weight.to(statistics.hessian.device, torch.float32) for name in names]
+        damping = self._settings[names[0]].damping
+        found = block_significance(torch.cat(weights), statistics, damping, names[0])
+        self._block = replace(self._block, significance=found)
+
+    def _solve(self, names: Sequence[str], statistics: InputStatistics, rows: ModalityRows) -> dict[str, Tensor]:
         """Solve linears that share an input, those with the same settings as one stack."""
         device = statistics.hessian.device
         weights: dict[str, Tensor] = {}
@@ -79,7 +93,10 @@ class BlockBinarizer:
                 packed = PackedWeight.pack(planes, settings)
                 self._block.packed[name] = packed
                 self._block.errors[name] = solution.error
-                weights[name] = packed.dequantize().to(dense.weight.device, dense.weight.dtype)
+                found = packed.dequantize()
+                with torch.autocast(device.type, enabled=False):
+                    self._block.by_modality[name] = rows.errors(dense.weight.to(device, torch.float32), found.float())
+                weights[name] = found.to(dense.weight.device, dense.weight.dtype)
         return weights
 
     # -- ends of blocks --------------------------------------------------------------------------------------------
@@ -113,10 +130,11 @@ class BlockBinarizer:
         parameters = ModuleParameters(packed, dense.dtype, vectors_of(passage.block), dense.device)
         found = reconstruct(passage, parameters, refine.epochs, seed=self._index)
         if not found.improved:
-            self._block = FinishedBlock(self._block.packed, self._block.errors, {}, found)
+            self._block = replace(self._block, reconstruction=found)
             return False
         refined = {**self._block.packed, **{self._start + n: weight for n, weight in parameters.packed().items()}}
-        self._block = FinishedBlock(refined, self._block.errors, parameters.built_vectors(), found)
+        vectors = parameters.built_vectors()
+        self._block = replace(self._block, packed=refined, vectors=vectors, reconstruction=found)
         return True
 
     def _read(self) -> FinishedBlock:
@@ -136,7 +154,7 @@ class BlockBinarizer:
         layers = tuple(self._swap(name, dense) for name, dense in self._linears.items())
         seconds = time.perf_counter() - self._started
         position = self._run.selection.blocks.index(self._targets.names[index])
-        report = BlockReport(position, layers, drift, seconds, self._block.reconstruction)
+        report = BlockReport(position, layers, drift, seconds, self._block.reconstruction, self._block.significance)
         self.reports.append(report)
         self._run.progress.on_block(report, len(self._targets.linears))
 
@@ -146,4 +164,6 @@ class BlockBinarizer:
         set_module(self._run.model, name, layer.train(dense.training))
         dense._parameters["weight"] = None  # the lockstep still refers to the module; its weight can go
         weights = layer.in_features * layer.out_features
-        return LayerReport(name, self._block.errors[name], layer.bits_per_weight, weights)
+        return LayerReport(
+            name, self._block.errors[name], layer.bits_per_weight, weights, self._block.by_modality[name]
+        )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
+from optimum_sab.calibration.blocks.measured import BlockSignificance
 from optimum_sab.calibration.refine.reconstruction import Reconstruction
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.core.settings import LayerSettings
@@ -24,19 +25,28 @@ class FinishedBlock:
         errors: their relative output errors.
         vectors: its one-dimensional parameters by name inside the block, where the refinement changed them.
         reconstruction: what the refinement made of it; None without it.
+        by_modality: its linears' errors of each modality.
+        significance: of its first linears; None where it was not told.
     """
 
     packed: dict[str, PackedWeight]
     errors: dict[str, float]
     vectors: dict[str, Tensor]
     reconstruction: Reconstruction | None
+    by_modality: dict[str, dict[str, float]]
+    significance: BlockSignificance | None
 
     def write(self, folder: ResumeFolder, index: int) -> None:
         """Keep it."""
         tensors = {f"{name}{_BAR}{k}": t for name, packed in self.packed.items() for k, t in packed.tensors.items()}
         tensors |= {f"{_BAR}{name}": vector for name, vector in self.vectors.items()}
-        found = None if self.reconstruction is None else asdict(self.reconstruction)
-        folder.write_tensors(_name(index), tensors, {"errors": self.errors, "reconstruction": found})
+        about = {
+            "errors": self.errors,
+            "reconstruction": None if self.reconstruction is None else asdict(self.reconstruction),
+            "by_modality": self.by_modality,
+            "significance": None if self.significance is None else asdict(self.significance),
+        }
+        folder.write_tensors(_name(index), tensors, about)
 
     @classmethod
     def read(
@@ -67,8 +77,17 @@ class FinishedBlock:
                 weight.validate(name)
             found = about["reconstruction"]
             errors = {name: float(about["errors"][name]) for name in layers}
-            return cls(packed, errors, vectors, None if found is None else Reconstruction(**found))
-        except (KeyError, TypeError, ValueError) as error:
+            by_modality = {n: {m: float(e) for m, e in about["by_modality"][n].items()} for n in layers}
+            shown = about["significance"]
+            return cls(
+                packed,
+                errors,
+                vectors,
+                None if found is None else Reconstruction(**found),
+                by_modality,
+                None if shown is None else BlockSignificance(**shown),
+            )
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise folder.refusal(_name(index), f"it is not what this block needs: {error}") from error
 
 

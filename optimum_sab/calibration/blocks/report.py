@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from optimum_sab.calibration.blocks.measured import BlockSignificance
 from optimum_sab.calibration.refine.reconstruction import Reconstruction
 
 
@@ -17,12 +19,15 @@ class LayerReport:
             that share its input together: they are solved as one stack.
         bits_per_weight: from stored bytes, bias included.
         weights: how many.
+        by_modality: ``Σ‖W x − Q x̂‖² / Σ‖W x‖²`` on some calibration tokens of each modality, x of the dense stream and
+            x̂ of the quantized one (the same with one stream). Empty without a token.
     """
 
     name: str
     error: float
     bits_per_weight: float
     weights: int
+    by_modality: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class BlockReport:
         drift: ``Σ‖h − ĥ‖² / Σ‖h‖²`` of the block's outputs between the streams; None with one stream.
         seconds: wall time of the block.
         reconstruction: what the refinement made of the block; None without it.
+        significance: r and ρ of the linears that read its input first; None with one modality.
     """
 
     index: int
@@ -42,8 +48,21 @@ class BlockReport:
     drift: float | None
     seconds: float
     reconstruction: Reconstruction | None = None
+    significance: BlockSignificance | None = None
 
     @property
     def error(self) -> float:
         """Mean relative output error of the block's linears."""
         return sum(layer.error for layer in self.layers) / len(self.layers)
+
+    @property
+    def by_modality(self) -> dict[str, float]:
+        """The same for each modality, of the linears that were given tokens of it."""
+        names = dict.fromkeys(name for layer in self.layers for name in layer.by_modality)
+        some = {name: [la.by_modality[name] for la in self.layers if name in la.by_modality] for name in names}
+        return {name: sum(errors) / len(errors) for name, errors in some.items()}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over weights of the block's linears."""
+        return sum(la.bits_per_weight * la.weights for la in self.layers) / sum(la.weights for la in self.layers)

@@ -19,8 +19,6 @@ from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.streams.modes import reading
 from optimum_sab.calibration.streams.placement import map_tensors
 
-FAR = 2.0  # nats per token: likely tokens have become e² = 7 times less likely
-
 
 @dataclass(frozen=True)
 class Agreement:
@@ -45,11 +43,6 @@ class Agreement:
 
     def __str__(self) -> str:
         return f"KL {self.kl:.2f} nats per token, {self.top1:.0%} of the likeliest tokens the same"
-
-    @property
-    def far(self) -> bool:
-        """Whether the predictions have little to do with the dense model's."""
-        return not self.kl <= FAR  # NaN too
 
 
 class AgreementCheck:

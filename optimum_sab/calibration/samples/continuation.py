@@ -1,4 +1,4 @@
-"""A model continues prompts: sampled, in batches, repeatable, and without a trace in the model or in global state."""
+"""A model continues prompts: sampled or greedily, in batches, repeatable, without a trace in it or in global state."""
 
 from __future__ import annotations
 
@@ -30,12 +30,13 @@ class Prompt:
     Attributes:
         inputs: forward arguments of one sample, `input_ids` int64 [1, tokens] among them.
         room: how many tokens may follow, at least 1.
-        rng: where the choice of tokens comes from, so that it does not hang on who shares the batch.
+        rng: where the choice of tokens comes from, so that it does not hang on who shares the batch; None takes the
+            likeliest token every time.
     """
 
     inputs: Mapping[str, Any]
     room: int
-    rng: random.Random
+    rng: random.Random | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _cut(tokens: list[int], ends: frozenset[int]) -> Continuation:
 class _Choice:
     """A logits processor that draws each row's next token and leaves only that one."""
 
-    def __init__(self, rows: list[random.Random], vocabulary: Vocabulary) -> None:
+    def __init__(self, rows: list[random.Random | None], vocabulary: Vocabulary) -> None:
         self._rows = rows
         self._size = vocabulary.size
         self._forbidden = sorted(vocabulary.forbidden)
@@ -156,7 +157,7 @@ class _Choice:
         summed = shares.cumsum(dim=1)
         kept = (summed - shares) < TOP_P  # the likeliest always is
         mass = (shares * kept).sum(dim=1)
-        drawn = torch.tensor([row.random() for row in self._rows]) * mass
+        drawn = torch.tensor([0.0 if row is None else row.random() for row in self._rows]) * mass
         place = torch.minimum((summed <= drawn[:, None]).sum(dim=1), kept.sum(dim=1) - 1)
         token = best.indices.gather(1, place.to(scores.device)[:, None])
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +12,14 @@ from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
 from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, encode_samples, has_chat_template
 from optimum_sab.calibration.samples.forward_inputs import token_count
 from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
-from optimum_sab.calibration.samples.named_source import SELF
+from optimum_sab.calibration.samples.named_source import BUILTIN, SELF
 from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
 
 UNSEEN_LENGTH = 256  # tokens of a text
+GIVEN = "given as objects"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,16 @@ class SampleSource:
     def written(self) -> bool:
         """Whether the model writes the samples, so that there are none before it is loaded."""
         return isinstance(self.data, str) and self.data == SELF
+
+    @property
+    def described(self) -> str:
+        """What it is, as it was named, of a file without the folders; of objects only that they were given."""
+        if self.data is None:
+            return BUILTIN
+        if not isinstance(self.data, (str, os.PathLike)):
+            return GIVEN
+        name = os.path.expanduser(os.fspath(self.data))
+        return os.path.basename(name) if os.path.isfile(name) else name
 
 
 def calibration_inputs(

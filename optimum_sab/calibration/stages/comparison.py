@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from optimum_sab.calibration.predictions.agreement import Agreement, AgreementCheck
+from optimum_sab.calibration.predictions.verdict import FAR, judge
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.sizes import Sizes
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.errors import warn
 
@@ -27,11 +29,9 @@ class CompareAnswers(Stage):
         except (RuntimeError, ValueError) as error:  # out of memory, say: the finished model must not be lost to that
             warn(f"the finished model could not be compared with the dense one: {error}")
             return None
-        for kind, each in found.items():
-            if each.far:
-                warn(
-                    f"the binarized model is far from the dense one on {kind} that did not calibrate it: {each}. It "
-                    "has lost what the calibration samples do not show: give more or more varied ones (some of "
-                    "optimum_sab.data.builtin.builtin_samples among them), or more bits (SABConfig.two_bit())."
-                )
+        sizes = run.kept(Sizes)
+        assert sizes is not None
+        verdict = judge(found, sizes.bits_per_weight)
+        if verdict.level == FAR:
+            warn(f"the binarized model is {verdict}")
         return found

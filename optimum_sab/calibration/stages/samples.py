@@ -13,8 +13,8 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.continuation import require_language_head
-from optimum_sab.calibration.samples.inputs import calibration_inputs
-from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, model_modalities
+from optimum_sab.calibration.samples.inputs import GIVEN, calibration_inputs
+from optimum_sab.calibration.samples.modality import TEXT, VISUAL, TokenModalities, model_modalities
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import target_linear
@@ -28,10 +28,18 @@ class SampleReport:
     Attributes:
         count: samples.
         tokens: of each modality that there is.
+        with_pictures: samples that show a picture or a video.
+        source: where they are from, as it was named.
+        sequence_length: tokens of a text at most.
+        seed: of what is drawn.
     """
 
     count: int
     tokens: dict[str, int]
+    with_pictures: int
+    source: str
+    sequence_length: int
+    seed: int
 
 
 class ReadSamples(Stage):
@@ -55,7 +63,19 @@ class ReadSamples(Stage):
         tokens = _count_tokens(samples.modalities, _config(run))
         _warn_few_tokens(sum(tokens.values()), run)
         run.keep(samples)
-        return SampleReport(len(samples), tokens)
+        source = run.options.source
+        return SampleReport(
+            count=len(samples),
+            tokens=tokens,
+            with_pictures=sum(map(_shows_a_picture, samples.inputs, samples.modalities)),
+            source=self.described(run),
+            sequence_length=source.sequence_length,
+            seed=source.seed,
+        )
+
+    def described(self, run: Run) -> str:
+        """Where the samples are from."""
+        return run.options.source.described
 
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
         """Forward arguments, one sample each."""
@@ -75,9 +95,17 @@ class GivenSamples(ReadSamples):
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
         return self._inputs
 
+    def described(self, run: Run) -> str:
+        return GIVEN
+
 
 def _config(run: Run) -> Any:
     return getattr(run.model, "config", None)
+
+
+def _shows_a_picture(inputs: Mapping[str, Any], modalities: TokenModalities) -> bool:
+    """By its tokens, or, for models whose pictures have none, by what is called after pixels."""
+    return modalities.count(VISUAL) > 0 or any("pixel" in name for name in inputs)
 
 
 def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[str, int]:

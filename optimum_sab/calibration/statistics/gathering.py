@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from optimum_sab.calibration.samples.modality import TokenModalities
-from optimum_sab.calibration.statistics.pairing import pair_streams
+from optimum_sab.calibration.statistics.pairing import PairedInputs, pair_streams
 from optimum_sab.calibration.statistics.passes import CalibrationPass
 from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
@@ -27,17 +27,31 @@ class Gathering:
     collector: CalibrationPass
     modalities: Sequence[TokenModalities]
 
+    def pairs(self, arrivals: Sequence[Arrival]) -> list[PairedInputs]:
+        """What a group of linears is given, the streams of every sample side by side.
+
+        Args:
+            arrivals: who waits there.
+        """
+        return pair_streams(arrivals, self.modalities)
+
     def statistics(
-        self, name: str, arrivals: Sequence[Arrival], settings: Collection[LayerSettings], device: torch.device
+        self,
+        name: str,
+        pairs: Sequence[PairedInputs],
+        settings: Collection[LayerSettings],
+        device: torch.device,
+        by_modality: bool = False,
     ) -> InputStatistics:
         """Statistics of what a group of linears is given.
 
         Args:
             name: of the first linear, for messages.
-            arrivals: who waits there.
+            pairs: from `pairs`.
             settings: of the linears. Hessians of each modality, as large as that of all, are made only if one reads
-                them.
+                them, ...
             device: where to compute.
+            by_modality: ... or whoever asks does.
         """
-        self.collector.by_modality = any(each.significance == "modality" for each in settings)
-        return self.collector.collect(name, pair_streams(arrivals, self.modalities), device)
+        self.collector.by_modality = by_modality or any(each.significance == "modality" for each in settings)
+        return self.collector.collect(name, pairs, device)

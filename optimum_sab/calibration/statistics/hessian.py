@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from optimum_sab.calibration.samples.modality import MIXED
+from optimum_sab.calibration.statistics.by_modality import rows_by_modality
 from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.calibration.statistics.passes import CalibrationPass, register_pass
 from optimum_sab.core.hessian import InputMoments, InputStatistics
@@ -40,7 +38,7 @@ def _halves(inputs: Sequence[PairedInputs]) -> tuple[list[PairedInputs], list[Pa
 
 def _add(moments: InputMoments, inputs: Sequence[PairedInputs], two_streams: bool, rows: int = 4096) -> None:
     """Add the samples by modality, about ``rows`` rows at a time: few large products instead of many small ones."""
-    for modality, pieces in _by_modality(inputs).items():
+    for modality, pieces in rows_by_modality(inputs).items():
         start = 0
         while start < len(pieces):
             end, count = start, 0
@@ -55,35 +53,3 @@ def _add(moments: InputMoments, inputs: Sequence[PairedInputs], two_streams: boo
             residuals = [p.rows(r) for p in batch for r in [p.pair.residual] if r is not None]
             moments.add(modality, quantized, dense, torch.cat(residuals) if residuals else None)
             start = end
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The rows of one sample that are of one modality: those of the mask, all without one."""
-
-    pair: PairedInputs
-    mask: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        return self.pair.quantized.shape[0] if self.mask is None else int(self.mask.sum())
-
-    def rows(self, of: Tensor) -> Tensor:
-        return of if self.mask is None else of[self.mask.to(of.device)]
-
-
-def _by_modality(inputs: Sequence[PairedInputs]) -> dict[str, list[_Piece]]:
-    several = any(len(pair.modalities.names) > 1 for pair in inputs)
-    pieces: dict[str, list[_Piece]] = {}
-    for pair in inputs:
-        labels, names = pair.modalities.labels, pair.modalities.names
-        if pair.routed or labels.numel() != pair.quantized.shape[0]:
-            pieces.setdefault(MIXED if several else names[0], []).append(_Piece(pair))
-            continue
-        for index, modality in enumerate(names):
-            mask = labels == index
-            if bool(mask.all()):
-                pieces.setdefault(modality, []).append(_Piece(pair))
-            elif bool(mask.any()):
-                pieces.setdefault(modality, []).append(_Piece(pair, mask))
-    return pieces

@@ -20,6 +20,7 @@ from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
 from optimum_sab.hf.stored_files import local_files, read_headers
+from optimum_sab.report.files import REPORT_HTML, REPORT_JSON
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,6 +52,7 @@ def run(options: argparse.Namespace) -> None:
         "bits_per_weight": report.bits_per_weight,
         "bytes": sum(p.stat().st_size for p in options.output.glob("*.safetensors")),
         "calibration_tokens": report.tokens,
+        "verdict": {"level": report.verdict.level, "words": report.verdict.words},
         "agreement": {kind: {"kl": each.kl, "top1": each.top1} for kind, each in report.agreement.items()},
         "seconds": time.perf_counter() - started,
         "blocks": [{"index": b.index, "error": b.error, "drift": b.drift, "seconds": b.seconds} for b in report.blocks],
@@ -64,6 +66,9 @@ def run(options: argparse.Namespace) -> None:
         )
         for kind, each in report.agreement.items():
             print(f"against the dense model, on {kind} that did not calibrate it: {each}")
+        page = options.output / REPORT_HTML
+        shown = page if page.exists() else options.output / REPORT_JSON
+        print(f"verdict: {report.verdict.words}. {report.verdict.advice} See {shown}")
 
 
 def read_from(options: argparse.Namespace) -> list[str]:

@@ -6,7 +6,10 @@ import os
 import re
 from pathlib import Path
 
-# What Transformers writes and reads: settings, weights under each of their names, tokenizers, processors.
+from optimum_sab.report.files import REPORT_HTML, REPORT_JSON
+
+# What Transformers writes and reads: settings, weights under each of their names, tokenizers, processors. And what this
+# package says of a checkpoint, which is not to stay beside another one.
 _NAMES = frozenset(
     {
         "config.json",
@@ -27,6 +30,8 @@ _NAMES = frozenset(
         "merges.txt",
         "spiece.model",
         "sentencepiece.bpe.model",
+        REPORT_JSON,
+        REPORT_HTML,
     }
 )
 _WEIGHTS = re.compile(

@@ -17,6 +17,7 @@ from optimum_sab.hf.output.filesystem import sync_tree
 from optimum_sab.hf.output.place import OutputPlace, content_of
 from optimum_sab.hf.output.placing import place, settle
 from optimum_sab.hf.output.work_folder import KEPT, WorkFolder, make_work_folder
+from optimum_sab.report.files import write_report
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def written_whole(where: OutputPlace) -> Iterator[Path]:
 
 
 def save_packed(model: Any, processor: Any, where: OutputPlace) -> None:
-    """Save model and processor; they appear only when all of it is written.
+    """Save model, processor, and the report of a model that was just made; they appear only when all is written.
 
     Args:
         model: packed.
@@ -69,6 +70,7 @@ def save_packed(model: Any, processor: Any, where: OutputPlace) -> None:
     def save(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        _save_report(model, folder)
 
     try:
         with written_whole(where) as folder:
@@ -77,6 +79,19 @@ def save_packed(model: Any, processor: Any, where: OutputPlace) -> None:
         if isinstance(error, OutputError):
             raise  # it is finished, and said to be somewhere
         raise _saved_elsewhere(error, where, save) from error
+
+
+def _save_report(model: Any, folder: Path) -> None:
+    """A disk that is full is for the caller to see; nothing else about a report may cost the model."""
+    report = getattr(getattr(model, "hf_quantizer", None), "report", None)
+    if report is None:
+        return
+    try:
+        write_report(folder, report.to_dict())
+    except OSError:
+        raise
+    except Exception as error:
+        warn(f"the report of this run could not be written ({type(error).__name__}: {error}); the model is.")
 
 
 def _finished(error: OSError, where: OutputPlace, work: WorkFolder) -> OutputError:

@@ -1,12 +1,10 @@
 """The comparison of a binarized model with the dense one on samples of their own."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
 
-from optimum_sab.calibration.predictions.agreement import Agreement, AgreementCheck
+from optimum_sab.calibration.predictions.agreement import AgreementCheck
 from optimum_sab.nn.decoder import find_decoder_blocks
 
 
@@ -24,7 +22,6 @@ def test_the_same_model_agrees_with_itself(subject):
     found = check.measure()["some"]
     assert found.kl == pytest.approx(0.0, abs=1e-6)
     assert found.top1 == 1.0
-    assert not found.far
 
 
 def test_agreement_is_that_of_the_logits_of_two_models(build):
@@ -86,11 +83,6 @@ def test_every_prediction_counts_where_there_are_no_input_ids(build):
     with torch.no_grad():
         subject.model.model.norm.weight.mul_(0.5)
     assert check.measure()["some"].kl > 0.0
-
-
-@pytest.mark.parametrize(("kl", "far"), [(0.3, False), (2.0, False), (2.1, True), (math.inf, True), (math.nan, True)])
-def test_far_is_above_two_nats_and_what_is_no_number(kl, far):
-    assert Agreement(kl, 0.5).far is far
 
 
 def test_a_head_that_was_patched_before_stays_patched(build):

@@ -1,0 +1,58 @@
+"""Parts of a report as JSON values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from optimum_sab.calibration.blocks.report import BlockReport
+from optimum_sab.calibration.sizes import LinearSizes, Sizes
+
+
+def block_entry(block: BlockReport) -> dict[str, Any]:
+    """What was found at one block."""
+    return {
+        "index": block.index,
+        "error": block.error,
+        "by_modality": block.by_modality,
+        "drift": block.drift,
+        "bits_per_weight": block.bits_per_weight,
+        "seconds": block.seconds,
+        "significance": None if block.significance is None else asdict(block.significance),
+        "reconstruction": None if block.reconstruction is None else asdict(block.reconstruction),
+        "layers": [{**asdict(layer), "by_modality": dict(layer.by_modality)} for layer in block.layers],
+    }
+
+
+def sizes_entry(sizes: Sizes | None) -> dict[str, Any] | None:
+    """Where the bytes are; None where they were not counted."""
+    if sizes is None:
+        return None
+    return {
+        "total": sizes.total_bytes,
+        "total_before": sizes.total_before,
+        "packed": sizes.packed_bytes,
+        "packed_before": sizes.dense_linears,
+        "kinds": _table(sizes.kinds),
+        "planes": _table(sizes.planes),
+        "tensors": dict(sizes.tensors),
+        "dense": dict(sizes.dense),
+    }
+
+
+def _table(entries: Any) -> dict[str, Any]:
+    return {name: {**asdict(each), "bits_per_weight": _bits(each)} for name, each in entries.items()}
+
+
+def _bits(sizes: LinearSizes) -> float:
+    return 8.0 * sizes.bytes / sizes.weights
+
+
+def finite(value: Any) -> Any:
+    """The same with None in the place of what is no number, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,101 @@
+"""The two files of a report: report.json, and report.html that is made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optimum_sab.errors import MissingDependencyError, OutputError, ReportError, warn
+
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+REPORT_VERSION = 1
+
+
+def write_report(folder: str | os.PathLike[str], document: Mapping[str, Any]) -> None:
+    """Write both files; report.json alone, with a warning, where the page cannot be made.
+
+    Args:
+        folder: exists.
+        document: what report.json is to hold.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    where = Path(folder)
+    _write(where / REPORT_JSON, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    try:
+        page = _page(document)
+    except (MissingDependencyError, ReportError) as error:
+        warn(f"{REPORT_JSON} is written, {REPORT_HTML} is not: {error}")
+        return
+    _write(where / REPORT_HTML, page)
+
+
+def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the report.json of a checkpoint holds.
+
+    Raises:
+        ReportError: there is no such folder, no report.json in it, or one that this release does not read.
+    """
+    named = os.fspath(folder)
+    where = Path(folder)
+    if not where.is_dir():
+        raise ReportError(f"{named!r} is no folder; name the folder of a packed checkpoint.")
+    try:
+        found = json.loads((where / REPORT_JSON).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ReportError(
+            f"{named!r} holds no {REPORT_JSON}: an earlier release made it, or save_pretrained alone. It is written by "
+            "`optimum-sab quantize`, and by model.hf_quantizer.report.save(folder) of a model that was just made."
+        ) from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ReportError(f"{REPORT_JSON} in {named!r} cannot be read ({error}); fetch it again.") from error
+    version = found.get("report_version") if isinstance(found, dict) else None
+    if version != REPORT_VERSION:
+        raise ReportError(
+            f"{REPORT_JSON} in {named!r} has the report_version {version!r}, and this release reads {REPORT_VERSION}; "
+            "upgrade optimum-sab, or quantize the model again."
+        )
+    return dict(found)
+
+
+def write_page(folder: str | os.PathLike[str]) -> Path:
+    """Make report.html anew from report.json.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ReportError: see `read_report`, or something in the file is not what it should be.
+        MissingDependencyError: see `optimum_sab.report.page.render`.
+        OutputError: the folder cannot be written to.
+    """
+    page = _page(read_report(folder))
+    path = Path(folder) / REPORT_HTML
+    try:
+        _write(path, page)
+    except OSError as error:
+        raise OutputError(
+            f"{REPORT_HTML} cannot be written to {os.fspath(folder)!r} ({error.strerror}); copy {REPORT_JSON} to a "
+            "folder that can be written to, and name that one."
+        ) from error
+    return path
+
+
+def _page(document: Mapping[str, Any]) -> str:
+    from optimum_sab.report.page import render  # whose packages are slow to import
+
+    return render(document)
+
+
+def _write(path: Path, text: str) -> None:
+    """Under its name there is the whole file, or what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
