@@ -6,16 +6,15 @@ looked up where it is: it is running, and its arguments are in its frame. Nothin
 
 from __future__ import annotations
 
-import inspect
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
+
+from optimum_sab.hf.running_call import running_call
 
 PLACE = ("revision", "subfolder")
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
@@ -60,7 +59,7 @@ def origin_of(model: nn.Module) -> Origin:
     The commit is taken rather than the branch it was looked up from, which may have moved since.
     """
     config: Any = getattr(model, "config", None)
-    call = _loading_call()
+    call = running_call(PreTrainedModel.from_pretrained)
     if call is None:
         return Origin(getattr(config, "_name_or_path", "") or "")
     revision = call.get("revision")
@@ -70,13 +69,3 @@ def origin_of(model: nn.Module) -> Origin:
     files = call.get("checkpoint_files")
     return Origin(found.name, found.place, found.access, None if files is None else tuple(map(str, files)))
 
-
-def _loading_call() -> Mapping[str, Any] | None:
-    """The variables of the innermost `PreTrainedModel.from_pretrained` that is running; None where none is."""
-    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is code:
-            return dict(frame.f_locals)
-        frame = frame.f_back
-    return None

@@ -17,6 +17,9 @@ from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.finite import check_finite
+from optimum_sab.hf.hub.base import describe_base
+from optimum_sab.hf.hub.companions import write_companions
+from optimum_sab.hf.hub.processor_files import ProcessorSource
 from optimum_sab.hf.one_save import check_one_save
 from optimum_sab.hf.origin import origin_of
 from optimum_sab.hf.recipe import as_recipe
@@ -37,6 +40,7 @@ class SABHfQuantizer(HfQuantizer):
 
     Attributes:
         report: the `BinarizationReport` of the model this quantizer made; None for a loaded one.
+        processor: where the processor is that is saved along.
     """
 
     requires_calibration = False  # True would refuse dense checkpoints, which is the main job
@@ -47,6 +51,8 @@ class SABHfQuantizer(HfQuantizer):
         # a copy: the work writes into it, and whoever gave it may load with it again
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
+        self.processor = ProcessorSource()  # what is saved along
+        self._base: dict[str, str] = {}  # of a model that is binarized
         self._stages: Any = None  # with what they found before the weights were read
         self._files: list[StoredFile] = []  # these three while a packed checkpoint is loaded
         self._names = StoredNames({})
@@ -83,8 +89,12 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import check_before_loading
 
             warn_of_dense(model, selection)
-            self._stages = check_before_loading(model, self.quantization_config, origin_of(model))
+            origin = origin_of(model)
+            self._stages = check_before_loading(model, self.quantization_config, origin)
+            self.processor = ProcessorSource(self.quantization_config.processor, origin)
+            self._base = describe_base(origin)
         else:
+            self.processor = ProcessorSource(None, origin_of(model))
             replace_with_skeletons(model, selection)
             self._lists = selection.lists
             if not RENAMES:
@@ -119,6 +129,8 @@ class SABHfQuantizer(HfQuantizer):
 
             beginning, self._stages = self._stages, None
             self.report = binarize_loaded(model, self.quantization_config, beginning)
+            if self._base:
+                self.quantization_config.measured["base"] = self._base
             transforms = getattr(model, "_weight_conversions", None)
             if transforms is not None:  # of the dense checkpoint; saving undoes them
                 model._weight_conversions = spare_packed(transforms, model)  # type: ignore[assignment]
@@ -174,6 +186,7 @@ class SABHfQuantizer(HfQuantizer):
         config: Any = model.config
         for each in (self.quantization_config, config.quantization_config):
             each.saved_as = metadata[SAVE_KEY]
+        write_companions(model, self.quantization_config, self.processor)
         return None, metadata
 
     @property

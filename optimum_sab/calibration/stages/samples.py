@@ -14,7 +14,7 @@ from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.continuation import require_language_head
 from optimum_sab.calibration.samples.inputs import calibration_inputs
-from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, model_modalities
+from optimum_sab.calibration.samples.modality import TEXT, VISUAL, TokenModalities, model_modalities
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import target_linear
@@ -28,10 +28,12 @@ class SampleReport:
     Attributes:
         count: samples.
         tokens: of each modality that there is.
+        with_pictures: samples that show any.
     """
 
     count: int
     tokens: dict[str, int]
+    with_pictures: int = 0
 
 
 class ReadSamples(Stage):
@@ -55,7 +57,7 @@ class ReadSamples(Stage):
         tokens = _count_tokens(samples.modalities, _config(run))
         _warn_few_tokens(sum(tokens.values()), run)
         run.keep(samples)
-        return SampleReport(len(samples), tokens)
+        return SampleReport(len(samples), tokens, sum(m.count(VISUAL) > 0 for m in samples.modalities))
 
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
         """Forward arguments, one sample each."""

@@ -38,6 +38,11 @@ CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
 
 
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights of a model, or says which files do."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
 def is_member(entry: os.DirEntry[str] | Path) -> bool:
     """Whether a folder's entry is part of a checkpoint: a file or link of a known name, or the folder of templates."""
     folder = entry.is_dir() and not entry.is_symlink()
