@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from optimum_sab.cli.settings import check_calibration
+from optimum_sab.cli.settings import add_source, check_calibration, read_origin
 from optimum_sab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def add_command(commands: Any) -> None:
         description="Quantizes the model by every method on the same calibration data, ours through from_pretrained, "
         "the baselines as dense simulations through the same lockstep calibration, and measures each result.",
     )
-    quality.add_argument("model", help="'example' for the embedded model, or a checkpoint")
+    quality.add_argument("model", help="'example' for the embedded model, or a checkpoint: folder or Hub repository")
     quality.add_argument(
         "--methods",
         nargs="+",
@@ -62,6 +62,7 @@ def add_command(commands: Any) -> None:
     quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
     quality.add_argument("--json", action="store_true", help="print one JSON object")
+    add_source(quality)
     quality.set_defaults(run=run_quality)
 
 
@@ -83,7 +84,8 @@ def run_quality(options: argparse.Namespace) -> None:
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes
     )
-    subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
+    origin = read_origin(options.model, options)
+    subject = find_subject(origin, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
 
     def on_row(row: Measurement) -> None:
         sys.stderr.write(f"{row.method}, seed {row.seed}: {row.bits_per_weight:.3f} bits, {row.seconds:.0f} s\n")

@@ -5,19 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
+from optimum_sab.cli.settings import add_source, read_origin
 from optimum_sab.errors import FormatError
+from optimum_sab.hf.hub.fetch import checkpoint_folder
 from optimum_sab.hf.inventory import Inventory, Verification, read_inventory, verify_inventory
 
 
 def add_command(commands: Any) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("inspect", help="show what a packed checkpoint holds: bits, bytes, settings")
-    parser.add_argument("folder", type=Path, help="packed checkpoint folder")
+    parser.add_argument("folder", metavar="checkpoint", help="packed checkpoint: folder or Hub repository")
     parser.add_argument("--verify", action="store_true", help="read every tensor and compare it with its digest")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_source(parser)
     parser.set_defaults(run=run)
 
 
@@ -27,7 +29,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         FormatError: after everything is printed, where a tensor is not what was saved.
     """
-    inventory = read_inventory(options.folder)
+    inventory = read_inventory(checkpoint_folder(read_origin(options.folder, options)))
     verification = verify_inventory(inventory) if options.verify else None
     if options.json:
         print(json.dumps(as_json(inventory, verification)))

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import ConfigError, SABWarning
 from optimum_sab.version import __version__
 
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have it: 128 and the signal's number
@@ -27,9 +27,12 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         was to read the output has gone (argparse exits with 2 on a wrong call).
     """
     options = argparse.Namespace()
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["run"]:
+        return _be(given[1:], program)
     try:
         parser = build_parser(program)
-        parser.parse_args(None if arguments is None else list(arguments), namespace=options)
+        parser.parse_args(given, namespace=options)
         with warnings.catch_warnings():
             warnings.showwarning = _showing(warnings.showwarning)
             options.run(options)
@@ -53,14 +56,26 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
     return 0
 
 
+def _be(arguments: Sequence[str], program: str) -> int:
+    """Be another program, whose errors and interruptions are its own."""
+    from optimum_sab.cli.run import find_program
+
+    try:
+        start = find_program(arguments, program)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return start()
+
+
 def build_parser(program: str) -> argparse.ArgumentParser:
     """The parser of all commands."""
-    from optimum_sab.cli import bench, demo, env, eval, inspect, quantize
+    from optimum_sab.cli import bench, demo, env, eval, inspect, quantize, run
 
     parser = argparse.ArgumentParser(program, description="Significance-aware binarization of vision-language models.")
     parser.add_argument("--version", action="version", version=f"optimum-sab {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in (quantize, inspect, demo, eval, bench, env):
+    for module in (quantize, inspect, demo, eval, bench, env, run):
         module.add_command(commands)
     return parser
 

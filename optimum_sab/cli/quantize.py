@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from optimum_sab.cli.settings import add_settings, add_source, check_calibration, read_settings
+from optimum_sab.cli.settings import add_settings, add_source, check_calibration, read_origin, read_settings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
+from optimum_sab.hf.hub.push import check_push, push_folder
+from optimum_sab.hf.hub.remote_code import add_remote_code, check_remote_code
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
-from optimum_sab.hf.origin import ACCESS, PLACE, Origin
 from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
@@ -29,7 +30,19 @@ def add_command(commands: Any) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
     parser.add_argument("model", help="checkpoint folder or Hub repository")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the packed checkpoint goes")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the packed checkpoint goes (default with --push-to-hub: a folder with the repository's name)",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it too; a repository that is not there is made")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make the repository private")
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="add a file that makes from_pretrained(…, trust_remote_code=True) enough, without importing optimum_sab",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output; other files stay")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
     parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
@@ -37,11 +50,12 @@ def add_command(commands: Any) -> None:
     parser.add_argument("--processor", metavar="PATH", help="processor to use instead of the checkpoint's own")
     add_source(parser)
     add_settings(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, refuse=parser.error)
 
 
 def run(options: argparse.Namespace) -> None:
     """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
+    check_places(options)
     config = read_settings(options, progress="lines")
     check_calibration(config.calibration)
     check_device_map(options.device_map)
@@ -49,19 +63,27 @@ def run(options: argparse.Namespace) -> None:
     read_headers(local_files(Path(options.model)))  # a truncated file is seen by its header
     where = check_output(options.output, options.overwrite, sources=read_from(options))
     check_resume_folder(config.resume_folder, where)
-    origin = Origin.of(options.model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})
+    origin = read_origin(options.model, options)
     source = model_config(options.model, **origin.arguments)
     if getattr(source, "quantization_config", None) is not None:
         raise ConfigError(f"{options.model!r} is quantized already; start from the dense checkpoint.")
+    if options.remote_code:
+        check_remote_code(source)
     processor = find_processor(options.processor, origin, reads_pictures(source))
     config.processor = processor
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     factory = auto_class(source)
     check_size(where, expected_bytes(factory, source, config, dtype))
+    target = None
+    if options.push_to_hub is not None:  # last, since it may make a repository
+        target = check_push(options.push_to_hub, options.private, options.token, sources=[options.model])
     model = factory.from_pretrained(
         options.model, dtype=dtype, quantization_config=config, device_map=options.device_map, **origin.arguments
     )
+    if options.remote_code:
+        add_remote_code(model)
     save_packed(model, processor, where)
+    commit = None if target is None else push_folder(where.folder, target)
     report = model.hf_quantizer.report
     summary = {
         "output": str(options.output),
@@ -72,6 +94,8 @@ def run(options: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - started,
         "blocks": [{"index": b.index, "error": b.error, "drift": b.drift, "seconds": b.seconds} for b in report.blocks],
     }
+    if target is not None:
+        summary |= {"repository": target.repo_id, "commit": commit}
     if options.json:
         print(json.dumps(summary))
     else:
@@ -81,6 +105,18 @@ def run(options: argparse.Namespace) -> None:
         )
         for kind, each in report.agreement.items():
             print(f"against the dense model, on {kind} that did not calibrate it: {each}")
+        if target is not None:
+            print(f"uploaded: {target.url}")
+
+
+def check_places(options: argparse.Namespace) -> None:
+    """Refuse a call that says nowhere where the checkpoint goes; without a folder, it has the repository's name."""
+    if options.output is None and options.push_to_hub is None:
+        options.refuse("one of --output and --push-to-hub is required")
+    if options.private and options.push_to_hub is None:
+        options.refuse("--private goes with --push-to-hub")
+    if options.output is None:
+        options.output = Path(options.push_to_hub.rstrip("/").split("/")[-1])
 
 
 def read_from(options: argparse.Namespace) -> list[str]:

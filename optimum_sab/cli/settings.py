@@ -11,6 +11,7 @@ from optimum_sab.calibration.samples.named_source import BUILTIN, SELF, named_so
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.config import ALLOCATION, SABConfig
+from optimum_sab.hf.origin import ACCESS, PLACE, Origin
 from optimum_sab.hf.presets import PRESETS
 
 _CHOICES = {"significance": SIGNIFICANCE, "feedback": FEEDBACK, "row_scale": ROW_SCALE, "allocation": ALLOCATION}
@@ -76,6 +77,11 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--local-files-only", action="store_true", help="download nothing")
     group.add_argument("--force-download", action="store_true", help="download again what is there")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that the checkpoint brings")
+
+
+def read_origin(model: str, options: argparse.Namespace) -> Origin:
+    """What `add_source` has read, of a checkpoint."""
+    return Origin.of(model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})
 
 
 def read_settings(options: argparse.Namespace, progress: str) -> SABConfig:

@@ -68,4 +68,3 @@ def origin_of(model: nn.Module) -> Origin:
     found = Origin.of(call.get("pretrained_model_name_or_path") or "", {**call, "revision": commit or revision})
     files = call.get("checkpoint_files")
     return Origin(found.name, found.place, found.access, None if files is None else tuple(map(str, files)))
-

@@ -52,8 +52,8 @@ class Hub:
 
 
 class Refusal(Exception):
-    def __init__(self, status, code=None, message=""):
-        self.status, self.code, self.message = status, code, message
+    def __init__(self, status, code=None, message="", url=""):
+        self.status, self.code, self.message, self.url = status, code, message, url
 
 
 def serve():
@@ -85,7 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(404, "EntryNotFound", f"{method} {path} is not served")
         except Refusal as refused:
             headers = {"X-Error-Code": refused.code} if refused.code else {}
-            self.send({"error": refused.message}, {**headers, "X-Error-Message": refused.message}, refused.status)
+            content = {"error": refused.message, "url": refused.url}
+            self.send(content, {**headers, "X-Error-Message": refused.message}, refused.status)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -145,7 +146,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.who != (owner, "write"):
             raise Refusal(403, None, f"You don't have the rights to create a model under the namespace {owner}")
         if repo in self.hub.repositories:
-            raise Refusal(409, None, "You already created this model repo")
+            raise Refusal(409, None, "You already created this model repo", f"{self.hub.url}/{repo}")
         private = asked.get("visibility") == "private" or bool(asked.get("private"))
         self.hub.repositories[repo] = Repository(private)
         return ({"url": f"{self.hub.url}/{repo}"},)

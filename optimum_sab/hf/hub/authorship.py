@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+CARD = "README.md"
 _SIGNATURE = re.compile(r"\n*<!-- optimum-sab wrote this card, [^\n]* ([0-9a-f]{16}) -->\s*\Z")
 _UNFILLED = "This model card has been automatically generated."  # Transformers' own, as it is pushed with a model
 

@@ -10,9 +10,9 @@ import yaml
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.utils import EntryNotFoundError
 
+from optimum_sab.hf.hub.authorship import CARD
 from optimum_sab.hf.origin import Origin
 
-CARD = "README.md"
 _TAKEN = ("license", "license_name", "license_link", "pipeline_tag")
 _ACCESS = ("cache_dir", "force_download", "local_files_only", "token")  # of what `hf_hub_download` takes
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")

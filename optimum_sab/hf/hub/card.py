@@ -12,20 +12,26 @@ from optimum_sab.calibration.samples.spread import spread
 from optimum_sab.hf.hub.authorship import sign, with_tags
 from optimum_sab.hf.hub.facts import ModelFacts
 
+HERE = "path/to/this/checkpoint"
 _ROWS = 16  # of the table of blocks
 _NOT_SETTINGS = ("measured", "quant_method", "format_version", "calibration", "calibration_samples", "seed", "dynamic")
 
 
-def model_card(facts: ModelFacts, name: str, tags: Iterable[str] = ()) -> ModelCard:
-    """The card, signed as ours.
+def model_card(facts: ModelFacts, tags: Iterable[str] = ()) -> ModelCard:
+    """The card, signed as ours. Where the checkpoint will lie is not known by then: `named` says it.
 
     Args:
         facts: of the model.
-        name: repository or folder, as a reader will give it to ``from_pretrained``.
         tags: further ones.
     """
-    card = ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{_text(facts, name)}")
+    card = ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{_text(facts)}")
     return sign(with_tags(card, tags))
+
+
+def named(card: ModelCard, repo_id: str) -> ModelCard:
+    """A card of ours, of the checkpoint in a repository."""
+    card.text = card.text.replace(HERE, repo_id)
+    return sign(card)
 
 
 def card_data(facts: ModelFacts) -> ModelCardData:
@@ -42,11 +48,11 @@ def card_data(facts: ModelFacts) -> ModelCardData:
     )
 
 
-def _text(facts: ModelFacts, name: str) -> str:
+def _text(facts: ModelFacts) -> str:
     measured = facts.config.measured or {}
     parts = [
-        _title(name, measured.get("base", {}), facts),
-        _loading(facts, name),
+        _title(measured.get("base", {}), facts),
+        _loading(facts),
         _sizes(facts),
         _agreement(measured.get("agreement") or {}),
         _calibration(facts),
@@ -56,19 +62,19 @@ def _text(facts: ModelFacts, name: str) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _title(name: str, base: dict[str, str], facts: ModelFacts) -> str:
-    dense = "a dense model"
+def _title(base: dict[str, str], facts: ModelFacts) -> str:
+    dense = f"a {facts.architecture}"
     if "model" in base:
         commit = f" at `{base['revision'][:12]}`" if "revision" in base else ""
         dense = f"[{base['model']}](https://huggingface.co/{base['model']}){commit}"
     return (
-        f"# {name.rstrip('/').split('/')[-1]}\n\n"
-        f"{dense[0].upper()}{dense[1:]} with its decoder's linears packed to {facts.bits_per_weight:.3f} bits per weight "
-        "by optimum-sab: signs, and a few scales that are fitted to calibration data."
+        f"# {base.get('model', facts.architecture).split('/')[-1]}, packed by optimum-sab\n\n"
+        f"{dense[0].upper()}{dense[1:]} with its decoder's linears packed to {facts.bits_per_weight:.3f} bits per "
+        "weight by optimum-sab: signs, and a few scales that are fitted to calibration data."
     )
 
 
-def _loading(facts: ModelFacts, name: str) -> str:
+def _loading(facts: ModelFacts) -> str:
     reader = "AutoTokenizer" if facts.pipeline_tag == "text-generation" else "AutoProcessor"
     lines = [
         "## Loading",
@@ -81,8 +87,8 @@ def _loading(facts: ModelFacts, name: str) -> str:
         "import optimum_sab  # registers the quantization method with Transformers",
         f"from transformers import {', '.join(sorted((facts.auto_class, reader)))}",
         "",
-        f'model = {facts.auto_class}.from_pretrained("{name}")',
-        f'processor = {reader}.from_pretrained("{name}")',
+        f'model = {facts.auto_class}.from_pretrained("{HERE}")',
+        f'processor = {reader}.from_pretrained("{HERE}")',
         "```",
         "",
     ]
@@ -98,8 +104,8 @@ def _loading(facts: ModelFacts, name: str) -> str:
         )
     lines += [
         "",
-        "Without the package nothing useful is loaded: Transformers warns of an unknown quantization type, and fails or "
-        "goes on with weights that it makes up. `model.dequantize()` gives a dense model for programs that read no "
+        "Without the package nothing useful is loaded: Transformers warns of an unknown quantization type, and fails "
+        "or goes on with weights that it makes up. `model.dequantize()` gives a dense model for programs that read no "
         "packed weights, such as vLLM, SGLang and llama.cpp.",
     ]
     return "\n".join(lines)
@@ -161,16 +167,13 @@ def _of_how_many(shown: int, blocks: int) -> str:
 
 def _settings(facts: ModelFacts) -> str:
     config = facts.config
+    head = f"## Settings\n\nFormat version {config.format_version}"
     given = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_SETTINGS}
     rules = f" {len(config.dynamic):,} linears or rules have settings of their own." if config.dynamic else ""
-    shown = json.dumps(given, indent=2) if given else "the defaults"
-    return (
-        f"## Settings\n\nFormat version {config.format_version}; other than the defaults:\n\n```json\n{shown}\n```\n\n"
-        f"All are in `quantization_config` of `config.json`.{rules}"
-        if given
-        else f"## Settings\n\nFormat version {config.format_version}, the defaults; they are in `quantization_config` of "
-        f"`config.json`.{rules}"
-    )
+    if not given:
+        return f"{head}, the defaults; they are in `quantization_config` of `config.json`.{rules}"
+    shown = f"```json\n{json.dumps(given, indent=2)}\n```"
+    return f"{head}; other than the defaults:\n\n{shown}\n\nAll are in `quantization_config` of `config.json`.{rules}"
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

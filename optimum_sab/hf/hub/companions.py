@@ -1,9 +1,9 @@
 """What is written beside the weights of a packed model: its card, its processor, and the file that loads it.
 
-`save_pretrained` asks the quantizer once, before it writes (`SABHfQuantizer.get_state_dict_and_metadata`), and has noted
-by then which files were in the folder. So what is written now is uploaded with the rest. `push_to_hub` saves to a folder
-of its own and puts there, last of all, the card that `create_and_tag_model_card` gave it: `install` wraps that function,
-so that the card of a packed model is the one that its folder has.
+`save_pretrained` asks the quantizer once, before it writes (`SABHfQuantizer.get_state_dict_and_metadata`), and has
+noted by then which files were in the folder. So what is written now is uploaded with the rest. `push_to_hub` saves to a
+folder of its own and puts there, last of all, the card that `create_and_tag_model_card` gave it: `install` wraps that
+function, so that the card of a packed model is the one that its folder has.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from transformers import PreTrainedModel, modeling_utils
 from transformers.utils import hub
 
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.hub.authorship import is_users, keeps, sign, with_tags
-from optimum_sab.hf.hub.base import CARD
-from optimum_sab.hf.hub.card import model_card
+from optimum_sab.hf.hub.authorship import CARD, is_users, keeps, sign, with_tags
+from optimum_sab.hf.hub.card import model_card, named
 from optimum_sab.hf.hub.facts import model_facts
 from optimum_sab.hf.hub.processor_files import ProcessorSource, write_processor
 from optimum_sab.hf.hub.remote_code import write_remote_code
@@ -44,8 +43,8 @@ def write_companions(model: Any, config: SABConfig, processor: ProcessorSource) 
     pushed = _running_push(call)
     write_remote_code(model.config, folder)
     if not keeps(folder / CARD):
-        name = pushed.get("repo_id") or folder.resolve().name
-        model_card(model_facts(model, config), name, model.model_tags or ()).save(folder / CARD)
+        card = model_card(model_facts(model, config), model.model_tags or ())
+        (named(card, pushed["repo_id"]) if pushed else card).save(folder / CARD)
     found = processor.find(model.config)
     if hasattr(found, "save_pretrained"):
         write_processor(found, folder, _on_the_hub(pushed))

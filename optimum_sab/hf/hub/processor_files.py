@@ -15,7 +15,7 @@ from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.processor import find_processor
 
 # Files that are of one tokenizer, so that none of them may come from another.
-_TOKENIZER = ("token", "vocab", "merges", "special_tokens", "chat_template", "spiece", "sentencepiece", "additional_chat")
+_TOKENIZER = ("token", "vocab", "merges", "special_tokens", "chat_", "spiece", "sentencepiece", "additional_chat_")
 
 
 @dataclass
@@ -34,7 +34,7 @@ class ProcessorSource:
     origin: Origin | None = None
 
     def find(self, config: Any) -> Any:
-        """The processor, or None where the model has none.
+        """The processor, the tokenizer where there is no more, or None where the model has neither.
 
         Args:
             config: of the model.
@@ -43,12 +43,14 @@ class ProcessorSource:
         if self.given is None and not origin.name:
             return None
         modalities = model_modalities(config)
-        try:
-            return find_processor(self.given, origin, VISUAL in modalities or AUDIO in modalities)
-        except (SampleError, MissingDependencyError) as error:
-            if not Path(origin.name).is_dir():  # a folder is there to be looked at; what the Hub has is not seen
-                warn(f"the model is saved without a processor: {error}")
-            return None
+        for more_than_text in dict.fromkeys((VISUAL in modalities or AUDIO in modalities, False)):
+            try:
+                return find_processor(self.given, origin, more_than_text)
+            except (SampleError, MissingDependencyError) as error:
+                problem = error
+        if not Path(origin.name).is_dir():  # a folder is there to be looked at; what the Hub has is not seen
+            warn(f"the model is saved without a processor: {problem}")
+        return None
 
     def __deepcopy__(self, memo: Any) -> ProcessorSource:
         return self

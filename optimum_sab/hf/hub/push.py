@@ -11,8 +11,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from optimum_sab.errors import ConfigError, OutputError
-from optimum_sab.hf.hub.authorship import is_users
-from optimum_sab.hf.hub.base import CARD
+from optimum_sab.hf.hub.authorship import CARD, is_users, keeps
+from optimum_sab.hf.hub.card import named
 from optimum_sab.hf.output.members import is_weights
 from optimum_sab.hf.output.place import content_of
 
@@ -107,6 +107,8 @@ def push_folder(folder: Path, target: PushTarget, message: str = "Upload packed 
         there = api.list_repo_files(target.repo_id)
         if CARD in there and _is_kept(api, target):
             files.pop(CARD, None)
+        if CARD in files:
+            files[CARD] = _card_of(folder, target)
         stale = [name for name in there if is_weights(name) and name not in files]
         operations = [CommitOperationDelete(name) for name in stale]
         operations += [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -119,9 +121,17 @@ def push_folder(folder: Path, target: PushTarget, message: str = "Upload packed 
         ) from error
 
 
-def _files_of(folder: Path) -> dict[str, str]:
+def _card_of(folder: Path, target: PushTarget) -> bytes:
+    """The folder's card; one of ours says where it lies."""
+    content = (folder / CARD).read_bytes()
+    if keeps(folder / CARD):
+        return content
+    return str(named(ModelCard(content.decode()), target.repo_id)).encode()
+
+
+def _files_of(folder: Path) -> dict[str, str | bytes]:
     """What lies in a folder and below, by its name in the repository; nothing hidden."""
-    found = {}
+    found: dict[str, str | bytes] = {}
     for top in content_of(folder):
         for path in [top] if top.is_file() else top.rglob("*"):
             name = path.relative_to(folder)

@@ -46,21 +46,27 @@ def add_remote_code(model: Any) -> None:
     Raises:
         ConfigError: its configuration is no class of Transformers, or names code of its own.
     """
-    config = model.config
-    if brings_code(config):
-        return
+    check_remote_code(model.config)
+    model.config.auto_map = {"AutoConfig": f"{MODULE}.{_class_name(model.config)}"}
+
+
+def check_remote_code(config: Any) -> None:
+    """Refuse the configuration of a model that `add_remote_code` can do nothing for.
+
+    Raises:
+        ConfigError: see there.
+    """
     name = _class_name(config)
-    if getattr(config, "auto_map", None):
+    if getattr(config, "auto_map", None) and not brings_code(config):
         raise ConfigError(
-            f"{type(model).__name__} brings code of its own (auto_map={config.auto_map!r}), in whose place ours would "
-            "be run; import optimum_sab where it is loaded."
+            f"{name} brings code of its own (auto_map={config.auto_map!r}), in whose place ours would be run; leave it "
+            "out, and import optimum_sab where the model is loaded."
         )
     if not issubclass(type(config), getattr(transformers, name, ())):
         raise ConfigError(
-            f"{name} is not a class that transformers exports, so the file could not name it; import optimum_sab "
-            "where the model is loaded."
+            f"{name} is not a class that transformers exports, so the file could not name it; leave it out, and import "
+            "optimum_sab where the model is loaded."
         )
-    config.auto_map = {"AutoConfig": f"{MODULE}.{name}"}
 
 
 def brings_code(config: Any) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 _NAMES = frozenset(
     {
         "config.json",
+        "configuration_sab.py",
         "generation_config.json",
         "preprocessor_config.json",
         "processor_config.json",
