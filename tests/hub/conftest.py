@@ -1,5 +1,6 @@
 """A Hub on this machine for all tests of this folder, and processes that know no other."""
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from optimum_sab import SABConfig
+from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.bench.qwen import random_model
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.processor import load_processor
@@ -109,6 +110,18 @@ def packed(tmp_path_factory):
         packed_model(seed).save_pretrained(folder)
         folders.append(folder)
     return folders
+
+
+@pytest.fixture(scope="session")
+def digests(packed):
+    """Of what the two models answer."""
+    found = []
+    for folder in packed:
+        with torch.no_grad():
+            logits = AutoModelForVision2Seq.from_pretrained(folder)(input_ids=torch.arange(20, 40)[None]).logits
+        found.append(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
+    assert found[0] != found[1]
+    return found
 
 
 @pytest.fixture

@@ -175,7 +175,13 @@ def _refusal(error: Exception, what: str) -> ConfigError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line, where the Hub's errors have their point; without the full stop."""
+    """The first line, where the Hub's errors have their point, and that of what caused it; without the full stop."""
+    if isinstance(error.__cause__, Exception):
+        return f"{_said(error)}: {_said(error.__cause__)}"
+    return _said(error)
+
+
+def _said(error: Exception) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     said = getattr(error, "server_message", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"{status}: {said}".rstrip(".") if status is not None and str(status) not in said else said.rstrip(".")
