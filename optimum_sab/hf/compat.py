@@ -15,3 +15,6 @@ CACHE_ARGUMENT = "cache" if _LINE >= (5, 24) else "past_key_values"
 
 # Transformers 5 renames, merges and splits tensors on their way between disk and model.
 RENAMES = _LINE >= (5, 0)
+
+# 4.57 looks for a processor's files without the revision and the token that `AutoProcessor` was given.
+KEEPS_ARGUMENTS = _LINE >= (5, 0)
