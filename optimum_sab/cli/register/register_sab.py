@@ -13,7 +13,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 class SABCommand(BaseOptimumCLICommand):
     """Hands everything after `optimum-cli sab` to `optimum-sab`."""
 
-    COMMAND = CommandInfo(name="sab", help="Binarize vision-language models: quantize, inspect, demo, bench, env.")
+    COMMAND = CommandInfo(name="sab", help="Binarize vision-language models: quantize, inspect, run, demo, bench, env.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:

@@ -104,9 +104,9 @@ def _loading(facts: ModelFacts) -> str:
         )
     lines += [
         "",
-        "Without the package nothing useful is loaded: Transformers warns of an unknown quantization type, and fails "
-        "or goes on with weights that it makes up. `model.dequantize()` gives a dense model for programs that read no "
-        "packed weights, such as vLLM, SGLang and llama.cpp.",
+        "Without the package Transformers warns of an unknown quantization type and stops with a size mismatch. "
+        "`model.dequantize()` gives a dense model for programs that read no packed weights, such as vLLM, SGLang and "
+        "llama.cpp.",
     ]
     return "\n".join(lines)
 
