@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -111,13 +112,21 @@ def quick_muon(monkeypatch):
 @pytest.fixture(scope="session")
 def warm(small_example):
     """A folder for the front of PATH: `optimum-sab`, `optimum-cli` and `python` there need not import anything."""
+    with warm_programs(small_example, os.environ) as folder:
+        yield folder
+
+
+@contextmanager
+def warm_programs(example, environment):
+    """The folder of `warm`; what is read from the environment at an import is as given here."""
     here = Path(__file__).parent / "speed"
     with tempfile.TemporaryDirectory() as name:  # the path of a socket must be short
         folder = Path(name)
         for program in ("optimum-sab", "optimum-cli", "python"):
             (folder / program).write_text(f"#!{sys.executable} -IS\n{(here / 'client.py').read_text()}")
             (folder / program).chmod(0o755)
-        server = subprocess.Popen([sys.executable, here / "server.py", folder / "socket", small_example])
+        command = [sys.executable, here / "server.py", folder / "socket", example]
+        server = subprocess.Popen(command, env=environment)
         try:
             while not (folder / "socket").exists():
                 assert server.poll() is None, "the server has ended"

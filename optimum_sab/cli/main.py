@@ -13,7 +13,7 @@ from typing import Any
 
 from optimum_sab.cli.arguments.common import FoundWrong, WrongCall
 from optimum_sab.cli.arguments.parser import build_parser
-from optimum_sab.errors import SABWarning
+from optimum_sab.errors import ConfigError, SABWarning
 
 FAILED, WRONG_CALL = 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have it: 128 and the signal's number
@@ -31,9 +31,14 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         read the output has gone. With ``--json`` an error is an object on standard output too, under "error".
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
+    first = next((index for index, word in enumerate(given) if not word.startswith("-")), None)
+    if first is not None and given[first] == "run":
+        return _be(given[first + 1 :], program)
     options = argparse.Namespace(json="--json" in given)  # until they are parsed
     try:
         build_parser(program, given).parse_args(given, namespace=options)
+        if hasattr(options, "check"):
+            options.check(options)
         with warnings.catch_warnings():
             warnings.showwarning = _showing(warnings.showwarning)
             _command(options.run)(options)
@@ -73,6 +78,18 @@ def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[st
     if options.json:
         print(json.dumps({**(found or {}), "error": line, "exit_code": code}))
     return code
+
+
+def _be(arguments: Sequence[str], program: str) -> int:
+    """Be another program, whose errors and interruptions are its own."""
+    from optimum_sab.cli.commands.run import find_program
+
+    try:
+        start = find_program(arguments, program)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return start()
 
 
 def _showing(shown_before: Callable[..., None]) -> Callable[..., None]:

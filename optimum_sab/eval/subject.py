@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from optimum_sab.example import checkpoint_path
 from optimum_sab.example.evaluation import answered_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions, training_questions
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
+from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.processor import load_processor
 
 EXAMPLE = "example"
@@ -57,7 +59,7 @@ class Subject:
 
     Attributes:
         name: for titles.
-        source: checkpoint.
+        origin: of the checkpoint.
         processor: its processor or tokenizer.
         dtype: everything runs in it.
         calibration: seed → samples, in any form `read_samples` takes.
@@ -68,7 +70,7 @@ class Subject:
     """
 
     name: str
-    source: str
+    origin: Origin
     processor: Any
     dtype: torch.dtype
     calibration: Callable[[int], Any]
@@ -79,7 +81,9 @@ class Subject:
 
     def load(self, **options: Any) -> Any:
         """The model; ``quantization_config`` among the options quantizes it."""
-        model = auto_class(model_config(self.source)).from_pretrained(self.source, dtype=self.dtype, **options)
+        name, reached = self.origin.name, self.origin.arguments
+        factory = auto_class(model_config(name, **reached))
+        model = factory.from_pretrained(name, dtype=self.dtype, **reached, **options)
         return model.eval()
 
     def inputs(self, model: Any, seed: int) -> list[dict[str, Any]]:
@@ -90,7 +94,7 @@ class Subject:
 
 
 def find_subject(
-    model: str,
+    model: str | os.PathLike[str] | Origin,
     calibration: str | None,
     budget: Budget,
     dtype: torch.dtype = torch.float32,
@@ -99,7 +103,7 @@ def find_subject(
     """The subject for a checkpoint, by what it is.
 
     Args:
-        model: "example" for the embedded model, or a checkpoint.
+        model: "example" for the embedded model, or a checkpoint: a folder, a Hub repository, or where exactly it is.
         calibration: for a language model "mixed" (default), "reference" or "passages"; for the embedded example and
             the reader "tasks" (pictures and questions of the evaluation's kind) or "mixed" (those and the built-in
             set in turns); for any model what `SABConfig` takes ("builtin", "self", a file, a dataset).
@@ -110,20 +114,21 @@ def find_subject(
     Raises:
         ConfigError: no model can be read, the calibration does not go with it, or ``cifar`` is given without use.
     """
-    if model == EXAMPLE:
+    origin = model if isinstance(model, Origin) else Origin(os.fspath(model))
+    if origin.name == EXAMPLE:
         return _example(calibration, budget, dtype)
-    config = model_config(model)
+    config = model_config(origin.name, **origin.arguments)
     if getattr(config, MARK, False):
-        return _reader(model, calibration, budget, dtype, cifar)
+        return _reader(origin, calibration, budget, dtype, cifar)
     if cifar is not None:
-        raise ConfigError(f"cifar={str(cifar)!r} is for the reader only, and {model} is none.")
+        raise ConfigError(f"cifar={str(cifar)!r} is for the reader only, and {origin.name} is none.")
     if reads_pictures(config):
-        return _vision_language(model, calibration, budget, dtype)
-    return _language(model, calibration or MIXED, budget, dtype)
+        return _vision_language(origin, calibration, budget, dtype)
+    return _language(origin, calibration or MIXED, budget, dtype)
 
 
-def _language(model: str, calibration: str, budget: Budget, dtype: torch.dtype) -> Subject:
-    tokenizer = AutoTokenizer.from_pretrained(model)
+def _language(origin: Origin, calibration: str, budget: Budget, dtype: torch.dtype) -> Subject:
+    tokenizer = AutoTokenizer.from_pretrained(origin.name, **origin.arguments)
 
     def windows(seed: int) -> list[str]:
         drawn = mixed_windows(tokenizer, calibration, "calibration", budget.samples, budget.length, seed)
@@ -133,8 +138,8 @@ def _language(model: str, calibration: str, budget: Budget, dtype: torch.dtype) 
     texts = _held_out_texts(tokenizer, budget)
     probes = [w for s in SOURCES for w in texts[s][: max(1, budget.probes // len(SOURCES))]]
     return Subject(
-        name=Path(model).name,
-        source=model,
+        name=Path(origin.name).name,
+        origin=origin,
         processor=tokenizer,
         dtype=dtype,
         calibration=windows if own else lambda seed: calibration,
@@ -156,7 +161,7 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
 
     subject = Subject(
         name="embedded example",
-        source=source,
+        origin=Origin(source),
         processor=processor,
         dtype=dtype,
         calibration=_calibration(calibration, own, budget),
@@ -166,9 +171,9 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
 
 
 def _reader(
-    model: str, calibration: str | None, budget: Budget, dtype: torch.dtype, cifar: Path | str | None
+    origin: Origin, calibration: str | None, budget: Budget, dtype: torch.dtype, cifar: Path | str | None
 ) -> Subject:
-    processor = load_processor(model)
+    processor = load_processor(origin.name, **origin.arguments)
     tasks = READER_TASKS if cifar is not None else READER_TASKS[:1]
 
     def own(seed: int) -> list[list[dict[str, Any]]]:
@@ -176,7 +181,7 @@ def _reader(
 
     subject = Subject(
         name="reader",
-        source=model,
+        origin=origin,
         processor=processor,
         dtype=dtype,
         calibration=_calibration(calibration, own, budget),
@@ -210,14 +215,14 @@ def _calibration(source: str | None, own: Callable[[int], list[Any]], budget: Bu
     return {"tasks": own, MIXED: mixed}.get(source or "", lambda seed: source)
 
 
-def _vision_language(model: str, calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:
+def _vision_language(origin: Origin, calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:
     """Any vision-language model: text for its perplexity, built-in pictures with answers for its predictions."""
-    processor = load_processor(model)
+    processor = load_processor(origin.name, **origin.arguments)
     tokenizer = processor.tokenizer
     texts = _held_out_texts(tokenizer, budget)
     return Subject(
-        name=Path(model).name,
-        source=model,
+        name=Path(origin.name).name,
+        origin=origin,
         processor=processor,
         dtype=dtype,
         calibration=lambda seed: calibration,

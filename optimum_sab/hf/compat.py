@@ -18,3 +18,6 @@ RENAMES = _LINE >= (5, 0)
 
 # 4.57 takes options of a call that loads a packed checkpoint for its own quantizers alone.
 TAKES_LOAD_OPTIONS = _LINE >= (5, 0)
+
+# 4.57 looks for a processor's files without the revision and the token that `AutoProcessor` was given.
+KEEPS_ARGUMENTS = _LINE >= (5, 0)

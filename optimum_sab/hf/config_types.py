@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from optimum_sab.errors import ConfigError
@@ -38,6 +38,36 @@ def _mapping(value: object) -> bool:
     return isinstance(value, Mapping) and all(map(_text, value))
 
 
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _named_texts(value: object) -> bool:
+    return _mapping(value) and isinstance(value, Mapping) and all(map(_text, value.values()))
+
+
+def _counts(value: object) -> bool:
+    return _mapping(value) and isinstance(value, Mapping) and all(map(_whole_number, value.values()))
+
+
+def _sample_counts(value: object) -> bool:
+    return _counts(value) and isinstance(value, Mapping) and {"samples", "with_pictures"} <= set(value)
+
+
+def _agreement(value: object) -> bool:
+    return isinstance(value, Mapping) and all(
+        _text(kind) and isinstance(each, Mapping) and _number(each.get("kl")) and _number(each.get("top1"))
+        for kind, each in value.items()
+    )
+
+
+def _block_errors(value: object) -> bool:
+    return isinstance(value, Sequence) and all(
+        isinstance(each, Sequence) and len(each) == 2 and _number(each[0]) and _optional(_number)(each[1])
+        for each in value
+    )
+
+
 _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "format_version": (_whole_number, "a whole number"),
     "modules_to_not_convert": (_optional(_texts), "a list of module rules"),
@@ -51,6 +81,12 @@ _MEASURED: dict[str, tuple[Callable[[object], bool], str]] = {
     "left_dense": (_texts, "a list of module names"),
     "dynamic_order": (_texts, "a list of rules"),
     "weights": (_text, "the name of a save"),
+    "base": (_named_texts, "a mapping of texts: model, revision, license"),
+    "bits_per_weight": (_number, "a number"),
+    "calibration_samples": (_sample_counts, "a mapping with the whole numbers samples and with_pictures"),
+    "calibration_tokens": (_counts, "a mapping of modalities to whole numbers"),
+    "agreement": (_agreement, "a mapping of kinds to mappings with the numbers kl and top1"),
+    "block_errors": (_block_errors, "a list with two numbers for each block, the second of which may be null"),
 }
 
 

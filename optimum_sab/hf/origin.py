@@ -6,17 +6,18 @@ looked up where it is: it is running, and its arguments are in its frame. Nothin
 
 from __future__ import annotations
 
-import inspect
 import os
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from optimum_sab.hf.running_call import running_call
+
+_SNAPSHOT = re.compile(r"[/\\]models--[^/\\]+[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 PLACE = ("revision", "subfolder")
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
 
@@ -63,20 +64,20 @@ def origin_of(model: nn.Module) -> Origin:
     call = loading_call()
     if call is None:
         return Origin(getattr(config, "_name_or_path", "") or "")
-    revision = call.get("revision")
-    # Transformers 5.24 has looked the revision up by now; 4.57 has left the commit in the config
-    commit = getattr(revision, "resolved", None) or getattr(config, "_commit_hash", None)
+    revision, files = call.get("revision"), call.get("checkpoint_files")
+    # Transformers 5.24 has looked the revision up by now; 4.57 has left the commit in the config, or nowhere but in
+    # the paths, as for Qwen2.5-VL
+    commit = getattr(revision, "resolved", None) or getattr(config, "_commit_hash", None) or _commit_of(files)
     found = Origin.of(call.get("pretrained_model_name_or_path") or "", {**call, "revision": commit or revision})
-    files = call.get("checkpoint_files")
     return Origin(found.name, found.place, found.access, None if files is None else tuple(map(str, files)))
 
 
 def loading_call() -> Mapping[str, Any] | None:
     """The variables of the innermost `PreTrainedModel.from_pretrained` that is running; None where none is."""
-    code = inspect.unwrap(PreTrainedModel.from_pretrained.__func__).__code__
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
-        if frame.f_code is code:
-            return dict(frame.f_locals)
-        frame = frame.f_back
-    return None
+    return running_call(PreTrainedModel.from_pretrained)
+
+
+def _commit_of(files: Sequence[str] | None) -> str | None:
+    """The commit that the Hub's cache has in the paths of its files."""
+    found = _SNAPSHOT.search(str(next(iter(files or ()), "")))
+    return None if found is None else found[1]

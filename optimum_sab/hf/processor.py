@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers import (
     AutoImageProcessor,
     AutoProcessor,
@@ -19,7 +21,11 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_torchvision_available
 
 from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.hf.compat import KEEPS_ARGUMENTS
 from optimum_sab.hf.origin import Origin
+
+_FETCHING = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 
 class PictureProcessor(Qwen2_5_VLProcessor):
@@ -59,6 +65,8 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
     Raises:
         MissingDependencyError: a package is missing that the processor needs.
     """
+    if not KEEPS_ARGUMENTS and not Path(path).exists():
+        path, arguments = _fetched(str(path), arguments)
     try:
         return AutoProcessor.from_pretrained(path, **arguments)
     except ImportError as error:
@@ -70,6 +78,13 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
     except ImportError as error:
         raise _missing(path, error) from error
     return PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+
+
+def _fetched(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Everything of a repository but its weights, in the Hub's cache; and what of the arguments is left to be said."""
+    given = {key: value for key, value in arguments.items() if key in _FETCHING}
+    folder = snapshot_download(name, ignore_patterns=list(_WEIGHTS), **given)
+    return folder, {key: value for key, value in arguments.items() if key not in _FETCHING}
 
 
 def find_processor(given: Any, origin: Origin, visual: bool) -> Any:

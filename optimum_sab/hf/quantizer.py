@@ -18,6 +18,9 @@ from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES, TAKES_LOAD_OPTIONS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.finite import check_finite
+from optimum_sab.hf.hub.base import describe_base
+from optimum_sab.hf.hub.companions import write_companions
+from optimum_sab.hf.hub.processor_files import ProcessorSource
 from optimum_sab.hf.marks import forget_quantized
 from optimum_sab.hf.one_save import check_one_save
 from optimum_sab.hf.origin import loading_call, origin_of
@@ -40,6 +43,7 @@ class SABHfQuantizer(HfQuantizer):
 
     Attributes:
         report: the `BinarizationReport` of the model this quantizer made; None for a loaded one.
+        processor: where the processor is that is saved along.
     """
 
     requires_calibration = False  # True would refuse dense checkpoints, which is the main job
@@ -50,6 +54,8 @@ class SABHfQuantizer(HfQuantizer):
         # a copy: the work writes into it, and whoever gave it may load with it again
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: Any = None
+        self.processor = ProcessorSource()  # what is saved along
+        self._base: dict[str, str] = {}  # of a model that is binarized
         self._stages: Any = None  # with what they found before the weights were read
         self._heard: list[str] = []  # what was warned of before the weights were read
         self._files: list[StoredFile] = []  # these four while a packed checkpoint is loaded
@@ -99,10 +105,14 @@ class SABHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             from optimum_sab.hf.binarization import check_before_loading
 
+            origin = origin_of(model)
             with warnings_heard() as self._heard:
                 warn_of_dense(model, selection)
-                self._stages = check_before_loading(model, self.quantization_config, origin_of(model))
+                self._stages = check_before_loading(model, self.quantization_config, origin)
+            self.processor = ProcessorSource(self.quantization_config.processor, origin)
+            self._base = describe_base(origin)
         else:
+            self.processor = ProcessorSource(None, origin_of(model))
             replace_with_skeletons(model, selection)
             self._lists = selection.lists
             if not RENAMES:
@@ -148,6 +158,8 @@ class SABHfQuantizer(HfQuantizer):
             beginning, self._stages = self._stages, None
             report = binarize_loaded(model, self.quantization_config, beginning)
             self.report = replace(report, warnings=tuple(dict.fromkeys((*self._heard, *report.warnings))))
+            if self._base:
+                self.quantization_config.measured["base"] = self._base
             transforms = getattr(model, "_weight_conversions", None)
             if transforms is not None:  # of the dense checkpoint; saving undoes them
                 model._weight_conversions = spare_packed(transforms, model)  # type: ignore[assignment]
@@ -217,6 +229,7 @@ class SABHfQuantizer(HfQuantizer):
         config: Any = model.config
         for each in (self.quantization_config, config.quantization_config):
             each.saved_as = metadata[SAVE_KEY]
+        write_companions(model, self.quantization_config, self.processor)
         return None, metadata
 
     @property

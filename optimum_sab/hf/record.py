@@ -34,6 +34,10 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
         "calibration_tokens": report.tokens,
         "left_dense": [selection.lists.short(name) for name in selection.left_dense],
     }
+    samples = report.section("samples")
+    if samples is not None:
+        measured["calibration_samples"] = {"samples": samples.count, "with_pictures": samples.with_pictures}
+    measured["block_errors"] = [[_rounded(block.error), _rounded(block.drift)] for block in report.blocks]
     if report.temperature is not None:
         measured["temperature"] = round(report.temperature.value, 4)
     if report.section("comparison") is not None:
@@ -41,3 +45,8 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
             kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in report.agreement.items()
         }
     return measured
+
+
+def _rounded(error: float | None) -> float | None:
+    """Four digits that count."""
+    return None if error is None else float(f"{error:.4g}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common
+from optimum_sab.cli.arguments.settings import add_source
 
 DTYPES = ("float32", "bfloat16")
 
@@ -21,7 +22,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         description="Quantizes the model by every method on the same calibration data, ours through from_pretrained, "
         "the baselines as dense simulations through the same lockstep calibration, and measures each result.",
     )
-    quality.add_argument("model", help="'example' for the embedded model, or a checkpoint")
+    quality.add_argument("model", help="'example' for the embedded model, or a checkpoint: folder or Hub repository")
     quality.add_argument(
         "--methods",
         nargs="+",
@@ -50,5 +51,6 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         quality.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
+    add_source(quality)
     add_common(quality)
     quality.set_defaults(run="eval.run_quality")

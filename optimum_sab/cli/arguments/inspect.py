@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common
+from optimum_sab.cli.arguments.settings import add_source
 
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("inspect", help="show what a packed checkpoint holds: bits, bytes, settings")
-    parser.add_argument("folder", type=Path, help="packed checkpoint folder")
+    parser.add_argument("folder", metavar="checkpoint", help="packed checkpoint: folder or Hub repository")
     parser.add_argument("--verify", action="store_true", help="read every tensor and compare it with its digest")
+    add_source(parser)
     add_common(parser, quiet=False)
     parser.set_defaults(run="inspect.run")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,19 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     """Add the command's parser."""
     parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
     parser.add_argument("model", help="checkpoint folder or Hub repository")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="where the packed checkpoint goes")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where the packed checkpoint goes (with --push-to-hub: by default a folder with the repository's name)",
+    )
+    parser.add_argument("--push-to-hub", metavar="REPO", help="upload it too; a repository that is not there is made")
+    parser.add_argument("--private", action="store_true", help="with --push-to-hub: make the repository private")
+    parser.add_argument(
+        "--remote-code",
+        action="store_true",
+        help="add a file that makes from_pretrained(…, trust_remote_code=True) enough, without importing optimum_sab",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output; other files stay")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
     parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
@@ -24,4 +38,18 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     add_source(parser)
     add_settings(parser, arguments)
     add_common(parser)
-    parser.set_defaults(run="quantize.run")
+    parser.set_defaults(run="quantize.run", check=partial(check_places, parser))
+
+
+def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse a call that says nowhere where the checkpoint goes; without a folder, it has the repository's name.
+
+    Raises:
+        WrongCall: neither place is named, or a private repository without its name.
+    """
+    if options.output is None and options.push_to_hub is None:
+        parser.error("one of --output and --push-to-hub is required")
+    if options.private and options.push_to_hub is None:
+        parser.error("--private goes with --push-to-hub")
+    if options.output is None:
+        options.output = Path(options.push_to_hub.rstrip("/").split("/")[-1])

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.cli.commands.settings import check_calibration, hush_libraries
+from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_origin
 from optimum_sab.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def run_quality(options: argparse.Namespace) -> None:
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes
     )
-    subject = find_subject(options.model, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
+    origin = read_origin(options.model, options)
+    subject = find_subject(origin, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
 
     def on_row(row: Measurement) -> None:
         if not options.quiet:

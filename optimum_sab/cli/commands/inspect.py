@@ -8,6 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from optimum_sab.cli.arguments.common import FoundWrong
+from optimum_sab.cli.commands.settings import read_origin
+from optimum_sab.hf.hub.fetch import checkpoint_folder
 from optimum_sab.hf.inventory import Inventory, Verification, read_inventory, verify_inventory
 
 
@@ -17,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         FoundWrong: after everything is printed, where a tensor is not what was saved.
     """
-    inventory = read_inventory(options.folder)
+    inventory = read_inventory(checkpoint_folder(read_origin(options.folder, options)))
     verification = verify_inventory(inventory) if options.verify else None
     wrong = verification is not None and bool(verification.differ)
     if not options.json:

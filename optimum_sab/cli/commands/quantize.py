@@ -10,12 +10,13 @@ from pathlib import Path
 
 import torch
 
-from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_settings
+from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_origin, read_settings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
+from optimum_sab.hf.hub.push import check_push, push_folder
+from optimum_sab.hf.hub.remote_code import add_remote_code, check_remote_code
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
-from optimum_sab.hf.origin import ACCESS, PLACE, Origin
 from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
@@ -33,19 +34,27 @@ def run(options: argparse.Namespace) -> None:
     read_headers(local_files(Path(options.model)))  # a truncated file is seen by its header
     where = check_output(options.output, options.overwrite, sources=read_from(options))
     check_resume_folder(config.resume_folder, where)
-    origin = Origin.of(options.model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})
+    origin = read_origin(options.model, options)
     source = model_config(options.model, **origin.arguments)
     if getattr(source, "quantization_config", None) is not None:
         raise ConfigError(f"{options.model!r} is quantized already; start from the dense checkpoint.")
+    if options.remote_code:
+        check_remote_code(source)
     processor = find_processor(options.processor, origin, reads_pictures(source))
     config.processor = processor
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     factory = auto_class(source)
     check_size(where, expected_bytes(factory, source, config, dtype))
+    target = None
+    if options.push_to_hub is not None:  # last, since it may make a repository
+        target = check_push(options.push_to_hub, options.private, options.token, sources=[options.model])
     model = factory.from_pretrained(
         options.model, dtype=dtype, quantization_config=config, device_map=options.device_map, **origin.arguments
     )
+    if options.remote_code:
+        add_remote_code(model)
     save_packed(model, processor, where)
+    commit = None if target is None else push_folder(where.folder, target)
     report = model.hf_quantizer.report
     summary = {
         "output": str(options.output),
@@ -57,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - started,
         "blocks": [{"index": b.index, "error": b.error, "drift": b.drift, "seconds": b.seconds} for b in report.blocks],
     }
+    if target is not None:
+        summary |= {"repository": target.repo_id, "commit": commit}
     if options.json:
         print(json.dumps(summary))
     elif not options.quiet:
@@ -69,6 +80,8 @@ def run(options: argparse.Namespace) -> None:
         page = options.output / REPORT_HTML
         shown = page if page.exists() else options.output / REPORT_JSON
         print(f"verdict: {report.verdict.words}. {report.verdict.advice} See {shown}")
+        if target is not None:
+            print(f"uploaded: {target.url}")
 
 
 def read_from(options: argparse.Namespace) -> list[str]:

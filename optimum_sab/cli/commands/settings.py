@@ -10,6 +10,12 @@ from optimum_sab.calibration.samples.named_source import BUILTIN, SELF, named_so
 from optimum_sab.cli.arguments.settings import SETTINGS
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.origin import ACCESS, PLACE, Origin
+
+
+def read_origin(model: str, options: argparse.Namespace) -> Origin:
+    """What `add_source` has read, of a checkpoint."""
+    return Origin.of(model, {name: getattr(options, name, None) for name in (*PLACE, *ACCESS)})
 
 
 def read_settings(options: argparse.Namespace) -> SABConfig:

@@ -13,6 +13,7 @@ from optimum_sab.report.files import REPORT_HTML, REPORT_JSON
 _NAMES = frozenset(
     {
         "config.json",
+        "configuration_sab.py",
         "generation_config.json",
         "preprocessor_config.json",
         "processor_config.json",
@@ -41,6 +42,11 @@ _WEIGHTS = re.compile(
 _TEMPLATES = "additional_chat_templates"  # the one folder
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights of a model, or says which files do."""
+    return _WEIGHTS.fullmatch(name) is not None
 
 
 def is_member(entry: os.DirEntry[str] | Path) -> bool:

@@ -8,6 +8,7 @@ import shutil
 import stat
 from pathlib import Path
 
+from optimum_sab.hf.hub.authorship import CARD, keeps
 from optimum_sab.hf.output.filesystem import swap, sync_folder
 from optimum_sab.hf.output.members import CONFIG, is_member
 from optimum_sab.hf.output.work_folder import KEPT, PLACING, WorkFolder
@@ -77,7 +78,8 @@ def settle(work: WorkFolder) -> list[Path]:
         sync_folder(target.parent)
         for old in (work.new, work.old):  # where the swap, or the renaming, has put it
             for entry in sorted(old.iterdir()) if old.is_dir() else ():
-                if entry.name not in work.state.names and not is_member(entry) and not _brought(entry, target):
+                theirs = not is_member(entry) and not _is_our_card(entry)
+                if entry.name not in work.state.names and theirs and not _brought(entry, target):
                     kept.append(entry)
         if kept:
             work.say(KEPT)
@@ -87,6 +89,10 @@ def settle(work: WorkFolder) -> list[Path]:
     except OSError:
         return [work.folder]  # the checkpoint is where it belongs; what is left is for the user to see
     return []
+
+
+def _is_our_card(entry: Path) -> bool:
+    return entry.name == CARD and not keeps(entry)
 
 
 def _brought(entry: Path, target: Path) -> bool:

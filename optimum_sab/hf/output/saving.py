@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from optimum_sab.errors import OutputError, OutputExistsError, warn
+from optimum_sab.hf.hub.authorship import CARD, keeps
 from optimum_sab.hf.output.explanation import explain
 from optimum_sab.hf.output.filesystem import sync_tree
 from optimum_sab.hf.output.place import OutputPlace, content_of
@@ -71,6 +72,8 @@ def save_packed(model: Any, processor: Any, where: OutputPlace) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         _save_report(model, folder)
+        if keeps(where.folder / CARD):
+            (folder / CARD).unlink(missing_ok=True)  # the user's comes along, or stays
 
     try:
         with written_whole(where) as folder:

@@ -1,0 +1,99 @@
+"""`optimum-sab run PROGRAM …`: a program that knows nothing of this package, with packed checkpoints registered."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import runpy
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from optimum_sab.errors import ConfigError
+
+USAGE = """usage: {program} run PROGRAM ...
+       {program} run -m MODULE ...
+       {program} run SCRIPT.py ...
+
+Run a program in this process with packed checkpoints registered in Transformers: an installed Python program (lm_eval,
+transformers), a module, or a script. Everything after its name is the program's own, and so is the exit code."""
+
+
+def find_program(arguments: Sequence[str], program: str = "optimum-sab") -> Callable[[], int]:
+    """What a command line is to run, found and not begun.
+
+    Args:
+        arguments: of the command line, after ``run``.
+        program: shown in the usage.
+
+    Returns:
+        Registers the quantization method and is the program, which reads its own ``sys.argv``. It gives the exit code
+        of a program that comes to its end; one that ends with `SystemExit` does so, and its errors stay what they are.
+
+    Raises:
+        ConfigError: there is no such program, or it is none that Python runs.
+    """
+    if not arguments or arguments[0] in ("-h", "--help"):
+        return partial(_show, USAGE.format(program=program), 0 if arguments else 2)
+    name, *rest = arguments
+    if name == "-m":
+        if not rest:
+            raise ConfigError("run -m needs the name of a module.")
+        return partial(_run_module, *rest)
+    if Path(name).is_file():
+        return partial(_run_script, name, *rest)
+    found = next(iter(importlib.metadata.entry_points(group="console_scripts", name=name)), None)
+    where = shutil.which(name)
+    if found is not None:
+        return partial(_run_installed, found, where or name, *rest)
+    if where is None:
+        raise ConfigError(
+            f"{name!r} is no file, and no program that is installed beside this package ({sys.prefix}); name a script, "
+            "an installed program, or a module behind -m."
+        )
+    if not _is_python(Path(where)):
+        raise ConfigError(
+            f"{where!r} is no Python program, so nothing can be registered in it; put run where it starts Python."
+        )
+    return partial(_run_script, where, *rest)
+
+
+def _show(text: str, status: int) -> int:
+    print(text, file=sys.stderr if status else sys.stdout)
+    return status
+
+
+def _run_module(module: str, *arguments: str) -> int:
+    _register()
+    sys.path[0] = os.getcwd()  # as `python -m` has it
+    sys.argv = [module, *arguments]  # runpy puts the module's file in the first place
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _run_script(path: str, *arguments: str) -> int:
+    _register()
+    sys.path[0] = str(Path(path).resolve().parent)  # as `python SCRIPT` has it
+    sys.argv = [path, *arguments]
+    runpy.run_path(path, run_name="__main__")
+    return 0
+
+
+def _run_installed(entry: importlib.metadata.EntryPoint, path: str, *arguments: str) -> int:
+    _register()
+    sys.path[0] = os.path.dirname(path)  # as a script in that folder has it
+    sys.argv = [path, *arguments]
+    sys.exit(entry.load()())
+
+
+def _register() -> None:
+    importlib.import_module("optimum_sab")
+
+
+def _is_python(path: Path) -> bool:
+    with path.open("rb") as file:
+        first = file.readline(256)
+    return first.startswith(b"#!") and b"python" in first

@@ -1,0 +1,1 @@
+"""Packed checkpoints for others: the model card, the processor that goes along, loading without us, and the upload."""

@@ -1,0 +1,188 @@
+"""The model card of a packed model: README.md with the Hub's metadata, in figures and with how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from optimum_sab.calibration.samples.spread import spread
+from optimum_sab.hf.hub.authorship import sign, with_tags
+from optimum_sab.hf.hub.facts import ModelFacts
+
+HERE = "path/to/this/checkpoint"
+_ROWS = 16  # of the table of blocks
+_NOT_SETTINGS = ("measured", "quant_method", "format_version", "calibration", "calibration_samples", "seed", "dynamic")
+
+
+def model_card(facts: ModelFacts, tags: Iterable[str] = ()) -> ModelCard:
+    """The card, signed as ours. Where the checkpoint will lie is not known by then: `named` says it.
+
+    Args:
+        facts: of the model.
+        tags: further ones.
+    """
+    card = ModelCard(f"---\n{card_data(facts).to_yaml()}\n---\n\n{_text(facts)}")
+    return sign(with_tags(card, tags))
+
+
+def named(card: ModelCard, repo_id: str) -> ModelCard:
+    """A card of ours, of the checkpoint in a repository."""
+    card.text = card.text.replace(HERE, repo_id)
+    return sign(card)
+
+
+def card_data(facts: ModelFacts) -> ModelCardData:
+    """The metadata: what the Hub files the model under."""
+    base = (facts.config.measured or {}).get("base", {})
+    of_base = {"base_model": base["model"], "base_model_relation": "quantized"} if "model" in base else {}
+    licence = {key: base[key] for key in ("license", "license_name", "license_link") if key in base}
+    return ModelCardData(
+        library_name="transformers",
+        pipeline_tag=facts.pipeline_tag,
+        tags=["optimum-sab", "sab", "quantized", "binarization", f"{max(1, round(facts.bits_per_weight))}-bit"],
+        **of_base,
+        **licence,
+    )
+
+
+def _text(facts: ModelFacts) -> str:
+    measured = facts.config.measured or {}
+    parts = [
+        _title(measured.get("base", {}), facts),
+        _loading(facts),
+        _sizes(facts),
+        _agreement(measured.get("agreement") or {}),
+        _calibration(facts),
+        _errors(measured.get("block_errors") or []),
+        _settings(facts),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _title(base: dict[str, str], facts: ModelFacts) -> str:
+    dense = f"a {facts.architecture}"
+    if "model" in base:
+        commit = f" at `{base['revision'][:12]}`" if "revision" in base else ""
+        dense = f"[{base['model']}](https://huggingface.co/{base['model']}){commit}"
+    return (
+        f"# {base.get('model', facts.architecture).split('/')[-1]}, packed by optimum-sab\n\n"
+        f"{dense[0].upper()}{dense[1:]} with its decoder's linears packed to {facts.bits_per_weight:.3f} bits per "
+        "weight by optimum-sab: signs, and a few scales that are fitted to calibration data."
+    )
+
+
+def _loading(facts: ModelFacts) -> str:
+    reader = "AutoTokenizer" if facts.pipeline_tag == "text-generation" else "AutoProcessor"
+    lines = [
+        "## Loading",
+        "",
+        "```bash",
+        "pip install optimum-sab",
+        "```",
+        "",
+        "```python",
+        "import optimum_sab  # registers the quantization method with Transformers",
+        f"from transformers import {', '.join(sorted((facts.auto_class, reader)))}",
+        "",
+        f'model = {facts.auto_class}.from_pretrained("{HERE}")',
+        f'processor = {reader}.from_pretrained("{HERE}")',
+        "```",
+        "",
+    ]
+    if facts.brings_code:
+        lines.append(
+            "`from_pretrained(…, trust_remote_code=True)` needs no import: it runs `configuration_sab.py` of this "
+            "checkpoint, which imports the package, or says that it has to be installed."
+        )
+    else:
+        lines.append(
+            "`python -m optimum_sab run PROGRAM …` is for programs that do not import it, such as lm-eval or "
+            "`transformers serve`."
+        )
+    lines += [
+        "",
+        "Without the package Transformers warns of an unknown quantization type and stops with a size mismatch. "
+        "`model.dequantize()` gives a dense model for programs that read no packed weights, such as vLLM, SGLang and "
+        "llama.cpp.",
+    ]
+    return "\n".join(lines)
+
+
+def _sizes(facts: ModelFacts) -> str:
+    rows = [
+        (f"{facts.linears} packed linears, scales and biases included", facts.packed_bytes, facts.dense_bytes),
+        (f"everything else, in {facts.dtype}", facts.other_bytes, facts.other_bytes),
+        ("all tensors", facts.packed_bytes + facts.other_bytes, facts.dense_bytes + facts.other_bytes),
+    ]
+    return _table(
+        "## Size", ("", "bytes", f"dense, in {facts.dtype}"), [(row, f"{a:,}", f"{b:,}") for row, a, b in rows]
+    )
+
+
+def _agreement(agreement: dict[str, dict[str, float]]) -> str:
+    if not agreement:
+        return ""
+    rows = [(kind, f"{each['kl']:.3f}", f"{each['top1']:.1%}") for kind, each in agreement.items()]
+    table = _table("## Agreement with the dense model", ("", "KL, nats per token", "likeliest token the same"), rows)
+    return f"{table}\n\nOn samples that did not calibrate it. It is a check, no benchmark."
+
+
+def _calibration(facts: ModelFacts) -> str:
+    config, measured = facts.config, facts.config.measured or {}
+    used = measured.get("calibration_samples", {})
+    rows: list[tuple[str, str]] = [("data", _source(config.calibration))]
+    if used:
+        rows.append(("samples", f"{used['samples']:,}, {used['with_pictures']:,} of them with pictures"))
+    rows += [(f"tokens, {kind}", f"{count:,}") for kind, count in measured.get("calibration_tokens", {}).items()]
+    rows += [("texts cut to", f"{config.sequence_length:,} tokens"), ("seed", str(config.seed))]
+    return _table("## Calibration", ("", ""), rows)
+
+
+def _source(calibration: Any) -> str:
+    if calibration is None or calibration == "builtin":
+        return "the built-in set of optimum-sab"
+    if calibration == "self":
+        return "written by the dense model itself"
+    if isinstance(calibration, str):  # the path of a file says nothing to others, but its name may
+        return f"`{calibration}`" if calibration.count("/") == 1 else f"the file `{calibration.split('/')[-1]}`"
+    return "given as objects"
+
+
+def _errors(blocks: Sequence[Sequence[Any]]) -> str:
+    """Of the blocks, evenly spread where there are many."""
+    if not blocks:
+        return ""
+    shown = spread(len(blocks), _ROWS)
+    rows = [(str(i), f"{blocks[i][0]:.4f}", "" if blocks[i][1] is None else f"{blocks[i][1]:.4f}") for i in shown]
+    table = _table("## Error by block", ("block", "outputs of its linears", "hidden states behind it"), rows)
+    return f"{table}\n\nRelative squared error, on calibration data{_of_how_many(len(shown), len(blocks))}."
+
+
+def _of_how_many(shown: int, blocks: int) -> str:
+    return "" if shown == blocks else f"; {shown} of {blocks} blocks"
+
+
+def _settings(facts: ModelFacts) -> str:
+    config = facts.config
+    head = f"## Settings\n\nFormat version {config.format_version}"
+    given = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_SETTINGS}
+    rules = f" {len(config.dynamic):,} linears or rules have settings of their own." if config.dynamic else ""
+    if not given:
+        return f"{head}, the defaults; they are in `quantization_config` of `config.json`.{rules}"
+    shown = f"```json\n{json.dumps(given, indent=2)}\n```"
+    return f"{head}; other than the defaults:\n\n{shown}\n\nAll are in `quantization_config` of `config.json`.{rules}"
+
+
+def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def lines() -> Iterator[str]:
+        yield title
+        yield ""
+        yield f"| {' | '.join(head)} |"
+        yield f"|{'---|' * len(head)}"
+        for row in rows:
+            yield f"| {' | '.join(row)} |"
+
+    return "\n".join(lines())

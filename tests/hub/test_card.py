@@ -1,0 +1,174 @@
+"""The model card says what is so, and is nobody else's."""
+
+import copy
+import pickle
+
+import pytest
+from huggingface_hub import ModelCard
+
+from optimum_sab import AutoModelForVision2Seq, SABConfig
+from optimum_sab.errors import ConfigError
+from optimum_sab.hf.hub.authorship import keeps
+from optimum_sab.hf.hub.base import describe_base
+from optimum_sab.hf.hub.card import card_data, model_card
+from optimum_sab.hf.hub.facts import model_facts
+from optimum_sab.hf.hub.processor_files import ProcessorSource
+from optimum_sab.hf.hub.remote_code import add_remote_code
+from optimum_sab.hf.inventory import read_inventory
+from optimum_sab.hf.origin import Origin
+
+COMMIT = "c" * 40
+
+
+@pytest.fixture(scope="module")
+def card(packed):
+    return ModelCard.load(packed[0] / "README.md")
+
+
+@pytest.fixture(scope="module")
+def model(packed):
+    return AutoModelForVision2Seq.from_pretrained(packed[0])
+
+
+def test_metadata_files_the_model_under_its_base(card):
+    assert card.data.to_dict() == {
+        "base_model": "owner/dense",
+        "base_model_relation": "quantized",
+        "library_name": "transformers",
+        "license": "mit",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["optimum-sab", "sab", "quantized", "binarization", "1-bit"],
+    }
+
+
+def test_bytes_and_bits_are_those_of_the_files(card, packed):
+    inventory = read_inventory(packed[0])
+    assert f"{inventory.bits_per_weight:.3f} bits per weight" in card.text
+    assert f"| {inventory.packed_bytes:,} |" in card.text
+    assert f"| {inventory.dense_bytes:,} | {inventory.dense_bytes:,} |" in card.text
+    dense = sum(m.out_features * m.in_features for m in inventory.modules) * 4  # in float32
+    assert model_facts(AutoModelForVision2Seq.from_pretrained(packed[0]), inventory.config).dense_bytes > dense
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "| data | the built-in set of optimum-sab |",
+        "| samples | 12, 9 of them with pictures |",
+        "| tokens, visual | 400 |",
+        "| seed | 0 |",
+        "| text | 0.250 | 87.5% |",
+        "| 0 | 0.1250 | 0.0625 |",
+        "| 1 | 0.2500 |  |",
+        "pip install optimum-sab",
+        "import optimum_sab  # registers the quantization method with Transformers",
+    ],
+)
+def test_the_text_says_what_was_measured_and_how_to_load(card, line):
+    assert line in card.text.splitlines() or any(each.startswith(line) for each in card.text.splitlines())
+
+
+def test_of_many_blocks_some_are_shown(model):
+    config = copy.deepcopy(model.config.quantization_config)
+    config.measured = {"block_errors": [[0.5, 0.25]] * 80}
+    text = model_card(model_facts(model, config)).text
+    assert text.count("| 0.5000 | 0.2500 |") == 16 and "16 of 80 blocks" in text
+
+
+def test_what_is_not_known_is_left_out(model):
+    card = model_card(model_facts(model, SABConfig(calibration="/home/somebody/secret/data.jsonl")))
+    assert card.data.base_model is None and card.data.license is None
+    assert "None" not in card.text and "/home" not in card.text and "`data.jsonl`" in card.text
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        ("# Mine\n", True),
+        ("---\nlicense: mit\n---\n", True),
+        ("---\n: [not yaml\n---\n", True),
+        (None, False),
+    ],
+)
+def test_a_card_in_the_folder_stays_where_somebody_wrote_it(model, tmp_path, content, kept):
+    path = tmp_path / "README.md"
+    if content is not None:
+        path.write_text(content)
+    assert keeps(path) == kept
+    model.save_pretrained(tmp_path)
+    assert (path.read_text() == content) == kept
+    if not kept:
+        assert not keeps(path)
+        path.write_text(path.read_text().replace("binarization", "binarisation", 1))
+        assert not keeps(path)  # tags are the Hub's tools' to change
+        path.write_text(path.read_text().replace("## Size", "## How large"))
+        assert keeps(path)
+
+
+def test_the_base_is_named_by_the_hub_and_licensed_by_its_card(tmp_path):
+    snapshot = tmp_path / "models--org--vlm" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text("---\nlicense: other\nlicense_name: odd\nlicense_link: LICENSE\n---\n")
+    licence = {"license": "other", "license_name": "odd", "license_link": "LICENSE"}
+    assert describe_base(Origin(str(snapshot))) == {"model": "org/vlm", "revision": COMMIT, **licence}
+    (tmp_path / "models--org--vlm" / "refs").mkdir()
+    (tmp_path / "models--org--vlm" / "refs" / "main").write_text(COMMIT)
+    there = Origin("org/vlm", {"revision": COMMIT}, {"cache_dir": str(tmp_path)})
+    assert describe_base(there) == {"model": "org/vlm", "revision": COMMIT, **licence}
+    assert describe_base(Origin("org/other", {}, {"cache_dir": str(tmp_path)})) == {"model": "org/other"}
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    assert describe_base(Origin(str(mine))) == {}  # a path says nothing to others
+
+
+def test_a_quantized_model_records_what_its_card_needs(smallest_example, tmp_path):
+    (tmp_path / "dense").symlink_to(smallest_example)
+    quick = {"iterations": 1, "sweeps": 0, "allocation": "uniform", "temperature_scaling": False, "progress": "none"}
+    config = SABConfig(calibration_samples=3, sequence_length=32, **quick)
+    model = AutoModelForVision2Seq.from_pretrained(tmp_path / "dense", quantization_config=config)
+    measured = dict(model.config.quantization_config.measured)
+    report = model.hf_quantizer.report
+    shown = measured["calibration_samples"]
+    assert shown["samples"] == 3 and 0 < shown["with_pictures"] <= 3
+    assert measured["block_errors"] == [pytest.approx([report.blocks[0].error, report.blocks[0].drift], rel=1e-3)]
+    model.save_pretrained(tmp_path / "out")
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"README.md", "tokenizer.json", "preprocessor_config.json", "config.json"} <= names
+    stored = SABConfig.from_dict(model.config.quantization_config.to_dict()).measured
+    assert {name: value for name, value in stored.items() if name != "weights"} == measured
+
+
+def test_a_processor_in_the_folder_stays(model, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").read_text() == "{}"
+    assert (tmp_path / "tokenizer.json").is_file()
+
+
+def test_a_model_without_a_processor_is_saved(packed, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).symlink_to(packed[0] / name)
+    AutoModelForVision2Seq.from_pretrained(bare).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again" / "tokenizer.json").exists()
+    assert (tmp_path / "again" / "README.md").is_file()
+
+
+def test_a_copied_model_shares_its_processor_and_a_pickled_one_leaves_it_and_the_token_behind():
+    source = ProcessorSource(None, Origin("org/vlm", access={"token": "hf_secret"}))
+    assert copy.deepcopy(source) is source
+    assert b"hf_secret" not in pickle.dumps(source) and pickle.loads(pickle.dumps(source)).origin is None
+
+
+def test_code_of_the_model_itself_is_not_replaced(model):
+    twin = copy.copy(model)
+    twin.config = copy.deepcopy(model.config)
+    twin.config.auto_map = {"AutoConfig": "modeling_own.OwnConfig"}
+    with pytest.raises(ConfigError, match="brings code of its own"):
+        add_remote_code(twin)
+
+
+def test_the_kind_of_model_is_read_off_its_class(model):
+    data = card_data(model_facts(model, SABConfig(measured={"base": {"pipeline_tag": "visual-question-answering"}})))
+    assert data.pipeline_tag == "visual-question-answering"
