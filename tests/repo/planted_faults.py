@@ -199,8 +199,8 @@ FAULTS = (
     Fault(
         "stages begun before all were prepared",
         "optimum_sab/calibration/stage.py",
-        "            stage.prepare(run)\n        return",
-        "            pass\n        return",
+        "            stage.prepare(run)\n        done",
+        "            pass\n        done",
         ("tests/calibration/test_stage.py",),
     ),
     Fault(
