@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers.quantizers import auto
 
+from optimum_sab.hf.adapters.install import await_peft
 from optimum_sab.hf.config import QUANT_METHOD, SABConfig
 from optimum_sab.hf.quantizer import SABHfQuantizer
 from optimum_sab.hf.saving import install
@@ -21,3 +22,4 @@ def register() -> None:
     if loading is not None and SABConfig not in loading:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*loading, SABConfig)
     install()
+    await_peft()
