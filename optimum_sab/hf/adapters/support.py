@@ -8,14 +8,17 @@ from typing import Any
 
 from optimum_sab.errors import ConfigError
 
-# By PEFT's own names of its methods. Each was compared with the same adapter on the dequantized layer, outputs and
-# gradients; what is not here reads the weight of the layer it adapts, or was not tried.
-WORKING = frozenset(("LORA", "ADALORA", "IA3", "OFT", "VERA"))
+# By PEFT's names of its methods. Each is held to the same adapter on the dequantized layer, outputs and gradients
+# (tests/adapters/test_methods.py). A method that is not here reads the weight of the layer it adapts, or was not tried.
+WORKING = (
+    "LORA", "ADALORA", "BEFT", "BOFT", "C3A", "FOURIERFT", "GRALORA", "IA3", "LILY", "MISS", "OFT", "POLY", "PVERA",
+    "RANDLORA", "ROAD", "SHIRA", "VBLORA", "VERA", "WAVEFT",
+)  # fmt: skip
 
 INITIALISATIONS = (True, False, None, "gaussian", "eva")  # of LoRA; the others decompose the layer's weight
 VARIANTS = ("use_dora", "alora_invocation_tokens")  # of LoRA, of the fields that PEFT marks as variants
 
-DENSE = "or adapt the dense model: from_pretrained(..., quantization_config=SABConfig(dequantize=True))"
+DENSE = "or call dequantize() on the model first and adapt the dense one"
 
 
 def check_adapter(config: Any, names: Iterable[str]) -> None:
@@ -34,22 +37,27 @@ def check_adapter(config: Any, names: Iterable[str]) -> None:
     method = method_of(config)
     if method not in WORKING:
         raise ConfigError(
-            f"PEFT's {method} reads the weight of the layers it adapts, and {example} is packed; use one of "
-            f"{', '.join(sorted(WORKING))}, {DENSE}."
+            f"PEFT's {method} is not for packed layers such as {example}: it reads the weight of what it adapts. Use "
+            f"one of {', '.join(WORKING)}, {DENSE}."
         )
     if method in ("LORA", "ADALORA"):
         _check_lora(config, example)
+    elif method == "MISS" and config.init_weights == "bat":
+        raise ConfigError(
+            f"MISS with init_weights='bat' computes with the weight of {example}, which is packed; use True, False or "
+            f"'mini', {DENSE}."
+        )
 
 
 def method_of(config: Any) -> str:
     """PEFT's name of the method that a configuration is of, such as "LORA"."""
-    kind = getattr(config, "peft_type", None)
+    kind = config.peft_type
     return str(getattr(kind, "value", kind))
 
 
 def _check_lora(config: Any, example: str) -> None:
     start = config.init_lora_weights
-    if not any(start is each or (isinstance(each, str) and start == each) for each in INITIALISATIONS):
+    if start not in INITIALISATIONS:
         raise ConfigError(
             f"init_lora_weights={start!r} is computed from the weight of the adapted layer, and that of {example} is "
             f"packed; use True, False, 'gaussian' or 'eva', {DENSE}."
@@ -58,8 +66,7 @@ def _check_lora(config: Any, example: str) -> None:
         chosen = getattr(config, field.name)
         if field.metadata.get("is_lora_variant") and chosen and field.name not in VARIANTS:
             raise ConfigError(
-                f"LoRA with {field.name}={chosen!r} was not made for packed layers such as {example}; leave it out, "
-                f"{DENSE}."
+                f"LoRA with {field.name}={chosen!r} is not for packed layers such as {example}; leave it out, {DENSE}."
             )
 
 
@@ -70,8 +77,8 @@ def refuse_training(what: str, name: str) -> None:
         ConfigError: always.
     """
     raise ConfigError(
-        f"{what} would train the weight of {name}, which is packed and has no gradients; give it an adapter by "
-        f"target_modules, {DENSE}."
+        f"{what} would train the weight of {name}, which is packed and has no gradients; name the layer in "
+        f"target_modules, which gives it an adapter, {DENSE}."
     )
 
 
@@ -82,7 +89,6 @@ def refuse_merging(name: str) -> None:
         ConfigError: always.
     """
     raise ConfigError(
-        f"an adapter cannot be merged into {name}: its weight is packed, and one bit per weight has no room for it. "
-        "Keep the adapter beside the packed model, or merge into the dense one: load the packed model with "
-        "quantization_config=SABConfig(dequantize=True), or call dequantize() on it, then merge."
+        f"an adapter cannot be merged into {name}, whose weight is packed: a bit per weight has no room for it. Keep "
+        "the adapter beside the packed model, or call dequantize() on the model and merge then."
     )
