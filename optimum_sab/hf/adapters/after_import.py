@@ -21,7 +21,7 @@ def after_import(name: str, action: Callable[[], None]) -> None:
     """
     sys.meta_path[:] = [each for each in sys.meta_path if getattr(each, "awaited", None) != name]
     sys.meta_path.insert(0, _Finder(name, action))
-    if name in sys.modules:
+    if sys.modules.get(name) is not None:  # None there says that it must not be imported
         action()
 
 

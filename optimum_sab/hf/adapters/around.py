@@ -52,25 +52,34 @@ def _family(root: type[Any]) -> set[type[Any]]:
     return {root}.union(*(_family(each) for each in root.__subclasses__()))
 
 
-def begin(theirs: Callable[..., Any], tuner: Any, model: nn.Module, *arguments: Any, **options: Any) -> None:
-    """A tuner's `__init__`, which may look for linears before it replaces any."""
+def begin(
+    theirs: Callable[..., Any], tuner: Any, model: nn.Module, config: Any, adapter_name: str, *more: Any, **options: Any
+) -> None:
+    """A tuner's `__init__`, which may look for linears, and read them, before it replaces any."""
     show_packed_layers(model, BaseTunerLayer)
-    theirs(tuner, model, *arguments, **options)
+    own = config[adapter_name] if isinstance(config, dict) else config
+    if getattr(own, "target_modules", None) is not None:  # else `inject` knows them
+        _refuse(tuner, own, packed_layers(model))
+    theirs(tuner, model, config, adapter_name, *more, **options)
 
 
 def inject(
-    theirs: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *arguments: Any, **options: Any
+    theirs: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *more: Any, **options: Any
 ) -> None:
     """An adapter for a model, the first or a further one: refused before a layer is replaced."""
     show_packed_layers(model, BaseTunerLayer)
     packed = packed_layers(model)
     if packed:
         config = tuner._prepare_adapter_config(tuner.peft_config[adapter_name], tuner.get_model_config(model))
-        targets = config.target_modules
-        every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-        check_adapter(config, [name for name in packed if every or tuner._check_target_module_exists(config, name)])
-        _refuse_trained(config, packed)
-    theirs(tuner, model, adapter_name, *arguments, **options)
+        _refuse(tuner, config, packed)
+    theirs(tuner, model, adapter_name, *more, **options)
+
+
+def _refuse(tuner: Any, config: Any, packed: dict[str, SABLinear]) -> None:
+    targets = config.target_modules
+    every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    check_adapter(config, [name for name in packed if every or tuner._check_target_module_exists(config, name)])
+    _refuse_trained(config, packed)
 
 
 def _refuse_trained(config: Any, packed: dict[str, SABLinear]) -> None:
@@ -102,7 +111,7 @@ def merge(theirs: Callable[..., Any], merged: Any, *arguments: Any, **options: A
         if isinstance(layer, BaseTunerLayer) and isinstance(layer.get_base_layer(), SABLinear):
             names = layer.active_adapters if chosen is None else chosen
             if layer._get_available_adapters().intersection(names):
-                refuse_merging(name.removeprefix("model.") or repr(layer))
+                refuse_merging(name.removeprefix("model.") or "a layer")
     return theirs(merged, *arguments, **options)
 
 
