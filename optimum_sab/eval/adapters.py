@@ -7,6 +7,7 @@ example's own training, and asks held-out questions before and after. Needs the 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import sys
@@ -105,9 +106,6 @@ class Trial:
             seed: of calibration, adapter and training conversations.
             settings: of the adapter.
             packed: a packed checkpoint of the example to adapt; None quantizes.
-
-        Raises:
-            MissingDependencyError: PEFT is not installed.
         """
         config = None if packed else SABConfig(seed=seed, progress="none")
         model = self.load(packed or self.source, **({"quantization_config": config} if config else {}))
@@ -123,16 +121,22 @@ class Trial:
         return Recovery(seed, share, before, self.accuracy(model), (first, last), seconds)
 
 
-def add_adapter(model: Any, settings: AdapterSettings) -> None:
-    """Put LoRA beside every packed layer, in place; nothing else is trained.
+def check_peft() -> None:
+    """Whether PEFT is there.
 
     Raises:
-        MissingDependencyError: PEFT is not installed.
+        MissingDependencyError: it is not.
     """
     try:
-        from peft import LoraConfig, get_peft_model
+        importlib.import_module("peft")
     except ImportError as error:
-        raise MissingDependencyError("this needs PEFT: pip install 'optimum-sab[adapters]'.") from error
+        raise MissingDependencyError("adapters need PEFT: pip install 'optimum-sab[adapters]'.") from error
+
+
+def add_adapter(model: Any, settings: AdapterSettings) -> None:
+    """Put LoRA beside every packed layer, in place; nothing else is trained."""
+    from peft import LoraConfig, get_peft_model
+
     targets = [name for name, each in model.named_modules() if isinstance(each, SABLinear)]
     get_peft_model(model, LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=targets))
 
@@ -191,6 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given.steps < 1:
             raise ConfigError(f"--steps {given.steps} must be at least 1.")
+        check_peft()
         trial = Trial(given.questions)
         dense = trial.accuracy(trial.load(trial.source))
         settings = AdapterSettings(steps=given.steps)
