@@ -41,7 +41,8 @@ def random_llama():
         set_module(model, name, random_linear(dense.out_features, dense.in_features, own, seed))
     model.hf_quantizer = SABHfQuantizer(settings, pre_quantized=True)
     model.hf_quantizer.postprocess_model(model)
-    model.is_quantized = True
+    model.is_quantized, model.quantization_method = True, settings.quant_method
+    model.config._pre_quantization_dtype = torch.float32  # 4.57 deletes it in dequantize()
     return model
 
 
