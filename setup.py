@@ -14,9 +14,11 @@ REGISTER_PACKAGE = "optimum.commands.register"
 
 QUANTIZE = ["accelerate>=1.0", "greenlet>=3.0", "jinja2>=3.1", "pillow>=10.0", "tqdm>=4.60"]
 DOCS = ["mkdocs-material>=9.7", "mkdocstrings-python>=2.0"]
+ADAPTERS = ["accelerate>=1.0", "peft>=0.21"]
 REPORT = ["jinja2>=3.1", "matplotlib>=3.8", "pillow>=10.0"]
 TEST = [
     *QUANTIZE,
+    *ADAPTERS,
     *REPORT,
     "hypothesis>=6.100",
     "optimum>=2.0",
@@ -80,6 +82,7 @@ setup(
     install_requires=["torch>=2.6", "transformers>=4.57,<6", "safetensors>=0.4.3", "numpy>=1.24"],
     extras_require={
         "quantize": QUANTIZE,
+        "adapters": ADAPTERS,
         "eval": QUANTIZE,
         "report": REPORT,
         "optimum": ["optimum>=2.0"],

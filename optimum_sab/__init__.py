@@ -6,16 +6,16 @@ work::
     model = AutoModelForImageTextToText.from_pretrained("org/vlm", quantization_config=SABConfig())
     model = AutoModelForImageTextToText.from_pretrained("me/vlm-sab")
 
-It imports neither torch nor Transformers before they are needed: what Transformers is to know it is told once its part
-that loads models is imported, by whomever.
+It imports neither torch nor Transformers before they are needed: what Transformers and PEFT are to know they are told
+once they are imported, by whomever.
 """
 
 import importlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from optimum_sab.after_import import after_import
 from optimum_sab.version import __version__ as __version__
-from optimum_sab.when_imported import when_imported
 
 if TYPE_CHECKING:
     from optimum_sab.hf.auto import AutoModelForVision2Seq as AutoModelForVision2Seq
@@ -48,5 +48,10 @@ def _register() -> None:
         importlib.import_module("optimum_sab.hf")  # registers when all of it is there: it may be what imports just now
 
 
-for _each in ("transformers.quantizers", "transformers.modeling_utils"):
-    when_imported(_each, _register)
+def _adapt() -> None:
+    importlib.import_module("optimum_sab.hf.adapters.install").install()
+
+
+after_import("transformers.quantizers", _register)
+after_import("transformers.modeling_utils", _register)
+after_import("peft", _adapt)

@@ -6,8 +6,6 @@ import textwrap
 
 import pytest
 
-from optimum_sab.when_imported import when_imported
-
 KNOWN = (
     "from transformers.quantizers import auto; assert auto.AUTO_QUANTIZER_MAPPING['sab'].__name__ == 'SABHfQuantizer'"
 )
@@ -54,28 +52,3 @@ def test_public_names_are_there():
             raise AssertionError
         """
     )
-
-
-def test_the_module_is_as_without_being_waited_for(tmp_path, monkeypatch):
-    (tmp_path / "awaited_module.py").write_text("value = 1\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    called, before = [], list(sys.meta_path)
-    when_imported("awaited_module", lambda: called.append(sys.modules["awaited_module"].value))
-    import json  # noqa: F401  another module does not count
-
-    assert called == []
-    import awaited_module
-
-    assert called == [1]
-    assert sys.meta_path == before
-    assert awaited_module.__spec__.loader is awaited_module.__loader__
-    assert awaited_module.__loader__.get_source("awaited_module") == "value = 1\n"
-    when_imported("awaited_module", lambda: called.append(2))
-    assert called == [1, 2]
-    del sys.modules["awaited_module"]
-
-
-def test_what_is_never_found_is_an_import_error_as_ever():
-    when_imported("no_such_module_anywhere", lambda: None)
-    with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
-        import no_such_module_anywhere  # noqa: F401
