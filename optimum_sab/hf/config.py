@@ -203,7 +203,7 @@ class SABConfig(QuantizationConfigMixin):
 
     @classmethod
     def best(cls, **changes: Any) -> SABConfig:
-        """The default's bits for several times the time."""
+        """The default's bits, trained after solving, for several times the time; with few samples it overfits."""
         return cls.preset("best", **changes)
 
     @classmethod
