@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
             options.check(options)
         with warnings.catch_warnings():
             warnings.showwarning = _showing(warnings.showwarning)
-            _command(options.run)(options)
+            find_command(options.run)(options)
         sys.stdout.flush()
     except WrongCall as wrong:
         sys.stderr.write(wrong.usage)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
     return 0
 
 
-def _command(name: str) -> Callable[[argparse.Namespace], None]:
+def find_command(name: str) -> Callable[[argparse.Namespace], None]:
     """The function of a command, "MODULE.FUNCTION" below `optimum_sab.cli.commands`."""
     module, _, function = name.rpartition(".")
     found: Callable[[argparse.Namespace], None]

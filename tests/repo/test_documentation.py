@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from optimum_sab.cli.main import build_parser
+from optimum_sab.cli.main import build_parser, find_command
 
 ROOT = Path(__file__).parents[2]
 MADE = "optimum-sab example ./example-vlm"
@@ -215,7 +215,7 @@ def test_commands_of_the_script_for_a_gpu_are_understood():
     for call in calls:
         words = shlex.split(call.strip())
         words = words[words.index("sab") + 2 :]  # what follows the name of the step
-        assert callable(parser.parse_args(words).run), call
+        assert callable(find_command(parser.parse_args(words).run)), call
 
 
 def test_blocks_are_found_with_their_language_line_and_comment():

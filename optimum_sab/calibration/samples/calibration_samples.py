@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
-from optimum_sab.calibration.samples.spread import spread
+from optimum_sab.core.spread import spread
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from optimum_sab.calibration.samples.spread import spread
+from optimum_sab.core.spread import spread
 from optimum_sab.hf.hub.authorship import sign, with_tags
 from optimum_sab.hf.hub.facts import ModelFacts
 

@@ -1,6 +1,6 @@
 import pytest
 
-from optimum_sab.calibration.samples.spread import spread
+from optimum_sab.core.spread import spread
 
 MOST = 16
 
