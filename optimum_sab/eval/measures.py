@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.predictions.agreement import Agreement
-from optimum_sab.calibration.samples.modality import TEXT, TokenModalities, token_modalities
+from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
 from optimum_sab.errors import ConfigError
+from optimum_sab.nn.modalities import TEXT
 
 
 @torch.inference_mode()

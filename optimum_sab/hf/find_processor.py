@@ -12,13 +12,13 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
-from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.samples import ReadSamples
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.errors import SABError
 from optimum_sab.hf.origin import Origin, origin_of
 from optimum_sab.hf.processor import find_processor
+from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 
 class FindProcessor(Stage):

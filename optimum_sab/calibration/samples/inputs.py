@@ -11,12 +11,12 @@ from optimum_sab.calibration.samples.context_length import limited_length, warn_
 from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
 from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, encode_samples, has_chat_template
 from optimum_sab.calibration.samples.forward_inputs import token_count
-from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
 from optimum_sab.calibration.samples.named_source import BUILTIN, SELF
 from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
+from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 UNSEEN_LENGTH = 256  # tokens of a text
 GIVEN = "given as objects"

@@ -9,13 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TEXT, VISUAL, AUDIO = "text", "visual", "audio"
-MIXED = "mixed"  # rows that cannot be told apart, e.g. after an expert's routing
+from optimum_sab.nn.modalities import TEXT, VISUAL, model_modalities, placeholder_ids
 
-_TOKEN_IDS = {
-    VISUAL: ("image_token_id", "image_token_index", "video_token_id", "video_token_index"),
-    AUDIO: ("audio_token_id", "audio_token_index"),
-}
+MIXED = "mixed"  # rows that cannot be told apart, e.g. after an expert's routing
 
 
 @dataclass(frozen=True)
@@ -51,11 +47,6 @@ class TokenModalities:
         return int((self.labels == self.names.index(name)).sum()) if name in self.names else 0
 
 
-def model_modalities(config: Any) -> tuple[str, ...]:
-    """The modalities a model's tokens can have: text, and those it has placeholder token ids for."""
-    return (TEXT, *(m for m in _TOKEN_IDS if _placeholder_ids(config, m)))
-
-
 def token_modalities(inputs: Mapping[str, Any], config: Any) -> TokenModalities:
     """Read the modalities off a sample's model inputs.
 
@@ -69,7 +60,7 @@ def token_modalities(inputs: Mapping[str, Any], config: Any) -> TokenModalities:
     labels = torch.zeros(ids.numel(), dtype=torch.int64)
     names = model_modalities(config)
     for index, modality in enumerate(names[1:], start=1):
-        wanted = torch.tensor(_placeholder_ids(config, modality))
+        wanted = torch.tensor(placeholder_ids(config, modality))
         labels[torch.isin(ids, wanted)] = index
     types = inputs.get("mm_token_type_ids")
     if len(names) == 1 and types is not None:
@@ -82,8 +73,3 @@ def token_ids(inputs: Mapping[str, Any]) -> Tensor | None:
     """The tokens that a sample's inputs are about: what is read, or where that is only a picture, what is written."""
     found: Tensor | None = inputs.get("input_ids", inputs.get("decoder_input_ids"))
     return found
-
-
-def _placeholder_ids(config: Any, modality: str) -> list[int]:
-    found = (getattr(config, name, None) for name in _TOKEN_IDS[modality])
-    return [value for value in found if isinstance(value, int)]

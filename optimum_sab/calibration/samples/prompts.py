@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, has_chat_template
-from optimum_sab.calibration.samples.modality import VISUAL, model_modalities
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
+from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 EACH = 3  # prompts of a kind
 OPENING = 32  # tokens of a text that are given

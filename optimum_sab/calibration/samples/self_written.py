@@ -27,11 +27,12 @@ from optimum_sab.calibration.samples.continuation import (
     require_generation,
 )
 from optimum_sab.calibration.samples.encoding import encode_samples, has_chat_template
-from optimum_sab.calibration.samples.modality import TEXT, VISUAL, model_modalities, token_modalities
+from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.samples.token_inputs import cut_inputs, extend_inputs
 from optimum_sab.calibration.samples.vocabulary import Vocabulary, read_vocabulary
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.errors import SampleError
+from optimum_sab.nn.modalities import TEXT, VISUAL, model_modalities
 
 OPENING = (3, 8)  # tokens of a text that are given
 _SENTENCE_START = re.compile(r"^|(?<=[.!?] )|(?<=[。！？\n])(?=\S)")

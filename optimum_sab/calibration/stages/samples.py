@@ -14,11 +14,12 @@ from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.continuation import require_language_head
 from optimum_sab.calibration.samples.inputs import GIVEN, calibration_inputs
-from optimum_sab.calibration.samples.modality import TEXT, VISUAL, TokenModalities, model_modalities
+from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.errors import SampleError, warn
+from optimum_sab.nn.modalities import TEXT, VISUAL, model_modalities
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import transformers
 from torch import nn
 from transformers.models.auto import modeling_auto
 
-from optimum_sab.calibration.samples.modality import AUDIO, model_modalities
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.hub.remote_code import brings_code
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.modalities import AUDIO, model_modalities
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from optimum_sab.calibration.samples.modality import AUDIO, VISUAL, model_modalities
 from optimum_sab.errors import MissingDependencyError, SampleError, warn
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.processor import find_processor
+from optimum_sab.nn.modalities import AUDIO, VISUAL, model_modalities
 
 # Files that are of one tokenizer, so that none of them may come from another.
 _BRINGING = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

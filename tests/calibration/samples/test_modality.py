@@ -3,7 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from optimum_sab.calibration.samples.modality import TokenModalities, model_modalities, token_modalities
+from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
+from optimum_sab.nn.modalities import model_modalities
 
 IDS = torch.tensor([[1, 7, 7, 2, 8, 9]])
 

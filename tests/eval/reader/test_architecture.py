@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from optimum_sab import SABConfig
-from optimum_sab.calibration.samples.modality import VISUAL, token_modalities
+from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.errors import ConfigError, OutputExistsError
 from optimum_sab.eval.reader.__main__ import main
 from optimum_sab.eval.reader.architecture import EMBEDDINGS, WEIGHTS, read_language_config, write_reader
@@ -16,6 +16,7 @@ from optimum_sab.eval.reader.tower import TOKENS
 from optimum_sab.example.evaluation import answer, question_messages
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.modalities import VISUAL
 
 # what is tested is what is quantized, not how well
 QUICK = {"sequence_length": 64, "iterations": 2, "sweeps": 0, "allocation": "uniform", "temperature_scaling": False}
