@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import sys
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ def after_import(name: str, action: Callable[[], None]) -> None:
     sys.meta_path[:] = [each for each in sys.meta_path if getattr(each, "awaited", None) != name]
     sys.meta_path.insert(0, _Finder(name, action))
     if sys.modules.get(name) is not None:  # None there says that it must not be imported
+        importlib.import_module(name)  # waits for another thread that is importing it
         action()
 
 

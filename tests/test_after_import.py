@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+import threading
+import time
 import types
 
 import pytest
@@ -57,6 +59,18 @@ def test_action_runs_at_once_for_a_package_that_is_there(package):
     __import__(package)
     seen = []
     after_import(package, lambda: seen.append(1))
+    assert seen == [1]
+
+
+def test_action_waits_for_another_thread_that_imports_the_package(package, tmp_path):
+    (tmp_path / f"{package}.py").write_text("import time\ntime.sleep(0.3)\nvalue = 1\n")
+    importing = threading.Thread(target=__import__, args=(package,))
+    importing.start()
+    while package not in sys.modules:
+        time.sleep(0.001)
+    seen = []
+    after_import(package, lambda: seen.append(sys.modules[package].value))
+    importing.join()
     assert seen == [1]
 
 

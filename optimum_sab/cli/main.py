@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
     given = sys.argv[1:] if arguments is None else list(arguments)
     first = next((index for index, word in enumerate(given) if not word.startswith("-")), None)
     if first is not None and given[first] == "run":
-        return _be(given[first + 1 :], program)
+        return _be(given[first + 1 :], program, argparse.Namespace(json="--json" in given[:first]))
     options = argparse.Namespace(json="--json" in given)  # until they are parsed
     try:
         build_parser(program, given).parse_args(given, namespace=options)
@@ -80,15 +80,14 @@ def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[st
     return code
 
 
-def _be(arguments: Sequence[str], program: str) -> int:
+def _be(arguments: Sequence[str], program: str, options: argparse.Namespace) -> int:
     """Be another program, whose errors and interruptions are its own."""
     from optimum_sab.cli.commands.run import find_program
 
     try:
         start = find_program(arguments, program)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return _failed(options, str(error), FAILED)
     return start()
 
 

@@ -21,12 +21,13 @@ from optimum_sab.hf.finite import check_finite
 from optimum_sab.hf.hub.base import describe_base
 from optimum_sab.hf.hub.companions import write_companions
 from optimum_sab.hf.hub.processor_files import ProcessorSource
+from optimum_sab.hf.hub.remote_code import forget_remote_code
 from optimum_sab.hf.marks import forget_quantized
 from optimum_sab.hf.one_save import check_one_save
 from optimum_sab.hf.origin import loading_call, origin_of
 from optimum_sab.hf.parallel import refuse_split
 from optimum_sab.hf.recipe import as_recipe
-from optimum_sab.hf.saving import describe_save
+from optimum_sab.hf.saving import describe_save, refuse_wrapped
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, described, local_files, read_headers
 from optimum_sab.hf.stored_names import StoredNames, spare_packed
@@ -225,6 +226,7 @@ class SABHfQuantizer(HfQuantizer):
         adapters_only = getattr(model, "_hf_peft_config_loaded", False)
         if adapters_only or not any(isinstance(module, SABLinear) for module in model.modules()):
             return None, {}
+        refuse_wrapped(model)
         metadata = describe_save(model)
         config: Any = model.config
         for each in (self.quantization_config, config.quantization_config):
@@ -251,6 +253,7 @@ class SABHfQuantizer(HfQuantizer):
         if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
             del model._weight_conversions
         forget_quantized(model)
+        forget_remote_code(model.config)
         return model
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import modeling_utils
 
+from optimum_sab.errors import ConfigError
 from optimum_sab.format.digest import digest
 from optimum_sab.format.layout import STORED_SETTINGS
 from optimum_sab.hf.stored_files import DIGESTS_KEY, LAYERS_KEY, SAVE_KEY
@@ -58,6 +59,24 @@ def _sort_metadata(filename: Any) -> None:
         if len(again) == length:  # spelled alike, as it is for every name that a module can have
             file.seek(8)
             file.write(again)
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """A packed layer within an adapter has a name under which nobody finds it again.
+
+    Args:
+        model: that is to be saved.
+
+    Raises:
+        ConfigError: adapters are around its packed layers.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SABLinear) and "base_layer" in name.split("."):
+            raise ConfigError(
+                f"{name} lies within an adapter, and a checkpoint with that name could not be loaded. Save the adapter "
+                "with PeftModel.save_pretrained, and the packed model itself without it: before there are adapters, or "
+                "what PeftModel.unload() returns."
+            )
 
 
 def describe_save(model: nn.Module) -> dict[str, str]:

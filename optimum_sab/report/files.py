@@ -92,9 +92,12 @@ def _page(document: Mapping[str, Any]) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    """Under its name there is the whole file, or what was there before."""
+    """Under its name there is the whole file, or what was there before.
+
+    What is no Unicode, as in the name of a folder that is not in UTF-8, is written as JSON spells it.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -43,7 +43,7 @@ def render(document: Mapping[str, Any]) -> str:
     try:
         template = environment.get_template(_TEMPLATE)
         return template.render(report=document, charts=draw_charts(document), modalities=_modalities(document))
-    except (AttributeError, KeyError, TypeError, ValueError, UndefinedError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, UndefinedError) as error:
         if isinstance(error, ReportError):
             raise
         raise ReportError(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from optimum_sab.errors import ConfigError
 
@@ -106,3 +107,14 @@ def test_adapter_of_dense_layers_is_merged_by_name_beside_one_of_packed_layers(a
     assert model.base_model.model.lm_head.merged
     with pytest.raises(ConfigError, match="q_proj"):
         model.merge_adapter(["default"])
+
+
+def test_packed_model_within_its_adapter_is_not_saved_under_names_that_nobody_loads(packed, tmp_path):
+    del packed.config._pre_quantization_dtype  # Transformers' own, which a file does not take
+    adapted = peft.get_peft_model(packed, peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ConfigError, match=r"q_proj\.base_layer lies within an adapter.*unload\(\)"):
+        adapted.base_model.model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    adapted.unload().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert "model.layers.0.self_attn.q_proj.weight" in loaded.state_dict()

@@ -1,10 +1,14 @@
 """`optimum-sab run PROGRAM …` is the program, with the quantization method registered."""
 
+import json
 import os
 import subprocess
+import sys
 
 import pytest
 import transformers
+
+from optimum_sab.cli.main import main
 
 SCRIPT = """
 import json, sys
@@ -67,11 +71,31 @@ def test_errors_of_the_program_are_its_own(run, tmp_path):
         (("-m",), "module"),
         (("ls",), "no Python program"),
         (("missing.py",), "'missing.py'"),
+        (("-m", "no_such_module"), "'no_such_module'"),
+        (("-m", "json.no_such_module"), "'json.no_such_module'"),
+        (("-m", "json.tool.within"), "'json.tool.within'"),
     ],
 )
 def test_what_cannot_be_run_is_named_in_one_line(run, arguments, said):
     done = run(*arguments)
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_run_is_told_in_json(capsys):
+    assert main(["--json", "run", "nowhere"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert "'nowhere'" in found["error"] and found["exit_code"] == 1
+
+
+def test_search_path_is_left_alone_where_python_is_told_so(tmp_path):
+    for name, code in (("program.py", "import beside\n"), ("elsewhere/beside.py", "print('found')\n")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(code)
+    path = os.pathsep.join([str(tmp_path / "elsewhere"), *filter(None, sys.path)])
+    command = [sys.executable, "-m", "optimum_sab", "run", str(tmp_path / "program.py")]
+    given = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, env=given, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "found\n", done.stderr
 
 
 def test_nothing_to_run_shows_how(run):

@@ -7,15 +7,17 @@ import pytest
 from huggingface_hub import ModelCard
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
-from optimum_sab.errors import ConfigError
-from optimum_sab.hf.hub.authorship import keeps
+from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.hf.hub.authorship import CARD, keeps
 from optimum_sab.hf.hub.base import describe_base
 from optimum_sab.hf.hub.card import card_data, model_card
+from optimum_sab.hf.hub.companions import FolderCard
 from optimum_sab.hf.hub.facts import model_facts
 from optimum_sab.hf.hub.processor_files import ProcessorSource
 from optimum_sab.hf.hub.remote_code import add_remote_code
 from optimum_sab.hf.inventory import read_inventory
 from optimum_sab.hf.origin import Origin
+from tests.hub.conftest import packed_model
 
 COMMIT = "c" * 40
 
@@ -172,3 +174,19 @@ def test_code_of_the_model_itself_is_not_replaced(model):
 def test_the_kind_of_model_is_read_off_its_class(model):
     data = card_data(model_facts(model, SABConfig(measured={"base": {"pipeline_tag": "visual-question-answering"}})))
     assert data.pipeline_tag == "visual-question-answering"
+
+
+def test_name_that_would_end_its_cell_is_escaped(tmp_path):
+    model = packed_model(0)
+    model.hf_quantizer.quantization_config.calibration = "/data/a|b\n# c.jsonl"
+    model.save_pretrained(tmp_path)
+    lines = (tmp_path / CARD).read_text().splitlines()
+    assert r"| data | the file `a\|b # c.jsonl` |" in lines and "# c.jsonl` |" not in lines
+
+
+@pytest.mark.parametrize("text", ["---\n[1, 2]\n---\nmine", "---\nlicense: [\n---\nmine"])
+def test_card_whose_head_cannot_be_read_is_pushed_as_it_is(tmp_path, text):
+    (tmp_path / CARD).write_text(text)
+    with pytest.warns(SABWarning, match="goes to the Hub as it is"):
+        FolderCard("---\ntags: [x]\n---\nother").save(tmp_path / CARD)
+    assert (tmp_path / CARD).read_text() == text

@@ -49,3 +49,12 @@ def test_a_checkpoint_that_was_read_without_trust_keeps_the_file(bringing, tmp_p
     assert brings_code(model.config)
     model.save_pretrained(tmp_path)
     assert (tmp_path / FILE).read_text() == (bringing / FILE).read_text()
+
+
+@pytest.mark.parametrize("others", [{}, {"AutoModel": "modeling_mine.Mine"}], ids=["ours alone", "another's too"])
+def test_a_dense_model_of_it_does_not_name_the_file(bringing, tmp_path, others):
+    model = AutoModelForVision2Seq.from_pretrained(bringing)
+    model.config.auto_map.update(others)
+    model.dequantize().save_pretrained(tmp_path)
+    assert not (tmp_path / FILE).exists()
+    assert json.loads((tmp_path / "config.json").read_text()).get("auto_map", {}) == others

@@ -1,6 +1,7 @@
 """report.json and report.html as files."""
 
 import json
+import os
 import sys
 
 import pytest
@@ -85,3 +86,18 @@ def test_a_page_that_cannot_be_written_names_the_folder(document, tmp_path):
     (tmp_path / "report.html").mkdir()
     with pytest.raises(OutputError, match=r"copy report\.json"):
         write_page(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("inf"), 10**400])
+def test_a_number_that_is_too_large_is_a_named_error(document, tmp_path, value):
+    document["stages"][0]["seconds"] = value
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    with pytest.raises(ReportError, match="does not hold what this release writes"):
+        write_page(tmp_path)
+
+
+def test_a_name_that_is_no_unicode_is_written(document, tmp_path):
+    document["about"]["model"] = os.fsdecode(b"model-\xff")
+    write_report(tmp_path, document)
+    assert read_report(tmp_path) == document
+    assert "model-\\udcff" in write_page(tmp_path).read_text(encoding="utf-8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import runpy
 import shutil
@@ -42,6 +43,9 @@ def find_program(arguments: Sequence[str], program: str = "optimum-sab") -> Call
     if name == "-m":
         if not rest:
             raise ConfigError("run -m needs the name of a module.")
+        _search_first(os.getcwd())  # as `python -m` has it
+        if not _is_module(rest[0]):
+            raise ConfigError(f"there is no module {rest[0]!r}; see where it is installed ({sys.prefix} here).")
         return partial(_run_module, *rest)
     if Path(name).is_file():
         return partial(_run_script, name, *rest)
@@ -68,7 +72,6 @@ def _show(text: str, status: int) -> int:
 
 def _run_module(module: str, *arguments: str) -> int:
     _register()
-    sys.path[0] = os.getcwd()  # as `python -m` has it
     sys.argv = [module, *arguments]  # runpy puts the module's file in the first place
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     return 0
@@ -76,7 +79,7 @@ def _run_module(module: str, *arguments: str) -> int:
 
 def _run_script(path: str, *arguments: str) -> int:
     _register()
-    sys.path[0] = str(Path(path).resolve().parent)  # as `python SCRIPT` has it
+    _search_first(str(Path(path).resolve().parent))  # as `python SCRIPT` has it
     sys.argv = [path, *arguments]
     runpy.run_path(path, run_name="__main__")
     return 0
@@ -84,9 +87,24 @@ def _run_script(path: str, *arguments: str) -> int:
 
 def _run_installed(entry: importlib.metadata.EntryPoint, path: str, *arguments: str) -> int:
     _register()
-    sys.path[0] = os.path.dirname(path)  # as a script in that folder has it
+    _search_first(os.path.dirname(path))  # as a script in that folder has it
     sys.argv = [path, *arguments]
     sys.exit(entry.load()())
+
+
+def _search_first(folder: str) -> None:
+    """Where modules are looked for first, in the place of where Python found us; nowhere new with ``python -P``."""
+    if not getattr(sys.flags, "safe_path", False):  # Python 3.11
+        sys.path[0] = folder
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError as error:
+        if f"{name}.".startswith(f"{error.name}."):
+            return False
+        raise
 
 
 def _register() -> None:

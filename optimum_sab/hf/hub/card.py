@@ -183,6 +183,11 @@ def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> st
         yield f"| {' | '.join(head)} |"
         yield f"|{'---|' * len(head)}"
         for row in rows:
-            yield f"| {' | '.join(row)} |"
+            yield f"| {' | '.join(map(_cell, row))} |"
 
     return "\n".join(lines())
+
+
+def _cell(text: str) -> str:
+    """Names of files are not ours, and may hold what ends a cell or a row."""
+    return " ".join(text.split()).replace("|", r"\|")

@@ -17,7 +17,9 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 from transformers import PreTrainedModel, modeling_utils
 from transformers.utils import hub
+from yaml import YAMLError
 
+from optimum_sab.errors import warn
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.hub.authorship import CARD, is_users, keeps, sign, with_tags
 from optimum_sab.hf.hub.card import model_card, named
@@ -77,7 +79,11 @@ class FolderCard(ModelCard):
         if not Path(filepath).is_file():
             super().save(filepath)
             return
-        here = ModelCard.load(Path(filepath), ignore_metadata_errors=True)
+        try:
+            here = ModelCard.load(Path(filepath), ignore_metadata_errors=True)
+        except (ValueError, YAMLError) as error:
+            warn(f"{CARD} goes to the Hub as it is, without tags, since its head cannot be read ({error}).")
+            return
         ours = not is_users(here)
         with_tags(here, self.data.tags or ())
         (sign(here) if ours else here).save(filepath)

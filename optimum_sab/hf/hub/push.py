@@ -11,7 +11,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from optimum_sab.errors import ConfigError, OutputError
-from optimum_sab.hf.hub.authorship import CARD, is_users, keeps
+from optimum_sab.hf.hub.authorship import CARD, keeps
 from optimum_sab.hf.hub.card import named
 from optimum_sab.hf.output.members import is_weights
 from optimum_sab.hf.output.place import content_of
@@ -146,7 +146,7 @@ def _is_kept(api: HfApi, target: PushTarget) -> bool:
         path = api.hf_hub_download(target.repo_id, CARD)
     except EntryNotFoundError:
         return False
-    return is_users(ModelCard.load(Path(path), ignore_metadata_errors=True))
+    return keeps(Path(path))
 
 
 def _user(api: HfApi) -> str:

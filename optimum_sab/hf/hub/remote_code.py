@@ -69,6 +69,14 @@ def check_remote_code(config: Any) -> None:
         )
 
 
+def forget_remote_code(config: Any) -> None:
+    """Take our file's name out of the configuration of a model that is dense again, and is saved without it."""
+    if brings_code(config):
+        del config.auto_map["AutoConfig"]
+        if not config.auto_map:
+            del config.auto_map
+
+
 def brings_code(config: Any) -> bool:
     """Whether a configuration names our file."""
     named = (getattr(config, "auto_map", None) or {}).get("AutoConfig", "")
