@@ -51,14 +51,14 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    "default": Preset("about 1.25 bits", {}),
+    "default": Preset("1.22 bits at 7B shapes", {}),
     "light": Preset("the default's bits in less time", {"calibration_samples": 64, "sweeps": 0, "iterations": 4}),
     "best": Preset(
         "the default's bits and training, in several times the time; wants many samples",
         {"refine": True, "refine_epochs": 2, "refine_steps": 60},
     ),
     "two-bit": Preset(
-        "about 2.2 bits, near the dense model",  # sweeps pay at two bits and not at one (docs/benchmarks.md)
+        "2.18 bits at 7B shapes, near the dense model",  # sweeps pay at two bits and not at one (docs/benchmarks.md)
         {"base_planes": 2, "salient_fraction": 0.125, "sweeps": 4},
     ),
     "paper": Preset(

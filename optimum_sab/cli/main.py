@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from optimum_sab.cli.arguments.common import FoundWrong, WrongCall
 from optimum_sab.cli.arguments.parser import build_parser
-from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.errors import ConfigError, SABError, SABWarning
 
 FAILED, WRONG_CALL = 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have it: 128 and the signal's number
@@ -34,6 +35,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
     first = next((index for index, word in enumerate(given) if not word.startswith("-")), None)
     if first is not None and given[first] == "run":
         return _be(given[first + 1 :], program, argparse.Namespace(json="--json" in given[:first]))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name, or a terminal, that is no Unicode
     options = argparse.Namespace(json="--json" in given)  # until they are parsed
     try:
         build_parser(program, given).parse_args(given, namespace=options)
@@ -44,7 +48,6 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
             find_command(options.run)(options)
         sys.stdout.flush()
     except WrongCall as wrong:
-        sys.stderr.write(wrong.usage)
         return _failed(options, str(wrong), WRONG_CALL)
     except KeyboardInterrupt:
         folder = getattr(options, "resume_folder", None)
@@ -56,13 +59,19 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        from optimum_sab.hf.failure import one_line
-
-        line = one_line(error)
+        line = _line(error)
         if line is None:
             raise  # a fault of ours, whose place must be seen
         return _failed(options, line, FAILED, error.found if isinstance(error, FoundWrong) else {})
     return 0
+
+
+def _line(error: Exception) -> str | None:
+    if isinstance(error, SABError):  # without what brings torch along
+        return " ".join(str(error).split())
+    from optimum_sab.hf.failure import one_line
+
+    return one_line(error)
 
 
 def find_command(name: str) -> Callable[[argparse.Namespace], None]:

@@ -389,6 +389,8 @@ def _listed(rules: Any) -> Any:
 
 
 def _unknown(name: str) -> ConfigError:
+    if name == "preset":
+        return ConfigError("a preset is no setting; write SABConfig.preset('two-bit') or SABConfig.two_bit().")
     close = difflib.get_close_matches(name, _PARAMETERS, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; the settings are {', '.join(_PARAMETERS)}."
     return ConfigError(f"unknown setting {name!r}{hint}")

@@ -10,6 +10,7 @@ from transformers.models.auto import modeling_auto
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.auto import AutoModelForVision2Seq
+from optimum_sab.sources import check_folder
 
 
 def model_config(source: str, **arguments: Any) -> Any:
@@ -22,8 +23,7 @@ def model_config(source: str, **arguments: Any) -> Any:
     Raises:
         ConfigError: it cannot be read.
     """
-    if not os.path.exists(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ConfigError(f"there is no folder {source!r}; name a checkpoint's folder, or a repository on the Hub.")
+    check_folder(source)
     try:
         return AutoConfig.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:

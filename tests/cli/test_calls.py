@@ -1,6 +1,7 @@
 """How commands are called: help, wrong calls, what every command takes, and how soon it is answered."""
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -63,9 +64,33 @@ def test_help_and_wrong_calls_load_nothing(arguments, code, words):
 
 def test_wrong_call_is_two_and_says_what_is_missing(capsys):
     assert main(["quantize"]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("usage: optimum-sab quantize")
-    assert err.splitlines()[-1] == "error: optimum-sab quantize: the following arguments are required: model"
+    assert capsys.readouterr().err == (
+        "error: the following arguments are required: model. See: optimum-sab quantize --help\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["quantize", "m", "--output", "o", "--calibration-sample", "3"],
+            "unrecognized arguments: --calibration-sample 3. Did you mean '--calibration-samples'? "
+            "See: optimum-sab quantize --help",
+        ),
+        (["quantise", "m"], "Did you mean 'quantize'? See: optimum-sab --help"),
+        (["quantize", "m", "--output", "o", "--preset", "two_bit"], "Did you mean 'two-bit'?"),
+        (["inspect", "m", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it. See:"),
+    ],
+)
+def test_misspelt_words_are_answered_with_the_right_one(capsys, arguments, line):
+    assert main(arguments) == 2
+    assert line in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_imported():
+    code, _, err, modules = fresh("quantize", "./nowhere", "--output", "out")
+    assert code == 1 and "there is no folder './nowhere'" in err
+    assert "torch" not in modules
 
 
 def test_options_are_not_abbreviated(capsys):
@@ -170,3 +195,10 @@ def test_optimum_cli_lists_all_commands():
     commands = command_names(build_parser("optimum-cli sab"))
     assert {"quantize", "inspect", "eval", "bench", "example"} <= set(commands)
     assert all(f"  {name} " in text and purpose in text for name, purpose in commands.items())
+
+
+def test_help_is_printed_where_the_terminal_knows_no_unicode():
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "optimum_sab", "quantize", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert "from_pretrained(\\u2026" in done.stdout

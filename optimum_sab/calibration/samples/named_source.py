@@ -60,7 +60,7 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
     if isinstance(source, str) and _DATASET.fullmatch(name) and not is_file_name and not name.startswith("."):
         return name
     if not isinstance(source, str) or (is_file_name and "\n" not in name) or _looks_like_path(name):
-        raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}.")
+        raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}")
     close = difflib.get_close_matches(name.lower(), (BUILTIN, SELF), 1, 0.7)
     hint = f"did you mean {close[0]!r}? Otherwise give" if close else "give"
     raise SampleError(f"calibration={_shown(name)} is one text, which is no calibration data; {hint} {_TO_GIVE}.")
@@ -75,9 +75,9 @@ def _looks_like_path(name: str) -> bool:
 def _nearest(name: str) -> str:
     folder, file = os.path.split(name)
     if folder and not os.path.isdir(folder):
-        return f", nor does its folder {_shown(folder)}"
+        return f", nor does its folder {_shown(folder)}."
     close = difflib.get_close_matches(file, os.listdir(folder or "."), 1)
-    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else ""
+    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else "."
 
 
 def _shown(text: str) -> str:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from optimum_sab.errors import SABError
 
+_MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
+
 
 class WrongCall(Exception):
-    """The command line is not one of ours.
-
-    Args:
-        usage: of the command that was called.
-        message: what is wrong.
-    """
-
-    def __init__(self, usage: str, message: str) -> None:
-        super().__init__(message)
-        self.usage = usage
+    """The command line is not one of ours; the message says what is wrong and which help shows what is right."""
 
 
 class FoundWrong(SABError):
@@ -42,7 +37,22 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*arguments, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        raise WrongCall(self.format_usage(), f"{self.prog}: {message}")
+        misspelt = _MISSPELT.fullmatch(message)
+        known = self._option_string_actions if misspelt is None or misspelt["option"] else self._choices()
+        word = misspelt and (misspelt["option"] or misspelt["choice"])
+        close = difflib.get_close_matches(word, known, n=1) if word else []
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise WrongCall(f"{message}.{hint} See: {self.prog} --help")
+
+    def _choices(self) -> list[str]:
+        return [str(choice) for action in self._actions for choice in action.choices or ()]
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse has it, but a command refuses what it does not know itself, with its own help."""
+        known, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return known, unknown
 
 
 def add_common(parser: argparse.ArgumentParser, quiet: bool = True) -> None:

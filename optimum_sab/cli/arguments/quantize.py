@@ -10,6 +10,7 @@ from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common
 from optimum_sab.cli.arguments.settings import add_settings, add_source
+from optimum_sab.sources import check_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -46,10 +47,12 @@ def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -
 
     Raises:
         WrongCall: neither place is named, or a private repository without its name.
+        ConfigError: see `check_folder`.
     """
     if options.output is None and options.push_to_hub is None:
         parser.error("one of --output and --push-to-hub is required")
     if options.private and options.push_to_hub is None:
         parser.error("--private goes with --push-to-hub")
+    check_folder(options.model)
     if options.output is None:
         options.output = Path(options.push_to_hub.rstrip("/").split("/")[-1])

@@ -49,8 +49,10 @@ def _print_table(inventory: Inventory) -> None:
         f"format version {inventory.config.format_version}; settings other than the defaults:"
     )
     for name, value in inventory.config.to_diff_dict().items():
-        if name not in ("quant_method", "format_version"):
+        if name not in ("quant_method", "format_version", "measured"):
             print(f"  {name}: {value}")
+    for kind, each in (inventory.config.measured or {}).get("agreement", {}).items():
+        print(f"against the dense model, on {kind}: KL {each['kl']:.2f} nats per token, {each['top1']:.0%} the same")
 
 
 def as_json(inventory: Inventory, verification: Verification | None = None) -> dict[str, Any]:

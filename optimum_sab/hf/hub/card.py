@@ -92,6 +92,8 @@ def _loading(facts: ModelFacts) -> str:
         "```",
         "",
     ]
+    if reader == "AutoProcessor":
+        lines += ["Image processors of most families need `pip install torchvision`.", ""]
     if facts.brings_code:
         lines.append(
             "`from_pretrained(…, trust_remote_code=True)` needs no import: it runs `configuration_sab.py` of this "
@@ -147,7 +149,12 @@ def _source(calibration: Any) -> str:
     if calibration == "self":
         return "written by the dense model itself"
     if isinstance(calibration, str):  # the path of a file says nothing to others, but its name may
-        return f"`{calibration}`" if calibration.count("/") == 1 else f"the file `{calibration.split('/')[-1]}`"
+        dataset = (
+            calibration.count("/") == 1
+            and not calibration.startswith(".")
+            and not calibration.endswith((".jsonl", ".json"))
+        )
+        return f"`{calibration}`" if dataset else f"the file `{calibration.split('/')[-1]}`"
     return "given as objects"
 
 
