@@ -104,7 +104,10 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
     source = origin if given is None else origin.at(given)
     load = load_processor if visual else AutoTokenizer.from_pretrained
     try:
-        return load(source.name, **source.arguments)
+        found = load(source.name, **source.arguments)
+        if knows_no_token(getattr(found, "tokenizer", found)):  # which Transformers 5 makes up for many a model
+            raise ValueError("there is no vocabulary of a tokenizer")
+        return found
     except MissingDependencyError:
         raise
     except (OSError, ValueError, ImportError) as error:  # 4.57 asks for protobuf where there is no tokenizer at all
@@ -112,6 +115,12 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
         raise SampleError(
             f"no processor can be loaded from {source.name!r}{within} ({error}); give one as SABConfig(processor=...)."
         ) from error
+
+
+def knows_no_token(tokenizer: Any) -> bool:
+    """Whether a tokenizer has special tokens alone, so that every text is nothing to it."""
+    special = getattr(tokenizer, "all_special_ids", None)
+    return special is not None and len(tokenizer) <= len(set(special))
 
 
 def _is_qwen2_5_vl(path: str | Path, arguments: dict[str, Any]) -> bool:

@@ -10,11 +10,15 @@ import sys
 import pytest
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from optimum_sab.cli.commands import env
 from optimum_sab.cli.main import main
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.hf.failure import one_line
+from optimum_sab.hf.processor import knows_no_token
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +90,20 @@ def test_processor_is_loaded_before_a_weight_is_read(weightless, tmp_path, capsy
     (broken / "tokenizer.json").write_text("{")
     (broken / "tokenizer_config.json").write_text("{")
     assert "no processor can be loaded" in refused(capsys, "quantize", broken, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, LlamaConfig], ids=["made up by Transformers 5", "refused by it"])
+def test_model_without_a_tokenizer_is_not_calibrated_with_one_that_knows_no_token(tmp_path, capsys, config):
+    config(hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    line = refused(capsys, "quantize", tmp_path / "model", "--output", tmp_path / "out")
+    assert "no processor can be loaded" in line and "SABConfig(processor=...)" in line
+
+
+@pytest.mark.parametrize(("vocabulary", "knows"), [({"<unk>": 0}, False), ({"<unk>": 0, "a": 1}, True)])
+def test_tokenizer_that_knows_special_tokens_alone_is_seen(vocabulary, knows):
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert knows_no_token(tokenizer) is not knows
 
 
 def test_package_that_is_missing_is_noticed_before_a_weight_is_read(weightless, tmp_path, capsys, monkeypatch):
