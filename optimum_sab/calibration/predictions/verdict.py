@@ -86,7 +86,7 @@ def judge(agreement: Mapping[str, Agreement], bits_per_weight: float) -> Verdict
         return Verdict(UNKNOWN, "", reason, "Compare its answers with the dense model's on your own tasks.")
     order = (CLOSE, CARE, FAR)
     levels = {kind: level_of(kind, each) for kind, each in agreement.items()}
-    kind = max(levels, key=lambda name: (order.index(levels[name]), agreement[name].kl / LIMITS[name].far_kl))
+    kind = max(levels, key=lambda name: (order.index(levels[name]), agreement[name].kl - LIMITS[name].far_kl))
     limits = LIMITS[kind]
     reason = (
         f"on {kind} that did not calibrate it: {agreement[kind]} (close: at most {limits.close_kl:g} nats and "

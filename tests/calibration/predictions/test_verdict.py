@@ -68,3 +68,9 @@ def test_advice_for_more_bits_knows_how_many_there_are():
 def test_the_reason_holds_what_was_measured_and_the_limits():
     reason = judge({"pictures": Agreement(0.3, 0.84)}, 1.3).reason
     assert "on pictures" in reason and "KL 0.30" in reason and "84%" in reason and "above 0.6 nats" in reason
+
+
+def test_of_two_kinds_of_one_level_the_one_nearer_to_its_limit_decides():
+    found = {"text": Agreement(0.21, 0.64, 100), "pictures": Agreement(0.55, 0.77, 100)}
+    assert judge(found, 1.3).kind == "pictures"
+    assert judge({**found, "text": Agreement(0.99, 0.64, 100)}, 1.3).kind == "text"
