@@ -71,6 +71,6 @@ def test_the_reason_holds_what_was_measured_and_the_limits():
 
 
 def test_of_two_kinds_of_one_level_the_one_nearer_to_its_limit_decides():
-    found = {"text": Agreement(0.21, 0.64, 100), "pictures": Agreement(0.55, 0.77, 100)}
+    found = {"text": Agreement(0.21, 0.64), "pictures": Agreement(0.55, 0.77)}
     assert judge(found, 1.3).kind == "pictures"
-    assert judge({**found, "text": Agreement(0.99, 0.64, 100)}, 1.3).kind == "text"
+    assert judge({**found, "text": Agreement(0.99, 0.64)}, 1.3).kind == "text"
