@@ -27,6 +27,10 @@ def run(script):
         "import optimum_sab; from transformers.quantizers.base import HfQuantizer; import transformers.modeling_utils",
         "from optimum_sab import SABConfig; SABConfig(); import transformers.modeling_utils",
         "from optimum_sab.nn.linear import SABLinear; import transformers.modeling_utils",
+        "import optimum_sab; from transformers import Qwen2_5_VLForConditionalGeneration",
+        "import optimum_sab; from transformers import AutoProcessor, AutoModelForImageTextToText; "
+        "from transformers.models.auto import image_processing_auto; import transformers.modeling_utils",
+        "import optimum_sab; import transformers.processing_utils; import transformers.modeling_utils",
     ],
 )
 def test_transformers_knows_the_method_in_every_order(imports):
@@ -50,5 +54,16 @@ def test_public_names_are_there():
             assert "SABConfg" in str(error)
         else:
             raise AssertionError
+        """
+    )
+
+
+@pytest.mark.compat
+def test_registering_imports_no_processors():
+    """Which may be what imports Transformers' modeling part just then."""
+    run(
+        """
+        import sys, optimum_sab, transformers.modeling_utils
+        assert "optimum_sab.hf.quantizer" in sys.modules and "optimum_sab.hf.processor" not in sys.modules
         """
     )

@@ -13,7 +13,6 @@ from transformers.utils import cached_file
 
 from optimum_sab.errors import MissingDependencyError, SampleError, warn
 from optimum_sab.hf.origin import Origin
-from optimum_sab.hf.processor import find_processor
 from optimum_sab.nn.modalities import AUDIO, VISUAL, model_modalities
 
 # Files that are of one tokenizer, so that none of them may come from another.
@@ -45,6 +44,8 @@ class ProcessorSource:
         origin = self.origin or Origin("")
         if self.given is None and not _brings_tokenizer(origin):
             return None
+        from optimum_sab.hf.processor import find_processor  # not while Transformers is being imported
+
         modalities = model_modalities(config)
         for more_than_text in dict.fromkeys((VISUAL in modalities or AUDIO in modalities, False)):
             try:
