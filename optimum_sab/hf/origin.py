@@ -20,6 +20,7 @@ from optimum_sab.hf.running_call import running_call
 _SNAPSHOT = re.compile(r"[/\\]models--[^/\\]+[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]")
 PLACE = ("revision", "subfolder")
 ACCESS = ("cache_dir", "force_download", "local_files_only", "proxies", "token", "trust_remote_code")
+DOWNLOAD = ("revision", "cache_dir", "force_download", "local_files_only", "token")  # of huggingface_hub
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Origin:
     def arguments(self) -> dict[str, Any]:
         """For any `from_pretrained` that reads from here."""
         return {**self.place, **self.access}
+
+    @property
+    def download(self) -> dict[str, Any]:
+        """For the functions of huggingface_hub that fetch from here."""
+        return {name: value for name, value in self.arguments.items() if name in DOWNLOAD}
 
     def at(self, other: str | os.PathLike[str]) -> Origin:
         """What is reached the same way: this one under its own name, or another repository as it is by default."""

@@ -22,9 +22,8 @@ from transformers.utils import is_torchvision_available
 
 from optimum_sab.errors import MissingDependencyError, SampleError
 from optimum_sab.hf.compat import KEEPS_ARGUMENTS
-from optimum_sab.hf.origin import Origin
+from optimum_sab.hf.origin import DOWNLOAD, Origin
 
-_FETCHING = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 
@@ -82,9 +81,9 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
 
 def _fetched(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """Everything of a repository but its weights, in the Hub's cache; and what of the arguments is left to be said."""
-    given = {key: value for key, value in arguments.items() if key in _FETCHING}
+    given = {key: value for key, value in arguments.items() if key in DOWNLOAD}
     folder = snapshot_download(name, ignore_patterns=list(_WEIGHTS), **given)
-    return folder, {key: value for key, value in arguments.items() if key not in _FETCHING}
+    return folder, {key: value for key, value in arguments.items() if key not in DOWNLOAD}
 
 
 def find_processor(given: Any, origin: Origin, visual: bool) -> Any:

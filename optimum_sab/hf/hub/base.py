@@ -14,7 +14,6 @@ from optimum_sab.hf.hub.authorship import CARD
 from optimum_sab.hf.origin import Origin
 
 _TAKEN = ("license", "license_name", "license_link", "pipeline_tag")
-_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")  # of what `hf_hub_download` takes
 _CACHED = re.compile(r"models--([^/]+)--([^/]+)/snapshots/([0-9a-f]{40})/?$")
 
 
@@ -48,12 +47,11 @@ def _card_data(origin: Origin) -> Any:
     """The data of a model's card; None where there is none, or none that can be read."""
     if not origin.name:
         return None
-    access = {name: value for name, value in origin.access.items() if name in _ACCESS}
     try:
         if Path(origin.name).exists():
             path = Path(origin.name, CARD)
         else:
-            path = Path(hf_hub_download(origin.name, CARD, revision=origin.place.get("revision"), **access))
+            path = Path(hf_hub_download(origin.name, CARD, **origin.download))
         return ModelCard.load(path, ignore_metadata_errors=True).data
     except (OSError, EntryNotFoundError, ValueError, yaml.YAMLError):
         return None

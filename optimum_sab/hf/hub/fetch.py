@@ -10,7 +10,6 @@ from huggingface_hub.utils import validate_repo_id
 from optimum_sab.errors import FormatError
 from optimum_sab.hf.origin import Origin
 
-_ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
 _FILES = ("config.json", "*.safetensors", "model.safetensors.index*.json")
 
 
@@ -31,9 +30,8 @@ def checkpoint_folder(origin: Origin) -> Path:
         validate_repo_id(origin.name)
         found = snapshot_download(
             origin.name,
-            revision=origin.place.get("revision"),
             allow_patterns=[f"{within}/{name}" if within else name for name in _FILES],
-            **{name: value for name, value in origin.access.items() if name in _ACCESS},
+            **origin.download,
         )
     except Exception as error:  # of every kind, according to what of the Hub or the network fails
         reason = " ".join(str(error).split())
