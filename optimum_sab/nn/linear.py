@@ -106,11 +106,16 @@ class SABLinear(nn.Module):
     @property
     def bits_per_weight(self) -> float:
         """From the bytes of every stored tensor of the layer, bias included."""
-        specs = tensor_specs(self.out_features, self.in_features, self.settings).values()
-        stored = sum(torch.Size(spec.shape).numel() * spec.dtype.itemsize for spec in specs)
+        return 8.0 * sum(self.stored_bytes.values()) / (self.out_features * self.in_features)
+
+    @property
+    def stored_bytes(self) -> dict[str, int]:
+        """Bytes of the layer's tensors by name, bias included, as they are stored, whatever layout they are in now."""
+        specs = tensor_specs(self.out_features, self.in_features, self.settings)
+        sizes = {name: torch.Size(spec.shape).numel() * spec.dtype.itemsize for name, spec in specs.items()}
         if self.bias is not None:
-            stored += self.bias.numel() * self.bias.element_size()
-        return 8.0 * stored / (self.out_features * self.in_features)
+            sizes["bias"] = self.bias.numel() * self.bias.element_size()
+        return sizes
 
     # -- layouts ---------------------------------------------------------------------------------------------------
 

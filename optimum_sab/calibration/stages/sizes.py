@@ -10,7 +10,6 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.sizes import BIAS, LinearSizes, Sizes
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.format.layout import tensor_specs
 from optimum_sab.nn.linear import SABLinear
 
 
@@ -27,7 +26,7 @@ class MeasureSizes(Stage):
         for name in run.selection.settings:
             layer = run.model.get_submodule(name)
             assert isinstance(layer, SABLinear)
-            own = _stored(layer)
+            own = layer.stored_bytes
             packed.update(id(parameter) for parameter in layer.parameters())
             weights, stored = layer.in_features * layer.out_features, sum(own.values())
             for table, key in ((kinds, name.rpartition(".")[2]), (planes, _planes_of(layer))):
@@ -38,19 +37,6 @@ class MeasureSizes(Stage):
         sizes = Sizes(kinds, planes, tensors, _dense(run, packed), before)
         run.keep(sizes)
         return sizes
-
-
-def _stored(layer: SABLinear) -> dict[str, int]:
-    """Bytes of a layer's tensors by name, as they are stored, whatever layout they are in now."""
-    sizes = {}
-    for name, spec in tensor_specs(layer.out_features, layer.in_features, layer.settings).items():
-        count = spec.dtype.itemsize
-        for length in spec.shape:
-            count *= length
-        sizes[name] = count
-    if layer.bias is not None:
-        sizes[BIAS] = layer.bias.numel() * layer.bias.element_size()
-    return sizes
 
 
 def _planes_of(layer: SABLinear) -> str:

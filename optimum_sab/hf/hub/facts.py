@@ -71,7 +71,7 @@ def model_facts(model: Any, config: SABConfig) -> ModelFacts:
         pipeline_tag=base.get("pipeline_tag") or _pipeline_tag(auto, model),
         linears=len(packed),
         weights=weights,
-        packed_bytes=round(sum(m.bits_per_weight * m.out_features * m.in_features for m in packed) / 8),
+        packed_bytes=sum(sum(module.stored_bytes.values()) for module in packed),
         dense_bytes=weights * model.dtype.itemsize + biases,
         other_bytes=sum(map(_bytes, others)),
         dtype=str(model.dtype).removeprefix("torch."),
