@@ -116,16 +116,23 @@ def warm(small_example):
         yield folder
 
 
+@pytest.fixture(scope="session")
+def bare_python():
+    """A `python` that has imported what Transformers imports, and neither Transformers nor this package."""
+    with warm_programs(None, os.environ) as folder:
+        yield folder / "python"
+
+
 @contextmanager
 def warm_programs(example, environment):
-    """The folder of `warm`; what is read from the environment at an import is as given here."""
+    """The folder of `warm`, or of `bare_python` without an example; the environment is what an import sees."""
     here = Path(__file__).parent / "speed"
     with tempfile.TemporaryDirectory() as name:  # the path of a socket must be short
         folder = Path(name)
         for program in ("optimum-sab", "optimum-cli", "python"):
             (folder / program).write_text(f"#!{sys.executable} -IS\n{(here / 'client.py').read_text()}")
             (folder / program).chmod(0o755)
-        command = [sys.executable, here / "server.py", folder / "socket", example]
+        command = [sys.executable, here / "server.py", folder / "socket", *([example] if example else [])]
         server = subprocess.Popen(command, env=environment)
         try:
             while not (folder / "socket").exists():

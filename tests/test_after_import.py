@@ -30,8 +30,8 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_peft_knows_packed_layers_in_any_order(order):
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", ORDERS[order]], capture_output=True, text=True)
+def test_peft_knows_packed_layers_in_any_order(order, bare_python):
+    done = subprocess.run([bare_python, "-c", ORDERS[order]], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 

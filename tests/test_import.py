@@ -11,9 +11,15 @@ KNOWN = (
 )
 
 
-def run(script):
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+@pytest.fixture
+def run(bare_python):
+    """Runs a script in a process that has imported neither Transformers nor this package."""
+
+    def call(script):
+        done = subprocess.run([bare_python, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    return call
 
 
 @pytest.mark.compat
@@ -33,15 +39,17 @@ def run(script):
         "import optimum_sab; import transformers.processing_utils; import transformers.modeling_utils",
     ],
 )
-def test_transformers_knows_the_method_in_every_order(imports):
+def test_transformers_knows_the_method_in_every_order(imports, run):
     run(f"{imports}\n{KNOWN}")
 
 
 def test_importing_the_package_imports_neither_torch_nor_transformers():
-    run("import sys, optimum_sab; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)")
+    script = "import sys, optimum_sab; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-def test_public_names_are_there():
+def test_public_names_are_there(run):
     run(
         """
         import optimum_sab
@@ -59,7 +67,7 @@ def test_public_names_are_there():
 
 
 @pytest.mark.compat
-def test_registering_imports_no_processors():
+def test_registering_imports_no_processors(run):
     """Which may be what imports Transformers' modeling part just then."""
     run(
         """

@@ -1,8 +1,9 @@
 """A process that has imported torch, Transformers and this package, and forks for every command that it is handed.
 
-    python server.py SOCKET EXAMPLE
+    python server.py SOCKET [EXAMPLE]
 
-EXAMPLE is what commands take for the embedded example, unless their environment has another in EXAMPLE_VLM.
+EXAMPLE is what commands take for the embedded example, unless their environment has another in EXAMPLE_VLM. Without it, only
+what Transformers imports is there, and neither Transformers nor this package: for what depends on the order of imports.
 
 Of several seconds of a command that is run here nearly all are imports. A fork of a process that has done them, and
 nothing else, is as good as a new process: no model was loaded, no thread was started, no generator was seeded. What is
@@ -51,14 +52,21 @@ LATE = (
 )
 
 
-def serve(path: str, example: str) -> None:
+# two thirds of the time of importing a model of Transformers
+LIBRARIES = ("accelerate", "huggingface_hub", "jinja2", "PIL.Image", "regex", "safetensors.torch", "torch._dynamo", "yaml")
+
+
+def serve(path: str, example: str = "") -> None:
     sys.path.pop(0)  # this folder
-    importlib.import_module("optimum_sab.example").checkpoint_path = lambda: Path(
-        os.environ.get("EXAMPLE_VLM", example)
-    )
-    for name in LATE:
+    if example:
+        importlib.import_module("optimum_sab.example").checkpoint_path = lambda: Path(
+            os.environ.get("EXAMPLE_VLM", example)
+        )
+    for name in LATE if example else LIBRARIES:
         importlib.import_module(name)
-    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    if not example:
+        assert not {"transformers", "optimum_sab", "peft"} & set(sys.modules)
+    elif os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         quicken()
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(path)
