@@ -7,19 +7,15 @@ from optimum_sab.bench.coverage.families import all_families
 from optimum_sab.bench.coverage.isolation import outcome_of
 from optimum_sab.bench.coverage.outcome import NOT_BUILT, REFUSED, WORKS
 
+# one of each way that pictures come into a decoder, or that a decoder is built; the others are in the full set
 SAMPLE = (
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_5",
-    "internvl",
-    "llava_onevision",
-    "smolvlm",
-    "gemma3",
-    "gemma4",
-    "mistral3",
-    "paligemma",
-    "mllama",
-    "blip-2",
+    "qwen2_5_vl",  # rotary positions in three dimensions
+    "qwen3_vl",  # features added to the hidden states between blocks
+    "qwen3_5",  # blocks of linear attention among the others
+    "smolvlm",  # pictures cut into tiles
+    "gemma4",  # inputs of each block's own, sound
+    "mllama",  # cross-attention blocks, which a text passes by
+    "blip-2",  # a decoder whose linears have biases, behind a Q-Former
 )
 FAMILIES = {family.name: family for family in all_families()}
 SAMPLES, PICTURES = 4, 3
