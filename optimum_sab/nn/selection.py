@@ -91,11 +91,6 @@ def select_linears(
     settings, used = overridden(chosen, dynamic or {}, decoder.lists)
     used |= {rule for rule, found in covered.items() if found}
     unused = [r for r in [*modules_to_not_convert, *(dynamic or {})] if r not in used]
-    if strict and unused:
-        example = next(iter(settings), "none")
-        raise ConfigError(
-            f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
-        )
     if not settings:
         kind = type(model).__name__
         if left_dense and all(id(model.get_submodule(name).weight) in shared for name in left_dense):
@@ -104,6 +99,11 @@ def select_linears(
                 "and what they are given in one says nothing of the other."
             )
         raise ConfigError(f"nothing is left to binarize in {kind}; loosen modules_to_not_convert.")
+    if strict and unused:
+        example = next(iter(settings))
+        raise ConfigError(
+            f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
+        )
     return Selection(decoder.lists, tuple(decoder.named), settings, tuple(left_dense))
 
 

@@ -232,6 +232,11 @@ class Mixture(nn.Module):
         self.shared_expert_gate = nn.Linear(width, 1, bias=False)
 
 
+def test_where_nothing_is_left_a_rule_for_some_of_it_is_not_what_is_wrong():
+    with pytest.raises(ConfigError, match="loosen modules_to_not_convert"):
+        select_linears(VisionLanguage(), SMALL, ["language_model"], {"down_proj": {"base_planes": 2}})
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_routers_stay_dense_and_experts_do_not(strict):
     model = VisionLanguage()
