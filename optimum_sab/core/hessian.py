@@ -13,12 +13,24 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+STRIP = 192  # rows of a Hessian computed at a time; fewer make products slow, more compute more of the lower half
 RAISED = (1.0, 10.0, 100.0)  # times the damping, until there is a factor
 
 
 def accumulate_hessian(hessian: Float[Tensor, "in in"], inputs: Float[Tensor, "tokens in"]) -> None:
-    """Add ``Σ x xᵀ`` of these tokens to ``hessian`` in place (fp32)."""
-    hessian.addmm_(inputs.T, inputs)
+    """Add ``Σ x xᵀ`` of these tokens to ``hessian`` in place (fp32).
+
+    Args:
+        hessian: symmetric. On a CPU only its upper half is computed, a strip of rows at a time, and the other is its
+            mirror image: what the whole product gives as well.
+        inputs: x.
+    """
+    width = inputs.shape[1]
+    strip = STRIP if hessian.device.type == "cpu" else width
+    for start in range(0, width, strip):
+        end = min(start + strip, width)
+        hessian[start:end, start:].addmm_(inputs[:, start:end].T, inputs[:, start:])
+        hessian[end:, start:end] = hessian[start:end, end:].T
 
 
 @dataclass
