@@ -94,7 +94,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
     with part("factorization"):
         factored = statistics.factored(settings.damping, name)
     target = W
-    if alpha and statistics.drift is not None:
+    if alpha and statistics.two_streams:
         with part("target"):
             target = propagated_target(W, factored.inverse, statistics.drift, alpha, statistics.residual)
     target = target.masked_fill(factored.dead, 0.0)
@@ -111,12 +111,14 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
         significance = significance_map(W, torch.stack(inverse))
     fit = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings, loops)
     if settings.refit:
+        with part("refit"):
+            pull = target @ factored.hessian
         for sweep in range(settings.sweeps + 1):
             if sweep:
                 with part("descent"):
                     descend_signs(fit, target, factored.hessian, loops.sweep)
             with part("refit"):
-                row_scale = refit_row_scale(fit.signs, fit.column_scale, target, factored.hessian, settings.block_size)
+                row_scale = refit_row_scale(fit.signs, fit.column_scale, pull, factored.hessian, settings.block_size)
             fit.row_scale = round_row_scale(row_scale, settings.row_scale)
     planes = fit.planes()
     with part("errors"):
@@ -131,7 +133,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
 
 def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> float:
     """α: as set, or cross-validated; 0 where there is no dense stream, or only one sample to choose it by."""
-    if statistics.drift is None:
+    if not statistics.two_streams:
         return 0.0
     if settings.propagation is not None:
         return settings.propagation

@@ -96,7 +96,8 @@ class _Probe:
             device = self._device or members[names[0]].weight.device
             settings = [each for each, _ in groups]
             with part("statistics"):
-                statistics = self._gathering.statistics(names[0], self._gathering.pairs(arrivals), settings, device)
+                weights = {name: linear.weight for name, linear in members.items()}
+                statistics = self._gathering.statistics(weights, self._gathering.pairs(arrivals), settings, device)
             for (own, _), group in groups.items():
                 self.found.groups.append(tuple(group))
                 self._measure(own, {name: members[name].weight for name in group}, statistics)

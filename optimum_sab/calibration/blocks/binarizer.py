@@ -63,7 +63,8 @@ class BlockBinarizer:
         pairs = self._gathering.pairs(arrivals)
         first = not self._block.packed
         with part("statistics"):
-            statistics = self._gathering.statistics(names[0], pairs, settings, device, by_modality=first)
+            weights = {name: self._linears[name].weight for name in names}
+            statistics = self._gathering.statistics(weights, pairs, settings, device, by_modality=first)
         if first:
             with part("significance"):
                 self._look_at_significance(names, statistics)
