@@ -14,6 +14,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.report import BinarizationReport, StageReport
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.streams.modes import reading
+from optimum_sab.core.parts import part
 from optimum_sab.errors import warnings_heard
 
 
@@ -76,5 +77,6 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> BinarizationReport:
 
 def _timed(run: Run, stage: Stage) -> StageReport:
     started = time.perf_counter()
-    section = stage.apply(run, run.progress.steps(stage.title, stage.unit))
+    with part(stage.name):
+        section = stage.apply(run, run.progress.steps(stage.title, stage.unit))
     return StageReport(stage.name, time.perf_counter() - started, section)

@@ -21,6 +21,10 @@ class LevelPicker:
     Args:
         row_scale: a [planes, out] of the block.
         base_planes: how many planes every column has.
+
+    Attributes:
+        combinations: by number of planes, their signs [2**p, p].
+        levels: by number of planes, ``Σ_p ±a_p`` [2**p, out].
     """
 
     row_scale: Float[Tensor, "planes out"]
@@ -28,8 +32,8 @@ class LevelPicker:
 
     def __post_init__(self) -> None:
         planes = self.row_scale.shape[0]
-        self._combos = {p: sign_combinations(p, self.row_scale.device) for p in {self.base_planes, planes}}
-        self._levels = {p: c @ self.row_scale[:p] for p, c in self._combos.items()}  # [2**p, out]
+        self.combinations = {p: sign_combinations(p, self.row_scale.device) for p in {self.base_planes, planes}}
+        self.levels = {p: c @ self.row_scale[:p] for p, c in self.combinations.items()}  # [2**p, out]
 
     def pick(
         self, column: Float[Tensor, " out"], column_scale: Tensor, salient: bool
@@ -40,9 +44,9 @@ class LevelPicker:
             scale = self.row_scale[0] * column_scale
             sign = sign_of(column * scale)
             return sign[None], sign * scale
-        levels = self._levels[planes] * column_scale
+        levels = self.levels[planes] * column_scale
         choice = (levels - column).abs_().argmin(0)
-        return self._combos[planes][choice].T, levels.gather(0, choice[None])[0]
+        return self.combinations[planes][choice].T, levels.gather(0, choice[None])[0]
 
 
 def column_feedback(

@@ -13,12 +13,24 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+STRIP = 192  # rows of a Hessian computed at a time; fewer make products slow, more compute more of the lower half
 RAISED = (1.0, 10.0, 100.0)  # times the damping, until there is a factor
 
 
 def accumulate_hessian(hessian: Float[Tensor, "in in"], inputs: Float[Tensor, "tokens in"]) -> None:
-    """Add ``Σ x xᵀ`` of these tokens to ``hessian`` in place (fp32)."""
-    hessian.addmm_(inputs.T, inputs)
+    """Add ``Σ x xᵀ`` of these tokens to ``hessian`` in place (fp32).
+
+    Args:
+        hessian: symmetric. On a CPU only its upper half is computed, a strip of rows at a time, and the other is its
+            mirror image.
+        inputs: x.
+    """
+    width = inputs.shape[1]
+    strip = STRIP if hessian.device.type == "cpu" else width
+    for start in range(0, width, strip):
+        end = min(start + strip, width)
+        hessian[start:end, start:].addmm_(inputs[:, start:end].T, inputs[:, start:])
+        hessian[end:, start:end] = hessian[start:end, end:].T
 
 
 @dataclass
@@ -68,6 +80,8 @@ class InputMoments:
         device: where the sums live.
         two_streams: whether `add` is given the dense stream's inputs too.
         name: the linear's name, for messages.
+        weight: W, float32 [out, in] on the device, of what will be solved from these. Then ``W C`` goes into the
+            residual's sums and no drift is gathered, which for few outputs is less work and less memory.
     """
 
     in_features: int
@@ -75,6 +89,7 @@ class InputMoments:
     two_streams: bool
     name: str
     by_modality: dict[str, ModalityMoments] = field(default_factory=dict)
+    weight: Float[Tensor, "out in"] | None = None
 
     def add(
         self,
@@ -101,18 +116,23 @@ class InputMoments:
         moments = self.by_modality.get(modality)
         if moments is None:
             shape = (self.in_features, self.in_features)
+            drifts = self.two_streams and self.weight is None
             moments = ModalityMoments(
                 torch.zeros(shape, dtype=torch.float32, device=self.device),
-                torch.zeros(shape, dtype=torch.float32, device=self.device) if self.two_streams else None,
+                torch.zeros(shape, dtype=torch.float32, device=self.device) if drifts else None,
             )
             self.by_modality[modality] = moments
         accumulate_hessian(moments.hessian, x)
-        if moments.drift is not None:
+        r = None if residual is None else self._finite(modality, residual)
+        if self.two_streams:
             if dense is None:
                 raise CalibrationError(f"{self.name}: two streams were announced and the dense one is missing.")
-            moments.drift.addmm_((self._finite(modality, dense) - x).T, x)
-        if residual is not None:
-            r = self._finite(modality, residual)
+            apart = self._finite(modality, dense) - x
+            if moments.drift is not None:
+                moments.drift.addmm_(apart.T, x)
+            elif self.weight is not None:
+                r = apart @ self.weight.T if r is None else torch.addmm(r, apart, self.weight.T)
+        if r is not None:
             if moments.residual is None:
                 moments.residual = torch.zeros(r.shape[1], self.in_features, dtype=torch.float32, device=self.device)
             moments.residual.addmm_(r.T, x)
@@ -204,10 +224,12 @@ class InputStatistics:
     Attributes:
         hessian: trace-balanced mean over modalities, [in, in], mean diagonal 1, undamped.
         by_modality: ``H_μ`` [in, in] per modality that has tokens, undamped; empty where they were not asked for.
-        drift: ``C = (X − X̂)ᵀ X̂`` [in, in] in the scale of ``hessian``, or None without a dense stream.
+        drift: ``C = (X − X̂)ᵀ X̂`` [in, in] in the scale of ``hessian``; None without a dense stream, or where
+            ``residual`` holds what it is for.
         tokens: tokens seen per modality.
         residual: ``R = (r − r̂)ᵀ X̂`` [out, in] in the scale of ``hessian``: by how much the streams differ in what
-            the linear's output is added to. None where that is not known, or the linear is one of a stack.
+            the linear's output is added to. None where that is not known, or the linear is one of a stack. Without
+            ``drift`` it is ``W C + R``, of the weight that the statistics were gathered for.
         half: the part that one half of the samples makes up of ``hessian``, ``drift`` and ``residual``; None with one
             stream or one sample.
     """
@@ -231,6 +253,11 @@ class InputStatistics:
         if damping not in self._factored:
             self._factored[damping] = factor_hessian(self.hessian, damping, name)
         return self._factored[damping]
+
+    @property
+    def two_streams(self) -> bool:
+        """Whether it is known how far the streams have drifted apart."""
+        return self.drift is not None or self.residual is not None
 
     @property
     def whole(self) -> WeightedMoments:

@@ -14,48 +14,73 @@ if TYPE_CHECKING:
 
 RIDGE = 1e-4  # relative to each plane's own energy; keeps rows with coinciding planes solvable
 GRAM_BYTES = 2**29  # bound on the Gram matrices held at once
+TILE = 2048  # columns of a product that are looked at while they are in the cache
 
 
 def refit_row_scale(
     signs: list[Float[Tensor, "out in"]],
     column_scale: Float[Tensor, " in"],
-    target: Float[Tensor, "out in"],
+    pull: Float[Tensor, "out in"],
     hessian: Float[Tensor, "in in"],
     block_size: int,
 ) -> Float[Tensor, "planes blocks out"]:
     """Minimise ``(t_i − Σ a v) H (t_i − Σ a v)ᵀ`` over all ``K = planes · blocks`` scales of row i together.
 
     ``v`` is a plane's signs times ``c`` inside one block and zero elsewhere. The basis [out, K, in] is never
-    built: for each (plane, block) one product with ``H[block, :]`` and a segmented sum give a row of the K×K Gram
-    matrices.
+    built: for each (plane, block) products with ``H[block, :]`` and segmented sums give a row of the K×K Gram
+    matrices. These are symmetric, so only blocks from a row's own on are computed; and of a residual plane only the
+    columns that it has.
 
     Args:
         signs: one [out, in] per plane, entries ±1, 0 where a residual plane has no column.
         column_scale: c [in].
-        target: the weight to approximate, [out, in].
+        pull: ``T H`` [out, in], T the weight to approximate; the same for every refit of a weight.
         hessian: damped H [in, in].
         block_size: columns per block.
     """
-    out, width = target.shape
-    bounds = block_bounds(width, block_size)
-    planes, blocks = len(signs), len(bounds)
+    out, width = pull.shape
+    planes, blocks = len(signs), len(block_bounds(width, block_size))
     K = planes * blocks
+    columns = [_columns(sign, block_size) for sign in signs]
     rows = max(1, min(out, GRAM_BYTES // (4 * (K * K + 6 * width))))
-    result = target.new_empty(out, K)
+    result = pull.new_empty(out, K)
     for first in range(0, out, rows):
         part = slice(first, min(first + rows, out))
         basis = [sign[part] * column_scale for sign in signs]
-        pull = target[part] @ hessian
-        gram = target.new_empty(pull.shape[0], K, K)
-        right = target.new_empty(pull.shape[0], K)
-        for p in range(planes):
-            right[:, p * blocks : (p + 1) * blocks] = block_sums(basis[p] * pull, block_size)
-            for k, (start, end) in enumerate(bounds):
-                product = basis[p][:, start:end] @ hessian[start:end]
-                for q in range(planes):
-                    gram[:, p * blocks + k, q * blocks : (q + 1) * blocks] = block_sums(product * basis[q], block_size)
+        right = torch.cat([block_sums(each * pull[part], block_size) for each in basis], 1)
+        gram = _gram(basis, columns, hessian, block_size)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         floor = diagonal.amax(1, keepdim=True) * 1e-8 + torch.finfo(gram.dtype).tiny
         diagonal.add_(RIDGE * diagonal + floor)
         result[part] = torch.linalg.solve(gram, right[:, :, None])[:, :, 0]
     return result.view(out, planes, blocks).permute(1, 2, 0).contiguous()
+
+
+def _columns(sign: Tensor, block_size: int) -> list[Tensor | slice]:
+    """Of every block, the columns that a plane has; all rows have the same."""
+    bounds = block_bounds(sign.shape[1], block_size)
+    present = sign[0] != 0
+    if bool(present.all()):
+        return [slice(start, end) for start, end in bounds]
+    return [start + present[start:end].nonzero()[:, 0] for start, end in bounds]
+
+
+def _gram(basis: list[Tensor], columns: list[list[Tensor | slice]], hessian: Tensor, block_size: int) -> Tensor:
+    """Gram matrices ``v H vᵀ`` of every row, [rows, K, K]."""
+    (rows, width), planes = basis[0].shape, len(basis)
+    bounds = block_bounds(width, block_size)
+    gram = basis[0].new_zeros(rows, planes, len(bounds), planes, len(bounds))
+    tile = block_size * max(1, TILE // block_size)
+    for p in range(planes):
+        for k, (start, _) in enumerate(bounds):
+            own = columns[p][k]
+            left, weight = basis[p][:, own], hessian[own]
+            for begin in range(start, width, tile):
+                end = min(begin + tile, width)
+                product = left @ weight[:, begin:end]
+                blocks = slice(begin // block_size, -(-end // block_size))
+                for q in range(planes):
+                    gram[:, p, k, q, blocks] = block_sums(product * basis[q][:, begin:end], block_size)
+    i, j = torch.triu_indices(len(bounds), len(bounds), 1, device=gram.device)
+    gram[:, :, j, :, i] = gram[:, :, i, :, j].transpose(2, 3)  # [pairs, rows, planes, planes]
+    return gram.view(rows, planes * len(bounds), planes * len(bounds))

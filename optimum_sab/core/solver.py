@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
-from optimum_sab.core.feedback import block_feedback, column_feedback
+from optimum_sab.core.feedback import block_feedback
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
+from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds, fit_block
 from optimum_sab.core.refit import refit_row_scale
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
@@ -58,6 +60,7 @@ def solve(
     statistics: InputStatistics,
     settings: LayerSettings,
     name: str = "the layer",
+    loops: ColumnLoops = IN_TORCH,
 ) -> Solution:
     """Binarize ``weight``.
 
@@ -66,6 +69,7 @@ def solve(
         statistics: the inputs' second moments.
         settings: see `LayerSettings`.
         name: the module's name, for messages.
+        loops: what goes from column to column on the statistics' device; changes time only.
 
     Raises:
         CalibrationError: ``significance`` is "modality" and the statistics hold no Hessians per modality.
@@ -77,19 +81,22 @@ def solve(
     check_magnitude(W, settings.row_scale, name)
     power = extreme_power(W)
     if not power:
-        return _solve(W, statistics, settings, name)
-    found = _solve(times_power(W, -power), with_outputs_scaled(statistics, -power), settings, name)
+        return _solve(W, statistics, settings, name, loops)
+    found = _solve(times_power(W, -power), with_outputs_scaled(statistics, -power), settings, name, loops)
     scale = round_row_scale(times_power(found.planes.row_scale, power), settings.row_scale)
     return replace(found, planes=replace(found.planes, row_scale=scale))
 
 
-def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> Solution:
+def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str, loops: ColumnLoops) -> Solution:
     """`solve` for weights whose squares fp32 holds."""
-    alpha = _propagation(W, statistics, settings, name)  # first, since it needs other factors for as long
-    factored = statistics.factored(settings.damping, name)
+    with part("cross-validation"):
+        alpha = _propagation(W, statistics, settings, name)  # first, since it needs other factors for as long
+    with part("factorization"):
+        factored = statistics.factored(settings.damping, name)
     target = W
-    if alpha and statistics.drift is not None:
-        target = propagated_target(W, factored.inverse, statistics.drift, alpha, statistics.residual)
+    if alpha and statistics.two_streams:
+        with part("target"):
+            target = propagated_target(W, factored.inverse, statistics.drift, alpha, statistics.residual)
     target = target.masked_fill(factored.dead, 0.0)
     significance = None
     if settings.significance == "modality":
@@ -102,15 +109,20 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
             factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
         ]
         significance = significance_map(W, torch.stack(inverse))
-    fit = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings)
+    fit = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings, loops)
     if settings.refit:
+        with part("refit"):
+            pull = target @ factored.hessian
         for sweep in range(settings.sweeps + 1):
             if sweep:
-                descend_signs(fit, target, factored.hessian)
-            row_scale = refit_row_scale(fit.signs, fit.column_scale, target, factored.hessian, settings.block_size)
+                with part("descent"):
+                    descend_signs(fit, target, factored.hessian, loops.sweep)
+            with part("refit"):
+                row_scale = refit_row_scale(fit.signs, fit.column_scale, pull, factored.hessian, settings.block_size)
             fit.row_scale = round_row_scale(row_scale, settings.row_scale)
     planes = fit.planes()
-    error = output_error(target, planes.dequantize(), statistics.hessian)
+    with part("errors"):
+        error = output_error(target, planes.dequantize(), statistics.hessian)
     if not math.isfinite(error):
         raise NonFiniteError(
             f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
@@ -121,7 +133,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
 
 def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> float:
     """α: as set, or cross-validated; 0 where there is no dense stream, or only one sample to choose it by."""
-    if statistics.drift is None:
+    if not statistics.two_streams:
         return 0.0
     if settings.propagation is not None:
         return settings.propagation
@@ -140,7 +152,7 @@ def _error_weight(settings: LayerSettings, factored: FactoredHessian, significan
 
 
 def _forward_pass(
-    target: Tensor, factored: FactoredHessian, error_weight: Tensor, settings: LayerSettings
+    target: Tensor, factored: FactoredHessian, error_weight: Tensor, settings: LayerSettings, loops: ColumnLoops
 ) -> WeightFit:
     """Fit block after block, each on what the error feedback of the earlier ones made of it."""
     found = WeightFit.empty(target, settings)
@@ -154,16 +166,18 @@ def _forward_pass(
         weight = error_weight[start:end]
         if not bool((weight > 0).any()):
             weight = (~factored.dead[start:end]).float()
-        fit = fit_block(block, weight[None], salient, settings)
+        with part("alternating fit"):
+            fit = fit_block(block, weight[None], salient, settings)
         fit.column_scale = round_column_scale(fit.column_scale.masked_fill(factored.dead[start:end], 0.0))
         fit.row_scale = round_row_scale(fit.row_scale[:, None], settings.row_scale)[:, 0]
         corner = U[start:end, start:end]
-        if settings.feedback == "column":
-            errors = column_feedback(block, fit, corner, settings.base_planes)
-        else:
-            errors = block_feedback(block, fit, corner)
-        if end < width:
-            rest[:, end:] -= errors @ U[start:end, end:]
+        with part("feedback"):
+            if settings.feedback == "column":
+                errors = loops.feedback(block, fit, corner, settings.base_planes)
+            else:
+                errors = block_feedback(block, fit, corner)
+            if end < width:
+                rest[:, end:] -= errors @ U[start:end, end:]
         for p in range(settings.planes):
             found.signs[p][:, start:end] = fit.sign[p]
         found.salient[start:end] = salient

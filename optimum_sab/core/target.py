@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def propagated_target(
     weight: Float[Tensor, "out in"],
     inverse: Float[Tensor, "in in"],
-    drift: Float[Tensor, "in in"],
+    drift: Float[Tensor, "in in"] | None,
     alpha: float,
     residual: Float[Tensor, "out in"] | None = None,
 ) -> Float[Tensor, "out in"]:
@@ -25,7 +25,7 @@ def propagated_target(
     At α = 1 this is the ridge least-squares map from the quantized stream's inputs to the dense outputs ``X Wᵀ``, plus,
     where R is given, to what the two streams already differ by in the residual r that the output is added to: the
     linear aims at the dense stream behind the addition. Smaller values overfit less (docs/method.md has the
-    measurements).
+    measurements). Without C, R is the sum of both.
     """
     return weight + alpha * (_correction(weight, drift, residual) @ inverse)
 
@@ -41,14 +41,14 @@ def cross_validated_alpha(
 
     Args:
         weight: W.
-        statistics: with ``drift`` and ``half``.
+        statistics: of two streams, with ``half``.
         damping: as in `factor_hessian`.
         name: the module's name, for messages.
 
     Returns:
         α in [0, 1]; 0 where the streams do not differ.
     """
-    assert statistics.half is not None and statistics.drift is not None
+    assert statistics.half is not None
     halves = statistics.half, statistics.whole.without(statistics.half)
     if not all(bool(half.hessian.diagonal().any()) for half in halves):
         return 0.0
@@ -64,6 +64,8 @@ def cross_validated_alpha(
 
 
 def _correction(weight: Tensor, drift: Tensor | None, residual: Tensor | None) -> Tensor:
-    """``W C + R``."""
-    assert drift is not None
+    """``W C + R``; R is all of it without C."""
+    if drift is None:
+        assert residual is not None
+        return residual
     return weight @ drift if residual is None else weight @ drift + residual

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from optimum_sab.core.hessian import (
+    STRIP,
     InputMoments,
     InputStatistics,
     accumulate_hessian,
@@ -37,6 +38,16 @@ def tokens(count, width, seed=0, offset=0.0):
 def positive(width, seed=0):
     mixing = tokens(width + 5, width, seed)
     return mixing.T @ mixing / (width + 5)
+
+
+@pytest.mark.parametrize("width", [5, STRIP, 2 * STRIP + 7])
+def test_accumulate_hessian_in_strips_adds_the_whole_product(width):
+    inputs = torch.randn(70, width, generator=torch.Generator().manual_seed(0))
+    hessian = torch.zeros(width, width)
+    for some in inputs.split(40):
+        accumulate_hessian(hessian, some)
+    assert torch.equal(hessian[STRIP:, :STRIP], hessian[:STRIP, STRIP:].T)
+    torch.testing.assert_close(hessian, (inputs.double().T @ inputs.double()).float(), rtol=1e-4, atol=1e-4)
 
 
 def test_accumulate_hessian_adds_the_outer_product_of_every_token():

@@ -48,7 +48,7 @@ def error(scales, basis, target, hessian):
 @pytest.mark.parametrize("planes", [1, 2, 3])
 def test_refit_solves_the_normal_equations_of_the_explicit_basis(width, planes, correlated_inputs):
     signs, column, target, hessian = problem(correlated_inputs(200, width), planes)
-    found = refit_row_scale(signs, column, target, hessian, BLOCK)
+    found = refit_row_scale(signs, column, target @ hessian, hessian, BLOCK)
     assert found.shape == (planes, -(-width // BLOCK), 4)
     basis, H = basis_of(signs, column), hessian.double().numpy()
     for i in range(4):
@@ -62,7 +62,7 @@ def test_refit_solves_the_normal_equations_of_the_explicit_basis(width, planes, 
 def test_refit_is_the_least_squares_optimum(planes, correlated_inputs):
     """Against `lstsq` on ``V root(H)`` without any ridge: the error is the least one to a thousandth."""
     signs, column, target, hessian = problem(correlated_inputs(200, 96), planes)
-    found = flat(refit_row_scale(signs, column, target, hessian, BLOCK))
+    found = flat(refit_row_scale(signs, column, target @ hessian, hessian, BLOCK))
     basis, H = basis_of(signs, column), hessian.double().numpy()
     root = np.linalg.cholesky(H)
     for i in range(4):
@@ -75,7 +75,7 @@ def test_refit_is_the_least_squares_optimum(planes, correlated_inputs):
 @pytest.mark.parametrize("planes", [1, 2])
 def test_refit_error_rises_when_any_scale_is_moved(planes, correlated_inputs):
     signs, column, target, hessian = problem(correlated_inputs(200, 96), planes)
-    found = flat(refit_row_scale(signs, column, target, hessian, BLOCK))
+    found = flat(refit_row_scale(signs, column, target @ hessian, hessian, BLOCK))
     basis, H = basis_of(signs, column), hessian.double().numpy()
     for i in range(4):
         row = target[i].double().numpy()
@@ -91,21 +91,34 @@ def test_refit_recovers_the_scales_a_weight_was_made_of(correlated_inputs):
     signs, column, _, hessian = problem(correlated_inputs(200, 96), 2)
     scales = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(9)) + 0.5
     target = torch.from_numpy(np.einsum("ik,ikj->ij", flat(scales), basis_of(signs, column))).float()
-    torch.testing.assert_close(refit_row_scale(signs, column, target, hessian, BLOCK), scales, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(
+        refit_row_scale(signs, column, target @ hessian, hessian, BLOCK), scales, rtol=1e-2, atol=1e-2
+    )
 
 
 def test_refit_in_chunks_of_rows_equals_refit_at_once(correlated_inputs, monkeypatch):
-    problem_of = problem(correlated_inputs(200, 96), 2, out=11)
-    whole = refit_row_scale(*problem_of, BLOCK)
+    signs, column, target, hessian = problem(correlated_inputs(200, 96), 2, out=11)
+    given = signs, column, target @ hessian, hessian, BLOCK
+    whole = refit_row_scale(*given)
     for size in (1, 20_000):
         monkeypatch.setattr(refit, "GRAM_BYTES", size)
-        torch.testing.assert_close(refit_row_scale(*problem_of, BLOCK), whole, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(refit_row_scale(*given), whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [96, 180])
+def test_refit_in_tiles_of_columns_equals_refit_at_once(width, correlated_inputs, monkeypatch):
+    signs, column, target, hessian = problem(correlated_inputs(300, width), 3, out=5)
+    given = signs, column, target @ hessian, hessian, BLOCK
+    whole = refit_row_scale(*given)
+    for tile in (1, 2 * BLOCK):
+        monkeypatch.setattr(refit, "TILE", tile)
+        torch.testing.assert_close(refit_row_scale(*given), whole, rtol=1e-3, atol=1e-4)
 
 
 def test_refit_of_coinciding_planes_is_finite_and_as_good_as_one_plane(correlated_inputs):
     signs, column, target, hessian = problem(correlated_inputs(200, 96), 1)
-    one = refit_row_scale(signs, column, target, hessian, BLOCK)
-    two = refit_row_scale([signs[0], signs[0].clone()], column, target, hessian, BLOCK)
+    one = refit_row_scale(signs, column, target @ hessian, hessian, BLOCK)
+    two = refit_row_scale([signs[0], signs[0].clone()], column, target @ hessian, hessian, BLOCK)
     assert two.isfinite().all()
     torch.testing.assert_close(two.sum(0), one[0], rtol=1e-2, atol=1e-3)
 
@@ -116,7 +129,7 @@ def test_refit_gives_zero_to_what_has_no_energy(correlated_inputs):
     column[32:64] = 0
     signs[1][:, 64:] = 0
     target[2] = 0
-    found = refit_row_scale(signs, column, target, hessian, BLOCK)
+    found = refit_row_scale(signs, column, target @ hessian, hessian, BLOCK)
     assert found.isfinite().all()
     assert not found[:, 1].any()
     assert not found[1, 2].any()

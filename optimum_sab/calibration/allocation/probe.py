@@ -17,9 +17,11 @@ from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.parts import part
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import output_error, solve
 from optimum_sab.nn.selection import Selection
+from optimum_sab.ops.cpu.columns import column_loops
 
 ROWS = 64  # of a weight; its error with every anchor is measured on so many
 
@@ -93,7 +95,9 @@ class _Probe:
         if groups:
             device = self._device or members[names[0]].weight.device
             settings = [each for each, _ in groups]
-            statistics = self._gathering.statistics(names[0], self._gathering.pairs(arrivals), settings, device)
+            with part("statistics"):
+                weights = {name: linear.weight for name, linear in members.items()}
+                statistics = self._gathering.statistics(weights, self._gathering.pairs(arrivals), settings, device)
             for (own, _), group in groups.items():
                 self.found.groups.append(tuple(group))
                 self._measure(own, {name: members[name].weight for name in group}, statistics)
@@ -114,7 +118,7 @@ class _Probe:
             if quick is None:  # blocks too narrow for an eighth
                 quick = settings.replace(base_planes=base, residual_planes=0)
             quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
-            solution = solve(stack, statistics, quick, next(iter(some)))
+            solution = solve(stack, statistics, quick, next(iter(some)), column_loops(stack.device))
             for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
                 errors[name][base, fraction] = output_error(each, found, statistics.hessian)
 

@@ -22,10 +22,12 @@ from optimum_sab.calibration.streams.passage import BlockPassage
 from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.parts import part
 from optimum_sab.core.solver import solve
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import set_module
+from optimum_sab.ops.cpu.columns import column_loops
 
 
 class BlockBinarizer:
@@ -60,9 +62,12 @@ class BlockBinarizer:
         settings = [self._settings[name] for name in names]
         pairs = self._gathering.pairs(arrivals)
         first = not self._block.packed
-        statistics = self._gathering.statistics(names[0], pairs, settings, device, by_modality=first)
+        with part("statistics"):
+            weights = {name: self._linears[name].weight for name in names}
+            statistics = self._gathering.statistics(weights, pairs, settings, device, by_modality=first)
         if first:
-            self._look_at_significance(names, statistics)
+            with part("significance"):
+                self._look_at_significance(names, statistics)
         return self._solve(names, statistics, ModalityRows.of(pairs, device))
 
     def miss(self, names: Sequence[str]) -> None:
@@ -87,14 +92,15 @@ class BlockBinarizer:
             stack = {name: self._linears[name] for name in names if self._settings[name] == settings}
             weight = torch.cat([m.weight.to(device, torch.float32) for m in stack.values()])
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
-                solution = solve(weight, statistics, settings, next(iter(stack)))
+                solution = solve(weight, statistics, settings, next(iter(stack)), column_loops(device))
             parts = solution.planes.split([m.out_features for m in stack.values()])
             for (name, dense), planes in zip(stack.items(), parts, strict=True):
-                packed = PackedWeight.pack(planes, settings)
+                with part("packing"):
+                    packed = PackedWeight.pack(planes, settings)
+                    found = packed.dequantize()
                 self._block.packed[name] = packed
                 self._block.errors[name] = solution.error
-                found = packed.dequantize()
-                with torch.autocast(device.type, enabled=False):
+                with torch.autocast(device.type, enabled=False), part("errors"):
                     self._block.by_modality[name] = rows.errors(dense.weight.to(device, torch.float32), found.float())
                 weights[name] = found.to(dense.weight.device, dense.weight.dtype)
         return weights

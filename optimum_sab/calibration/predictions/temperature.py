@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.predictions.at_head import HeadInputs
-from optimum_sab.calibration.predictions.divergence import divergence
 from optimum_sab.calibration.predictions.head import SharedHead
 from optimum_sab.calibration.predictions.last_norm import LastNorm, replaying
+from optimum_sab.calibration.predictions.scaled import ScaledDivergence
 from optimum_sab.calibration.streams.patching import patched_forwards
 
 TOKENS = 4096  # of theirs that are judged, at most
@@ -63,18 +63,11 @@ def set_temperature(
         return None
     dense = _thinned([s.dense[0][s.text.to(s.dense.device)] for s in samples])
     mine = _thinned([s.binarized[0][s.text.to(s.binarized.device)] for s in samples])
-    tokens = sum(len(chunk) for chunk in dense)
     with patched_forwards(replaying(last.blocks)), SharedHead(model, last.head, device).open() as shared:
-
-        def mean_divergence(scale: float) -> float:
-            total = 0.0
-            for wanted, given in zip(dense, mine, strict=True):
-                p, q = (shared.logits_of(h[None], last.carrier)[0] for h in (wanted, scale * given.float()))
-                total += float(divergence(q, p).sum(dtype=torch.float64))
-            return total / tokens
-
-        before = mean_divergence(1.0)
-        scale, after = _minimum(mean_divergence, *SCALES)
+        divergence = ScaledDivergence(lambda h: shared.logits_of(h[None], last.carrier)[0], dense, mine)
+        before = divergence.unscaled
+        scale, _ = _minimum(divergence.at, *SCALES)
+        after = divergence.exactly(scale)
     if not after < before or not last.scale(scale):
         return None
     return Temperature(1.0 / scale, before, after)

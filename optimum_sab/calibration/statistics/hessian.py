@@ -22,9 +22,9 @@ class HessianPass(CalibrationPass):
         two_streams = bool(inputs) and all(pair.dense is not None for pair in inputs)
         width = inputs[0].quantized.shape[-1] if inputs else 0
         first, second = _halves(inputs) if two_streams and len(inputs) > 1 else ([], inputs)
-        part = InputMoments(width, device, two_streams, name)
+        part = InputMoments(width, device, two_streams, name, weight=self.weight)
         _add(part, first, two_streams)
-        moments = InputMoments(width, device, two_streams, name)
+        moments = InputMoments(width, device, two_streams, name, weight=self.weight)
         _add(moments, second, two_streams)
         return moments.statistics(self.weighting, part if first else None, self.by_modality)
 

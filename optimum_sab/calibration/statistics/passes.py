@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+from torch import Tensor
 
 from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.core.hessian import InputStatistics
@@ -43,9 +44,12 @@ class CalibrationPass(ABC):
     Attributes:
         by_modality: whether the Hessians of each modality are asked for beside the one of all; set by whoever collects.
             They are as large as that one, and only ``significance="modality"`` reads them.
+        weight: float32 [out, in], of the linear where only one has this input and its outputs are few; else None. A
+            pass may gather ``W C`` for it in the place of C (`InputMoments`), or leave that.
     """
 
     by_modality = True
+    weight: Tensor | None = None
 
     @abstractmethod
     def collect(self, name: str, inputs: Sequence[PairedInputs], device: torch.device) -> InputStatistics:

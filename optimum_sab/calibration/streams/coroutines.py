@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from optimum_sab.calibration.streams.visitor import Worker
+from optimum_sab.core.parts import part
 from optimum_sab.errors import MissingDependencyError
 
 
@@ -79,7 +80,8 @@ class Coroutines:
 
     def start(self) -> dict[Worker, Pause]:
         """Run each to its first pause."""
-        return {worker: each.switch(worker[0]) for worker, each in self._of.items()}
+        with part("forward"):
+            return {worker: each.switch(worker[0]) for worker, each in self._of.items()}
 
     def go_on(self, worker: Worker) -> Pause:
         """Run one to its next pause."""
@@ -88,7 +90,8 @@ class Coroutines:
 
     def resume(self, workers: Iterable[Worker]) -> dict[Worker, Pause]:
         """Run some to their next pauses."""
-        return {worker: self.go_on(worker) for worker in list(workers)}
+        with part("forward"):
+            return {worker: self.go_on(worker) for worker in list(workers)}
 
     def ended(self, worker: Worker) -> bool:
         """Whether its forward is over."""

@@ -60,7 +60,29 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     _add_speed_options(generate, repeats=3)
     add_common(generate, quiet=False)
     generate.set_defaults(run="bench.run_generate")
+    _add_quantize(kinds)
     _add_coverage(kinds)
+
+
+def _add_quantize(kinds: Any) -> None:
+    quantize = kinds.add_parser(
+        "quantize",
+        help="seconds and peak memory of quantizing, by stage and by part",
+        description="Quantizes a checkpoint, or a model of random weights on random tokens, and says where time and "
+        "memory go: by stage, and inside of those that solve linears by what is done. The result is thrown away.",
+    )
+    quantize.add_argument("model", nargs="?", metavar="MODEL", help="folder of a dense checkpoint")
+    quantize.add_argument(
+        "--size", metavar="SIZE", help="a random model instead: smollm2 (135M), 7b-block (one block of a 7B) or tiny"
+    )
+    quantize.add_argument("--samples", type=int, default=64, metavar="N", help="that calibrate (default: 64)")
+    quantize.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sample (default: 512)")
+    quantize.add_argument("--preset", choices=PRESETS, default="default", help="how to quantize")
+    quantize.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:0 (default: cuda where there is one)")
+    quantize.add_argument("--dtype", default="float32", metavar="DTYPE", help="of the model (default: float32)")
+    quantize.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
+    add_common(quantize, quiet=False)
+    quantize.set_defaults(run="bench.run_quantize")
 
 
 def _add_coverage(kinds: Any) -> None:

@@ -118,6 +118,43 @@ def run_generate(options: argparse.Namespace) -> None:
     )
 
 
+def run_quantize(options: argparse.Namespace) -> None:
+    """Print one row per stage and per part of it."""
+    from optimum_sab.bench.environment import find_device, find_dtype
+    from optimum_sab.bench.quantize import QuantizingConditions, measure_checkpoint, measure_random, rows
+    from optimum_sab.hf.config import SABConfig
+
+    if (options.model is None) == (options.size is None):
+        raise ConfigError("bench quantize takes a checkpoint's folder, or --size for a random model.")
+    asked = {"calibration_samples": options.samples, "sequence_length": options.length, "progress": "none"}
+    config = SABConfig.preset(options.preset, **asked)
+    conditions = QuantizingConditions(config, find_device(options.device), find_dtype(options.dtype), options.seed)
+    if options.model is not None:
+        report = measure_checkpoint(options.model, conditions)
+    else:
+        report = measure_random(options.size, options.samples, options.length, conditions)
+    found = report.as_json()
+    if options.json:
+        told = {name: getattr(options, name) for name in ("preset", "dtype", "samples", "length")}
+        print(json.dumps({**told, **found}))
+        return
+    print(f"{'part':<28} {'s':>9} {'CPU s':>9} {'peak GB':>9} {'calls':>8}")
+    for name, each in rows(report.parts):
+        print(
+            f"{name:<28} {each.seconds:>9.2f} {each.cpu_seconds:>9.2f} {each.peak_memory_bytes / 1e9:>9.3f} "
+            f"{each.use.calls:>8}"
+        )
+    print(
+        f"{'in all':<28} {found['seconds']:>9.2f} {found['cpu_seconds']:>9.2f} {found['peak_memory_bytes'] / 1e9:>9.3f}"
+    )
+    where = report.environment
+    print(
+        f"{report.model}, {options.preset}, {options.samples} x {options.length} tokens, {options.dtype}, "
+        f"{report.bits_per_weight:.4f} bits, error {report.error:.5f}; {where.device}, {where.threads} threads, torch "
+        f"{where.torch}"
+    )
+
+
 def run_coverage(options: argparse.Namespace) -> None:
     """Print one row per family, as soon as it is known."""
     from optimum_sab.bench.coverage.families import find_families

@@ -1,4 +1,4 @@
-"""Compiles `binary_linear.c` at first use with the system's compiler, once per machine, and loads it.
+"""Compiles C at first use with the system's compiler, once per machine, and loads it: `binary_linear.c`, the linears.
 
 Importing this module compiles nothing and works on every platform.
 """
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,19 +67,21 @@ class Recipe:
         version: what it says of itself.
         flags: for compiling.
         link_flags: for linking.
+        source: the file.
     """
 
     compiler: list[str]
     version: str
     flags: list[str]
     link_flags: list[str]
+    source: Path = SOURCE
 
     @property
     def name(self) -> str:
         """Of the library's file: another recipe, source or machine has another."""
-        source = SOURCE.read_text("utf-8")
+        source = self.source.read_text("utf-8")
         key = [source, *self.compiler, self.version, *self.flags, "link", *self.link_flags, _machine()]
-        return f"binary_linear-{digest(chr(0).join(key).encode())}"
+        return f"{self.source.stem}-{digest(chr(0).join(key).encode())}"
 
 
 def availability() -> Availability:
@@ -109,8 +112,25 @@ def _build() -> Build:
         return Build(None, f"{type(error).__name__}: {error}")
 
 
-def compile_library(extra: tuple[str, ...] = ()) -> Build:
-    """Compile, or take from the cache, and load; `extra` flags force a path, as ``-DSAB_PATH=0`` does."""
+def declare_linears(library: ctypes.CDLL) -> None:
+    """Set the types of `binary_linear.c`'s functions."""
+    pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    library.sab_linear.argtypes = [pointer, pointer, pointer, wide, integer, integer]
+    library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
+
+
+def compile_library(
+    extra: tuple[str, ...] = (),
+    source: Path = SOURCE,
+    declare: Callable[[ctypes.CDLL], None] = declare_linears,
+) -> Build:
+    """Compile, or take from the cache, and load.
+
+    Args:
+        extra: flags that force a path, as ``-DSAB_PATH=0`` does.
+        source: the file; it has a function ``sab_path``.
+        declare: sets the types of its functions.
+    """
     if os.name != "posix":
         return Build(None, f"{platform.system()} has no compiler that is known to work here")
     compiler = find_compiler()
@@ -132,9 +152,12 @@ def compile_library(extra: tuple[str, ...] = ()) -> Build:
     with library_folder() as folder:
         for compile_flags, link_flags, threading in attempts:
             for native in (NATIVE, ()):
-                recipe = Recipe(compiler, version.stdout, [*FLAGS, *native, *compile_flags, *extra], list(link_flags))
+                recipe = Recipe(
+                    compiler, version.stdout, [*FLAGS, *native, *compile_flags, *extra], list(link_flags), source
+                )
                 library, failure = _obtain(recipe, folder)
                 if library is not None:
+                    declare(library)
                     path = PATHS[library.sab_path()]
                     return Build(library, f"compiled with {shlex.join(compiler)} ({path}, {threading})")
     return Build(None, failure)
@@ -172,9 +195,9 @@ def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
     """The library, put in the cache, or the compiler's error."""
     compiler = recipe.compiler
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        compiled, linked = Path(folder, "binary_linear.o"), Path(folder, "binary_linear.so")
+        compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
         for command in (
-            [*compiler, *recipe.flags, "-c", str(SOURCE), "-o", str(compiled)],
+            [*compiler, *recipe.flags, "-c", str(recipe.source), "-o", str(compiled)],
             [*compiler, "-shared", *recipe.link_flags, str(compiled), "-o", str(linked), "-lm"],
         ):
             done = _run(command)
@@ -186,13 +209,9 @@ def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
 def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
     """The library, or why it cannot be loaded (as with an OpenMP that is not the one in this process)."""
     try:
-        library = ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(path)), ""
     except OSError as error:
         return None, str(error)
-    pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.sab_linear.argtypes = [pointer, pointer, pointer, wide, integer, integer]
-    library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
-    return library, ""
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -3,8 +3,11 @@ import torch
 
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics import hessian
+from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import PairedInputs
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.target import cross_validated_alpha
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
 CPU = torch.device("cpu")
@@ -70,6 +73,59 @@ def test_drift_is_what_the_dense_stream_has_more_in_the_scale_of_the_hessian():
         weight = WIDTH / 2 / statistics.by_modality[name].trace()
         expected += weight * 2 / int(here.sum()) * (dense - quantized)[here].T @ quantized[here]
     assert close(statistics.drift, expected)
+
+
+@pytest.mark.parametrize("residuals", [True, False])
+def test_with_a_weight_the_correction_is_gathered_in_the_place_of_the_drift(residuals):
+    weight = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(7))
+
+    def pair(seed):
+        beside = tuple(rows(5, seed=seed + k)[:, :3] for k in (20, 30)) if residuals else None
+        return PairedInputs(rows(5, seed=seed), rows(5, seed=seed + 10), modalities(0, 1, 1, 0, 1), beside)
+
+    pairs = [pair(seed) for seed in range(4)]
+    collector = HessianPass()
+    plain = collector.collect("the.linear", pairs, CPU)
+    collector.weight = weight
+    found = collector.collect("the.linear", pairs, CPU)
+    assert found.drift is None and found.two_streams
+    assert torch.equal(found.hessian, plain.hessian)
+    for mine, theirs in ((found, plain), (found.half, plain.half)):
+        expected = weight @ theirs.drift
+        assert close(mine.residual, expected if theirs.residual is None else expected + theirs.residual)
+    assert cross_validated_alpha(weight, found, 0.1) == pytest.approx(
+        cross_validated_alpha(weight, plain, 0.1), rel=1e-4
+    )
+
+
+def test_with_a_weight_and_one_stream_nothing_is_gathered_for_it():
+    collector = HessianPass()
+    collector.weight = torch.ones(3, WIDTH)
+    found = collector.collect("the.linear", [PairedInputs(rows(5), None, modalities(0, 1, 1, 0, 1))], CPU)
+    assert found.drift is None and found.residual is None and not found.two_streams
+
+
+@pytest.mark.parametrize(
+    ("shapes", "residual", "scale", "gathered"),
+    [
+        ([(5, WIDTH)], True, 1.0, True),  # fewer outputs than inputs
+        ([(6, WIDTH)], True, 1.0, False),
+        ([(2, WIDTH)], False, 1.0, True),  # fewer than half as many
+        ([(3, WIDTH)], False, 1.0, False),
+        ([(2, WIDTH), (2, WIDTH)], True, 1.0, False),
+        ([(2, WIDTH)], True, 2.0**60, False),  # products of extreme weights may be too large
+    ],
+)
+def test_the_weight_is_given_where_that_saves_work(shapes, residual, scale, gathered):
+    pairs = []
+    for seed in range(2):
+        beside = (rows(5, seed)[:, : shapes[0][0]], rows(5, seed + 5)[:, : shapes[0][0]]) if residual else None
+        pairs.append(PairedInputs(rows(5, seed), rows(5, seed + 9), modalities(0, 1, 1, 0, 1), beside))
+    gathering = Gathering(HessianPass(), [])
+    weights = {f"linear{i}": scale * torch.ones(shape) for i, shape in enumerate(shapes)}
+    found = gathering.statistics(weights, pairs, [LayerSettings()], CPU)
+    assert (found.drift is None) == gathered
+    assert gathering.collector.weight is None
 
 
 def test_drift_is_left_out_without_a_dense_stream():

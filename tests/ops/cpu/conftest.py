@@ -7,7 +7,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format import random_weight
 from optimum_sab.format.layout import tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.ops.cpu import compiler
+from optimum_sab.ops.cpu import columns, compiler
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -15,9 +15,11 @@ def kernel_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTIMUM_SAB_CACHE", str(folder))
-        compiler._build.cache_clear()
+        for each in (columns, compiler):
+            each._build.cache_clear()
         yield folder
-    compiler._build.cache_clear()
+    for each in (columns, compiler):
+        each._build.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,88 @@
+"""The divergence from the dense model where the binarized one's logits are scaled, for a search in the scale.
+
+``KL(p ‖ softmax(s z)) = Σ_v p_v log p_v − s Σ_v p_v z_v + log Σ_v exp(s z_v)``: where a head makes ``s z`` of ``s h``,
+only the last term is to be found again for every s, without a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from optimum_sab.calibration.predictions.divergence import divergence
+
+ROWS = 32  # tokens gone through at a time: their logits stay in the cache
+KEPT_BYTES = 2**29  # of logits that are kept; the others are made again for every scale
+LogitsOf = Callable[[Tensor], Tensor]
+
+
+class ScaledDivergence:
+    """Mean ``KL(p ‖ q(s))`` per token.
+
+    Args:
+        logits_of: hidden states [tokens, width] to logits [tokens, vocabulary].
+        dense: what the dense model gave to its head, in chunks [tokens, width] whose logits find room.
+        mine: what the binarized one gave, in the same chunks.
+
+    Attributes:
+        unscaled: at s = 1.
+    """
+
+    def __init__(self, logits_of: LogitsOf, dense: Sequence[Tensor], mine: Sequence[Tensor]) -> None:
+        self._logits_of, self._dense, self._mine = logits_of, dense, mine
+        self._tokens = sum(len(chunk) for chunk in dense)
+        self._scales_along = _scales_along(logits_of, mine[0])
+        self._kept: list[Tensor | None] = []
+        self._terms: list[tuple[Tensor, Tensor]] = []
+        total, room = 0.0, KEPT_BYTES
+        for wanted, given in zip(dense, mine, strict=True):
+            p, z = logits_of(wanted), logits_of(given.float())
+            total += _total(z, p)
+            if self._scales_along:
+                self._terms.append(_terms(p, z))
+                room -= z.nbytes
+                self._kept.append(z if room >= 0 else None)
+        self.unscaled = total / self._tokens
+
+    def exactly(self, scale: float) -> float:
+        """At a scale, from the model's own logits there."""
+        total = 0.0
+        for wanted, given in zip(self._dense, self._mine, strict=True):
+            total += _total(self._logits_of(scale * given.float()), self._logits_of(wanted))
+        return total / self._tokens
+
+    def at(self, scale: float) -> float:
+        """At a scale, to rounding, and in less time where logits scale along with what the head is given."""
+        if not self._scales_along:
+            return self.exactly(scale)
+        total = 0.0
+        for given, kept, (entropy, mean) in zip(self._mine, self._kept, self._terms, strict=True):
+            logits = self._logits_of(given) if kept is None else kept
+            normalizer = torch.cat([(scale * some.float()).logsumexp(-1) for some in logits.split(ROWS)])
+            total += float((normalizer.double() - scale * mean - entropy).sum())
+        return total / self._tokens
+
+
+def _scales_along(logits_of: LogitsOf, given: Tensor) -> bool:
+    """Whether logits double with what the head is given, which rounds nothing; no cap, no bias."""
+    some = given[:4].float()
+    return torch.equal(logits_of(2 * some), 2 * logits_of(some))
+
+
+def _total(mine: Tensor, dense: Tensor) -> float:
+    """Sum of the divergences of all tokens."""
+    found = [divergence(q, p) for q, p in zip(mine.split(ROWS), dense.split(ROWS), strict=True)]
+    return float(torch.cat(found).sum(dtype=torch.float64))
+
+
+def _terms(dense: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
+    """``−Σ_v p_v log p_v`` and ``Σ_v p_v z_v`` of every token, float64 [tokens]."""
+    entropy, mean = [], []
+    for wanted, given in zip(dense.split(ROWS), mine.split(ROWS), strict=True):
+        log_p = wanted.float().log_softmax(-1)
+        p = log_p.exp()
+        entropy.append(-(p * log_p).sum(-1, dtype=torch.float64))
+        mean.append((p * given.float()).sum(-1, dtype=torch.float64))
+    return torch.cat(entropy), torch.cat(mean)
