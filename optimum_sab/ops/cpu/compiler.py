@@ -23,7 +23,12 @@ from optimum_sab.errors import MissingDependencyError
 from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
 SOURCE = Path(__file__).with_name("binary_linear.c")
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi")
+HEADER = Path(__file__).with_name("pool.h")
+THREADS = ("-pthread",)
+FLAGS = (
+    *("-O3", "-std=gnu11", *THREADS, "-fPIC", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"),
+)
 NATIVE = ("-march=native",)
 COMPILERS = ("cc", "gcc", "clang")
 PATHS = {2: "AVX-512", 1: "AVX2", 0: "portable code"}  # of sab_path
@@ -44,16 +49,26 @@ class Availability:
     reason: str
 
 
+class Library(ctypes.CDLL):
+    """The compiled kernel, with the types of its functions set.
+
+    Attributes:
+        kind: what `sab_path` and `sab_matrix_unit` say.
+    """
+
+    kind: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Build:
     """Outcome of `compile_library`.
 
     Attributes:
-        library: with the types of its functions set, or None.
+        library: what was compiled, or None.
         reason: as in `Availability`.
     """
 
-    library: ctypes.CDLL | None
+    library: Library | None
     reason: str
 
 
@@ -76,8 +91,8 @@ class Recipe:
     @property
     def name(self) -> str:
         """Of the library's file: another recipe, source or machine has another."""
-        source = SOURCE.read_text("utf-8")
-        key = [source, *self.compiler, self.version, *self.flags, "link", *self.link_flags, _machine()]
+        sources = [path.read_text("utf-8") for path in (SOURCE, HEADER)]
+        key = [*sources, *self.compiler, self.version, *self.flags, "link", *self.link_flags, _machine()]
         return f"binary_linear-{digest(chr(0).join(key).encode())}"
 
 
@@ -87,7 +102,7 @@ def availability() -> Availability:
     return Availability(build.library is not None, build.reason)
 
 
-def load_library() -> ctypes.CDLL:
+def load_library() -> Library:
     """The compiled kernel, the same object at every call.
 
     Raises:
@@ -97,6 +112,11 @@ def load_library() -> ctypes.CDLL:
     if build.library is None:
         raise MissingDependencyError(f"The CPU kernel is not available: {build.reason}. {REMEDY}")
     return build.library
+
+
+def usable_library() -> Library | None:
+    """`load_library`, or None where that would raise."""
+    return _build().library
 
 
 @lru_cache(maxsize=1)
@@ -127,7 +147,7 @@ def compile_library(extra: tuple[str, ...] = ()) -> Build:
         # gets torch's, which only symbols opened for all to see can satisfy.
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
     # A compiler without OpenMP, or one whose OpenMP is not the runtime in this process, is tried without.
-    attempts = [(("-fopenmp",), () if runtime else ("-fopenmp",), "OpenMP"), ((), (), "one thread, without OpenMP")]
+    attempts = [(("-fopenmp",), () if runtime else ("-fopenmp",), "OpenMP"), ((), (), "without OpenMP")]
     failure = ""
     with library_folder() as folder:
         for compile_flags, link_flags, threading in attempts:
@@ -160,7 +180,7 @@ def openmp_runtime() -> str | None:
     return min(found, key=lambda path: not path.startswith(home), default=None)
 
 
-def _obtain(recipe: Recipe, folder: Path) -> tuple[ctypes.CDLL | None, str]:
+def _obtain(recipe: Recipe, folder: Path) -> tuple[Library | None, str]:
     """The library of this recipe, from the folder or compiled, or why there is none."""
     path, failure = find_library(folder, recipe.name), ""
     if path is None:
@@ -175,7 +195,7 @@ def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
         compiled, linked = Path(folder, "binary_linear.o"), Path(folder, "binary_linear.so")
         for command in (
             [*compiler, *recipe.flags, "-c", str(SOURCE), "-o", str(compiled)],
-            [*compiler, "-shared", *recipe.link_flags, str(compiled), "-o", str(linked), "-lm"],
+            [*compiler, "-shared", *THREADS, *recipe.link_flags, str(compiled), "-o", str(linked), "-lm"],
         ):
             done = _run(command)
             if done.returncode:
@@ -183,15 +203,17 @@ def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
         return keep_library(cache, recipe.name, linked), ""
 
 
-def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+def _load(path: Path) -> tuple[Library | None, str]:
     """The library, or why it cannot be loaded (as with an OpenMP that is not the one in this process)."""
     try:
-        library = ctypes.CDLL(str(path))
+        library = Library(str(path))
     except OSError as error:
         return None, str(error)
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.sab_linear.argtypes = [pointer, pointer, pointer, wide, integer, integer]
+    library.sab_linear.argtypes = [pointer, pointer, pointer, pointer, wide, integer, integer]
+    library.sab_linears.argtypes = [integer, pointer, pointer, pointer, pointer, wide, integer, integer]
     library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
+    library.kind = library.sab_path(), library.sab_matrix_unit()
     return library, ""
 
 
