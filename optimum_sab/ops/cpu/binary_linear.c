@@ -883,12 +883,8 @@ EXPORT int sab_matrix_unit(void) {
 #endif
 }
 
-/* Whose threads help: 0 as it fits, 1 our own, 2 OpenMP's. For tests and measurements; returns what it was. */
-EXPORT int sab_whose_threads(int wanted) {
-    int before = whose;
-    whose = wanted;
-    return before;
-}
+/* Whose threads help: 0 as it fits, whatever was found out before; 1 our own; 2 OpenMP's. For tests and measurements. */
+EXPORT void sab_whose_threads(int wanted) { choose_threads(wanted); }
 
 /* 1 if the library was compiled with OpenMP. */
 EXPORT int sab_openmp(void) {

@@ -35,7 +35,7 @@ def only_values(x: Any) -> bool:
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._len_torch_function_stack()
         and not torch._C._is_any_autocast_enabled()
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch._C._are_functorch_transforms_active()
         and not torch._C._is_tracing()
         and forward_ad._current_level < 0
         and not _profiler_enabled()

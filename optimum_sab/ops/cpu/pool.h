@@ -322,6 +322,14 @@ static void run_with_openmp(work_t work, void *job, int threads) {
 }
 #endif
 
+static void choose_threads(int wanted) {
+    whose = wanted;
+#ifdef _OPENMP
+    openmp_rests_until = 0;
+    openmp_rest = SHORTEST_REST;
+#endif
+}
+
 static int available_cores(void) {
 #if defined(__linux__)
     cpu_set_t set;
