@@ -75,7 +75,7 @@ setup(
         "optimum_sab.data": ["*.txt"],
         "optimum_sab.eval.reader": ["*.safetensors"],
         "optimum_sab.example": ["checkpoint/*"],
-        "optimum_sab.ops.cpu": ["*.c"],
+        "optimum_sab.ops.cpu": ["*.c", "*.h"],
         "optimum_sab.report": ["templates/*.html"],
     },
     # Loading a packed checkpoint needs these and nothing else.

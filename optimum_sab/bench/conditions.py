@@ -20,6 +20,7 @@ class Conditions:
         backend: name of a backend of the packed linears, or "auto".
         repeats: samples per median.
         seed: of all random content.
+        busy: other processes that compute without end while times are taken once more; 0 for no such times.
     """
 
     settings: LayerSettings
@@ -28,3 +29,4 @@ class Conditions:
     backend: str = "auto"
     repeats: int = 3
     seed: int = 0
+    busy: int = 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
+from optimum_sab.bench.busy import busy_seconds, check_busy
 from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.gemlite_linears import BITS, check_gemlite, gemlite_linear, gemlite_weight, supports
@@ -52,6 +53,9 @@ class KernelTiming:
         gemlite_1bit_seconds: of gemlite's linear, None where it was not run; likewise for 2 and 4 bits.
         int4_seconds: of torch's int4 kernel on the CPU with the base plane alone, None where it was not run.
         int4_error: as ``error``, reported and not judged.
+        quiet_seconds, busy_seconds, busy_mean_seconds: of packed linears that follow each other: the median, then the
+            median and the mean while other processes are busy (`busy.BusySeconds`); None where there were none.
+            ``dense_…`` are the dense linear's.
         gemlite_1bit_error: as ``error``, reported and not judged; likewise for 2 and 4 bits.
     """
 
@@ -79,13 +83,20 @@ class KernelTiming:
     gemlite_4bit_error: float | None = None
     int4_seconds: float | None = None
     int4_error: float | None = None
+    quiet_seconds: float | None = None
+    busy_seconds: float | None = None
+    busy_mean_seconds: float | None = None
+    dense_quiet_seconds: float | None = None
+    dense_busy_seconds: float | None = None
+    dense_busy_mean_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class KernelReport:
-    """All rows of one run, and where it ran."""
+    """All rows of one run, where it ran, and beside how many busy processes the busy times were taken."""
 
     environment: Environment
+    busy: int
     rows: tuple[KernelTiming, ...]
 
 
@@ -131,12 +142,13 @@ def compare_kernels(
         on_row: is given every row as soon as it is there.
 
     Raises:
-        ConfigError: a number is below 1.
+        ConfigError: a number is below 1, or busy processes are asked for on another device than the CPU.
         MissingDependencyError: gemlite was asked for and cannot run.
         WrongResultError: the packed linear's result is not the dense one's.
         CaptureError: the packed linear cannot be captured in a CUDA graph.
     """
     device, dtype = conditions.device, conditions.dtype
+    check_busy(conditions.busy, device)
     for name, value in [("--repeats", conditions.repeats), *(("--tokens", m) for m in tokens)]:
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1.")
@@ -154,7 +166,7 @@ def compare_kernels(
                 if on_row is not None:
                     on_row(row)
             _free(device)
-    return KernelReport(environment, tuple(rows))
+    return KernelReport(environment, conditions.busy, tuple(rows))
 
 
 def _time_shape(shape: LinearShape, tokens: Sequence[int], run: _Run) -> Iterator[KernelTiming]:
@@ -169,12 +181,18 @@ def _time_shape(shape: LinearShape, tokens: Sequence[int], run: _Run) -> Iterato
     if run.int4 and int4_supports(shape):
         sides["int4"] = _int4_side(shape, inputs, conditions)
     for m in tokens:
-        seconds = median_seconds(_calls(sides, inputs[m]), device, conditions.repeats)
+        calls = _calls(sides, inputs[m])
+        seconds = median_seconds(calls, device, conditions.repeats)
         moved = packed.bytes + m * (shape.in_features + shape.out_features) * dtype.itemsize
         others: dict[str, Any] = {}
         for name, side in sides.items():
             if name not in ("packed", "dense"):
                 others |= {f"{name}_seconds": seconds[name], f"{name}_error": side.errors[m]}
+        if conditions.busy:
+            compared = {"": calls["packed"], "dense_": calls["dense"]}
+            for start, busy in busy_seconds(compared, conditions.busy, conditions.repeats).items():
+                others |= {f"{start}quiet_seconds": busy.quiet, f"{start}busy_seconds": busy.median}
+                others[f"{start}busy_mean_seconds"] = busy.mean
         yield KernelTiming(
             name=shape.name,
             device=environment.device,

@@ -87,7 +87,7 @@ def _clock_seconds(sides: Mapping[str, Sequence[Call]], repeats: int) -> dict[st
     samples: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(-1, repeats):
         for name, calls in sides.items():
-            seconds = _host_seconds(calls[i % len(calls)])
+            seconds = call_seconds(calls[i % len(calls)])
             if i >= 0:  # the round before warms up
                 samples[name].append(seconds)
     return {name: statistics.median(values) for name, values in samples.items()}
@@ -125,7 +125,7 @@ def copy_bandwidth(device: torch.device) -> float:
         with torch.cuda.device(device):
             samples = [_event_seconds(copy) for _ in range(COPY_REPEATS)]
     else:
-        samples = [_host_seconds(copy) for _ in range(COPY_REPEATS)]
+        samples = [call_seconds(copy) for _ in range(COPY_REPEATS)]
     return 2.0 * 8 * count / statistics.median(samples)
 
 
@@ -139,7 +139,8 @@ def _event_seconds(call: Call) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _host_seconds(call: Call) -> float:
+def call_seconds(call: Call) -> float:
+    """Of one call, by the host's clock."""
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

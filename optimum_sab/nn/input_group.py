@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.ops.cpu.direct import direct_linears
 from optimum_sab.ops.operator import stacked_linear
 from optimum_sab.ops.shape import LayerShape
 
@@ -19,8 +19,7 @@ PATIENCE = 3  # launches whose other outputs nobody took, as where siblings mere
 SHARED = ("residual_index", "col_scale")  # tensors that have no rows, and must be equal
 
 
-@dataclass(frozen=True)
-class _Pending:
+class _Pending(NamedTuple):
     """Outputs of members that have not been called yet, and for what."""
 
     inputs: Tensor
@@ -79,6 +78,27 @@ class InputGroup:
             version = 0 if tracing else _version(inputs)
             self._pending = _Pending(inputs, version, _mode(inputs), (None, *outputs[1:]))
             return outputs[0]
+        return self._take(index, inputs, tracing)
+
+    def direct_output_of(self, member: nn.Module, inputs: Tensor) -> Tensor | None:
+        """The same on the CPU, from the members' own tensors; `only_values` holds for the inputs."""
+        index = self._index(member)
+        if index:
+            return self._take(index, inputs)
+        if self._wasted():
+            return None
+        self._pending = None
+        members = self.members
+        outputs = direct_linears(
+            inputs, [m.direct for m in members], [m._parameters for m in members], members[0].backend
+        )
+        if outputs is None:
+            return None
+        self._pending = _Pending(inputs, _version(inputs), _mode(inputs), (None, *outputs[1:]))
+        return outputs[0]
+
+    def _take(self, index: int, inputs: Tensor, tracing: bool = False) -> Tensor | None:
+        """What the first member's call left for another one."""
         pending = self._pending
         if pending is None or pending.inputs is not inputs or pending.mode != _mode(inputs):
             return None
@@ -88,7 +108,7 @@ class InputGroup:
         output = pending.outputs[index]
         self._pending = pending.without(index)
         if self._pending is None and not tracing:
-            self.proven = True  # every member took its part
+            self.proven = bool(self._stack)  # every member took its part
         return output
 
     def _wasted(self) -> bool:

@@ -13,5 +13,8 @@ class LayerGroup(Protocol):
     def output_of(self, member: nn.Module, inputs: Tensor) -> Tensor | None:
         """The member's output [..., out] for these inputs [..., in], or None: then it computes alone."""
 
+    def direct_output_of(self, member: nn.Module, inputs: Tensor) -> Tensor | None:
+        """The same on the CPU, past the dispatcher, for inputs of which `ops.cpu.direct.only_values` holds."""
+
     def forget(self) -> None:
         """The members' tensors are about to change."""

@@ -14,6 +14,7 @@ from optimum_sab.format.layout import tensor_specs
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.layer_group import LayerGroup
 from optimum_sab.ops.backends import backend_name
+from optimum_sab.ops.cpu.direct import DirectLinear, only_values
 from optimum_sab.ops.operator import binary_linear
 from optimum_sab.ops.shape import LayerShape
 
@@ -41,6 +42,7 @@ class SABLinear(nn.Module):
         backend: what computes (`optimum_sab.ops.backends`); None leaves it to the device.
         layout: of the packed tensors.
         group: the layers that share this one's input and are computed with it in one launch, or None.
+        direct: the way to the CPU kernel past the dispatcher.
     """
 
     weight: nn.Parameter
@@ -64,6 +66,7 @@ class SABLinear(nn.Module):
         self.group: LayerGroup | None = None
         self.shape = LayerShape.of(out_features, in_features, settings)
         self._names = self.shape.names  # kept, so that torch.compile does not trace how they are found
+        self.direct = DirectLinear(self.shape)
         for name, spec in tensor_specs(out_features, in_features, settings).items():
             self._store(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
         if bias:
@@ -186,13 +189,26 @@ class SABLinear(nn.Module):
         Raises:
             ConfigError: see `optimum_sab.ops.operator.binary_linear`.
         """
-        if self.layout == "stored" and self.weight.device.type != "cpu" and not torch.compiler.is_compiling():
-            self.prepare()  # made or filled on the device rather than moved to it
+        if self.layout == "stored":
+            if only_values(inputs):
+                output = self._direct_output(inputs)
+                if output is not None:
+                    return output
+            elif not torch.compiler.is_compiling() and self.weight.device.type != "cpu":
+                self.prepare()  # made or filled on the device rather than moved to it
         if self.group is not None:
             output = self.group.output_of(self, inputs)
             if output is not None:
                 return output
         return binary_linear(inputs, self.tensors, self.shape, self.bias, self.layout, self.backend)
+
+    def _direct_output(self, inputs: Tensor) -> Tensor | None:
+        """Past the dispatcher; None where the operator has to be asked."""
+        if self.group is not None:
+            output = self.group.direct_output_of(self, inputs)
+            if output is not None:
+                return output
+        return self.direct(inputs, self._parameters, self.backend)
 
     def extra_repr(self) -> str:
         s = self.settings

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -45,6 +46,8 @@ def force_backend(name: str | None) -> Iterator[None]:
 
 def backend_name(device: torch.device, forced: str | None = None) -> str:
     """Name of `choose_backend`'s choice. Warns once where it is the reference for want of something better."""
+    if device.type == "cpu" and cpu_may_compute(forced) and _cpu_problem("cpu") is None:
+        return "cpu"
     choice = choose_backend(device, forced)
     if choice.name == "reference" and not choice.forced and choice.reason not in _warned:
         _warned.add(choice.reason)
@@ -76,6 +79,22 @@ def choose_backend(device: torch.device, forced: str | None = None) -> BackendCh
     return BackendChoice("reference", problem) if problem else BackendChoice(best, _MERIT[best])
 
 
+def cpu_may_compute(forced: str | None = None) -> bool:
+    """Whether nobody asks for another backend than the compiled C kernels for layers on the CPU; no more than that.
+
+    For calls that cannot wait for `choose_backend`. Where it is false, that one has the choice and the message.
+    """
+    if forced in _OPEN:
+        forced = _forced.get()
+        if forced is None and _KEY in _RAW:
+            forced = os.environ.get(ENVIRONMENT)
+    return forced in _OPEN or forced == "cpu"
+
+
+_OPEN = (None, "", "auto")
+# Where a variable is not set, `os.environ.get` raises and catches two errors, which takes a microsecond.
+_RAW: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+_KEY: Any = ENVIRONMENT if _RAW is os.environ else os.environ.encodekey(ENVIRONMENT)
 _MERIT = {"triton": "Triton kernels run on this device and agree with the reference", "cpu": "compiled C kernels"}
 
 
@@ -111,7 +130,7 @@ def _triton_problem(device: torch.device) -> str | None:
 
 
 def _known(name: str | None, origin: str) -> str | None:
-    if name in (None, "", "auto"):
+    if name in _OPEN:
         return None
     if name not in BACKENDS:
         raise ConfigError(f"{origin}={name!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")

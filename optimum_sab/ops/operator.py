@@ -17,6 +17,8 @@ from torch.autograd import forward_ad
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.backends import backend_name
+from optimum_sab.ops.cpu.kernel import dequantize as cpu_dequantize
+from optimum_sab.ops.cpu.kernel import linear_of as cpu_linear
 from optimum_sab.ops.reference import binary_linear as reference_linear
 from optimum_sab.ops.reference import check_input
 from optimum_sab.ops.shape import LayerShape
@@ -110,12 +112,16 @@ class _Weight(NamedTuple):
 
         return to_kernel_layout(named, self.shape.geometry)
 
-    def packed(self) -> PackedWeight:
-        named = dict(zip(self.shape.names, self.tensors))
-        if self.layout == "kernel":
-            from sab_kernels import from_kernel_layout
+    def stored(self) -> Sequence[Tensor]:
+        if self.layout == "stored":
+            return self.tensors
+        from sab_kernels import from_kernel_layout
 
-            named = from_kernel_layout(named, self.shape.geometry)
+        named = from_kernel_layout(dict(zip(self.shape.names, self.tensors)), self.shape.geometry)
+        return [named[name] for name in self.shape.names]
+
+    def packed(self) -> PackedWeight:
+        named = dict(zip(self.shape.names, self.stored()))
         return PackedWeight(named, self.shape.out_features, self.shape.in_features, self.shape.settings)
 
     def check(self, x: Tensor) -> None:
@@ -141,11 +147,7 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
 
         out = triton_linear(rows.to(_kernel_dtype(x)), weight.for_kernels(), shape.geometry, bias)
     elif name == "cpu":
-        from optimum_sab.ops.cpu.kernel import linear as cpu_linear
-
-        out = cpu_linear(rows.to(_kernel_dtype(x)), weight.packed())
-        if bias is not None:
-            out += bias.to(out.dtype)
+        out = cpu_linear(rows.to(_kernel_dtype(x)), weight.stored(), shape, bias)
     else:
         out = reference_linear(rows, weight.packed(), bias)
     return _shaped(out.to(x.dtype), x)
@@ -173,8 +175,6 @@ def _transposed(grad: Tensor, *arguments: Any) -> Tensor:
 
         dense = triton_dequantize(weight.for_kernels(), weight.shape.geometry, _kernel_dtype(grad))
     elif name == "cpu":
-        from optimum_sab.ops.cpu.kernel import dequantize as cpu_dequantize
-
         dense = cpu_dequantize(weight.packed(), torch.float32)
     else:
         dense = weight.packed().dequantize()

@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,3 +259,49 @@ def test_int4_is_refused_in_another_dtype(capsys):
     command = ["bench", "kernels", "--device", "cpu", "--shapes", "64x256", "--int4", "--dtype", "float32"]
     assert main(command) == 1
     assert "bfloat16" in capsys.readouterr().err
+
+
+def test_busy_rows_hold_times_beside_busy_processes(small_machine, capsys, monkeypatch):
+    from optimum_sab.bench import busy
+
+    started, real = [], busy.busy_processes
+    monkeypatch.setattr(busy, "busy_processes", lambda count: started.append(count) or real(count))
+    command = [*QUICK, "--shapes", "64x256", "--tokens", "1", "2", "--busy", "2"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["busy"] == 2 and started == [2] * 4  # packed and dense, of two numbers of tokens
+    for row in found["rows"]:
+        for start in ("", "dense_"):
+            assert min(row[f"{start}{name}_seconds"] for name in ("quiet", "busy", "busy_mean")) > 0
+    assert main(command) == 0
+    head, row, _, which, _ = capsys.readouterr().out.strip().splitlines()
+    assert head.split()[-5:] == ["x", "x", "mean", "dense", "x"] and float(row.split()[-4]) > 0
+    assert "beside 2 processes" in which
+
+
+def test_busy_processes_compute_and_end():
+    from optimum_sab.bench.busy import busy_processes
+
+    def children():
+        return set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+    if not Path(f"/proc/self/task/{os.getpid()}/children").exists():
+        pytest.skip("this system does not tell children")
+    before = children()
+    with busy_processes(2):
+        assert len(children() - before) == 2
+    assert children() == before
+
+
+def test_rows_without_busy_processes_have_no_such_times(small_machine, capsys):
+    assert main([*QUICK, "--shapes", "64x256", "--tokens", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (row,) = found["rows"]
+    assert found["busy"] == 0 and row["quiet_seconds"] is row["busy_seconds"] is row["dense_busy_mean_seconds"] is None
+
+
+@pytest.mark.parametrize(("device", "busy"), [("cpu", -1), ("cuda", 2)])
+def test_busy_processes_that_cannot_be_are_refused(device, busy):
+    conditions = Conditions(LayerSettings(), torch.device(device), busy=busy)
+    with pytest.raises(ConfigError, match=f"--busy {busy}"):
+        compare_kernels([LinearShape("small", 32, 128)], [1], conditions)

@@ -39,7 +39,7 @@ def test_last_level_cache_is_at_least_a_first_level_one():
 
 
 def test_copy_bandwidth_counts_reads_and_writes(small_machine, monkeypatch):
-    monkeypatch.setattr("optimum_sab.bench.timing._host_seconds", lambda call: 0.5)
+    monkeypatch.setattr("optimum_sab.bench.timing.call_seconds", lambda call: 0.5)
     assert copy_bandwidth(CPU) == 2 * (1 << 22) / 0.5
 
 

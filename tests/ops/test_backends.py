@@ -37,8 +37,8 @@ def compiler_found(monkeypatch):
     """``compiler_found(reason)``: the CPU kernel is usable, or missing for that reason."""
 
     def decide(reason=None):
-        found = compiler.Availability(reason is None, reason or "compiled with cc")
-        monkeypatch.setattr(compiler, "availability", lambda: found)
+        found = compiler.Build(None if reason else object(), reason or "compiled with cc")
+        monkeypatch.setattr(compiler, "_build", lambda: found)
 
     decide()
     return decide

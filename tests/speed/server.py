@@ -2,8 +2,9 @@
 
     python server.py SOCKET [EXAMPLE]
 
-EXAMPLE is what commands take for the embedded example, unless their environment has another in EXAMPLE_VLM. Without it, only
-what Transformers imports is there, and neither Transformers nor this package: for what depends on the order of imports.
+EXAMPLE is what commands take for the embedded example, unless their environment has another in EXAMPLE_VLM. Without it,
+only what Transformers imports is there, and neither Transformers nor this package: for what depends on the order of
+imports.
 
 Of several seconds of a command that is run here nearly all are imports. A fork of a process that has done them, and
 nothing else, is as good as a new process: no model was loaded, no thread was started, no generator was seeded. What is
@@ -53,7 +54,16 @@ LATE = (
 
 
 # two thirds of the time of importing a model of Transformers
-LIBRARIES = ("accelerate", "huggingface_hub", "jinja2", "PIL.Image", "regex", "safetensors.torch", "torch._dynamo", "yaml")
+LIBRARIES = (
+    "accelerate",
+    "huggingface_hub",
+    "jinja2",
+    "PIL.Image",
+    "regex",
+    "safetensors.torch",
+    "torch._dynamo",
+    "yaml",
+)
 
 
 def serve(path: str, example: str = "") -> None:

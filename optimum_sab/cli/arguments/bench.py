@@ -38,6 +38,13 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"
     )
     kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
+    kernels.add_argument(
+        "--busy",
+        type=int,
+        default=0,
+        metavar="N",
+        help="time everything once more while N other processes compute without end (CPU)",
+    )
     _add_speed_options(kernels, repeats=20)
     add_common(kernels, quiet=False)
     kernels.set_defaults(run="bench.run_kernels")

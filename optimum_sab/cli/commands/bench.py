@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from optimum_sab.cli.arguments.common import FoundWrong
@@ -12,6 +12,7 @@ from optimum_sab.errors import ConfigError
 
 if TYPE_CHECKING:
     from optimum_sab.bench.conditions import Conditions
+    from optimum_sab.bench.kernels import KernelTiming
 
 
 def _conditions(options: argparse.Namespace) -> Conditions:
@@ -31,7 +32,7 @@ def _conditions(options: argparse.Namespace) -> Conditions:
 
 def run_kernels(options: argparse.Namespace) -> None:
     """Print one row per shape and number of tokens, as soon as it is measured."""
-    from optimum_sab.bench.kernels import SHAPES, TOKENS, KernelTiming, compare_kernels
+    from optimum_sab.bench.kernels import SHAPES, TOKENS, compare_kernels
     from optimum_sab.bench.shapes import parse_shapes
 
     conditions = _conditions(options)
@@ -41,6 +42,9 @@ def run_kernels(options: argparse.Namespace) -> None:
         if not shown:
             columns = "".join(f" {f'gemlite {b}b':>10}" for b in (1, 2, 4)) if options.gemlite else ""
             columns += f" {'int4':>10}" if options.int4 else ""
+            columns += (
+                f" {'quiet us':>10} {'busy us':>10} {'x':>7} {'x mean':>7} {'dense x':>8}" if options.busy else ""
+            )
             print(
                 f"{'linear':<24} {'shape':>12} {'M':>5} {'bits':>6} {'us':>10} {'dense us':>10} {'speedup':>8} "
                 f"{'roofline':>9} {'MB':>8} {'error':>8}{columns}",
@@ -54,6 +58,8 @@ def run_kernels(options: argparse.Namespace) -> None:
         if options.int4:
             others.append(row.int4_seconds)
         columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in others)
+        if options.busy:
+            columns += _busy_columns(row)
         print(
             f"{row.name:<24} {shape:>12} {row.m:>5} {row.bits_per_weight:>6.3f} {1e6 * row.seconds:>10.1f} "
             f"{1e6 * row.dense_seconds:>10.1f} {row.speedup:>8.2f} {row.roofline_fraction:>9.3f} "
@@ -64,7 +70,7 @@ def run_kernels(options: argparse.Namespace) -> None:
     report = compare_kernels(
         shapes=parse_shapes(options.shapes or SHAPES[conditions.device.type]),
         tokens=options.tokens or TOKENS[conditions.device.type],
-        conditions=conditions,
+        conditions=replace(conditions, busy=options.busy),
         gemlite=options.gemlite,
         int4=options.int4,
         on_row=None if options.json else show,
@@ -73,11 +79,19 @@ def run_kernels(options: argparse.Namespace) -> None:
         print(json.dumps(asdict(report)))
         return
     where = report.environment
+    if report.busy:
+        print(f"quiet, busy: calls one after the other, alone and beside {report.busy} processes that never rest")
     print(
         f"{where.device}, backend {report.rows[0].backend}, {options.dtype}, torch {where.torch}, "
         f"triton {where.triton or 'none'}, {where.threads} threads; copies move "
         f"{where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
     )
+
+
+def _busy_columns(row: KernelTiming) -> str:
+    quiet, busy, mean = row.quiet_seconds or 0.0, row.busy_seconds or 0.0, row.busy_mean_seconds or 0.0
+    dense = (row.dense_busy_seconds or 0.0) / (row.dense_quiet_seconds or 1.0)
+    return f" {1e6 * quiet:>10.1f} {1e6 * busy:>10.1f} {busy / quiet:>7.2f} {mean / quiet:>7.2f} {dense:>8.2f}"
 
 
 def run_generate(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
  * -DSAB_PATH=1 AVX2. All arithmetic is fp32; -ffp-contract=off keeps `dequantize` exact.
  */
+#define _GNU_SOURCE /* sched_getaffinity */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -17,6 +18,8 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+
+#include "pool.h"
 
 #if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "packed sign words are read as bytes, lowest first"
@@ -93,7 +96,6 @@ typedef struct {
 
 /* How the rows of the base planes, or of the residual planes, are cut. */
 typedef struct {
-    const uint8_t *bits;
     int64_t row_bytes, planes, first_plane;
     panel_t *panels;
     piece_t *pieces;
@@ -162,6 +164,16 @@ INLINE float float_of_e4m3(uint8_t byte) {
     return sign ? -value : value;
 }
 
+INLINE void floats_of_f16(float *out, const uint16_t *from, int64_t count) {
+    int64_t j = 0;
+#if PATH >= 1
+    for (; j + 8 <= count; j += 8)
+        _mm256_storeu_ps(out + j, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(from + j))));
+#endif
+    for (; j < count; j++)
+        out[j] = float_of_f16(from[j]);
+}
+
 /* `count` values of x at `x[first]` times their column scales. */
 INLINE void scale_inputs(float *out, const void *x, int dtype, int64_t first, int64_t count, const float *c) {
     if (dtype == F32) {
@@ -198,6 +210,19 @@ INLINE void store_values(void *out, int dtype, int64_t first, const float *value
         for (; j < count; j++)
             to[j] = f16_of_float(value[j]);
     }
+}
+
+/* value[j] += bias[first + j], as when a rounded output is given its bias: the sum of what is stored is rounded again. */
+INLINE void add_bias(float *value, const void *bias, int dtype, int64_t first, int64_t count) {
+    if (dtype == F32)
+        for (int64_t j = 0; j < count; j++)
+            value[j] += ((const float *)bias)[first + j];
+    else if (dtype == BF16)
+        for (int64_t j = 0; j < count; j++)
+            value[j] = float_of_bf16(bf16_of_float(value[j])) + float_of_bf16(((const uint16_t *)bias)[first + j]);
+    else
+        for (int64_t j = 0; j < count; j++)
+            value[j] = float_of_f16(f16_of_float(value[j])) + float_of_f16(((const uint16_t *)bias)[first + j]);
 }
 
 /* a[plane, block, row .. row + STRIP) without the row exponent; rows from `valid` on get 0. */
@@ -251,13 +276,12 @@ static void free_cut(cut_t *cut) {
 }
 
 /* Cut `bits` bits per row, `per_block` of them in every block (the last has what is left), into panels and pieces. */
-static int make_cut(cut_t *cut, const uint8_t *data, int64_t bits, int64_t per_block, int64_t blocks, int64_t row_bytes,
-                    int64_t planes, int64_t first_plane) {
+static int make_cut(cut_t *cut, int64_t bits, int64_t per_block, int64_t blocks, int64_t row_bytes, int64_t planes,
+                    int64_t first_plane) {
     memset(cut, 0, sizeof *cut);
     if (planes == 0 || bits == 0)
         return OK;
     int64_t panels = (bits + PANEL_BITS - 1) / PANEL_BITS;
-    cut->bits = data;
     cut->row_bytes = row_bytes;
     cut->planes = planes;
     cut->first_plane = first_plane;
@@ -294,6 +318,14 @@ static int make_cut(cut_t *cut, const uint8_t *data, int64_t bits, int64_t per_b
 INLINE void build_table(float *table, const float *x) {
 #if PATH == 0
     memcpy(table, x, 16);
+#elif PATH == 1
+    const __m256 sign0 = _mm256_setr_ps(-1, 1, -1, 1, -1, 1, -1, 1), sign1 = _mm256_setr_ps(-1, -1, 1, 1, -1, -1, 1, 1);
+    const __m256 sign2 = _mm256_setr_ps(-1, -1, -1, -1, 1, 1, 1, 1);
+    __m256 low = _mm256_add_ps(_mm256_mul_ps(_mm256_broadcast_ss(x), sign0),
+                               _mm256_mul_ps(_mm256_broadcast_ss(x + 1), sign1));
+    __m256 third = _mm256_mul_ps(_mm256_broadcast_ss(x + 2), sign2), last = _mm256_broadcast_ss(x + 3);
+    _mm256_storeu_ps(table, _mm256_add_ps(low, _mm256_sub_ps(third, last)));
+    _mm256_storeu_ps(table + 8, _mm256_add_ps(low, _mm256_add_ps(third, last)));
 #else
     static const float sign[4][16] = {
         {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1},
@@ -314,16 +346,17 @@ static void build_tables(float *tables, const layer_t *layer, const piece_t *pie
     int64_t column[PANEL_BITS];
     float c[PANEL_BITS], padded[PANEL_BITS + 8], gathered[PANEL_BITS];
     int64_t size = dtype == F32 ? 4 : 2;
-    for (int64_t j = 0; j < count; j++) {
-        column[j] = piece->bit + j;
-        if (residual) {
+    if (residual) {
+        for (int64_t j = 0; j < count; j++) {
             int64_t offset = layer->wide_index ? ((const uint16_t *)layer->residual_index)[piece->bit + j]
                                                : ((const uint8_t *)layer->residual_index)[piece->bit + j];
             column[j] = piece->block * layer->block_size + offset;
             if (column[j] >= layer->columns) /* a damaged index may give a wrong sum, never a read outside x */
                 column[j] = layer->columns - 1;
+            c[j] = float_of_f16(layer->col_scale[column[j]]);
         }
-        c[j] = float_of_f16(layer->col_scale[column[j]]);
+    } else {
+        floats_of_f16(c, layer->col_scale + piece->bit, count);
     }
     memset(padded, 0, sizeof padded);
     for (int64_t t = 0; t < tokens; t++) {
@@ -465,12 +498,12 @@ INLINE void prefetch(const void *start, int64_t bytes) {
 }
 
 /* y [tokens, STRIP] += the planes of `cut` for `valid` rows from `row` on. */
-static void add_planes(float *y, const layer_t *layer, const cut_t *cut, const float *tables, int64_t tokens,
-                       int64_t row, int64_t valid) {
+static void add_planes(float *y, const layer_t *layer, const cut_t *cut, const uint8_t *bits, const float *tables,
+                       int64_t tokens, int64_t row, int64_t valid) {
     int64_t blocks = block_count(layer), stride = tokens * TABLE, scale_bytes = layer->row_exponent ? 1 : 2;
     int64_t next = row + valid, ahead = layer->rows - next < STRIP ? layer->rows - next : STRIP;
     for (int64_t p = 0; p < cut->planes; p++) {
-        const uint8_t *plane = cut->bits + p * layer->rows * cut->row_bytes;
+        const uint8_t *plane = bits + p * layer->rows * cut->row_bytes;
         int64_t plane_block = (cut->first_plane + p) * blocks;
         for (int32_t i = 0; i < cut->panel_count; i++) {
             const panel_t *panel = &cut->panels[i];
@@ -505,73 +538,123 @@ static void *scratch(int64_t floats) {
     return posix_memalign(&memory, 64, (size_t)(floats > 0 ? floats : 1) * 4) ? NULL : memory;
 }
 
+/* Layers of one input that are multiplied together: of the same columns and settings. Where they have the same column
+ * scales and salient columns too, as the solver gives to siblings, they read the same tables. */
+enum { MEMBERS = 4 };
+
+/* What threads that multiply share. A piece is one strip of one member for the tokens of one tile; pieces are numbered
+ * tile by tile. */
+typedef struct {
+    const layer_t *layer[MEMBERS];
+    const void *bias[MEMBERS]; /* NULL where there is none */
+    void *y[MEMBERS];
+    int64_t strips[MEMBERS + 1]; /* of the members before */
+    int members, tables_of[MEMBERS]; /* the first member that has the same tables */
+    cut_t cut[2];                    /* base planes, residual planes */
+    const void *x;
+    int dtype;
+    int64_t tokens, table_floats;
+    pieces_t pieces;
+} product_t;
+
+static void build_tile(float *tables, const product_t *of, const layer_t *layer, int64_t first, int64_t count) {
+    const char *x = (const char *)of->x + first * layer->columns * (of->dtype == F32 ? 4 : 2);
+    for (int i = 0; i < 2; i++) { /* base planes, then residual planes */
+        for (int32_t k = 0; k < of->cut[i].piece_count; k++)
+            build_tables(tables, layer, &of->cut[i].pieces[k], i, x, of->dtype, count);
+        tables += of->cut[i].table_count * count * TABLE;
+    }
+}
+
 /* One strip of y for the tokens of one tile. */
-static void multiply_strip(void *y, int dtype, const layer_t *layer, const cut_t *cut, float *const *tables,
-                           int64_t first, int64_t count, int64_t row) {
+static void multiply_strip(const product_t *of, int member, const float *tables, int64_t first, int64_t count,
+                           int64_t row) {
+    const layer_t *layer = of->layer[member];
     int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP;
     float sum[TILE * STRIP] __attribute__((aligned(64)));
     memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
-    for (int i = 0; i < 2; i++) /* base planes, then residual planes */
-        add_planes(sum, layer, &cut[i], tables[i], count, row, valid);
+    add_planes(sum, layer, &of->cut[0], layer->weight, tables, count, row, valid);
+    add_planes(sum, layer, &of->cut[1], layer->residual_sign, tables + of->cut[0].table_count * count * TABLE, count,
+               row, valid);
     if (layer->row_exponent)
         for (int64_t r = 0; r < valid; r++) {
             float unit = ldexpf(1.0f, layer->row_exponent[row + r]);
             for (int64_t t = 0; t < count; t++)
                 sum[t * STRIP + r] *= unit;
         }
-    for (int64_t t = 0; t < count; t++)
-        store_values(y, dtype, (first + t) * layer->rows + row, sum + t * STRIP, valid);
+    for (int64_t t = 0; t < count; t++) {
+        if (of->bias[member])
+            add_bias(sum + t * STRIP, of->bias[member], of->dtype, row, valid);
+        store_values(of->y[member], of->dtype, (first + t) * layer->rows + row, sum + t * STRIP, valid);
+    }
 }
 
-/* y [tokens, rows] = x [tokens, columns] Ŵᵀ, both of type `dtype` and contiguous. */
-EXPORT int sab_linear(const layer_t *layer, const void *x, void *y, int64_t tokens, int dtype, int threads) {
-    int64_t blocks = block_count(layer), salient = salient_total(layer), size = dtype == F32 ? 4 : 2;
-    cut_t cut[2];
-    int status = make_cut(&cut[0], layer->weight, layer->columns, layer->block_size, blocks,
-                          (layer->columns + 31) / 32 * 4, layer->base_planes, 0);
-    if (status)
-        return status;
-    status = make_cut(&cut[1], layer->residual_sign, salient, layer->salient, blocks, (salient + 7) / 8,
-                      layer->residual_planes, layer->base_planes);
-    if (status) {
-        free_cut(&cut[0]);
-        return status;
-    }
-    int64_t tile = tokens < TILE ? tokens : TILE;
-    float *tables = scratch((int64_t)(cut[0].table_count + cut[1].table_count) * tile * TABLE);
-    if (!tables) {
-        free_cut(&cut[0]);
-        free_cut(&cut[1]);
-        return NO_MEMORY;
-    }
-    if (layer->rows * layer->columns * tokens < SMALL)
-        threads = 1;
-    int64_t strips = (layer->rows + STRIP - 1) / STRIP;
-    int64_t pieces = cut[0].piece_count + cut[1].piece_count;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        for (int64_t first = 0; first < tokens; first += TILE) {
-            int64_t count = tokens - first < TILE ? tokens - first : TILE;
-            float *part[2] = {tables, tables + cut[0].table_count * count * TABLE};
-            const char *from = (const char *)x + first * layer->columns * size;
-#pragma omp for schedule(static)
-            for (int64_t k = 0; k < pieces; k++) {
-                int residual = k >= cut[0].piece_count;
-                build_tables(part[residual], layer, &cut[residual].pieces[k - (residual ? cut[0].piece_count : 0)],
-                             residual, from, dtype, count);
-            }
-#pragma omp for schedule(static) nowait
-            for (int64_t i = 0; i < strips; i++)
-                multiply_strip(y, dtype, layer, cut, part, first, count, i * STRIP);
-            if (first + count < tokens) { /* the next tile's tables take the place of these */
-#pragma omp barrier
-            }
+/* Every thread builds the tables that it reads: that takes a hundredth of the time, and nobody waits for anybody. */
+static void multiply(void *job) {
+    product_t *of = job;
+    const int64_t strips = of->strips[of->members];
+    int64_t built_tile = -1, piece;
+    int built_of = -1, share = first_share(&of->pieces);
+    float *tables = all_taken(&of->pieces) ? NULL : scratch(of->table_floats);
+    while (tables && (piece = take_piece(&of->pieces, &share)) >= 0) {
+        int64_t tile = piece / strips, strip = piece % strips, first = tile * TILE;
+        int64_t count = of->tokens - first < TILE ? of->tokens - first : TILE;
+        int member = 0;
+        while (strip >= of->strips[member + 1])
+            member++;
+        if (tile != built_tile || of->tables_of[member] != built_of) {
+            built_tile = tile;
+            built_of = of->tables_of[member];
+            build_tile(tables, of, of->layer[member], first, count);
         }
+        multiply_strip(of, member, tables, first, count, (strip - of->strips[member]) * STRIP);
     }
     free(tables);
-    free_cut(&cut[0]);
-    free_cut(&cut[1]);
-    return OK;
+}
+
+/* Whether the tables of two layers are the same for every input. */
+static int same_tables(const layer_t *one, const layer_t *other) {
+    size_t index = (size_t)salient_total(one) * (one->wide_index ? 2 : 1);
+    return !memcmp(one->col_scale, other->col_scale, (size_t)one->columns * 2) &&
+           (!index || !memcmp(one->residual_index, other->residual_index, index));
+}
+
+/* y [tokens, rows] = x [tokens, columns] Ŵᵀ + bias [rows] for each of up to MEMBERS layers; all but the layers of type
+ * `dtype` and contiguous. `bias`, or one of them, may be NULL. */
+EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y, const void *const *bias, const void *x,
+                       int64_t tokens, int dtype, int threads) {
+    product_t of = {.members = members, .x = x, .dtype = dtype, .tokens = tokens};
+    const layer_t *first = layer[0];
+    int64_t blocks = block_count(first), salient = salient_total(first), tile = tokens < TILE ? tokens : TILE;
+    for (int m = 0; m < members; m++) {
+        of.layer[m] = layer[m];
+        of.y[m] = y[m];
+        of.bias[m] = bias ? bias[m] : NULL;
+        of.strips[m + 1] = of.strips[m] + (layer[m]->rows + STRIP - 1) / STRIP;
+        of.tables_of[m] = m && same_tables(layer[m - 1], layer[m]) ? of.tables_of[m - 1] : m;
+    }
+    int status = make_cut(&of.cut[0], first->columns, first->block_size, blocks, (first->columns + 31) / 32 * 4,
+                          first->base_planes, 0);
+    if (status == OK)
+        status = make_cut(&of.cut[1], salient, first->salient, blocks, (salient + 7) / 8, first->residual_planes,
+                          first->base_planes);
+    of.table_floats = (int64_t)(of.cut[0].table_count + of.cut[1].table_count) * tile * TABLE;
+    if (status == OK) {
+        int64_t pieces = (tokens + TILE - 1) / TILE * of.strips[members];
+        if (of.strips[members] * STRIP * first->columns * tokens < SMALL)
+            threads = 1;
+        run_together(multiply, &of, cut_pieces(&of.pieces, pieces, threads));
+        status = all_taken(&of.pieces) ? OK : NO_MEMORY;
+    }
+    free_cut(&of.cut[0]);
+    free_cut(&of.cut[1]);
+    return status;
+}
+
+/* The same for one layer. */
+EXPORT int sab_linear(const layer_t *layer, void *y, const void *bias, const void *x, int64_t tokens, int dtype,
+                      int threads) {
+    return sab_linears(1, &layer, &y, &bias, x, tokens, dtype, threads);
 }
 
 /* ---- the dense weight ---- */
@@ -683,66 +766,105 @@ static void dequantize_row(void *out, int dtype, int64_t first, float *dense, co
     }
 }
 
+/* What threads that make rows dense share; a piece is a strip. */
+typedef struct {
+    const layer_t *layer;
+    int64_t begin, end;
+    void *out;
+    int dtype;
+    const float *column_scale;
+    const uint8_t *mark;
+    int64_t mark_bytes;
+    pieces_t pieces;
+} dense_t;
+
+/* What one of them needs: a dense block, the scales of a strip, and a row's residual bits as stored and in place. */
+typedef struct {
+    float *dense, *scale;
+    uint8_t *stored, *residual;
+} room_t;
+
+static void free_room(room_t *room) {
+    free(room->dense);
+    free(room->scale);
+    free(room->stored);
+    free(room->residual);
+}
+
+static int make_room(room_t *room, const dense_t *of) {
+    const layer_t *layer = of->layer;
+    room->dense = scratch(layer->block_size);
+    room->scale = scratch((layer->base_planes + layer->residual_planes) * block_count(layer) * STRIP);
+    room->stored = calloc((size_t)((salient_total(layer) + 7) / 8 + 24), 1);
+    room->residual = calloc((size_t)(of->mark_bytes * PLANES), 1);
+    if (room->dense && room->scale && room->stored && room->residual)
+        return OK;
+    free_room(room);
+    return NO_MEMORY;
+}
+
+static void dequantize_strip(const dense_t *of, const room_t *room, int64_t first) {
+    const layer_t *layer = of->layer;
+    int64_t blocks = block_count(layer), planes = layer->base_planes + layer->residual_planes;
+    int64_t row_bytes = (layer->columns + 31) / 32 * 4, salient_bytes = (salient_total(layer) + 7) / 8;
+    int64_t valid = of->end - first < STRIP ? of->end - first : STRIP;
+    float unit[STRIP];
+    for (int64_t r = 0; r < STRIP; r++)
+        unit[r] = layer->row_exponent && r < valid ? ldexpf(1.0f, layer->row_exponent[first + r]) : 1.0f;
+    for (int64_t k = 0; k < planes * blocks; k++) {
+        vecf raw[GROUPS];
+        decode_scales(raw, layer, k, first, valid);
+        for (int g = 0; g < GROUPS; g++)
+            *(vecf_any *)(room->scale + k * STRIP + g * LANES) = raw[g] * *(const vecf_any *)(unit + g * LANES);
+    }
+    for (int64_t r = 0; r < valid; r++) {
+        int64_t row = first + r;
+        row_t one = {.salient = of->mark, .column_scale = of->column_scale};
+        for (int64_t p = 0; p < layer->base_planes; p++)
+            one.bits[p] = layer->weight + (p * layer->rows + row) * row_bytes;
+        for (int64_t p = 0; p < layer->residual_planes; p++) {
+            uint8_t *residual = room->residual + p * of->mark_bytes;
+            one.bits[layer->base_planes + p] = residual;
+            memcpy(room->stored, layer->residual_sign + (p * layer->rows + row) * salient_bytes, (size_t)salient_bytes);
+            spread_bits(residual, room->stored, of->mark, layer->columns);
+        }
+        dequantize_row(of->out, of->dtype, (row - of->begin) * layer->columns, room->dense, layer, &one,
+                       room->scale + r);
+    }
+}
+
+static void dequantize_strips(void *job) {
+    dense_t *of = job;
+    room_t room;
+    int share = first_share(&of->pieces);
+    int64_t piece;
+    if (make_room(&room, of) != OK)
+        return; /* others may have room; the caller sees whether all was done */
+    while ((piece = take_piece(&of->pieces, &share)) >= 0)
+        dequantize_strip(of, &room, of->begin + piece * STRIP);
+    free_room(&room);
+}
+
 /* out [end - begin, columns] of type `dtype` = rows begin .. end of Ŵ. */
 EXPORT int sab_dequantize(const layer_t *layer, int64_t begin, int64_t end, void *out, int dtype, int threads) {
-    int64_t blocks = block_count(layer), planes = layer->base_planes + layer->residual_planes;
-    int64_t padded = layer->columns + PADDING, mark_bytes = (layer->columns + 63) / 64 * 8 + 16;
-    int64_t row_bytes = (layer->columns + 31) / 32 * 4, salient_bytes = (salient_total(layer) + 7) / 8;
-    int64_t strips = (end - begin + STRIP - 1) / STRIP;
-    if ((end - begin) * layer->columns < SMALL)
-        threads = 1;
+    int64_t padded = layer->columns + PADDING;
+    dense_t of = {.layer = layer, .begin = begin, .end = end, .out = out, .dtype = dtype};
+    of.mark_bytes = (layer->columns + 63) / 64 * 8 + 16;
     float *column_scale = scratch(padded);
-    uint8_t *mark = calloc((size_t)mark_bytes, 1);
+    uint8_t *mark = calloc((size_t)of.mark_bytes, 1);
     int status = column_scale && mark ? OK : NO_MEMORY;
     if (status == OK) {
         for (int64_t j = 0; j < padded; j++)
             column_scale[j] = j < layer->columns ? float_of_f16(layer->col_scale[j]) : 0.0f;
         if (layer->residual_planes)
             mark_salient(mark, layer);
-    }
-#pragma omp parallel num_threads(threads) if (threads > 1 && status == OK)
-    {
-        /* Per thread: a dense block, the scales of a strip, and a row's residual bits as stored and in place. */
-        float *dense = scratch(layer->block_size), *scale = scratch(planes * blocks * STRIP);
-        uint8_t *stored = calloc((size_t)(salient_bytes + 24), 1);
-        uint8_t *residual = calloc((size_t)(mark_bytes * PLANES), 1);
-        int ready = status == OK && dense && scale && stored && residual;
-        if (!ready) {
-#pragma omp atomic write
-            status = NO_MEMORY;
-        }
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < strips; i++) {
-            if (!ready)
-                continue;
-            int64_t first = begin + i * STRIP, valid = end - first < STRIP ? end - first : STRIP;
-            float unit[STRIP];
-            for (int64_t r = 0; r < STRIP; r++)
-                unit[r] = layer->row_exponent && r < valid ? ldexpf(1.0f, layer->row_exponent[first + r]) : 1.0f;
-            for (int64_t k = 0; k < planes * blocks; k++) {
-                vecf raw[GROUPS];
-                decode_scales(raw, layer, k, first, valid);
-                for (int g = 0; g < GROUPS; g++)
-                    *(vecf_any *)(scale + k * STRIP + g * LANES) = raw[g] * *(const vecf_any *)(unit + g * LANES);
-            }
-            for (int64_t r = 0; r < valid; r++) {
-                int64_t row = first + r;
-                row_t one = {.salient = mark, .column_scale = column_scale};
-                for (int64_t p = 0; p < layer->base_planes; p++)
-                    one.bits[p] = layer->weight + (p * layer->rows + row) * row_bytes;
-                for (int64_t p = 0; p < layer->residual_planes; p++) {
-                    one.bits[layer->base_planes + p] = residual + p * mark_bytes;
-                    memcpy(stored, layer->residual_sign + (p * layer->rows + row) * salient_bytes,
-                           (size_t)salient_bytes);
-                    spread_bits(residual + p * mark_bytes, stored, mark, layer->columns);
-                }
-                dequantize_row(out, dtype, (row - begin) * layer->columns, dense, layer, &one, scale + r);
-            }
-        }
-        free(dense);
-        free(scale);
-        free(stored);
-        free(residual);
+        of.column_scale = column_scale;
+        of.mark = mark;
+        if ((end - begin) * layer->columns < SMALL)
+            threads = 1;
+        int64_t strips = (end - begin + STRIP - 1) / STRIP;
+        run_together(dequantize_strips, &of, cut_pieces(&of.pieces, strips, threads));
+        status = all_taken(&of.pieces) ? OK : NO_MEMORY;
     }
     free(column_scale);
     free(mark);
@@ -760,6 +882,9 @@ EXPORT int sab_matrix_unit(void) {
     return 0;
 #endif
 }
+
+/* Whose threads help: 0 as it fits, whatever was found out before; 1 our own; 2 OpenMP's. For tests and measurements. */
+EXPORT void sab_whose_threads(int wanted) { choose_threads(wanted); }
 
 /* 1 if the library was compiled with OpenMP. */
 EXPORT int sab_openmp(void) {

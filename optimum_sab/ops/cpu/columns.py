@@ -17,7 +17,7 @@ from optimum_sab.core.hessian import factor_hessian
 from optimum_sab.core.planes import BlockFit, WeightFit
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn
-from optimum_sab.ops.cpu.compiler import Build, compile_library
+from optimum_sab.ops.cpu.compiler import Build, Library, compile_library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,13 +74,13 @@ def build_columns(extra: tuple[str, ...] = ()) -> Build:
     Some builds of torch round a product before they add it, others do not.
     """
     for rounding in ("-DSAB_FUSED=1", "-DSAB_FUSED=0"):
-        build = compile_library((*extra, rounding), SOURCE, _declare)
+        build = compile_library((*extra, rounding), (SOURCE,), _declare)
         if build.library is None or _agrees(build.library):
             return build
     return Build(None, "the loops in C round otherwise than this build of torch")
 
 
-def _declare(library: ctypes.CDLL) -> None:
+def _declare(library: Library) -> None:
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.sab_feedback.argtypes = [pointer, pointer, pointer, pointer, integer]
     library.sab_descend.argtypes = [pointer, pointer, pointer, pointer, wide, pointer, integer]

@@ -23,8 +23,12 @@ import torch
 from optimum_sab.errors import MissingDependencyError
 from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
-SOURCE = Path(__file__).with_name("binary_linear.c")
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wno-psabi")
+SOURCES = (Path(__file__).with_name("binary_linear.c"), Path(__file__).with_name("pool.h"))
+THREADS = ("-pthread",)
+FLAGS = (
+    *("-O3", "-std=gnu11", *THREADS, "-fPIC", "-fvisibility=hidden"),
+    *("-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"),
+)
 NATIVE = ("-march=native",)
 COMPILERS = ("cc", "gcc", "clang")
 PATHS = {2: "AVX-512", 1: "AVX2", 0: "portable code"}  # of sab_path
@@ -45,16 +49,26 @@ class Availability:
     reason: str
 
 
+class Library(ctypes.CDLL):
+    """What was compiled, with the types of its functions set.
+
+    Attributes:
+        kind: of the linears: what `sab_path` and `sab_matrix_unit` say.
+    """
+
+    kind: tuple[int, int]
+
+
 @dataclass(frozen=True)
 class Build:
     """Outcome of `compile_library`.
 
     Attributes:
-        library: with the types of its functions set, or None.
+        library: what was compiled, or None.
         reason: as in `Availability`.
     """
 
-    library: ctypes.CDLL | None
+    library: Library | None
     reason: str
 
 
@@ -67,21 +81,21 @@ class Recipe:
         version: what it says of itself.
         flags: for compiling.
         link_flags: for linking.
-        source: the file.
+        sources: the file, and headers of ours that it includes.
     """
 
     compiler: list[str]
     version: str
     flags: list[str]
     link_flags: list[str]
-    source: Path = SOURCE
+    sources: tuple[Path, ...] = SOURCES
 
     @property
     def name(self) -> str:
         """Of the library's file: another recipe, source or machine has another."""
-        source = self.source.read_text("utf-8")
-        key = [source, *self.compiler, self.version, *self.flags, "link", *self.link_flags, _machine()]
-        return f"{self.source.stem}-{digest(chr(0).join(key).encode())}"
+        contents = [path.read_text("utf-8") for path in self.sources]
+        key = [*contents, *self.compiler, self.version, *self.flags, "link", *self.link_flags, _machine()]
+        return f"{self.sources[0].stem}-{digest(chr(0).join(key).encode())}"
 
 
 def availability() -> Availability:
@@ -90,7 +104,7 @@ def availability() -> Availability:
     return Availability(build.library is not None, build.reason)
 
 
-def load_library() -> ctypes.CDLL:
+def load_library() -> Library:
     """The compiled kernel, the same object at every call.
 
     Raises:
@@ -100,6 +114,11 @@ def load_library() -> ctypes.CDLL:
     if build.library is None:
         raise MissingDependencyError(f"The CPU kernel is not available: {build.reason}. {REMEDY}")
     return build.library
+
+
+def usable_library() -> Library | None:
+    """`load_library`, or None where that would raise."""
+    return _build().library
 
 
 @lru_cache(maxsize=1)
@@ -112,23 +131,25 @@ def _build() -> Build:
         return Build(None, f"{type(error).__name__}: {error}")
 
 
-def declare_linears(library: ctypes.CDLL) -> None:
+def declare_linears(library: Library) -> None:
     """Set the types of `binary_linear.c`'s functions."""
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    library.sab_linear.argtypes = [pointer, pointer, pointer, wide, integer, integer]
+    library.sab_linear.argtypes = [pointer, pointer, pointer, pointer, wide, integer, integer]
+    library.sab_linears.argtypes = [integer, pointer, pointer, pointer, pointer, wide, integer, integer]
     library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
+    library.kind = library.sab_path(), library.sab_matrix_unit()
 
 
 def compile_library(
     extra: tuple[str, ...] = (),
-    source: Path = SOURCE,
-    declare: Callable[[ctypes.CDLL], None] = declare_linears,
+    sources: tuple[Path, ...] = SOURCES,
+    declare: Callable[[Library], None] = declare_linears,
 ) -> Build:
     """Compile, or take from the cache, and load.
 
     Args:
         extra: flags that force a path, as ``-DSAB_PATH=0`` does.
-        source: the file; it has a function ``sab_path``.
+        sources: the file, which has a function ``sab_path``, and headers of ours that it includes.
         declare: sets the types of its functions.
     """
     if os.name != "posix":
@@ -147,13 +168,13 @@ def compile_library(
         # gets torch's, which only symbols opened for all to see can satisfy.
         ctypes.CDLL(runtime, mode=ctypes.RTLD_GLOBAL)
     # A compiler without OpenMP, or one whose OpenMP is not the runtime in this process, is tried without.
-    attempts = [(("-fopenmp",), () if runtime else ("-fopenmp",), "OpenMP"), ((), (), "one thread, without OpenMP")]
+    attempts = [(("-fopenmp",), () if runtime else ("-fopenmp",), "OpenMP"), ((), (), "without OpenMP")]
     failure = ""
     with library_folder() as folder:
         for compile_flags, link_flags, threading in attempts:
             for native in (NATIVE, ()):
                 recipe = Recipe(
-                    compiler, version.stdout, [*FLAGS, *native, *compile_flags, *extra], list(link_flags), source
+                    compiler, version.stdout, [*FLAGS, *native, *compile_flags, *extra], list(link_flags), sources
                 )
                 library, failure = _obtain(recipe, folder)
                 if library is not None:
@@ -183,7 +204,7 @@ def openmp_runtime() -> str | None:
     return min(found, key=lambda path: not path.startswith(home), default=None)
 
 
-def _obtain(recipe: Recipe, folder: Path) -> tuple[ctypes.CDLL | None, str]:
+def _obtain(recipe: Recipe, folder: Path) -> tuple[Library | None, str]:
     """The library of this recipe, from the folder or compiled, or why there is none."""
     path, failure = find_library(folder, recipe.name), ""
     if path is None:
@@ -197,8 +218,8 @@ def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         compiled, linked = Path(folder, "compiled.o"), Path(folder, "linked.so")
         for command in (
-            [*compiler, *recipe.flags, "-c", str(recipe.source), "-o", str(compiled)],
-            [*compiler, "-shared", *recipe.link_flags, str(compiled), "-o", str(linked), "-lm"],
+            [*compiler, *recipe.flags, "-c", str(recipe.sources[0]), "-o", str(compiled)],
+            [*compiler, "-shared", *THREADS, *recipe.link_flags, str(compiled), "-o", str(linked), "-lm"],
         ):
             done = _run(command)
             if done.returncode:
@@ -206,10 +227,10 @@ def _compile(recipe: Recipe, cache: Path) -> tuple[Path | None, str]:
         return keep_library(cache, recipe.name, linked), ""
 
 
-def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+def _load(path: Path) -> tuple[Library | None, str]:
     """The library, or why it cannot be loaded (as with an OpenMP that is not the one in this process)."""
     try:
-        return ctypes.CDLL(str(path)), ""
+        return Library(str(path)), ""
     except OSError as error:
         return None, str(error)
 

@@ -1,0 +1,107 @@
+"""A layer as C reads it: the structure, and the checks of the tensors that C trusts."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from operator import attrgetter
+
+from torch import Tensor
+
+from optimum_sab.errors import FormatError
+from optimum_sab.format.layout import TensorSpec, salient_per_block, tensor_specs
+from optimum_sab.ops.shape import LayerShape
+
+
+class Layer(ctypes.Structure):
+    """`layer_t` of binary_linear.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "residual_sign", "residual_index")),
+        *((name, ctypes.c_void_p) for name in ("row_scale", "row_exponent", "col_scale")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "block_size", "base_planes", "residual_planes")),
+        *((name, ctypes.c_int64) for name in ("salient", "salient_last", "wide_index")),
+    ]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What follows from a layer's shape, computed once per kind of layer.
+
+    Attributes:
+        specs: of the stored tensors.
+        layer: bytes of a `Layer` without pointers.
+    """
+
+    specs: tuple[tuple[str, TensorSpec], ...]
+    layer: bytes
+
+
+@lru_cache(maxsize=1024)
+def _layout(shape: LayerShape) -> _Layout:
+    salient = salient_per_block(shape.in_features, shape.settings)
+    layer = Layer(
+        rows=shape.out_features,
+        columns=shape.in_features,
+        block_size=shape.block_size,
+        base_planes=shape.base_planes,
+        residual_planes=shape.residual_planes,
+        salient=salient[0],
+        salient_last=salient[-1],
+        wide_index=shape.block_size > 256,
+    )
+    return _Layout(tuple(tensor_specs(shape.out_features, shape.in_features, shape.settings).items()), bytes(layer))
+
+
+def describe(tensors: Sequence[Tensor | None], shape: LayerShape) -> Layer:
+    """The layer of these tensors, which must stay alive as long as C reads it.
+
+    Args:
+        tensors: stored, in the order of ``shape.names``; None for one that is missing.
+        shape: of the layer.
+
+    Raises:
+        FormatError: a tensor is missing or not as `tensor_specs` says, or not contiguous in CPU memory.
+    """
+    layout = _layout(shape)
+    layer = Layer.from_buffer_copy(layout.layer)
+    for (name, spec), tensor in zip(layout.specs, tensors, strict=True):
+        if tensor is None:
+            raise FormatError(f"tensor {name!r} is missing; the layer needs {', '.join(n for n, _ in layout.specs)}.")
+        if tensor.dtype is not spec.dtype or tensor.shape != spec.shape:
+            raise FormatError(
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}."
+            )
+        if not tensor.is_cpu or not tensor.is_contiguous():
+            raise FormatError(
+                f"tensor {name!r} is on {tensor.device} with strides {tensor.stride()}; move it to the CPU and make "
+                "it contiguous."
+            )
+        setattr(layer, name, tensor.data_ptr())
+    return layer
+
+
+_ADDRESS, _BYTES = Tensor.data_ptr, attrgetter("nbytes")  # through `map` they cost a third of what expressions do
+_MOST_KNOWN = 4096
+_known: dict[tuple[LayerShape, tuple[int, ...]], tuple[list[int], Layer]] = {}
+
+
+def known_layer(tensors: Sequence[Tensor], shape: LayerShape) -> Layer:
+    """`describe`, done once for the same memory.
+
+    Tensors are recognized by address and size, at every call, because loaders, offloading and ``tensor.data = …`` put
+    them in place past a module's methods. No tensor is kept alive.
+
+    Raises:
+        FormatError: see `describe`.
+    """
+    key, sizes = (shape, tuple(map(_ADDRESS, tensors))), [*map(_BYTES, tensors)]
+    found = _known.get(key)
+    if found is None or found[0] != sizes:  # other memory may have come to the same addresses
+        found = sizes, describe(tensors, shape)
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = found
+    return found[1]
