@@ -17,7 +17,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from optimum_sab.cli.commands import env
 from optimum_sab.cli.main import main
 from optimum_sab.errors import ConfigError, warn
-from optimum_sab.hf.failure import one_line
+from optimum_sab.failure import one_line
 from optimum_sab.hf.processor import knows_no_token
 
 
