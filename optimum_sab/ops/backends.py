@@ -12,8 +12,8 @@ from functools import cache
 import torch
 
 from optimum_sab.errors import ConfigError, warn
+from optimum_sab.presets import BACKENDS as BACKENDS
 
-BACKENDS = ("triton", "cpu", "reference")
 ENVIRONMENT = "OPTIMUM_SAB_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)

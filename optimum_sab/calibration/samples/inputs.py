@@ -11,10 +11,10 @@ from optimum_sab.calibration.samples.context_length import limited_length, warn_
 from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
 from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, encode_samples, has_chat_template
 from optimum_sab.calibration.samples.forward_inputs import token_count
-from optimum_sab.calibration.samples.named_source import BUILTIN, SELF
 from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
+from optimum_sab.data.named_source import BUILTIN, SELF, recorded_source
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
 from optimum_sab.nn.modalities import VISUAL, model_modalities
 
@@ -50,8 +50,7 @@ class SampleSource:
             return BUILTIN
         if not isinstance(self.data, (str, os.PathLike)):
             return GIVEN
-        name = os.path.expanduser(os.fspath(self.data))
-        return os.path.basename(name) if os.path.isfile(name) else name
+        return recorded_source(self.data)
 
 
 def calibration_inputs(
