@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 
 from optimum_sab.errors import ConfigError
 
 CONFIG, ADAPTER = "config.json", "adapter_config.json"
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def check_folder(source: str, subfolder: str = "") -> None:
@@ -17,11 +19,11 @@ def check_folder(source: str, subfolder: str = "") -> None:
         subfolder: of it, where the checkpoint is.
 
     Raises:
-        ConfigError: it looks like a path, and nothing is there; it is a file; or there is no config.json in it. Where
-            an adapter lies there, or checkpoints one folder below, that is said.
+        ConfigError: nothing is there, and the name looks like a path or is no repository's; it is a file; or there is
+            no config.json in it. Where an adapter lies there, or checkpoints one folder below, that is said.
     """
     if not os.path.exists(source):
-        if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        if source.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(source):
             raise ConfigError(f"there is no folder {source!r}; name a checkpoint's folder, or a repository on the Hub.")
         return
     if os.path.isfile(source):

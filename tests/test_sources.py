@@ -35,6 +35,8 @@ def test_a_checkpoint_in_a_subfolder_is_let_through(here):
     ("source", "said"),
     [
         ("./nowhere", "there is no folder './nowhere'"),
+        ("nowhere/", "there is no folder 'nowhere/'"),
+        ("my model", "there is no folder 'my model'"),
         ("a/b/c", "there is no folder 'a/b/c'"),
         ("vlm/config.json", "is a file; name the folder"),
         ("lora", "'lora': it holds an adapter alone.*merge_and_unload"),

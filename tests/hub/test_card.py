@@ -1,6 +1,7 @@
 """The model card says what is so, and is nobody else's."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -106,6 +107,19 @@ def test_a_card_in_the_folder_stays_where_somebody_wrote_it(model, tmp_path, con
         assert not keeps(path)  # tags are the Hub's tools' to change
         path.write_text(path.read_text().replace("## Size", "## How large"))
         assert keeps(path)
+
+
+def test_of_a_card_without_a_head_nobody_complains(tmp_path, caplog):
+    (tmp_path / CARD).write_text("# Mine\n")
+    logger = logging.getLogger("huggingface_hub.repocard")
+    logger.addHandler(caplog.handler)
+    try:
+        assert keeps(tmp_path / CARD)
+        assert caplog.records == []
+        ModelCard.load(tmp_path / CARD)  # which would have been heard
+        assert caplog.records
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_the_base_is_named_by_the_hub_and_licensed_by_its_card(tmp_path):
