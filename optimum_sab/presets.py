@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from optimum_sab.core.refinement import RefineSettings
@@ -14,11 +15,16 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 
 ALLOCATION = ("sensitivity", "uniform")
+BACKENDS = ("triton", "cpu", "reference")  # `optimum_sab.ops.backends` chooses among them
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What a run is asked besides the settings of a layer; `optimum_sab.SABConfig` says what each means."""
+    """What a run is asked besides the settings of a layer; `optimum_sab.SABConfig` says what each means.
+
+    Raises:
+        ConfigError: a value is out of range, or two do not go together; the message names them and the remedy.
+    """
 
     allocation: str = "sensitivity"
     target_bits: float | None = None
@@ -35,6 +41,31 @@ class RunSettings:
     examples: bool = True
     resume_folder: str | None = None
     backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.allocation not in ALLOCATION:
+            raise ConfigError(f"allocation={self.allocation!r} must be one of {', '.join(ALLOCATION)}.")
+        bits = self.target_bits
+        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 1.0 < bits <= 8.0):
+            raise ConfigError(
+                f"target_bits={bits!r} must be a number above 1, such as 1.3 or 2.25; None takes the settings' own."
+            )
+        if bits is not None and self.allocation == "uniform":
+            raise ConfigError(
+                f"target_bits={bits!r} needs allocation='sensitivity'; with 'uniform' the planes decide the bits."
+            )
+        for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
+        for name in ("refine", "temperature_scaling", "examples"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
+        RefineSettings(self.refine_epochs, self.refine_steps)
+        if self.resume_folder is not None and not isinstance(self.resume_folder, (str, os.PathLike)):
+            raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
+        if self.backend not in (None, "auto", *BACKENDS):
+            raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
 
 
 @dataclass(frozen=True)
@@ -90,6 +121,21 @@ def preset_settings(name: str) -> dict[str, Any]:
         ConfigError: there is no such preset.
     """
     return {**asdict(LayerSettings()), **asdict(RunSettings()), **find_preset(name).changes}
+
+
+def check_values(settings: Mapping[str, Any]) -> None:
+    """Refuse what no model and no machine is needed for to see that it cannot be used.
+
+    Args:
+        settings: every setting of `preset_settings`, and the ``dynamic`` rules where there are any.
+
+    Raises:
+        ConfigError: a value is out of range, or two do not go together; the message names them and the remedy.
+    """
+    layer = LayerSettings(**{each.name: settings[each.name] for each in fields(LayerSettings)})
+    for changes in {repr(own): own for own in settings.get("dynamic", {}).values()}.values():  # many say the same
+        layer.replace(**changes)
+    RunSettings(**{each.name: settings[each.name] for each in fields(RunSettings)})
 
 
 def find_preset(name: str) -> Preset:

@@ -3,15 +3,46 @@
 from __future__ import annotations
 
 import os
+import re
 
 from optimum_sab.errors import ConfigError
 
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+_REPOSITORY = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-def check_folder(source: str) -> None:
-    """Refuse the name of a folder that is not there, which the Hub would be asked for otherwise.
+
+def check_folder(source: str, subfolder: str = "") -> None:
+    """Refuse what is named as a folder and is no checkpoint's, before anything reads it or asks the Hub for it.
+
+    Args:
+        source: folder, or Hub repository, of which nothing is known here.
+        subfolder: of it, where the checkpoint is.
 
     Raises:
-        ConfigError: it looks like a path, and nothing is there.
+        ConfigError: nothing is there, and the name looks like a path or is no repository's; it is a file; or there is
+            no config.json in it. Where an adapter lies there, or checkpoints one folder below, that is said.
     """
-    if not os.path.exists(source) and (source.startswith((".", "/", "~")) or source.count("/") > 1):
-        raise ConfigError(f"there is no folder {source!r}; name a checkpoint's folder, or a repository on the Hub.")
+    if not os.path.exists(source):
+        if source.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(source):
+            raise ConfigError(f"there is no folder {source!r}; name a checkpoint's folder, or a repository on the Hub.")
+        return
+    if os.path.isfile(source):
+        raise ConfigError(f"{source!r} is a file; name the folder of a checkpoint.")
+    folder = os.path.join(source, subfolder) if subfolder else source
+    if os.path.isfile(os.path.join(folder, CONFIG)):
+        return
+    if os.path.isfile(os.path.join(folder, ADAPTER)):
+        raise ConfigError(
+            f"no model can be read from {folder!r}: it holds an adapter alone. Put it on its base with PEFT, "
+            "merge_and_unload(), save_pretrained() the result and the processor, and name that folder."
+        )
+    raise ConfigError(f"no model can be read from {folder!r}: there is no {CONFIG} in it{_below(folder)}.")
+
+
+def _below(folder: str) -> str:
+    """The checkpoint to name instead: the newest of those one folder below; nothing where there is none."""
+    try:
+        found = [each.path for each in os.scandir(folder) if os.path.isfile(os.path.join(each.path, CONFIG))]
+    except OSError:
+        return ""
+    return f"; did you mean {max(found, key=os.path.getmtime)!r}?" if found else ""

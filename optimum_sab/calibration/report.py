@@ -12,8 +12,9 @@ from optimum_sab.calibration.predictions.agreement import Agreement
 from optimum_sab.calibration.predictions.temperature import Temperature
 from optimum_sab.calibration.predictions.verdict import LIMITS, Verdict, judge
 from optimum_sab.calibration.refine.tuning import Tuning
-from optimum_sab.calibration.report_entries import block_entry, finite, sizes_entry
+from optimum_sab.calibration.report_entries import block_entry, sizes_entry
 from optimum_sab.errors import OutputError
+from optimum_sab.json_values import finite
 from optimum_sab.report.files import REPORT_VERSION, write_report
 
 

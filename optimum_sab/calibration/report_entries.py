@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from typing import Any
 
@@ -47,12 +46,3 @@ def _table(entries: Any) -> dict[str, Any]:
 
 def _bits(sizes: LinearSizes) -> float:
     return 8.0 * sizes.bytes / sizes.weights
-
-
-def finite(value: Any) -> Any:
-    """The same with None in the place of what is no number, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import io
-import json
 import os
 import sys
 import warnings
@@ -14,7 +13,9 @@ from typing import Any
 
 from optimum_sab.cli.arguments.common import FoundWrong, WrongCall
 from optimum_sab.cli.arguments.parser import build_parser
-from optimum_sab.errors import ConfigError, SABError, SABWarning
+from optimum_sab.errors import ConfigError, SABWarning
+from optimum_sab.failure import one_line
+from optimum_sab.json_values import json_line
 
 FAILED, WRONG_CALL = 1, 2
 INTERRUPTED, BROKEN_PIPE = 130, 141  # as shells have it: 128 and the signal's number
@@ -49,29 +50,20 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         sys.stdout.flush()
     except WrongCall as wrong:
         return _failed(options, str(wrong), WRONG_CALL)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         folder = getattr(options, "resume_folder", None)
-        return _failed(
-            options, f"interrupted{f'; what is finished is kept in {folder!r}' if folder else ''}.", INTERRUPTED
-        )
+        kept = str(stopped) or (f"what is finished is kept in {folder!r}." if folder else "")
+        return _failed(options, f"interrupted; {kept}" if kept else "interrupted.", INTERRUPTED)
     except BrokenPipeError:
         # Python would complain once more when it flushes at the end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except Exception as error:
-        line = _line(error)
+        line = one_line(error)
         if line is None:
             raise  # a fault of ours, whose place must be seen
         return _failed(options, line, FAILED, error.found if isinstance(error, FoundWrong) else {})
     return 0
-
-
-def _line(error: Exception) -> str | None:
-    if isinstance(error, SABError):  # without what brings torch along
-        return " ".join(str(error).split())
-    from optimum_sab.hf.failure import one_line
-
-    return one_line(error)
 
 
 def find_command(name: str) -> Callable[[argparse.Namespace], None]:
@@ -85,7 +77,7 @@ def find_command(name: str) -> Callable[[argparse.Namespace], None]:
 def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[str, Any] | None = None) -> int:
     print(line if code == INTERRUPTED else f"error: {line}", file=sys.stderr)
     if options.json:
-        print(json.dumps({**(found or {}), "error": line, "exit_code": code}))
+        print(json_line({**(found or {}), "error": line, "exit_code": code}))
     return code
 
 

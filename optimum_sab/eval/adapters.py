@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import statistics
 import sys
 import time
@@ -27,10 +26,11 @@ from optimum_sab.example.learning_rate import cosine_rates
 from optimum_sab.example.optimization import Journal, Outcome, optimize
 from optimum_sab.example.tasks import TASKS
 from optimum_sab.example.training import TrainingSettings, batches, weighted_loss
+from optimum_sab.failure import one_line
 from optimum_sab.hf.auto import AutoModelForVision2Seq
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.failure import one_line
 from optimum_sab.hf.processor import load_processor
+from optimum_sab.json_values import json_line
 from optimum_sab.nn.linear import SABLinear
 
 Accuracy = dict[str, float]  # share of right answers, 0 to 1, by task
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"error: {line}\n")
         return 2
     if given.json:
-        sys.stdout.write(json.dumps({"dense": dense, "rows": [asdict(row) for row in rows]}) + "\n")
+        sys.stdout.write(json_line({"dense": dense, "rows": [asdict(row) for row in rows]}) + "\n")
     else:
         sys.stdout.write("\n".join(table(dense, rows)) + "\n")
     return 0

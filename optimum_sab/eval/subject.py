@@ -22,14 +22,12 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.eval.reader.architecture import MARK
 from optimum_sab.eval.reader.tasks import READER_TASKS, reader_chats, reader_questions
 from optimum_sab.eval.text import MIXED, SOURCES, mixed_windows, text_windows
-from optimum_sab.example import checkpoint_path
+from optimum_sab.example import EXAMPLE, checkpoint_path
 from optimum_sab.example.evaluation import answered_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions, training_questions
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.processor import load_processor
-
-EXAMPLE = "example"
 
 
 @dataclass(frozen=True)

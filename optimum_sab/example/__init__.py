@@ -3,6 +3,8 @@
 import importlib.resources
 import pathlib
 
+EXAMPLE = "example"  # what `optimum-sab eval quality` calls it
+
 
 def checkpoint_path() -> pathlib.Path:
     """Folder of the shipped checkpoint, ready for `from_pretrained`."""

@@ -15,14 +15,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.data.named_source import recorded_source
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSION
 from optimum_sab.hf.config_types import check_types
 from optimum_sab.hf.replay import replayed
 from optimum_sab.hf.verification import VERIFY
 from optimum_sab.nn.rules import check_rules
-from optimum_sab.ops.backends import BACKENDS
-from optimum_sab.presets import ALLOCATION, RunSettings, find_preset
+from optimum_sab.presets import RunSettings, check_values, find_preset
 
 QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
@@ -239,37 +239,14 @@ class SABConfig(QuantizationConfigMixin):
                 f"format_version={self.format_version!r} cannot be read; this release reads {FORMAT_VERSION}. Upgrade "
                 "optimum-sab, or quantize the model again."
             )
-        settings = self.layer_settings
         check_rules(self.modules_to_not_convert, self.dynamic)
-        for changes in {repr(changes): changes for changes in self.dynamic.values()}.values():  # many say the same
-            settings.replace(**changes)
-        if self.allocation not in ALLOCATION:
-            raise ConfigError(f"allocation={self.allocation!r} must be one of {', '.join(ALLOCATION)}.")
-        bits = self.target_bits
-        if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 1.0 < bits <= 8.0):
-            raise ConfigError(
-                f"target_bits={bits!r} must be a number above 1, such as 1.3 or 2.25; None takes the settings' own."
-            )
-        if bits is not None and self.allocation == "uniform":
-            raise ConfigError(
-                f"target_bits={bits!r} needs allocation='sensitivity'; with 'uniform' the planes decide the bits."
-            )
-        for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
-        for name in ("refine", "temperature_scaling", "examples", "dequantize"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
-        RefineSettings(self.refine_epochs, self.refine_steps)
-        if self.resume_folder is not None and not isinstance(self.resume_folder, (str, Path)):
-            raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
+        check_values(vars(self))
+        if not isinstance(self.dequantize, bool):
+            raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
         if self.progress not in PROGRESS:
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
         if self.verify not in VERIFY or not isinstance(self.verify, (bool, str)):
             raise ConfigError(f"verify={self.verify!r} must be true, false or 'all'.")
-        if self.backend not in (None, "auto", *BACKENDS):
-            raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -352,17 +329,17 @@ class SABConfig(QuantizationConfigMixin):
 
 
 def describe_calibration(calibration: Any, used: int | None = None) -> Any:
-    """How calibration data is recorded: a name or path as it is, samples as ``{"samples": count}``.
+    """How calibration data is recorded: a name as it is, samples as ``{"samples": count}``.
 
     Args:
         calibration: `SABConfig.calibration`.
         used: how many samples calibrated; None before that, when it is as many as were given, or None where they
-            are not counted.
+            are not counted. Once samples have calibrated, a file's folders are of no use any more, and are left out.
     """
-    if calibration is None or isinstance(calibration, str):
-        return calibration
-    if isinstance(calibration, os.PathLike):
-        return os.fspath(calibration)
+    if calibration is None:
+        return None
+    if isinstance(calibration, (str, os.PathLike)):
+        return os.fspath(calibration) if used is None else recorded_source(calibration)
     if used is None and is_record(calibration):
         return calibration
     if used is None and isinstance(calibration, Sized) and not isinstance(calibration, Mapping):

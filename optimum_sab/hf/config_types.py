@@ -54,17 +54,25 @@ def _sample_counts(value: object) -> bool:
     return _counts(value) and isinstance(value, Mapping) and {"samples", "with_pictures"} <= set(value)
 
 
+def _figures(*values: object) -> bool:
+    """Numbers, or None where what was measured was none."""
+    return all(map(_optional(_number), values))
+
+
 def _agreement(value: object) -> bool:
     return isinstance(value, Mapping) and all(
-        _text(kind) and isinstance(each, Mapping) and _number(each.get("kl")) and _number(each.get("top1"))
+        _text(kind) and isinstance(each, Mapping) and {"kl", "top1"} <= set(each) and _figures(each["kl"], each["top1"])
         for kind, each in value.items()
     )
 
 
+def _verdict(value: object) -> bool:
+    return _named_texts(value) and isinstance(value, Mapping) and {"level", "words"} <= set(value)
+
+
 def _block_errors(value: object) -> bool:
     return isinstance(value, Sequence) and all(
-        isinstance(each, Sequence) and len(each) == 2 and _number(each[0]) and _optional(_number)(each[1])
-        for each in value
+        isinstance(each, Sequence) and len(each) == 2 and _figures(each[0], each[1]) for each in value
     )
 
 
@@ -86,7 +94,8 @@ _MEASURED: dict[str, tuple[Callable[[object], bool], str]] = {
     "calibration_samples": (_sample_counts, "a mapping with the whole numbers samples and with_pictures"),
     "calibration_tokens": (_counts, "a mapping of modalities to whole numbers"),
     "agreement": (_agreement, "a mapping of kinds to mappings with the numbers kl and top1"),
-    "block_errors": (_block_errors, "a list with two numbers for each block, the second of which may be null"),
+    "verdict": (_verdict, "a mapping with the texts level and words"),
+    "block_errors": (_block_errors, "a list with two numbers for each block, which may be null"),
 }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,18 @@ from optimum_sab.hf.verification import differing
 
 @dataclass(frozen=True)
 class PackedModule:
-    """One packed linear on disk; ``bytes`` and bits count every stored tensor of it, bias included."""
+    """One packed linear on disk.
+
+    Attributes:
+        name: in the file.
+        rule: the part of the name that a module rule takes: from the list of blocks on, before which the names in a
+            file and in a model may differ.
+        out_features, in_features: of the weight.
+        bytes: of every stored tensor of it, bias included.
+    """
 
     name: str
+    rule: str
     out_features: int
     in_features: int
     bytes: int
@@ -76,7 +86,8 @@ def read_inventory(folder: Path) -> Inventory:
             sizes[stem] += entry.bytes
         else:
             dense += entry.bytes
-    modules = tuple(PackedModule(stem, *_shape(stem, stored), size) for stem, size in sizes.items())
+    rules = rule_names(sizes)
+    modules = tuple(PackedModule(stem, rules[stem], *_shape(stem, stored), size) for stem, size in sizes.items())
     return Inventory(config, modules, dense, tuple(files))
 
 
@@ -93,6 +104,26 @@ def _settings(folder: Path) -> SABConfig:
     found: SABConfig = SABConfig.from_dict(settings)
     found.refuse_call_settings()
     return found
+
+
+def rule_names(stems: Iterable[str]) -> dict[str, str]:
+    """What of each name a rule takes: from the list of blocks on, or from further left where two would be the same."""
+    parts = {stem: stem.split(".") for stem in stems}
+    starts = {stem: _list_part(own) for stem, own in parts.items()}
+    while True:
+        rules = {stem: ".".join(own[starts[stem] :]) for stem, own in parts.items()}
+        times = Counter(rules.values())
+        longer = [stem for stem, rule in rules.items() if times[rule] > 1 and starts[stem]]
+        if not longer:
+            return rules
+        for stem in longer:
+            starts[stem] -= 1
+
+
+def _list_part(parts: Sequence[str]) -> int:
+    """Where a dotted name has its outermost list of modules; 0 where it has none."""
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
+    return max(0, number - 1)
 
 
 def _shape(stem: str, stored: Mapping[str, StoredTensor]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def model_config(source: str, **arguments: Any) -> Any:
     Raises:
         ConfigError: it cannot be read.
     """
-    check_folder(source)
+    check_folder(source, arguments.get("subfolder") or "")
     try:
         return AutoConfig.from_pretrained(source, **arguments)
     except (OSError, ValueError) as error:

@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.hf.config import SABConfig, describe_calibration
+from optimum_sab.json_values import finite
 from optimum_sab.nn.selection import Selection
 
 
@@ -23,7 +24,7 @@ def record(config: SABConfig, selection: Selection, report: BinarizationReport) 
         config.dynamic = {**mine, **{key: {**mine.get(key, {}), **own} for key, own in allocation.rules.items()}}
     config.calibration = describe_calibration(config.calibration, report.samples)
     config.processor = config.resume_folder = None
-    config.measured = _measured(selection, report)
+    config.measured = finite(_measured(selection, report))  # a number that is none would make config.json no JSON
     if config.target_bits is not None:  # the choice stands in dynamic now
         config.measured["target_bits"], config.target_bits = config.target_bits, None
 
@@ -44,6 +45,7 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
         measured["agreement"] = {
             kind: {"kl": round(each.kl, 4), "top1": round(each.top1, 4)} for kind, each in report.agreement.items()
         }
+    measured["verdict"] = {"level": report.verdict.level, "words": report.verdict.words}
     return measured
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from optimum_sab.errors import ConfigError, warn
+from optimum_sab.presets import BACKENDS as BACKENDS
 
-BACKENDS = ("triton", "cpu", "reference")
 ENVIRONMENT = "OPTIMUM_SAB_BACKEND"
 
 _forced: ContextVar[str | None] = ContextVar("forced_backend", default=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from optimum_sab.report.charts import draw_charts
 from optimum_sab.report.words import bytes_in_words, number, percent, said, seconds_in_words
 
 _TEMPLATE = "report.html"
+_TURNS = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 def render(document: Mapping[str, Any]) -> str:
@@ -33,6 +35,7 @@ def render(document: Mapping[str, Any]) -> str:
     environment = Environment(
         loader=PackageLoader("optimum_sab.report", "templates"),
         autoescape=True,
+        finalize=_in_its_place,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -49,6 +52,11 @@ def render(document: Mapping[str, Any]) -> str:
         raise ReportError(
             f"report.json does not hold what this release writes ({type(error).__name__}: {error}); fetch it again."
         ) from error
+
+
+def _in_its_place(value: Any) -> Any:
+    """Text without the marks that turn the direction of writing for all that follows, our own words too."""
+    return _TURNS.sub("", value) if type(value) is str else value
 
 
 def _modalities(document: Mapping[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import no_step
 from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.samples.inputs import unseen_inputs
 from optimum_sab.calibration.samples.prompts import EACH, example_prompts
 from optimum_sab.calibration.stages.examples import NEW_TOKENS, DenseExamples, WriteAfter, WriteBefore
 from optimum_sab.core.settings import LayerSettings
@@ -150,6 +151,19 @@ def test_a_language_model_is_given_texts_alone(build):
     tokenizer = AutoTokenizer.from_pretrained(checkpoint_path())
     prompts = example_prompts(build("llama").model, tokenizer)
     assert [each.kind for each in prompts] == ["text"] * EACH
+
+
+def test_pictures_that_the_template_does_not_take_leave_texts(example, processor, monkeypatch):
+    monkeypatch.setattr(processor, "chat_template", "{{ raise_exception('no such role') }}")
+    with pytest.warns(SABWarning, match="says about pictures: an unseen picture .* no such role"):
+        assert [each.kind for each in example_prompts(example, processor)] == ["text"] * EACH
+    with pytest.warns(SABWarning, match="on texts alone: an unseen picture .* no such role"):
+        assert set(unseen_inputs(example, processor)) == {"text"}
+
+
+def test_a_tokenizer_alone_is_given_texts_alone(example, processor):
+    assert {each.kind for each in example_prompts(example, processor.tokenizer)} == {"text"}
+    assert set(unseen_inputs(example, processor.tokenizer)) == {"text"}
 
 
 def test_a_picture_can_be_looked_at(example, processor):

@@ -93,6 +93,46 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_imported():
     assert "torch" not in modules
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--block-size", "100"], "block_size=100 must be a multiple of 32"),
+        (["--target-bits", "0.5"], "target_bits=0.5 must be a number above 1"),
+        (["--target-bits", "1.5", "--preset", "paper"], "needs allocation='sensitivity'"),
+        (["--damping", "nan"], "damping=nan must be a finite number"),
+        (["--calibration-samples", "0"], "calibration_samples=0 must be an integer of at least 1"),
+        (["--refine-steps", "-1"], "refine_steps=-1 must be"),
+        (["--backend", "cuda"], "backend='cuda' is no backend"),
+        (["--dynamic", "{"], "is not JSON"),
+        (["--dynamic", '{"down_proj": {"planes": 2}}'], "unknown layer setting 'planes'"),
+        (["--dynamic", '{"down_proj": {"sweeps": -1}}'], "sweeps=-1 must be"),
+        (["--calibration", "./nothing.jsonl"], "'./nothing.jsonl' does not exist"),
+    ],
+)
+@pytest.mark.parametrize("command", [("quantize", "owner/vlm", "--output", "out"), ("demo",)])
+def test_a_setting_that_cannot_be_used_is_told_before_torch_is_imported(monkeypatch, capsys, command, arguments, said):
+    monkeypatch.setattr("optimum_sab.cli.main.find_command", None)
+    assert main([*command, *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["quantize", "owner/vlm", "--output", "out", "--target-bits", "0.5"], "target_bits=0.5"),
+        (["demo", "--questions", "0"], "--questions 0 must be at least 1"),
+        (["eval", "quality", "example", "--held-out", "0"], "--held-out 0 must be at least 1"),
+        (["eval", "quality", "./nowhere"], "there is no folder './nowhere'"),
+        (["eval", "quality", "example", "--calibration", "nothing.jsonl"], "'nothing.jsonl' does not exist"),
+        (["inspect", "./nowhere"], "there is no folder './nowhere'"),
+    ],
+)
+def test_what_needs_no_model_to_be_seen_is_told_without_torch(arguments, said):
+    code, _, err, modules = fresh(*arguments)
+    assert code == 1 and said in err
+    assert not modules & {"torch", "transformers", "numpy", "huggingface_hub", "tqdm"}
+
+
 def test_options_are_not_abbreviated(capsys):
     assert main(["quantize", "model", "--output", "out", "--calibration-sam", "8"]) == 2
     assert "--calibration-sam" in capsys.readouterr().err

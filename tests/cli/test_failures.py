@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from optimum_sab.cli.commands import env
 from optimum_sab.cli.main import main
 from optimum_sab.errors import ConfigError, warn
-from optimum_sab.hf.failure import one_line
+from optimum_sab.failure import one_line
 from optimum_sab.hf.processor import knows_no_token
 
 
@@ -185,6 +186,24 @@ def test_interruption_exits_with_130(monkeypatch, capsys, tmp_path, small_exampl
     err = capsys.readouterr().err
     assert err.startswith("interrupted") and err.count("\n") == 1
     assert (repr(str(folder)) in err) == resume
+
+
+def test_interruption_that_says_what_stands_where_is_handed_on(monkeypatch, capsys):
+    def work():
+        raise KeyboardInterrupt("the upload did not come to its end.")
+
+    running(monkeypatch, work)
+    assert main(["env", "--json"]) == 130
+    captured = capsys.readouterr()
+    assert captured.err == "interrupted; the upload did not come to its end.\n"
+    assert json.loads(captured.out)["exit_code"] == 130
+
+
+def test_what_is_no_number_is_null_in_json(monkeypatch, capsys):
+    running(monkeypatch, lambda: {"kl": float("nan"), "rows": [{"perplexity": float("inf")}]})
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert found == {"kl": None, "rows": [{"perplexity": None}]}
 
 
 def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch):

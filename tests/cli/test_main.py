@@ -129,7 +129,8 @@ def test_inspect_counts_every_byte(packed, capsys):
 def test_inspect_prints_modules_and_settings(packed, capsys):
     assert main(["inspect", str(packed)]) == 0
     text = capsys.readouterr().out
-    assert "up_proj" in text
+    assert "\nlayers.0.mlp.up_proj " in text
+    assert "\nverdict: " in text
     assert "iterations: 2" in text
     assert "format version 1" in text
 

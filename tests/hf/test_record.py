@@ -1,10 +1,13 @@
 """What is written down of a run reads back as the run was."""
 
+import json
+
 import pytest
 from torch import nn
 
 from optimum_sab import SABConfig
 from optimum_sab.calibration.blocks.report import BlockReport, LayerReport
+from optimum_sab.calibration.predictions.agreement import Agreement
 from optimum_sab.calibration.report import BinarizationReport, StageReport
 from optimum_sab.calibration.stages.allocation import AllocationReport
 from optimum_sab.calibration.stages.samples import SampleReport
@@ -41,3 +44,31 @@ def test_a_choice_for_a_linear_that_a_rule_of_the_user_names_joins_it(model):
     assert config.dynamic["layers.1.gate_proj"] == {"block_size": 64, **planes}
     stored = SABConfig.from_dict(config.to_dict())
     assert select(model, stored, strict=False).settings == selection.settings
+
+
+def recorded(model, config, *more):
+    record(config, select(model, config, strict=True), BinarizationReport((*report({}).stages, *more)))
+    return config
+
+
+def test_the_verdict_is_recorded(model):
+    agreement = {"text": Agreement(0.5, 0.7)}
+    found = recorded(model, SABConfig(block_size=32), StageReport("comparison", 0.0, agreement))
+    assert found.measured["verdict"] == {"level": "care", "words": "usable with care"}
+    assert SABConfig.from_dict(found.to_dict()).measured == found.measured
+
+
+def test_what_is_no_number_is_recorded_as_json_knows_it(model):
+    agreement = {"text": Agreement(float("nan"), 0.0)}
+    found = recorded(model, SABConfig(block_size=32), StageReport("comparison", 0.0, agreement))
+    stored = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert stored["measured"]["agreement"] == {"text": {"kl": None, "top1": 0.0}}
+    assert stored["measured"]["verdict"]["level"] == "far"
+    assert SABConfig.from_dict(stored).measured == found.measured
+
+
+def test_of_a_file_that_calibrated_the_last_part_is_recorded(model, tmp_path):
+    (tmp_path / "own.jsonl").write_text("{}")
+    found = recorded(model, SABConfig(block_size=32, calibration=str(tmp_path / "own.jsonl")))
+    assert found.calibration == "own.jsonl"
+    assert recorded(model, SABConfig(block_size=32, calibration="owner/name:train")).calibration == "owner/name:train"

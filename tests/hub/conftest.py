@@ -23,6 +23,7 @@ MEASURED = {
     "calibration_samples": {"samples": 12, "with_pictures": 9},
     "calibration_tokens": {"text": 700, "visual": 400},
     "agreement": {"text": {"kl": 0.25, "top1": 0.875}},
+    "verdict": {"level": "care", "words": "usable with care"},
     "block_errors": [[0.125, 0.0625], [0.25, None]],
 }
 

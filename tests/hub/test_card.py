@@ -1,6 +1,7 @@
 """The model card says what is so, and is nobody else's."""
 
 import copy
+import logging
 import pickle
 
 import pytest
@@ -59,6 +60,7 @@ def test_bytes_and_bits_are_those_of_the_files(card, packed):
         "| samples | 12, 9 of them with pictures |",
         "| tokens, visual | 400 |",
         "| seed | 0 |",
+        "Verdict of the run that made it: **usable with care**.",
         "| text | 0.250 | 87.5% |",
         "| 0 | 0.1250 | 0.0625 |",
         "| 1 | 0.2500 |  |",
@@ -105,6 +107,19 @@ def test_a_card_in_the_folder_stays_where_somebody_wrote_it(model, tmp_path, con
         assert not keeps(path)  # tags are the Hub's tools' to change
         path.write_text(path.read_text().replace("## Size", "## How large"))
         assert keeps(path)
+
+
+def test_of_a_card_without_a_head_nobody_complains(tmp_path, caplog):
+    (tmp_path / CARD).write_text("# Mine\n")
+    logger = logging.getLogger("huggingface_hub.repocard")
+    logger.addHandler(caplog.handler)
+    try:
+        assert keeps(tmp_path / CARD)
+        assert caplog.records == []
+        ModelCard.load(tmp_path / CARD)  # which would have been heard
+        assert caplog.records
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_the_base_is_named_by_the_hub_and_licensed_by_its_card(tmp_path):
@@ -182,6 +197,32 @@ def test_name_that_would_end_its_cell_is_escaped(tmp_path):
     model.save_pretrained(tmp_path)
     lines = (tmp_path / CARD).read_text().splitlines()
     assert r"| data | the file `a\|b # c.jsonl` |" in lines and "# c.jsonl` |" not in lines
+
+
+def test_names_in_a_card_are_no_markup(model):
+    base = {"model": "owner/x](elsewhere) <img src=x> *y*", "revision": "`<b>`"}
+    measured = {"base": base, "calibration_tokens": {"<i>|": 3}, "agreement": {"<u>": {"kl": None, "top1": None}}}
+    text = model_card(model_facts(model, SABConfig(measured=measured, calibration="own`er<s>.jsonl"))).text
+    lines = text.splitlines()
+    assert r"# x\](elsewhere) \<img src=x\> \*y\*, packed by optimum-sab" in lines
+    assert "`owner/x](elsewhere) <img src=x> *y*` at `` `<b>` `` with its" in text  # no link, and code
+    assert r"| tokens, \<i\>\| | 3 |" in lines
+    assert r"| \<u\> | no number | no number |" in lines
+    assert "| data | the file ``own`er<s>.jsonl`` |" in lines
+
+
+@pytest.mark.parametrize(
+    ("calibration", "line"),
+    [
+        ("owner/name:train", "| data | `owner/name:train` |"),
+        ("customers/secret.jsonl", "| data | the file `secret.jsonl` |"),
+        ("customers/secret.parquet", "| data | the file `secret.parquet` |"),
+        ("self", "| data | written by the dense model itself |"),
+        ({"samples": 3}, "| data | given as objects |"),
+    ],
+)
+def test_a_card_names_a_dataset_and_of_a_file_the_last_part(model, calibration, line):
+    assert line in model_card(model_facts(model, SABConfig(calibration=calibration))).text.splitlines()
 
 
 @pytest.mark.parametrize("text", ["---\n[1, 2]\n---\nmine", "---\nlicense: [\n---\nmine"])

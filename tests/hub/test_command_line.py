@@ -3,7 +3,9 @@
 import json
 
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
+
+from optimum_sab.hf.hub.push import PushTarget, push_folder
 
 QUICK = ["--calibration-samples", "2", "--sequence-length", "32", "--iterations", "1", "--allocation", "uniform"]
 QUICK += ["--sweeps", "0", "--no-temperature-scaling", "--json"]
@@ -78,6 +80,16 @@ def test_a_finished_checkpoint_stays_when_the_upload_fails(hub, call, quantize, 
     command = f"hf upload owner/vlm {tmp_path / 'vlm'}"
     assert command in done.stderr and hub.repositories["owner/vlm"].files() == {}
     assert call("optimum-sab", "inspect", tmp_path / "vlm", "--verify").returncode == 0
+
+
+def test_an_interrupted_upload_says_where_everything_is(monkeypatch, packed):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: [])
+    monkeypatch.setattr(HfApi, "create_commit", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=f"finished and lies in '{packed[0]}'.*hf upload owner/vlm {packed[0]}"):
+        push_folder(packed[0], PushTarget("owner/vlm"))
 
 
 def test_inspect_reads_a_repository(put, call, packed):

@@ -22,6 +22,24 @@ with torch.no_grad():
 print(hashlib.sha256(logits.numpy().tobytes()).hexdigest())
 """
 
+PUSH_ADAPTER = """
+import sys, torch
+from peft import LoraConfig, get_peft_model
+from optimum_sab import AutoModelForVision2Seq
+model = AutoModelForVision2Seq.from_pretrained("owner/packed", dtype=torch.float32)
+adapted = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*q_proj", init_lora_weights=False))
+adapted.push_to_hub("owner/adapter")
+with torch.no_grad():
+    print(float(adapted(input_ids=torch.arange(20, 40)[None]).logits.double().sum()))
+"""
+LOAD_ADAPTER = """
+import torch
+from optimum_sab import AutoModelForVision2Seq
+model = AutoModelForVision2Seq.from_pretrained("owner/adapter", dtype=torch.float32)
+with torch.no_grad():
+    print(float(model(input_ids=torch.arange(20, 40)[None]).logits.double().sum()))
+"""
+
 
 @pytest.fixture
 def push(call):
@@ -123,3 +141,14 @@ def test_a_model_in_a_subfolder_is_loaded(put, load, packed, digests):
     put("owner/several", packed[1], under="small/")
     put("owner/several", packed[0], under="large/")
     assert load("owner/several", subfolder="small") == digests[1]
+
+
+def test_an_adapters_repository_loads_with_the_packed_model_that_it_names(hub, call, put, packed):
+    pytest.importorskip("peft")
+    put("owner/packed", packed[0])
+    pushed = call("python", "-c", PUSH_ADAPTER)
+    assert pushed.returncode == 0, pushed.stderr
+    assert "model.safetensors" not in hub.repositories["owner/adapter"].files()
+    loaded = call("python", "-c", LOAD_ADAPTER)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.split()[-1] == pushed.stdout.split()[-1]

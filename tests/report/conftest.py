@@ -115,6 +115,40 @@ def document():
     return copy.deepcopy(DOCUMENT)
 
 
+HOSTILE = (
+    "<script>alert(1)</script><img src=http://127.0.0.1/x onerror=alert(2)>\"'>&</style></title></svg>"
+    "<script>console.error(3)</script><svg onload=console.error(4)>"
+)
+
+
+@pytest.fixture
+def hostile(document):
+    """A report in which every text that is not ours is markup: what a model wrote, names of files and modalities."""
+
+    def spoil(value):
+        if isinstance(value, dict):
+            return {key: spoil(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [spoil(each) for each in value]
+        return HOSTILE if isinstance(value, str) and value else value
+
+    kept = [each["picture"] for each in document["examples"]]
+    spoiled = spoil(document)
+    for example, picture in zip(spoiled["examples"], kept, strict=True):
+        example["picture"] = picture
+    for of in (spoiled["sizes"], *spoiled["blocks"]):  # names that become labels in pictures
+        for name in ("dense", "tensors", "kinds", "planes", "by_modality"):
+            if name in of:
+                of[name] = {HOSTILE: next(iter(of[name].values()))}
+    spoiled["agreement"] = {HOSTILE: document["agreement"]["text"]}
+    spoiled["calibration"]["tokens"] = {HOSTILE: 3}
+    spoiled["about"]["settings"] = {HOSTILE: HOSTILE}
+    spoiled["verdict"]["level"] = '" onload="alert(3)'
+    spoiled["about"]["versions"] = document["about"]["versions"]
+    spoiled["report_version"] = REPORT_VERSION
+    return spoiled
+
+
 @pytest.fixture(scope="session")
 def reported(smallest_example, tmp_path_factory):
     """The folder that `optimum-sab quantize` has written with few samples."""

@@ -1,7 +1,10 @@
 """The page of a real run in headless Chromium, where there is one."""
 
+import re
+
 import pytest
 
+from optimum_sab.report.page import render
 from tests.report.browser import CHROMIUM, measure, open_page
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
@@ -26,6 +29,14 @@ def test_a_page_that_asks_and_complains_would_be_noticed(tmp_path):
     seen = open_page(other, tmp_path)
     assert seen.requests == [address]
     assert any("so it is" in line for line in seen.console)
+
+
+def test_what_a_model_wrote_does_nothing_even_where_scripts_may_run(hostile, tmp_path):
+    text, policies = re.subn("<meta http-equiv=.Content-Security-Policy[^>]*>", "", render(hostile))
+    assert policies == 1
+    (tmp_path / "hostile.html").write_text(text)
+    seen = open_page(tmp_path / "hostile.html", tmp_path)
+    assert seen.requests == [] and seen.console == []
 
 
 @pytest.mark.parametrize("width", [PHONE, DESK])

@@ -98,7 +98,7 @@ def judge(agreement: Mapping[str, Agreement], bits_per_weight: float) -> Verdict
 def _advice(level: str, bits_per_weight: float) -> str:
     if level == CLOSE:
         return "Expect its answers to be nearly all the dense model's; try the tasks that matter to you."
-    more = "SABConfig.two_bit()" if bits_per_weight < _FEW_BITS else f"target_bits above {bits_per_weight:.2f}"
+    more = "the preset two-bit" if bits_per_weight < _FEW_BITS else f"target_bits above {bits_per_weight:.2f}"
     if level == CARE:
         return (
             "Compare its answers with the dense model's on your own tasks before you rely on it; calibration samples "

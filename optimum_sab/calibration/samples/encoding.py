@@ -54,9 +54,11 @@ def encode_samples(
     return [encode_sample(sample, encoding, f"calibration sample {i}") for i, sample in enumerate(samples)]
 
 
-def has_chat_template(processor: Any) -> bool:
-    """Whether a processor or tokenizer can prepare chats."""
-    return any(getattr(each, "chat_template", None) for each in (processor, getattr(processor, "tokenizer", None)))
+def takes_pictures(processor: Any) -> bool:
+    """Whether a processor prepares chats with pictures, by a chat template of its own; a tokenizer's knows none."""
+    return getattr(processor, "tokenizer", processor) is not processor and bool(
+        getattr(processor, "chat_template", None)
+    )
 
 
 def encode_sample(sample: Any, encoding: Encoding, label: str) -> dict[str, Any]:
@@ -91,12 +93,18 @@ def _encode_chat(
     tokenizer = getattr(processor, "tokenizer", processor)
     template_owner = processor if getattr(processor, "chat_template", None) else tokenizer
     if getattr(template_owner, "chat_template", None) is None:
-        raise SampleError(f"{label} is a chat and the processor has no chat template; give plain texts instead.")
+        raise SampleError(
+            f"{label} is a chat and the processor has no chat template; give plain texts, or what the processor has "
+            "made of texts and pictures."
+        )
     chat = [{**message, "content": _parts(message["content"])} for message in messages]
     kinds = {part["type"] for message in chat for part in message["content"]} - {"text"}
     _check_parts(chat, processor, label)
     if kinds and template_owner is tokenizer:
-        raise SampleError(f"{label} holds more than text and the model's processor takes text only; remove it.")
+        raise SampleError(
+            f"{label} holds more than text and the model's processor takes text only; remove it, or give the processor "
+            "that prepares pictures for the model."
+        )
     if "audio" in kinds:
         chat = [{**message, "content": _heard(message["content"], processor, label)} for message in chat]
     _warn_of_tools(messages, tools, template_owner)

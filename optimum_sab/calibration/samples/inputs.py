@@ -9,13 +9,14 @@ from typing import Any
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.context_length import limited_length, warn_of_long_samples
 from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
-from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, encode_samples, has_chat_template
+from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, takes_pictures
 from optimum_sab.calibration.samples.forward_inputs import token_count
-from optimum_sab.calibration.samples.named_source import BUILTIN, SELF
 from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
+from optimum_sab.data.named_source import BUILTIN, SELF, recorded_source
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
+from optimum_sab.errors import SABError, warn
 from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 UNSEEN_LENGTH = 256  # tokens of a text
@@ -50,8 +51,7 @@ class SampleSource:
             return BUILTIN
         if not isinstance(self.data, (str, os.PathLike)):
             return GIVEN
-        name = os.path.expanduser(os.fspath(self.data))
-        return os.path.basename(name) if os.path.isfile(name) else name
+        return recorded_source(self.data)
 
 
 def calibration_inputs(
@@ -100,10 +100,16 @@ def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]
 
     Args:
         model: the model.
-        processor: its processor or tokenizer; without a chat template there are no pictures.
+        processor: its processor or tokenizer. Pictures that it does not prepare are left out, with a warning.
+
+    Raises:
+        SampleError, MissingDependencyError: see `encode_sample`, of a text.
     """
-    samples: dict[str, list[Any]] = {"text": list(unseen_texts())}
-    if VISUAL in model_modalities(model.config) and has_chat_template(processor):
-        samples["pictures"] = list(unseen_chats())
-    encoded = {kind: encode_samples(some, processor, UNSEEN_LENGTH) for kind, some in samples.items()}
+    encoding = Encoding(processor, UNSEEN_LENGTH)
+    encoded = {"text": [encode_sample(each, encoding, "an unseen text") for each in unseen_texts()]}
+    if VISUAL in model_modalities(model.config) and takes_pictures(processor):
+        try:
+            encoded["pictures"] = [encode_sample(each, encoding, "an unseen picture") for each in unseen_chats()]
+        except SABError as error:  # a template may know pictures in a way of its own
+            warn(f"the finished model will be compared with the dense one on texts alone: {error}")
     return {kind: [with_decoder_inputs(each, model.config) for each in some] for kind, some in encoded.items()}

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, has_chat_template
+from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, takes_pictures
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
+from optimum_sab.errors import SABError, warn
 from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 EACH = 3  # prompts of a kind
@@ -38,14 +39,17 @@ def example_prompts(model: Any, processor: Any) -> list[ExamplePrompt]:
 
     Args:
         model: the model.
-        processor: its processor or tokenizer; without a chat template there are no pictures.
+        processor: its processor or tokenizer. Pictures that it does not prepare are left out, with a warning.
 
     Raises:
-        SampleError, MissingDependencyError: see `encode_sample`.
+        SampleError, MissingDependencyError: see `encode_sample`, of a text.
     """
     prompts = [_opening(text, processor) for text in unseen_texts()[:EACH]]
-    if VISUAL in model_modalities(model.config) and has_chat_template(processor):
-        prompts += [_question(chat, processor) for chat in unseen_chats()[:EACH]]
+    if VISUAL in model_modalities(model.config) and takes_pictures(processor):
+        try:
+            prompts += [_question(chat, processor) for chat in unseen_chats()[:EACH]]
+        except SABError as error:  # a template may know pictures in a way of its own
+            warn(f"the report will not show what the model says about pictures: {error}")
     return prompts
 
 

@@ -12,9 +12,9 @@ from typing import Any
 from optimum_sab.calibration.samples.chat import Sample, is_chat
 from optimum_sab.calibration.samples.hub_dataset import hub_rows, parquet_rows
 from optimum_sab.calibration.samples.jsonl import json_rows, jsonl_rows
-from optimum_sab.calibration.samples.named_source import BUILTIN, SELF, named_source
 from optimum_sab.calibration.samples.rows import FORMS, read_row
 from optimum_sab.data.builtin import builtin_samples
+from optimum_sab.data.named_source import BUILTIN, SELF, named_source
 from optimum_sab.errors import SampleError, warn
 
 

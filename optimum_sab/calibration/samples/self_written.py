@@ -26,7 +26,7 @@ from optimum_sab.calibration.samples.continuation import (
     continue_prompts,
     require_generation,
 )
-from optimum_sab.calibration.samples.encoding import encode_samples, has_chat_template
+from optimum_sab.calibration.samples.encoding import encode_samples, takes_pictures
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.samples.token_inputs import cut_inputs, extend_inputs
 from optimum_sab.calibration.samples.vocabulary import Vocabulary, read_vocabulary
@@ -50,7 +50,8 @@ def self_samples(
 
     Args:
         model: dense, on its device; left as it was.
-        processor: a Transformers processor, or a tokenizer. Where it has no chat template, all samples are texts.
+        processor: a Transformers processor, or a tokenizer. Where it prepares no chats with pictures, all samples are
+            texts.
         count: number of samples.
         sequence_length: tokens of a sample at most, those of pictures not counted.
         seed: of the beginnings and of every token drawn.
@@ -65,7 +66,7 @@ def self_samples(
         NonFiniteError: its logits hold NaN or inf.
     """
     require_generation(model)
-    visual = VISUAL in model_modalities(model.config) and has_chat_template(processor)
+    visual = VISUAL in model_modalities(model.config) and takes_pictures(processor)
     drafts = [
         _Draft.begin(sample, random.Random(f"self-written {seed} {index}"))
         for index, sample in enumerate(builtin_samples(count, seed, visual))

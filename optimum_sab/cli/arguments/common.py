@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from optimum_sab.errors import SABError
+from optimum_sab.errors import ConfigError, SABError
 
 _MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
 
@@ -70,3 +70,19 @@ def add_common(parser: argparse.ArgumentParser, quiet: bool = True) -> None:
         parser.add_argument(
             "-q", "--quiet", action="store_true", default=argparse.SUPPRESS, help="print no progress, and no summary"
         )
+
+
+def check_counts(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Refuse numbers of something of which there must be one.
+
+    Args:
+        options: as they were parsed.
+        names: of the options, without their dashes.
+
+    Raises:
+        ConfigError: names the first that is below 1.
+    """
+    for name in names:
+        given = getattr(options, name.replace("-", "_"))
+        if given < 1:
+            raise ConfigError(f"--{name} {given} must be at least 1.")

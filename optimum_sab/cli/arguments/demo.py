@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common
-from optimum_sab.cli.arguments.settings import add_settings
+from optimum_sab.cli.arguments.common import add_common, check_counts
+from optimum_sab.cli.arguments.settings import add_settings, check_settings
 
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
@@ -22,4 +23,14 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--question-seed", type=int, default=0, metavar="N", help="seed of the questions (default: 0)")
     add_settings(parser, arguments)
     add_common(parser)
-    parser.set_defaults(run="demo.run")
+    parser.set_defaults(run="demo.run", check=check_call)
+
+
+def check_call(options: argparse.Namespace) -> None:
+    """Refuse what is wrong before torch is imported.
+
+    Raises:
+        ConfigError, SampleError: see `check_settings`, or no question would be asked.
+    """
+    check_counts(options, ("questions",))
+    check_settings(options)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common
-from optimum_sab.cli.arguments.settings import add_source
+from optimum_sab.cli.arguments.common import add_common, check_counts
+from optimum_sab.cli.arguments.settings import add_source, check_calibration
+from optimum_sab.example import EXAMPLE
+from optimum_sab.sources import check_folder
 
 DTYPES = ("float32", "bfloat16")
+COUNTS = {
+    "samples": (64, "calibration samples"),
+    "length": (512, "calibration tokens per text"),
+    "held-out": (24, "windows per held-out text"),
+    "window": (512, "tokens of a held-out window"),
+    "questions": (100, "questions per task"),
+    "probes": (8, "inputs on which predictions and layers are compared with the dense model's"),
+}
 
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
@@ -40,17 +51,23 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         "self, a .jsonl file, a Hub dataset",
     )
     quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the reader's second task")
-    for name, default, text in (
-        ("samples", 64, "calibration samples"),
-        ("length", 512, "calibration tokens per text"),
-        ("held-out", 24, "windows per held-out text"),
-        ("window", 512, "tokens of a held-out window"),
-        ("questions", 100, "questions per task"),
-        ("probes", 8, "inputs on which predictions and layers are compared with the dense model's"),
-    ):
+    for name, (default, text) in COUNTS.items():
         quality.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
     add_source(quality)
     add_common(quality)
-    quality.set_defaults(run="eval.run_quality")
+    quality.set_defaults(run="eval.run_quality", check=check_call)
+
+
+def check_call(options: argparse.Namespace) -> None:
+    """Refuse what is wrong before torch is imported.
+
+    Raises:
+        ConfigError: a number is too small, or there is no such folder.
+        SampleError: see `check_calibration`.
+    """
+    check_counts(options, COUNTS)
+    if options.model != EXAMPLE:
+        check_folder(options.model, options.subfolder or "")
+    check_calibration(options.calibration, "tasks", "mixed", "reference", "passages")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common
 from optimum_sab.cli.arguments.settings import add_source
+from optimum_sab.sources import check_folder
 
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
@@ -16,4 +18,13 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     parser.add_argument("--verify", action="store_true", help="read every tensor and compare it with its digest")
     add_source(parser)
     add_common(parser, quiet=False)
-    parser.set_defaults(run="inspect.run")
+    parser.set_defaults(run="inspect.run", check=check_call)
+
+
+def check_call(options: argparse.Namespace) -> None:
+    """Refuse what is wrong before torch is imported.
+
+    Raises:
+        ConfigError: see `check_folder`.
+    """
+    check_folder(options.folder, options.subfolder or "")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common
-from optimum_sab.cli.arguments.settings import add_settings, add_source
+from optimum_sab.cli.arguments.settings import add_settings, add_source, check_settings
 from optimum_sab.sources import check_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -39,7 +39,17 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     add_source(parser)
     add_settings(parser, arguments)
     add_common(parser)
-    parser.set_defaults(run="quantize.run", check=partial(check_places, parser))
+    parser.set_defaults(run="quantize.run", check=partial(check_call, parser))
+
+
+def check_call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what is wrong before anything is imported.
+
+    Raises:
+        WrongCall, ConfigError: see `check_places` and `check_settings`.
+    """
+    check_places(parser, options)
+    check_settings(options)
 
 
 def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -53,6 +63,6 @@ def check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -
         parser.error("one of --output and --push-to-hub is required")
     if options.private and options.push_to_hub is None:
         parser.error("--private goes with --push-to-hub")
-    check_folder(options.model)
+    check_folder(options.model, options.subfolder or "")
     if options.output is None:
         options.output = Path(options.push_to_hub.rstrip("/").split("/")[-1])

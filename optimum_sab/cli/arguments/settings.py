@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
-from optimum_sab.presets import ALLOCATION, PRESETS, preset_settings
+from optimum_sab.data.named_source import BUILTIN, SELF, named_source
+from optimum_sab.errors import ConfigError
+from optimum_sab.presets import ALLOCATION, PRESETS, check_values, preset_settings
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,50 @@ def add_settings(parser: argparse.ArgumentParser, arguments: Sequence[str] = ())
     group.add_argument(
         "--dynamic", metavar="JSON", help='overrides per module, e.g. \'{"down_proj": {"base_planes": 2}}\''
     )
+
+
+def given_settings(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings that options of `add_settings` give beside the preset's, setting → value.
+
+    Raises:
+        ConfigError: ``--dynamic`` is not a JSON object of objects.
+    """
+    given = {name: getattr(options, name) for name in SETTINGS if getattr(options, name) is not None}
+    if options.modules_to_not_convert:
+        given["modules_to_not_convert"] = options.modules_to_not_convert
+    if options.dynamic:
+        try:
+            given["dynamic"] = json.loads(options.dynamic)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--dynamic {options.dynamic!r} is not JSON: {error}.") from error
+        if not isinstance(given["dynamic"], dict) or not all(isinstance(v, dict) for v in given["dynamic"].values()):
+            raise ConfigError(f"--dynamic {options.dynamic!r} must be an object of objects: rule to settings.")
+    return given
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Refuse values of settings before torch is imported.
+
+    Raises:
+        ConfigError: see `check_values` and `given_settings`.
+        SampleError: see `check_calibration`.
+    """
+    check_values({**preset_settings(options.preset), **given_settings(options)})
+    check_calibration(options.calibration)
+
+
+def check_calibration(calibration: str | None, *words: str) -> None:
+    """Refuse a file of samples that is not there, and what names no data at all.
+
+    Args:
+        calibration: as on the command line.
+        words: what may be given besides a file, a dataset, "builtin" and "self".
+
+    Raises:
+        SampleError: see `named_source`.
+    """
+    if calibration is not None and calibration not in (BUILTIN, SELF, *words):
+        named_source(calibration)
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from optimum_sab.cli.arguments.common import FoundWrong
 from optimum_sab.errors import ConfigError
+from optimum_sab.json_values import json_line
 
 if TYPE_CHECKING:
     from optimum_sab.bench.conditions import Conditions
@@ -76,7 +76,7 @@ def run_kernels(options: argparse.Namespace) -> None:
         on_row=None if options.json else show,
     )
     if options.json:
-        print(json.dumps(asdict(report)))
+        print(json_line(asdict(report)))
         return
     where = report.environment
     if report.busy:
@@ -110,7 +110,7 @@ def run_generate(options: argparse.Namespace) -> None:
     )
     if options.json:
         asked = {name: getattr(options, name) for name in ("dtype", "prompt_tokens", "new_tokens", "batch")}
-        print(json.dumps({"size": size, **asked, **asdict(report)}))
+        print(json_line({"size": size, **asked, **asdict(report)}))
         return
     print(f"{'model':<8} {'prefill tok/s':>14} {'decode tok/s':>14} {'peak GB':>9} {'weights GB':>11}")
     for row in report.rows:
@@ -150,7 +150,7 @@ def run_quantize(options: argparse.Namespace) -> None:
     found = report.as_json()
     if options.json:
         told = {name: getattr(options, name) for name in ("preset", "dtype", "samples", "length")}
-        print(json.dumps({**told, **found}))
+        print(json_line({**told, **found}))
         return
     print(f"{'part':<28} {'s':>9} {'CPU s':>9} {'peak GB':>9} {'calls':>8}")
     for name, each in rows(report.parts):
@@ -198,4 +198,4 @@ def run_coverage(options: argparse.Namespace) -> None:
     except FamiliesFailedError as error:
         raise FoundWrong(str(error), as_json(outcomes)) from error
     if options.json:
-        print(json.dumps(as_json(outcomes)))
+        print(json_line(as_json(outcomes)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
-from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_settings
+from optimum_sab.cli.commands.settings import hush_libraries, read_settings
+from optimum_sab.json_values import json_line
 
 
 def run(options: argparse.Namespace) -> None:
@@ -16,12 +16,11 @@ def run(options: argparse.Namespace) -> None:
 
     hush_libraries(options)
     config = read_settings(options)
-    check_calibration(config.calibration)
     with tempfile.TemporaryDirectory() as scratch:
         output = options.output or Path(scratch) / "example-sab"
         result = demonstrate(config, output, options.questions, options.question_seed)
     if options.json:
-        print(json.dumps(result.as_json()))
+        print(json_line(result.as_json()))
         return
     print(f"\n{'task':<12} {'dense':>8} {'packed':>8}   right answers on {options.questions} held-out questions")
     for task, score in result.tasks.items():

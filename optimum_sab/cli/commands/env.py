@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import os
 import platform
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from optimum_sab.errors import ConfigError
+from optimum_sab.json_values import json_line
 from optimum_sab.ops.backends import BACKENDS, ENVIRONMENT, choose_backend, why_not
 from optimum_sab.version import __version__
 
@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the environment; on a GPU this runs the kernels once and compares them with the reference."""
     found = describe()
     if options.json:
-        print(json.dumps(found))
+        print(json_line(found))
         return
     print(f"optimum-sab {found['optimum_sab']}, Python {found['python']}, {found['platform']}")
     print(", ".join(f"{name} {version or 'not installed'}" for name, version in found["packages"].items()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_origin
-from optimum_sab.errors import ConfigError
+from optimum_sab.cli.commands.settings import hush_libraries, read_origin
+from optimum_sab.json_values import json_line
 
 if TYPE_CHECKING:
     from optimum_sab.eval.quality import Measurement, Quality
@@ -30,10 +29,6 @@ def run_quality(options: argparse.Namespace) -> None:
         from optimum_sab.eval.picture import check_picture
 
         check_picture(options.picture)
-    for name in ("samples", "length", "held_out", "window", "questions", "probes"):
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1.")
-    check_calibration(options.calibration, "tasks", "mixed", "reference", "passages")
     methods = [read_method(spec) for spec in options.methods]
     budget = Budget(
         options.samples, options.length, options.held_out, options.window, options.questions, options.probes
@@ -47,7 +42,7 @@ def run_quality(options: argparse.Namespace) -> None:
 
     quality = compare_quality(subject, methods, options.seeds, on_row)
     if options.json:
-        print(json.dumps({"model": quality.subject, "rows": [asdict(r) for r in (quality.dense, *quality.rows)]}))
+        print(json_line({"model": quality.subject, "rows": [asdict(r) for r in (quality.dense, *quality.rows)]}))
     else:
         print(table(quality))
     if options.picture is not None:

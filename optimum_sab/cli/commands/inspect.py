@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import asdict
 from typing import Any
 
@@ -11,6 +10,9 @@ from optimum_sab.cli.arguments.common import FoundWrong
 from optimum_sab.cli.commands.settings import read_origin
 from optimum_sab.hf.hub.fetch import checkpoint_folder
 from optimum_sab.hf.inventory import Inventory, Verification, read_inventory, verify_inventory
+from optimum_sab.json_values import json_line
+
+_FORMS = {"kl": "{:.2f}", "top1": "{:.0%}"}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
             for name in verification.differ:
                 print(f"  {name} is not what was saved")
     elif not wrong:
-        print(json.dumps(as_json(inventory, verification)))
+        print(json_line(as_json(inventory, verification)))
     if verification is not None and wrong:
         raise FoundWrong(
             f"{len(verification.differ)} of {verification.tensors} tensors in {str(options.folder)!r} are not what was "
@@ -42,7 +44,7 @@ def _print_table(inventory: Inventory) -> None:
     print(f"{'module':<56} {'shape':>14} {'bytes':>12} {'bits/weight':>12}")
     for module in inventory.modules:
         shape = f"{module.out_features}x{module.in_features}"
-        print(f"{module.name:<56} {shape:>14} {module.bytes:>12,} {module.bits_per_weight:>12.3f}")
+        print(f"{module.rule:<56} {shape:>14} {module.bytes:>12,} {module.bits_per_weight:>12.3f}")
     print(
         f"\n{len(inventory.modules)} packed linears: {inventory.packed_bytes:,} bytes, "
         f"{inventory.bits_per_weight:.3f} bits per weight. Everything else: {inventory.dense_bytes:,} bytes.\n"
@@ -51,8 +53,12 @@ def _print_table(inventory: Inventory) -> None:
     for name, value in inventory.config.to_diff_dict().items():
         if name not in ("quant_method", "format_version", "measured"):
             print(f"  {name}: {value}")
-    for kind, each in (inventory.config.measured or {}).get("agreement", {}).items():
-        print(f"against the dense model, on {kind}: KL {each['kl']:.2f} nats per token, {each['top1']:.0%} the same")
+    measured = inventory.config.measured or {}
+    for kind, each in measured.get("agreement", {}).items():
+        kl, same = ("no number" if each[name] is None else form.format(each[name]) for name, form in _FORMS.items())
+        print(f"against the dense model, on {kind}: KL {kl} nats per token, {same} the same")
+    if "verdict" in measured:
+        print(f"verdict: {measured['verdict']['words']}")
 
 
 def as_json(inventory: Inventory, verification: Verification | None = None) -> dict[str, Any]:
@@ -68,6 +74,7 @@ def as_json(inventory: Inventory, verification: Verification | None = None) -> d
         "modules": [
             {
                 "name": m.name,
+                "rule": m.rule,
                 "out_features": m.out_features,
                 "in_features": m.in_features,
                 "bytes": m.bytes,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 
-from optimum_sab.cli.commands.settings import check_calibration, hush_libraries, read_origin, read_settings
+from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
@@ -21,6 +20,7 @@ from optimum_sab.hf.output.place import OutputPlace, check_output, check_size
 from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
 from optimum_sab.hf.stored_files import local_files, read_headers
+from optimum_sab.json_values import json_line
 from optimum_sab.report.files import REPORT_HTML, REPORT_JSON
 
 
@@ -28,7 +28,6 @@ def run(options: argparse.Namespace) -> None:
     """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
     hush_libraries(options)
     config = read_settings(options)
-    check_calibration(config.calibration)
     check_device_map(options.device_map)
     started = time.perf_counter()
     read_headers(local_files(Path(options.model)))  # a truncated file is seen by its header
@@ -69,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     if target is not None:
         summary |= {"repository": target.repo_id, "commit": commit}
     if options.json:
-        print(json.dumps(summary))
+        print(json_line(summary))
     elif not options.quiet:
         print(
             f"{options.output}: {summary['bits_per_weight']:.3f} bits per weight in the binarized linears, "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import json
 import webbrowser
 
+from optimum_sab.json_values import json_line
 from optimum_sab.report.files import read_report, write_page
 
 
@@ -19,7 +19,7 @@ def run(options: argparse.Namespace) -> None:
     verdict = read_report(options.folder)["verdict"]
     opened = options.open and webbrowser.open(page.resolve().as_uri())
     if options.json:
-        print(json.dumps({"report": str(page), "verdict": verdict, **({"opened": opened} if options.open else {})}))
+        print(json_line({"report": str(page), "verdict": verdict, **({"opened": opened} if options.open else {})}))
         return
     if not options.quiet:
         print(f"{page}: {verdict['words']}")

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from optimum_sab.errors import SABError
 from optimum_sab.eval.reader.architecture import WEIGHTS, write_reader
-from optimum_sab.hf.failure import one_line
+from optimum_sab.failure import one_line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

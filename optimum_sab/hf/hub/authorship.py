@@ -36,6 +36,9 @@ def keeps(path: Path) -> bool:
     if not path.is_file():
         return False
     try:
+        text = path.read_text(encoding="utf-8")
+        if not _SIGNATURE.search(text) and _UNFILLED not in text:
+            return True  # without reading its head, of which huggingface_hub would complain where there is none
         return is_users(ModelCard.load(path, ignore_metadata_errors=True))
     except Exception:  # whatever cannot be read as a card was not written by us
         return True

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from optimum_sab.core.spread import spread
+from optimum_sab.data.named_source import names_dataset
 from optimum_sab.hf.hub.authorship import sign, with_tags
 from optimum_sab.hf.hub.facts import ModelFacts
+from optimum_sab.hf.hub.markdown import cell, code, plain
 
 HERE = "path/to/this/checkpoint"
 _ROWS = 16  # of the table of blocks
@@ -54,7 +58,7 @@ def _text(facts: ModelFacts) -> str:
         _title(measured.get("base", {}), facts),
         _loading(facts),
         _sizes(facts),
-        _agreement(measured.get("agreement") or {}),
+        _agreement(measured),
         _calibration(facts),
         _errors(measured.get("block_errors") or []),
         _settings(facts),
@@ -62,16 +66,25 @@ def _text(facts: ModelFacts) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _title(base: dict[str, str], facts: ModelFacts) -> str:
+def _title(base: Mapping[str, str], facts: ModelFacts) -> str:
     dense = f"a {facts.architecture}"
     if "model" in base:
-        commit = f" at `{base['revision'][:12]}`" if "revision" in base else ""
-        dense = f"[{base['model']}](https://huggingface.co/{base['model']}){commit}"
+        commit = f" at {code(base['revision'][:12])}" if "revision" in base else ""
+        dense = f"{_link(base['model'])}{commit}"
     return (
-        f"# {base.get('model', facts.architecture).split('/')[-1]}, packed by optimum-sab\n\n"
+        f"# {plain(base.get('model', facts.architecture).split('/')[-1])}, packed by optimum-sab\n\n"
         f"{dense[0].upper()}{dense[1:]} with its decoder's linears packed to {facts.bits_per_weight:.3f} bits per "
         "weight by optimum-sab: signs, and a few scales that are fitted to calibration data."
     )
+
+
+def _link(model: str) -> str:
+    """To a repository; what is none is named without one."""
+    try:
+        validate_repo_id(model)
+    except ValueError:
+        return code(model)
+    return f"[{plain(model)}](https://huggingface.co/{model})"
 
 
 def _loading(facts: ModelFacts) -> str:
@@ -124,12 +137,22 @@ def _sizes(facts: ModelFacts) -> str:
     )
 
 
-def _agreement(agreement: dict[str, dict[str, float]]) -> str:
-    if not agreement:
-        return ""
-    rows = [(kind, f"{each['kl']:.3f}", f"{each['top1']:.1%}") for kind, each in agreement.items()]
-    table = _table("## Agreement with the dense model", ("", "KL, nats per token", "likeliest token the same"), rows)
-    return f"{table}\n\nOn samples that did not calibrate it. It is a check, no benchmark."
+def _agreement(measured: Mapping[str, Any]) -> str:
+    verdict, agreement = measured.get("verdict"), measured.get("agreement")
+    head = "## Agreement with the dense model"
+    parts = [] if verdict is None else [f"Verdict of the run that made it: **{plain(verdict['words'])}**."]
+    if agreement:
+        rows = [
+            (plain(kind), _figure(each["kl"], "{:.3f}"), _figure(each["top1"], "{:.1%}"))
+            for kind, each in agreement.items()
+        ]
+        parts.append(_rows(("", "KL, nats per token", "likeliest token the same"), rows))
+        parts.append("On samples that did not calibrate it. It is a check, no benchmark.")
+    return "\n\n".join([head, *parts]) if parts else ""
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "no number" if value is None else form.format(value)
 
 
 def _calibration(facts: ModelFacts) -> str:
@@ -138,7 +161,7 @@ def _calibration(facts: ModelFacts) -> str:
     rows: list[tuple[str, str]] = [("data", _source(config.calibration))]
     if used:
         rows.append(("samples", f"{used['samples']:,}, {used['with_pictures']:,} of them with pictures"))
-    rows += [(f"tokens, {kind}", f"{count:,}") for kind, count in measured.get("calibration_tokens", {}).items()]
+    rows += [(f"tokens, {plain(kind)}", f"{count:,}") for kind, count in measured.get("calibration_tokens", {}).items()]
     rows += [("texts cut to", f"{config.sequence_length:,} tokens"), ("seed", str(config.seed))]
     return _table("## Calibration", ("", ""), rows)
 
@@ -148,13 +171,8 @@ def _source(calibration: Any) -> str:
         return "the built-in set of optimum-sab"
     if calibration == "self":
         return "written by the dense model itself"
-    if isinstance(calibration, str):  # the path of a file says nothing to others, but its name may
-        dataset = (
-            calibration.count("/") == 1
-            and not calibration.startswith(".")
-            and not calibration.endswith((".jsonl", ".json"))
-        )
-        return f"`{calibration}`" if dataset else f"the file `{calibration.split('/')[-1]}`"
+    if isinstance(calibration, str):  # the folders of a file say nothing to others, but its name may
+        return code(calibration) if names_dataset(calibration) else f"the file {code(os.path.basename(calibration))}"
     return "given as objects"
 
 
@@ -163,7 +181,7 @@ def _errors(blocks: Sequence[Sequence[Any]]) -> str:
     if not blocks:
         return ""
     shown = spread(len(blocks), _ROWS)
-    rows = [(str(i), f"{blocks[i][0]:.4f}", "" if blocks[i][1] is None else f"{blocks[i][1]:.4f}") for i in shown]
+    rows = [(str(i), *("" if each is None else f"{each:.4f}" for each in blocks[i])) for i in shown]
     table = _table("## Error by block", ("block", "outputs of its linears", "hidden states behind it"), rows)
     return f"{table}\n\nRelative squared error, on calibration data{_of_how_many(len(shown), len(blocks))}."
 
@@ -184,17 +202,9 @@ def _settings(facts: ModelFacts) -> str:
 
 
 def _table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def lines() -> Iterator[str]:
-        yield title
-        yield ""
-        yield f"| {' | '.join(head)} |"
-        yield f"|{'---|' * len(head)}"
-        for row in rows:
-            yield f"| {' | '.join(map(_cell, row))} |"
-
-    return "\n".join(lines())
+    return f"{title}\n\n{_rows(head, rows)}"
 
 
-def _cell(text: str) -> str:
-    """Names of files are not ours, and may hold what ends a cell or a row."""
-    return " ".join(text.split()).replace("|", r"\|")
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(map(cell, row))} |" for row in rows)])

@@ -9,14 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import cached_file
-
 from optimum_sab.errors import MissingDependencyError, SampleError, warn
 from optimum_sab.hf.origin import Origin
 from optimum_sab.nn.modalities import AUDIO, VISUAL, model_modalities
 
 # Files that are of one tokenizer, so that none of them may come from another.
-_BRINGING = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _TOKENIZER = ("token", "vocab", "merges", "special_tokens", "chat_", "spiece", "sentencepiece", "additional_chat_")
 
 
@@ -42,7 +39,7 @@ class ProcessorSource:
             config: of the model.
         """
         origin = self.origin or Origin("")
-        if self.given is None and not _brings_tokenizer(origin):
+        if self.given is None and not origin.name:
             return None
         from optimum_sab.hf.processor import find_processor  # not while Transformers is being imported
 
@@ -61,18 +58,6 @@ class ProcessorSource:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"given": None, "origin": None}
-
-
-def _brings_tokenizer(origin: Origin) -> bool:
-    """Whether there are files of one. Transformers 5 makes up an empty tokenizer for many models that have none."""
-    return bool(origin.name) and any(_has(origin, file) for file in _BRINGING)
-
-
-def _has(origin: Origin, file: str) -> bool:
-    try:
-        return cached_file(origin.name, file, **origin.arguments) is not None
-    except OSError:
-        return False
 
 
 def write_processor(processor: Any, folder: Path, taken: Collection[str] = ()) -> None:

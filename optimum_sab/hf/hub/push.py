@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,6 +101,7 @@ def push_folder(folder: Path, target: PushTarget, message: str = "Upload packed 
 
     Raises:
         OutputError: the upload failed; says where the checkpoint is, and how to upload it.
+        KeyboardInterrupt: it was interrupted; says the same.
     """
     api = HfApi(token=target.token)
     try:
@@ -116,9 +118,18 @@ def push_folder(folder: Path, target: PushTarget, message: str = "Upload packed 
         return str(api.create_commit(target.repo_id, operations, commit_message=message).commit_url)
     except Exception as error:
         raise OutputError(
-            f"the upload to {target.repo_id!r} failed ({_reason(error)}). The checkpoint is finished and lies in "
-            f"{str(folder)!r}; upload it with: hf upload {target.repo_id} {folder}"
+            f"the upload to {target.repo_id!r} failed ({_reason(error)}). The {_left(folder, target)}"
         ) from error
+    except KeyboardInterrupt as stopped:
+        raise KeyboardInterrupt(
+            f"the upload to {target.repo_id!r} did not come to its end. The {_left(folder, target)}"
+        ) from stopped
+
+
+def _left(folder: Path, target: PushTarget) -> str:
+    """Where everything is when it was not uploaded, and how it still can be."""
+    command = shlex.join(["hf", "upload", target.repo_id, str(folder)])
+    return f"checkpoint is finished and lies in {str(folder)!r}; upload it with: {command}"
 
 
 def _card_of(folder: Path, target: PushTarget) -> bytes:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimum_sab.errors import OutputError, OutputExistsError
-from optimum_sab.hf.output.explanation import explain
+from optimum_sab.explanation import explain
 from optimum_sab.hf.output.filesystem import sync_folder
 from optimum_sab.hf.output.members import ADAPTER, is_member
 from optimum_sab.hf.output.recovery import recover

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from optimum_sab.errors import OutputError, OutputExistsError, warn
+from optimum_sab.explanation import explain
 from optimum_sab.hf.hub.authorship import CARD, keeps
-from optimum_sab.hf.output.explanation import explain
 from optimum_sab.hf.output.filesystem import sync_tree
 from optimum_sab.hf.output.place import OutputPlace, content_of
 from optimum_sab.hf.output.placing import place, settle

@@ -61,7 +61,7 @@ def test_a_model_that_was_not_compared_is_not_judged():
 
 def test_advice_for_more_bits_knows_how_many_there_are():
     far = {"text": Agreement(3.0, 0.1)}
-    assert "SABConfig.two_bit()" in judge(far, 1.3).advice
+    assert "the preset two-bit" in judge(far, 1.3).advice
     assert "target_bits above 2.24" in judge(far, 2.236).advice
 
 

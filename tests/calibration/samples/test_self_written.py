@@ -169,6 +169,12 @@ def test_without_a_chat_template_there_are_texts_only(model, processor):
     assert all("pixel_values" not in sample for sample in written)
 
 
+def test_with_a_tokenizer_alone_there_are_texts_only(model, processor):
+    written = self_samples(model, processor.tokenizer, 4, 24)
+    assert len(written) == 4
+    assert all("pixel_values" not in sample for sample in written)
+
+
 def test_a_missing_padding_token_is_no_hindrance(model, processor):
     expected = self_samples(model, processor, 4, 40)
     processor.tokenizer.pad_token = None

@@ -2,8 +2,8 @@
 
 import pytest
 
-from optimum_sab.calibration.samples.named_source import named_source
 from optimum_sab.calibration.samples.reading import read_samples
+from optimum_sab.data.named_source import named_source
 from optimum_sab.errors import SampleError
 
 

@@ -55,15 +55,30 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
             f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. "
             "Give the texts in another file as a list of strings."
         )
-    known = (*SUFFIXES, *_OTHER_SUFFIXES)
-    is_file_name = bool(suffix) and (suffix in known or bool(difflib.get_close_matches(suffix, SUFFIXES, 1, 0.7)))
-    if isinstance(source, str) and _DATASET.fullmatch(name) and not is_file_name and not name.startswith("."):
+    if isinstance(source, str) and names_dataset(name):
         return name
-    if not isinstance(source, str) or (is_file_name and "\n" not in name) or _looks_like_path(name):
+    if not isinstance(source, str) or (_names_file(name) and "\n" not in name) or _looks_like_path(name):
         raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}")
     close = difflib.get_close_matches(name.lower(), (BUILTIN, SELF), 1, 0.7)
     hint = f"did you mean {close[0]!r}? Otherwise give" if close else "give"
     raise SampleError(f"calibration={_shown(name)} is one text, which is no calibration data; {hint} {_TO_GIVE}.")
+
+
+def names_dataset(name: str) -> bool:
+    """Whether a name that is no file's here is a dataset's on the Hub: ``owner/name``, or ``owner/name:split``."""
+    return bool(_DATASET.fullmatch(name)) and not _names_file(name) and not name.startswith(".")
+
+
+def recorded_source(source: str | os.PathLike[str]) -> str:
+    """How a source is told of to others: a file without its folders, which are nobody else's, a dataset as it is."""
+    name = os.path.expanduser(os.fspath(source))
+    return os.path.basename(name) if os.path.isfile(name) else name
+
+
+def _names_file(name: str) -> bool:
+    suffix = os.path.splitext(name)[1].lower()
+    known = (*SUFFIXES, *_OTHER_SUFFIXES)
+    return bool(suffix) and (suffix in known or bool(difflib.get_close_matches(suffix, SUFFIXES, 1, 0.7)))
 
 
 def _looks_like_path(name: str) -> bool:

@@ -1,15 +1,15 @@
-"""What a user reads instead of a traceback."""
+"""What a user reads instead of a traceback. Nothing here imports torch: wrong calls are answered before it is."""
 
 from __future__ import annotations
 
 import errno
 import os
+import sys
 
-import torch
 from safetensors import SafetensorError
 
 from optimum_sab.errors import SABError
-from optimum_sab.hf.output.explanation import error_number, explain
+from optimum_sab.explanation import error_number, explain
 
 _WRITING = (errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", -1))
 
@@ -23,7 +23,7 @@ def one_line(error: BaseException) -> str | None:
 def _words(error: BaseException) -> str | None:
     if isinstance(error, SABError):
         return str(error)
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+    if isinstance(error, (*_device_errors(), MemoryError)):
         return (
             f"the memory is not enough ({str(error).partition('.')[0] or 'of the host'}); give fewer or shorter "
             "samples (--calibration-samples, --sequence-length), or another device."
@@ -40,3 +40,9 @@ def _words(error: BaseException) -> str | None:
     if isinstance(error, ImportError):
         return f"a package is missing or broken ({error}); pip install 'optimum-sab[quantize]' installs what is needed."
     return None
+
+
+def _device_errors() -> tuple[type[BaseException], ...]:
+    """Torch's error of a device without memory; none where torch, which raises it, was never imported."""
+    torch = sys.modules.get("torch")
+    return () if torch is None else (torch.OutOfMemoryError,)
