@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 STRIP = 192  # rows of a Hessian computed at a time; fewer make products slow, more compute more of the lower half
+# Inputs from which sums are found in another order where that is much less work and memory. What is narrower costs
+# little, and stays what it has always been, bit for bit.
+WIDE = 4096
 RAISED = (1.0, 10.0, 100.0)  # times the damping, until there is a factor
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.hessian import WIDE
 from optimum_sab.core.planes import block_bounds, block_sums
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ def refit_row_scale(
 
     ``v`` is a plane's signs times ``c`` inside one block and zero elsewhere. The basis [out, K, in] is never
     built: for each (plane, block) products with ``H[block, :]`` and segmented sums give a row of the K×K Gram
-    matrices. These are symmetric, so only blocks from a row's own on are computed; and of a residual plane only the
-    columns that it has.
+    matrices. These are symmetric: of `WIDE` weights only blocks from a row's own on are computed, and of a residual
+    plane only the columns that it has.
 
     Args:
         signs: one [out, in] per plane, entries ±1, 0 where a residual plane has no column.
@@ -41,7 +42,7 @@ def refit_row_scale(
     out, width = pull.shape
     planes, blocks = len(signs), len(block_bounds(width, block_size))
     K = planes * blocks
-    columns = [_columns(sign, block_size) for sign in signs]
+    columns = [_columns(sign, block_size) for sign in signs] if width >= WIDE else None
     rows = max(1, min(out, GRAM_BYTES // (4 * (K * K + 6 * width))))
     result = pull.new_empty(out, K)
     for first in range(0, out, rows):
@@ -65,22 +66,31 @@ def _columns(sign: Tensor, block_size: int) -> list[Tensor | slice]:
     return [start + present[start:end].nonzero()[:, 0] for start, end in bounds]
 
 
-def _gram(basis: list[Tensor], columns: list[list[Tensor | slice]], hessian: Tensor, block_size: int) -> Tensor:
-    """Gram matrices ``v H vᵀ`` of every row, [rows, K, K]."""
+def _gram(basis: list[Tensor], columns: list[list[Tensor | slice]] | None, hessian: Tensor, block_size: int) -> Tensor:
+    """Gram matrices ``v H vᵀ`` of every row, [rows, K, K].
+
+    Args:
+        basis: of every plane, signs times c [rows, in].
+        columns: of every plane and block, the columns it has; then one half is the other's mirror image. None computes
+            all of it from all columns.
+        hessian: damped H [in, in].
+        block_size: columns per block.
+    """
     (rows, width), planes = basis[0].shape, len(basis)
     bounds = block_bounds(width, block_size)
-    gram = basis[0].new_zeros(rows, planes, len(bounds), planes, len(bounds))
-    tile = block_size * max(1, TILE // block_size)
+    gram = basis[0].new_empty(rows, planes, len(bounds), planes, len(bounds))
+    tile = width if columns is None else block_size * max(1, TILE // block_size)
     for p in range(planes):
-        for k, (start, _) in enumerate(bounds):
-            own = columns[p][k]
+        for k, (start, stop) in enumerate(bounds):
+            own = slice(start, stop) if columns is None else columns[p][k]
             left, weight = basis[p][:, own], hessian[own]
-            for begin in range(start, width, tile):
+            for begin in range(0 if columns is None else start, width, tile):
                 end = min(begin + tile, width)
                 product = left @ weight[:, begin:end]
                 blocks = slice(begin // block_size, -(-end // block_size))
                 for q in range(planes):
                     gram[:, p, k, q, blocks] = block_sums(product * basis[q][:, begin:end], block_size)
-    i, j = torch.triu_indices(len(bounds), len(bounds), 1, device=gram.device)
-    gram[:, :, j, :, i] = gram[:, :, i, :, j].transpose(2, 3)  # [pairs, rows, planes, planes]
+    if columns is not None:
+        i, j = torch.triu_indices(len(bounds), len(bounds), 1, device=gram.device)
+        gram[:, :, j, :, i] = gram[:, :, i, :, j].transpose(2, 3)  # [pairs, rows, planes, planes]
     return gram.view(rows, planes * len(bounds), planes * len(bounds))

@@ -105,12 +105,14 @@ def test_refit_in_chunks_of_rows_equals_refit_at_once(correlated_inputs, monkeyp
         torch.testing.assert_close(refit_row_scale(*given), whole, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("width", [96, 180])
-def test_refit_in_tiles_of_columns_equals_refit_at_once(width, correlated_inputs, monkeypatch):
-    signs, column, target, hessian = problem(correlated_inputs(300, width), 3, out=5)
+@pytest.mark.parametrize("width", [20, 96, 180])
+@pytest.mark.parametrize("planes", [1, 2, 3])
+def test_refit_of_half_a_gram_matrix_equals_refit_of_all(width, planes, correlated_inputs, monkeypatch):
+    signs, column, target, hessian = problem(correlated_inputs(300, width), planes, out=5)
     given = signs, column, target @ hessian, hessian, BLOCK
     whole = refit_row_scale(*given)
-    for tile in (1, 2 * BLOCK):
+    monkeypatch.setattr(refit, "WIDE", 1)
+    for tile in (1, 2 * BLOCK, 10**6):
         monkeypatch.setattr(refit, "TILE", tile)
         torch.testing.assert_close(refit_row_scale(*given), whole, rtol=1e-3, atol=1e-4)
 

@@ -4,43 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.allocation.recomputation import Recomputation
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.streams.modes import without_cache
-from optimum_sab.calibration.streams.passage import call_with, recomputed
 from optimum_sab.calibration.streams.patching import patched_forwards
-from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError, NonFiniteError
 from optimum_sab.nn.decoder import input_embedding
-
-
-@dataclass(frozen=True)
-class Recomputation:
-    """Decoder blocks that keep their inputs only and run again for their gradients.
-
-    Args:
-        blocks: which.
-        device: where they compute, their weights brought there for as long; None leaves them where they are.
-    """
-
-    blocks: Sequence[nn.Module]
-    device: torch.device | None = None
-
-    def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
-        """What stands in for the blocks' forwards."""
-        return {block: self._again(block, block.forward) for block in self.blocks}
-
-    def _again(self, block: nn.Module, original: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return call_with(block, original, brought(block, self.device), args, kwargs)
-
-        return recomputed(call, self.device)
 
 
 def output_sensitivity(

@@ -10,11 +10,13 @@ import torch
 
 from optimum_sab.calibration.allocation.choice import Allocation, allocate
 from optimum_sab.calibration.allocation.probe import measure_errors
-from optimum_sab.calibration.allocation.sensitivity import Recomputation, output_sensitivity, refuse_inference_mode
+from optimum_sab.calibration.allocation.recomputation import Recomputation
+from optimum_sab.calibration.allocation.sensitivity import output_sensitivity, refuse_inference_mode
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.streams.memory import held_activations
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.errors import ConfigError, NonFiniteError, warn
 
@@ -65,7 +67,8 @@ class MeasureSensitivities(Stage):
     def apply(self, run: Run, on_step: OnStep) -> Sensitivities | None:
         blocks = decoder_targets(run.model, run.selection).blocks
         samples = _few_samples(run).inputs
-        recomputation = Recomputation(blocks, run.options.device)
+        room = held_activations(run.model, run.selection, run.samples.inputs, run.two_streams)
+        recomputation = Recomputation(blocks, run.options.device, room)
         try:
             found = output_sensitivity(run.model, _free(run), samples, recomputation, on_step=on_step)
         except (NonFiniteError, torch.OutOfMemoryError):

@@ -12,7 +12,7 @@ from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.pairing import PairedInputs, pair_streams
 from optimum_sab.calibration.statistics.passes import CalibrationPass
 from optimum_sab.calibration.streams.visitor import Arrival
-from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.hessian import WIDE, InputStatistics
 from optimum_sab.core.magnitude import extreme_power
 from optimum_sab.core.settings import LayerSettings
 
@@ -70,7 +70,7 @@ def _few_outputs(weights: Mapping[str, Tensor], pairs: Sequence[PairedInputs], d
     [weight] = weights.values()
     out, width = weight.shape
     known = pairs[0].residuals is not None  # then there is a product with the residual anyway
-    if width + known * out <= 2 * out:
+    if width < WIDE or width + known * out <= 2 * out:
         return None
     found = weight.detach().to(device, torch.float32)
     return None if extreme_power(found) else found  # whose products fp32 may not hold

@@ -29,11 +29,11 @@ def free_memory(device: torch.device) -> int | None:
     return int(psutil.virtual_memory().available)
 
 
-def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
-    """About what calibration holds beside the model, in bytes.
+def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
+    """About what the activations of all samples take, in bytes.
 
     Between two groups of linears every token of every stream holds the input of the widest linear, and its hidden state
-    twice: as it came, and normalized. The widest linear's statistics and their factors come on top.
+    twice: as it came, and normalized.
 
     Args:
         tokens: of all samples.
@@ -42,7 +42,32 @@ def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype:
         widest: features of the widest linear's input.
         dtype: of the activations.
     """
-    return tokens * streams * (widest + 2 * width) * dtype.itemsize + MATRICES * widest**2 * 4
+    return tokens * streams * (widest + 2 * width) * dtype.itemsize
+
+
+def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
+    """About what calibration holds beside the model, in bytes: activations, and statistics of the widest linear.
+
+    Args: those of `activation_bytes`.
+    """
+    return activation_bytes(tokens, streams, width, widest, dtype) + MATRICES * widest**2 * 4
+
+
+def held_activations(
+    model: nn.Module, selection: Selection, samples: Sequence[Mapping[str, Any]], two_streams: bool
+) -> int:
+    """`activation_bytes` of a run.
+
+    Args:
+        model: dense.
+        selection: the linears that will be binarized.
+        samples: forward keyword arguments, one dict per sample.
+        two_streams: whether a dense stream will run beside the quantized one.
+    """
+    linears = [model.get_submodule(name) for name in selection.settings]
+    widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]
+    tokens, dtype = sum(map(token_count, samples)), next(linears[0].parameters()).dtype
+    return activation_bytes(tokens, 1 + two_streams, widths[0], max(widths), dtype)
 
 
 def warn_of_memory(

@@ -2,7 +2,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from optimum_sab.calibration.allocation.sensitivity import Recomputation, output_sensitivity
+from optimum_sab.calibration.allocation.recomputation import Recomputation
+from optimum_sab.calibration.allocation.sensitivity import output_sensitivity
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -75,6 +76,39 @@ def test_sensitivity_is_the_same_when_blocks_run_again(llama):
     assert not any("forward" in vars(layer) for layer in llama.model.layers)
 
 
+@pytest.mark.parametrize(("room", "runs"), [(0, [3, 3]), (1, [3, 3]), (10**9, [0, 0])])
+def test_blocks_that_find_room_do_not_run_again(llama, room, runs):
+    calls = [[] for _ in llama.model.layers]
+    handles = [
+        layer.mlp.register_forward_pre_hook(lambda *args, of=of: of.append(1))
+        for layer, of in zip(llama.model.layers, calls)
+    ]
+    try:
+        found = output_sensitivity(llama, NAMES, samples(3), Recomputation(llama.model.layers, room=room))
+    finally:
+        for handle in handles:
+            handle.remove()
+    measured = int(room > 0)  # the first block of the first sample shows what one remembers
+    assert [len(of) - 3 for of in calls] == [runs[0] - min(measured, runs[0]), runs[1]]
+    assert found == output_sensitivity(llama, NAMES, samples(3), Recomputation(llama.model.layers))
+
+
+def test_room_for_one_block_is_used_for_one(llama):
+    layers, kept = llama.model.layers, []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.untyped_storage()) or t, lambda t: t):
+        output_sensitivity(llama, NAMES, samples(1), None)
+    weights = {p.untyped_storage().data_ptr() for p in llama.parameters()}
+    sizes = {each.data_ptr(): each.nbytes() for each in kept if each.data_ptr() not in weights}
+    ran = []
+    handles = [layer.mlp.register_forward_pre_hook(lambda *args, i=i: ran.append(i)) for i, layer in enumerate(layers)]
+    try:
+        output_sensitivity(llama, NAMES, samples(2), Recomputation(layers, room=sum(sizes.values()) * 2 // 3))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert ran == [0, 1, 1] * 2
+
+
 def test_sensitivity_of_a_model_that_writes_into_its_embeddings(llama):
     class Writing(torch.nn.Module):
         def __init__(self):
@@ -104,7 +138,7 @@ def test_sensitivity_keeps_only_what_enters_a_block(llama):
 
 
 def test_sensitivity_on_a_device_brings_weights_there_and_leaves_the_model(llama, monkeypatch):
-    from optimum_sab.calibration.allocation import sensitivity as module
+    from optimum_sab.calibration.allocation import recomputation as module
 
     elsewhere, asked = torch.device("cpu:0"), []  # which is not cpu to PyTorch
     monkeypatch.setattr(module, "brought", lambda *a: asked.append(brought(*a)) or asked[-1])

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from optimum_sab.calibration.samples.modality import TokenModalities
+from optimum_sab.calibration.statistics import gathering as gathering_module
 from optimum_sab.calibration.statistics import hessian
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
@@ -116,13 +117,15 @@ def test_with_a_weight_and_one_stream_nothing_is_gathered_for_it():
         ([(2, WIDTH)], True, 2.0**60, False),  # products of extreme weights may be too large
     ],
 )
-def test_the_weight_is_given_where_that_saves_work(shapes, residual, scale, gathered):
+def test_the_weight_is_given_where_that_saves_work(shapes, residual, scale, gathered, monkeypatch):
     pairs = []
     for seed in range(2):
         beside = (rows(5, seed)[:, : shapes[0][0]], rows(5, seed + 5)[:, : shapes[0][0]]) if residual else None
         pairs.append(PairedInputs(rows(5, seed), rows(5, seed + 9), modalities(0, 1, 1, 0, 1), beside))
     gathering = Gathering(HessianPass(), [])
     weights = {f"linear{i}": scale * torch.ones(shape) for i, shape in enumerate(shapes)}
+    assert gathering.statistics(weights, pairs, [LayerSettings()], CPU).drift is not None  # WIDTH is far below WIDE
+    monkeypatch.setattr(gathering_module, "WIDE", WIDTH)
     found = gathering.statistics(weights, pairs, [LayerSettings()], CPU)
     assert (found.drift is None) == gathered
     assert gathering.collector.weight is None
