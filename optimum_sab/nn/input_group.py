@@ -20,17 +20,20 @@ SHARED = ("residual_index", "col_scale")  # tensors that have no rows, and must 
 
 
 class _Pending(NamedTuple):
-    """Outputs of members that have not been called yet, and for what."""
+    """Outputs of members that have not been called yet, how many there are, and for what."""
 
     inputs: Tensor
     version: int
     mode: tuple[Any, ...]
     outputs: tuple[Tensor | None, ...]
+    left: int
 
     def without(self, index: int) -> _Pending | None:
         """What is left when a member has taken its output; nothing when it was the last one."""
-        rest = tuple(None if i == index else o for i, o in enumerate(self.outputs))
-        return None if all(o is None for o in rest) else _Pending(self.inputs, self.version, self.mode, rest)
+        if self.left == 1:
+            return None
+        rest = (*self.outputs[:index], None, *self.outputs[index + 1 :])
+        return _Pending(self.inputs, self.version, self.mode, rest, self.left - 1)
 
 
 class InputGroup:
@@ -75,16 +78,15 @@ class InputGroup:
             if torch.is_grad_enabled() and any(b.requires_grad for b in biases):
                 return None
             outputs = stacked_linear(inputs, self._stack, self.shape, self.sizes, biases, self.members[0].backend)
-            version = 0 if tracing else _version(inputs)
-            self._pending = _Pending(inputs, version, _mode(inputs), (None, *outputs[1:]))
+            self._pending = self._left(inputs, _mode(inputs), outputs, tracing)
             return outputs[0]
-        return self._take(index, inputs, tracing)
+        return self._take(index, inputs, _mode(inputs), tracing)
 
     def direct_output_of(self, member: nn.Module, inputs: Tensor) -> Tensor | None:
         """The same on the CPU, from the members' own tensors; `only_values` holds for the inputs."""
-        index = self._index(member)
+        index, mode = self._index(member), (torch.is_grad_enabled(), None)  # autocast is off
         if index:
-            return self._take(index, inputs)
+            return self._take(index, inputs, mode)
         if self._wasted():
             return None
         self._pending = None
@@ -94,18 +96,24 @@ class InputGroup:
         )
         if outputs is None:
             return None
-        self._pending = _Pending(inputs, _version(inputs), _mode(inputs), (None, *outputs[1:]))
+        self._pending = self._left(inputs, mode, outputs)
         return outputs[0]
 
-    def _take(self, index: int, inputs: Tensor, tracing: bool = False) -> Tensor | None:
+    def _left(self, inputs: Tensor, mode: tuple[Any, ...], outputs: list[Tensor], tracing: bool = False) -> _Pending:
+        """What the first member's call leaves for the others."""
+        return _Pending(inputs, 0 if tracing else _version(inputs), mode, (None, *outputs[1:]), len(outputs) - 1)
+
+    def _take(self, index: int, inputs: Tensor, mode: tuple[Any, ...], tracing: bool = False) -> Tensor | None:
         """What the first member's call left for another one."""
         pending = self._pending
-        if pending is None or pending.inputs is not inputs or pending.mode != _mode(inputs):
+        if pending is None or pending.inputs is not inputs or pending.mode != mode:
             return None
         if not tracing and pending.version != _version(inputs):
             self.dissolve()  # changed in place between the calls: these layers do not share an input
             return None
         output = pending.outputs[index]
+        if output is None:  # it was called before
+            return None
         self._pending = pending.without(index)
         if self._pending is None and not tracing:
             self.proven = bool(self._stack)  # every member took its part
@@ -113,7 +121,7 @@ class InputGroup:
 
     def _wasted(self) -> bool:
         """Counts launches of which the others took nothing; after a few the group is given up."""
-        untouched = self._pending is not None and None not in self._pending.outputs[1:]
+        untouched = self._pending is not None and self._pending.left == len(self.members) - 1
         self._wasted_launches = self._wasted_launches + 1 if untouched else 0
         if self._wasted_launches < PATIENCE:
             return False

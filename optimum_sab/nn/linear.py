@@ -135,9 +135,13 @@ class SABLinear(nn.Module):
         for name, tensor in tensors.items():
             self._store(name, tensor)
         self.layout = layout
+        self._forget_group()
+        return self
+
+    def _forget_group(self) -> None:
+        """Before the tensors become others."""
         if self.group is not None:
             self.group.forget()
-        return self
 
     def prepare(self) -> SABLinear:
         """Convert to the layout of what computes on the layer's device, unless its tensors are only lent to it."""
@@ -154,6 +158,7 @@ class SABLinear(nn.Module):
         """
         prepared = self.layout == "kernel"
         before = self.weight.device
+        self._forget_group()
         self.to_layout("stored")
         super()._apply(_keeping_integers(fn), recurse)
         if prepared or self.weight.device != before != torch.device("meta"):  # from meta comes what is yet to be filled
@@ -167,6 +172,7 @@ class SABLinear(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         prepared = self.layout == "kernel"
+        self._forget_group()
         self.to_layout("stored")
         super()._load_from_state_dict(state_dict, prefix, *arguments)
         if prepared:

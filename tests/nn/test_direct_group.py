@@ -207,3 +207,16 @@ def test_copies_have_groups_of_their_own(model):
                 layer.weight.zero_()
     assert twin.q.group is twin.v.group is not model.q.group
     assert_same(twin(x), expected)
+
+
+@pytest.mark.parametrize("change", [lambda m, s: m.load_state_dict(s), lambda m, s: m.half()])
+def test_what_was_computed_before_the_model_changed_is_not_taken(model, change):
+    other = Attention().state_dict()
+    other["k.row_exponent"] += 1
+    x = inputs(1, WIDTH)
+    model.q(x)
+    change(model, other)
+    k = model.k(x)
+    model.k.group = None
+    assert torch.equal(k, model.k(x))
+    assert k.dtype == x.dtype

@@ -17,10 +17,11 @@ from torch.autograd import _profiler_enabled, forward_ad
 from optimum_sab.errors import FormatError
 from optimum_sab.ops.backends import cpu_may_compute
 from optimum_sab.ops.cpu.compiler import usable_library
-from optimum_sab.ops.cpu.kernel import DTYPES, check_status, dense_from
+from optimum_sab.ops.cpu.kernel import DTYPES, MAX_MEMBERS, check_status, dense_from
 from optimum_sab.ops.cpu.layer import Layer, known_layer
 from optimum_sab.ops.shape import LayerShape
 
+_POINTERS = [ctypes.c_void_p * count for count in range(MAX_MEMBERS + 1)]
 Parameters = Mapping[str, Tensor | None]
 
 
@@ -48,13 +49,16 @@ class DirectLinear:
 
     Args:
         shape: of the layer.
+
+    Attributes:
+        rows, columns: of its weight.
     """
 
-    __slots__ = ("_columns", "_names", "_rows", "shape")
+    __slots__ = ("_names", "columns", "rows", "shape")
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
-        self._rows, self._columns, self._names = shape.out_features, shape.in_features, shape.names
+        self.rows, self.columns, self._names = shape.out_features, shape.in_features, shape.names
 
     def __call__(self, x: Tensor, parameters: Parameters, backend: str | None) -> Tensor | None:
         """``y = x Ŵᵀ + b``, or None where the operator has to be asked.
@@ -68,21 +72,21 @@ class DirectLinear:
             MemoryError: no room for the scratch memory.
         """
         library, dtype, sizes = usable_library(), x.dtype, [*x.shape]
-        if library is None or not sizes or sizes[-1] != self._columns or not cpu_may_compute(backend):
+        if library is None or not sizes or sizes[-1] != self.columns or not cpu_may_compute(backend):
             return None
-        known, tokens = self.known(parameters, dtype), x.numel() // self._columns
+        known, tokens = self.known(parameters, dtype), x.numel() // self.columns
         if known is None or tokens >= dense_from(library, dtype):
             return None
         layer, bias = known
         if not x.is_contiguous():
             x = x.contiguous()
-        sizes[-1] = self._rows
+        sizes[-1] = self.rows
         y = x.new_empty(sizes)
         status = library.sab_linear(
             ctypes.addressof(layer), y.data_ptr(), bias, x.data_ptr(), tokens, DTYPES[dtype], torch.get_num_threads()
         )
         if status:
-            check_status(status, self._rows, self._columns)
+            check_status(status, self.rows, self.columns)
         return y
 
     def known(self, parameters: Parameters, dtype: torch.dtype) -> tuple[Layer, int | None] | None:
@@ -93,7 +97,7 @@ class DirectLinear:
                 bias.dtype is not dtype
                 or not bias.is_cpu
                 or not bias.is_contiguous()
-                or bias.numel() != self._rows
+                or bias.numel() != self.rows
                 or (bias.requires_grad and torch.is_grad_enabled())
             ):
                 return None
@@ -119,7 +123,7 @@ def direct_linears(
         MemoryError: no room for the scratch memory.
     """
     library, dtype = usable_library(), x.dtype
-    sizes, columns = [*x.shape], linears[0].shape.in_features
+    sizes, columns = [*x.shape], linears[0].columns
     if library is None or not sizes or sizes[-1] != columns or not cpu_may_compute(backend):
         return None
     tokens = x.numel() // columns
@@ -132,9 +136,9 @@ def direct_linears(
             return None
         layers.append(known[0])
         biases.append(known[1])
-        sizes[-1] = linear.shape.out_features
+        sizes[-1] = linear.rows
         outputs.append(x.new_empty(sizes))
-    pointers = ctypes.c_void_p * len(layers)
+    pointers = _POINTERS[len(layers)]
     if not x.is_contiguous():
         x = x.contiguous()
     status = library.sab_linears(
@@ -147,5 +151,6 @@ def direct_linears(
         DTYPES[dtype],
         torch.get_num_threads(),
     )
-    check_status(status, sum(linear.shape.out_features for linear in linears), columns)
+    if status:
+        check_status(status, sum(linear.rows for linear in linears), columns)
     return outputs
