@@ -36,13 +36,13 @@ def check_folder(source: str, subfolder: str = "") -> None:
             f"no model can be read from {folder!r}: it holds an adapter alone. Put it on its base with PEFT, "
             "merge_and_unload(), save_pretrained() the result and the processor, and name that folder."
         )
-    raise ConfigError(f"no model can be read from {folder!r}: there is no {CONFIG} in it{_below(folder)}.")
+    raise ConfigError(f"no model can be read from {folder!r}: there is no {CONFIG} in it{_below(folder)}")
 
 
 def _below(folder: str) -> str:
-    """The checkpoint to name instead: the newest of those one folder below; nothing where there is none."""
+    """The end of the sentence: the checkpoint to name instead, the newest of those one folder below, if any."""
     try:
         found = [each.path for each in os.scandir(folder) if os.path.isfile(os.path.join(each.path, CONFIG))]
     except OSError:
-        return ""
-    return f"; did you mean {max(found, key=os.path.getmtime)!r}?" if found else ""
+        found = []
+    return f"; did you mean {max(found, key=os.path.getmtime)!r}?" if found else "."

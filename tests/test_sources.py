@@ -40,8 +40,8 @@ def test_a_checkpoint_in_a_subfolder_is_let_through(here):
         ("a/b/c", "there is no folder 'a/b/c'"),
         ("vlm/config.json", "is a file; name the folder"),
         ("lora", "'lora': it holds an adapter alone.*merge_and_unload"),
-        ("empty", "'empty': there is no config.json in it.$"),
-        ("trained", "there is no config.json in it; did you mean 'trained/checkpoint-1000'"),
+        ("empty", "'empty': there is no config.json in it[.]$"),
+        ("trained", "there is no config.json in it; did you mean 'trained/checkpoint-1000'[?]$"),
     ],
 )
 def test_what_is_no_checkpoint_is_named_with_what_to_do(here, source, said):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from optimum_sab.errors import MissingDependencyError, SampleError
 from optimum_sab.hf.compat import KEEPS_ARGUMENTS
 from optimum_sab.hf.origin import DOWNLOAD, Origin
 
+_MARK = re.compile(r"[\W_]*|<.*>|\[.*\]")  # no letter or digit, or a name in brackets
+_MADE_UP = 1000  # tokens; one that is made up has a hundred for spans at most
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 
@@ -117,9 +120,11 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
 
 
 def knows_no_token(tokenizer: Any) -> bool:
-    """Whether a tokenizer has special tokens alone, so that every text is nothing to it."""
-    special = getattr(tokenizer, "all_special_ids", None)
-    return special is not None and len(tokenizer) <= len(set(special))
+    """Whether a tokenizer has special tokens, added ones and marks between words alone, so a text is nothing to it."""
+    if not hasattr(tokenizer, "get_added_vocab") or len(tokenizer) > _MADE_UP:
+        return False
+    own = set(tokenizer.get_vocab()) - set(tokenizer.get_added_vocab())
+    return all(_MARK.fullmatch(token) for token in own)
 
 
 def _is_qwen2_5_vl(path: str | Path, arguments: dict[str, Any]) -> bool:

@@ -100,10 +100,25 @@ def test_model_without_a_tokenizer_is_not_calibrated_with_one_that_knows_no_toke
     assert "no processor can be loaded" in line and "SABConfig(processor=...)" in line
 
 
-@pytest.mark.parametrize(("vocabulary", "knows"), [({"<unk>": 0}, False), ({"<unk>": 0, "a": 1}, True)])
-def test_tokenizer_that_knows_special_tokens_alone_is_seen(vocabulary, knows):
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+@pytest.mark.parametrize(
+    ("words", "added", "knows"),
+    [
+        ([], [], False),
+        (["a"], [], True),
+        (
+            ["▁", "[START_REF]"],
+            ["<extra_id_0>", "en_XX"],
+            False,
+        ),  # as made up for T5, mBART, Nougat
+        (["▁", "▁a"], ["en_XX"], True),
+    ],
+)
+def test_tokenizer_that_knows_special_tokens_alone_is_seen(words, added, knows):
+    vocabulary = {token: index for index, token in enumerate(["<unk>", *words])}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<unk>")), unk_token="<unk>"
+    )
+    tokenizer.add_tokens(added)
     assert knows_no_token(tokenizer) is not knows
 
 
