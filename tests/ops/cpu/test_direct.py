@@ -237,6 +237,26 @@ def test_what_the_operator_refuses_is_refused(linear, x, message):
         linear(x)
 
 
+@pytest.mark.parametrize("size", [0, OUT - 1, OUT + 1])
+def test_bias_that_does_not_fit_is_refused(linear, size):
+    linear.bias = nn.Parameter(torch.zeros(size), requires_grad=False)
+    with pytest.raises(RuntimeError, match="expand"):
+        linear(inputs(1, IN))
+
+
+def test_bias_on_another_device_is_refused(random_packed):
+    with pytest.raises(ConfigError, match="the bias is on meta, the layer on the CPU"):
+        kernel.linear(inputs(1, IN), random_packed(OUT, IN), torch.zeros(OUT, device="meta"))
+
+
+def test_bias_of_another_dtype_is_rounded_to_the_input_s(linear, ways):
+    x = inputs(2, IN, dtype=torch.bfloat16)
+    found = linear(x)
+    linear.bfloat16()
+    assert torch.equal(found, linear(x))
+    assert ways == ["operator", "direct"]
+
+
 def test_layer_that_was_never_loaded_is_refused(linear):
     linear(inputs(1, IN))
     with pytest.raises(ConfigError, match="on meta: it was never loaded"):
