@@ -141,16 +141,19 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     weight.check(x)
     shape = weight.shape
     name = backend_name(x.device, weight.backend)
-    rows = x.reshape(-1, shape.in_features)
+    rows = x if x.dim() == 2 else x.reshape(-1, shape.in_features)
     if name == "triton":
         from sab_kernels import binary_linear as triton_linear
 
         out = triton_linear(rows.to(_kernel_dtype(x)), weight.for_kernels(), shape.geometry, bias)
     elif name == "cpu":
-        out = cpu_linear(rows.to(_kernel_dtype(x)), weight.stored(), shape, bias)
+        dtype = _kernel_dtype(x)
+        out = cpu_linear(rows if x.dtype is dtype else rows.to(dtype), weight.stored(), shape, bias)
     else:
         out = reference_linear(rows, weight.packed(), bias)
-    return _shaped(out.to(x.dtype), x)
+    if out.dtype is not x.dtype:
+        out = out.to(x.dtype)
+    return out if x.dim() == 2 else _shaped(out, x)
 
 
 def _stacked(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:

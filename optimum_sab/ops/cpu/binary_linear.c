@@ -554,7 +554,7 @@ typedef struct {
     const void *x;
     int dtype;
     int64_t tokens, table_floats;
-    pieces_t pieces;
+    pieces_t *pieces;
 } product_t;
 
 static void build_tile(float *tables, const product_t *of, const layer_t *layer, int64_t first, int64_t count) {
@@ -594,9 +594,9 @@ static void multiply(void *job) {
     product_t *of = job;
     const int64_t strips = of->strips[of->members];
     int64_t built_tile = -1, piece;
-    int built_of = -1, share = first_share(&of->pieces);
-    float *tables = all_taken(&of->pieces) ? NULL : scratch(of->table_floats);
-    while (tables && (piece = take_piece(&of->pieces, &share)) >= 0) {
+    int built_of = -1, share = first_share(of->pieces);
+    float *tables = all_taken(of->pieces) ? NULL : scratch(of->table_floats);
+    while (tables && (piece = take_piece(of->pieces, &share)) >= 0) {
         int64_t tile = piece / strips, strip = piece % strips, first = tile * TILE;
         int64_t count = of->tokens - first < TILE ? of->tokens - first : TILE;
         int member = 0;
@@ -623,7 +623,8 @@ static int same_tables(const layer_t *one, const layer_t *other) {
  * `dtype` and contiguous. `bias`, or one of them, may be NULL. */
 EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y, const void *const *bias, const void *x,
                        int64_t tokens, int dtype, int threads) {
-    product_t of = {.members = members, .x = x, .dtype = dtype, .tokens = tokens};
+    pieces_t pieces;
+    product_t of = {.members = members, .x = x, .dtype = dtype, .tokens = tokens, .pieces = &pieces};
     const layer_t *first = layer[0];
     int64_t blocks = block_count(first), salient = salient_total(first), tile = tokens < TILE ? tokens : TILE;
     for (int m = 0; m < members; m++) {
@@ -640,11 +641,11 @@ EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y,
                           first->base_planes);
     of.table_floats = (int64_t)(of.cut[0].table_count + of.cut[1].table_count) * tile * TABLE;
     if (status == OK) {
-        int64_t pieces = (tokens + TILE - 1) / TILE * of.strips[members];
+        int64_t tiles = (tokens + TILE - 1) / TILE;
         if (of.strips[members] * STRIP * first->columns * tokens < SMALL)
             threads = 1;
-        run_together(multiply, &of, cut_pieces(&of.pieces, pieces, threads));
-        status = all_taken(&of.pieces) ? OK : NO_MEMORY;
+        run_together(multiply, &of, cut_pieces(&pieces, tiles * of.strips[members], threads));
+        status = all_taken(&pieces) ? OK : NO_MEMORY;
     }
     free_cut(&of.cut[0]);
     free_cut(&of.cut[1]);
@@ -775,7 +776,7 @@ typedef struct {
     const float *column_scale;
     const uint8_t *mark;
     int64_t mark_bytes;
-    pieces_t pieces;
+    pieces_t *pieces;
 } dense_t;
 
 /* What one of them needs: a dense block, the scales of a strip, and a row's residual bits as stored and in place. */
@@ -836,11 +837,11 @@ static void dequantize_strip(const dense_t *of, const room_t *room, int64_t firs
 static void dequantize_strips(void *job) {
     dense_t *of = job;
     room_t room;
-    int share = first_share(&of->pieces);
+    int share = first_share(of->pieces);
     int64_t piece;
     if (make_room(&room, of) != OK)
         return; /* others may have room; the caller sees whether all was done */
-    while ((piece = take_piece(&of->pieces, &share)) >= 0)
+    while ((piece = take_piece(of->pieces, &share)) >= 0)
         dequantize_strip(of, &room, of->begin + piece * STRIP);
     free_room(&room);
 }
@@ -848,7 +849,8 @@ static void dequantize_strips(void *job) {
 /* out [end - begin, columns] of type `dtype` = rows begin .. end of Ŵ. */
 EXPORT int sab_dequantize(const layer_t *layer, int64_t begin, int64_t end, void *out, int dtype, int threads) {
     int64_t padded = layer->columns + PADDING;
-    dense_t of = {.layer = layer, .begin = begin, .end = end, .out = out, .dtype = dtype};
+    pieces_t pieces;
+    dense_t of = {.layer = layer, .begin = begin, .end = end, .out = out, .dtype = dtype, .pieces = &pieces};
     of.mark_bytes = (layer->columns + 63) / 64 * 8 + 16;
     float *column_scale = scratch(padded);
     uint8_t *mark = calloc((size_t)of.mark_bytes, 1);
@@ -863,8 +865,8 @@ EXPORT int sab_dequantize(const layer_t *layer, int64_t begin, int64_t end, void
         if ((end - begin) * layer->columns < SMALL)
             threads = 1;
         int64_t strips = (end - begin + STRIP - 1) / STRIP;
-        run_together(dequantize_strips, &of, cut_pieces(&of.pieces, strips, threads));
-        status = all_taken(&of.pieces) ? OK : NO_MEMORY;
+        run_together(dequantize_strips, &of, cut_pieces(&pieces, strips, threads));
+        status = all_taken(&pieces) ? OK : NO_MEMORY;
     }
     free(column_scale);
     free(mark);

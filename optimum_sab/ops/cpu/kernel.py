@@ -64,7 +64,7 @@ def linear_of(inputs: Tensor, tensors: Sequence[Tensor], shape: LayerShape, bias
         y [tokens, out] in x's dtype.
 
     Raises:
-        ConfigError: x is not such a tensor.
+        ConfigError: x is not such a tensor, or the bias is on another device.
         FormatError: a stored tensor is not as `tensor_specs` says, or not contiguous in CPU memory.
         MissingDependencyError: the kernel cannot be compiled here (compiler.py).
         MemoryError: no room for the scratch memory.
@@ -76,14 +76,18 @@ def linear_of(inputs: Tensor, tensors: Sequence[Tensor], shape: LayerShape, bias
         )
     if inputs.dim() != 2 or inputs.shape[1] != columns:
         raise ConfigError(f"the input is {tuple(inputs.shape)}, the CPU kernel takes [tokens, {columns}].")
+    if bias is not None and not bias.is_cpu:
+        raise ConfigError(f"the bias is on {bias.device}, the layer on the CPU; move one of them.")
     library = load_library()
     layer = known_layer(tensors, shape)
     x = inputs.contiguous()
     tokens = x.shape[0]
-    added = None if bias is None else bias.detach().to(dtype).expand(rows).contiguous()
+    added = bias
+    if added is not None and not (added.dtype is dtype and added.shape == (rows,) and added.is_contiguous()):
+        added = added.detach().to(dtype).expand(rows).contiguous()
     if tokens >= dense_from(library, dtype):
         y = _multiply_dense(library, layer, x)
-        return y if added is None else y.add_(added)
+        return y if added is None else y.add_(added.detach())
     y = torch.empty((tokens, rows), dtype=dtype)
     status = library.sab_linear(
         ctypes.addressof(layer),

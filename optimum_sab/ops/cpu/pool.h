@@ -119,6 +119,7 @@ static void forget_sleepers(void) {}
 /* Ask for short turns, which come sooner after waking; the share of the processor stays what it was. Linux before 6.12
  * makes nothing of it. */
 static void ask_for_short_turns(void) {
+#if defined(SYS_sched_getattr) && defined(SYS_sched_setattr)
     struct {
         uint32_t size, policy;
         uint64_t flags;
@@ -131,6 +132,7 @@ static void ask_for_short_turns(void) {
     own.size = sizeof own;
     own.runtime = TURN;
     syscall(SYS_sched_setattr, 0, &own, 0); /* nothing depends on it */
+#endif
 }
 #else
 static void ask_for_short_turns(void) {}

@@ -87,15 +87,6 @@ def test_direct_output_has_the_operator_s_bits(linear, ways, dtype, shape, bias)
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_bias_is_added_to_the_rounded_product(random_packed, dtype):
-    packed, x, bias = random_packed(OUT, IN), inputs(5, IN, dtype=dtype), inputs(OUT, seed=2, dtype=dtype)
-    bias[:3] = torch.tensor([float("nan"), float("inf"), 0.0])
-    found, expected = kernel.linear(x, packed, bias), kernel.linear(x, packed) + bias
-    assert torch.equal(found[:, 1:], expected[:, 1:])
-    assert bool(found[:, 0].isnan().all())
-
-
 def test_direct_input_need_not_be_contiguous(linear, ways):
     views = [inputs(IN, 6).T, inputs(3, 2 * IN)[:, ::2], inputs(1, IN).expand(3, -1), inputs(2, IN, 3).transpose(1, 2)]
     for x in views:
@@ -244,6 +235,26 @@ def test_what_the_operator_refuses_is_refused(linear, x, message):
     linear(inputs(1, IN))
     with torch.no_grad(), pytest.raises(ConfigError, match=message):
         linear(x)
+
+
+@pytest.mark.parametrize("size", [0, OUT - 1, OUT + 1])
+def test_bias_that_does_not_fit_is_refused(linear, size):
+    linear.bias = nn.Parameter(torch.zeros(size), requires_grad=False)
+    with pytest.raises(RuntimeError, match="expand"):
+        linear(inputs(1, IN))
+
+
+def test_bias_on_another_device_is_refused(random_packed):
+    with pytest.raises(ConfigError, match="the bias is on meta, the layer on the CPU"):
+        kernel.linear(inputs(1, IN), random_packed(OUT, IN), torch.zeros(OUT, device="meta"))
+
+
+def test_bias_of_another_dtype_is_rounded_to_the_input_s(linear, ways):
+    x = inputs(2, IN, dtype=torch.bfloat16)
+    found = linear(x)
+    linear.bfloat16()
+    assert torch.equal(found, linear(x))
+    assert ways == ["operator", "direct"]
 
 
 def test_layer_that_was_never_loaded_is_refused(linear):

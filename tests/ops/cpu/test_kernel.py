@@ -114,6 +114,19 @@ def test_linear_rounds_once(path, random_packed, monkeypatch, fraction, dtype):
     assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, ROUNDING[dtype])
 
 
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_linear_adds_a_bias_to_the_rounded_product(path, route, random_packed, dtype, tokens):
+    packed, inputs = random_packed(70, 300), random_inputs(tokens, 300, dtype=dtype)
+    for other in ROUNDING:
+        bias = random_inputs(70, seed=2, dtype=other)
+        bias[:2] = torch.tensor([float("inf"), float("nan")])
+        found, expected = kernel.linear(inputs, packed, bias), kernel.linear(inputs, packed) + bias.to(dtype)
+        assert found.dtype == dtype
+        assert torch.equal(found[:, [0, *range(2, 70)]], expected[:, [0, *range(2, 70)]])
+        assert bool(found[:, 1].isnan().all())
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_linear_of_many_tokens_is_as_accurate_as_a_dense_layer(path, random_packed, monkeypatch, dtype):
     take_route(monkeypatch, "dense")
