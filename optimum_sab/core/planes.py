@@ -1,4 +1,4 @@
-"""Binary planes: the approximation itself, and the alternating significance-weighted fit of one block."""
+"""Binary planes: the approximation itself, and what it is while it is fitted."""
 
 from __future__ import annotations
 
@@ -27,7 +27,12 @@ def sign_combinations(planes: int, device: torch.device | None = None) -> Float[
 
 def sign_of(values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """−1 or +1 in the dtype of ``values``; zero counts as positive."""
-    return (values >= 0).to(values.dtype) * 2.0 - 1.0
+    return sign_into(torch.empty_like(values), values)
+
+
+def sign_into(place: Float[Tensor, "..."], values: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """`sign_of`, written into ``place``, which may be ``values``."""
+    return torch.ge(values, 0, out=place).mul_(2.0).sub_(1.0)
 
 
 def block_sums(values: Float[Tensor, "rows in"], block_size: int) -> Float[Tensor, "rows blocks"]:
@@ -156,116 +161,3 @@ class WeightFit:
             column_scale=self.column_scale,
             block_size=self.settings.block_size,
         )
-
-
-def objective(
-    weight: Float[Tensor, "out width"], fit: BlockFit, significance: Float[Tensor, "rows width"]
-) -> Float[Tensor, ""]:
-    """``‖ Λ ⊙ (W − Ŵ) ‖²_F`` with ``significance`` = Λ² [1 or out, width] (method.md section 5)."""
-    return (significance * (weight - fit.dequantize()).square()).sum()
-
-
-def fit_block(
-    weight: Float[Tensor, "out width"],
-    significance: Float[Tensor, "rows width"],
-    salient: Bool[Tensor, " width"],
-    settings: LayerSettings,
-) -> BlockFit:
-    """Alternate row scales, column scales and signs, each step exact, so that the objective never rises.
-
-    Args:
-        weight: one block of W.
-        significance: error weight Λ² per entry, [1, width] or [out, width], non-negative.
-        salient: the columns that carry the residual planes.
-        settings: planes and iterations.
-    """
-    fit = _start(weight, significance, salient, settings)
-    for _ in range(settings.iterations):
-        _update_row_scale(weight, significance, fit, settings.base_planes)
-        _update_column_scale(weight, significance, fit)
-        _update_sign(weight, fit, settings.base_planes)
-    norm = fit.column_scale.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    fit.column_scale = fit.column_scale / norm
-    fit.row_scale = fit.row_scale * norm
-    return fit
-
-
-def _start(weight: Tensor, significance: Tensor, salient: Tensor, settings: LayerSettings) -> BlockFit:
-    """Column scales from the mean magnitude, then plane after plane by the sign of what is left."""
-    column = weight.abs().mean(0)
-    column = column / column.mean().clamp_min(torch.finfo(torch.float32).tiny)
-    rest = weight / column.clamp_min(1e-12)
-    scales, signs = [], []
-    for p in range(settings.planes):
-        support = torch.ones_like(column) if p < settings.base_planes else salient.float()
-        sign = sign_of(rest) * support
-        scale = (rest.abs() * support).sum(1) / support.sum().clamp_min(1.0)
-        rest = rest - scale[:, None] * sign
-        scales.append(scale)
-        signs.append(sign)
-    return BlockFit(torch.stack(scales), column, torch.stack(signs), salient)
-
-
-def _update_row_scale(weight: Tensor, significance: Tensor, fit: BlockFit, base_planes: int) -> None:
-    """∂L/∂a = 0 for all planes of a row together: a small symmetric system per row.
-
-    A residual plane lives on the salient columns, so products with it only need those.
-    """
-    planes, out, _ = fit.sign.shape
-    moment = (significance * fit.column_scale.square()).expand(out, -1)
-    linear = significance * fit.column_scale * weight
-    cols = fit.salient.nonzero()[:, 0]
-    narrow_sign, narrow_moment, narrow_linear = fit.sign[:, :, cols], moment[:, cols], linear[:, cols]
-    gram = weight.new_empty(out, planes, planes)
-    right = weight.new_empty(out, planes)
-    for p in range(planes):
-        base = p < base_planes
-        right[:, p] = (fit.sign[p] * linear).sum(1) if base else (narrow_sign[p] * narrow_linear).sum(1)
-        for q in range(p, planes):
-            if q < base_planes:
-                value = moment.sum(1) if p == q else (fit.sign[p] * fit.sign[q] * moment).sum(1)
-            else:
-                value = narrow_moment.sum(1) if p == q else (narrow_sign[p] * narrow_sign[q] * narrow_moment).sum(1)
-            gram[:, p, q] = gram[:, q, p] = value
-    fit.row_scale = _solve_small(gram, right).T.contiguous()
-
-
-def _solve_small(gram: Tensor, right: Tensor) -> Tensor:
-    """Least squares ``gram · x = right`` per row [n, P]; a vanishing ridge picks a solution where planes coincide."""
-    ridge = gram.diagonal(dim1=1, dim2=2).sum(1).clamp_min(torch.finfo(gram.dtype).tiny * 1e8) * 1e-7
-    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram, right[:, :, None])[:, :, 0]
-
-
-def _update_column_scale(weight: Tensor, significance: Tensor, fit: BlockFit) -> None:
-    """∂L/∂c = 0: each column has one unknown. A column with no energy or no significance keeps its scale."""
-    value = (fit.row_scale[:, :, None] * fit.sign).sum(0)
-    below = (significance * value.square()).sum(0)
-    above = (significance * value * weight).sum(0)
-    fit.column_scale = torch.where(below > 0, above / below.clamp_min(torch.finfo(below.dtype).tiny), fit.column_scale)
-
-
-def _update_sign(weight: Tensor, fit: BlockFit, base_planes: int) -> None:
-    """Nearest of the level combinations, entry by entry."""
-    planes = fit.sign.shape[0]
-    residual = planes > base_planes
-    for cols, active in ((~fit.salient, base_planes), (fit.salient, planes)) if residual else ((None, planes),):
-        target = weight if cols is None else weight[:, cols]
-        scale = fit.column_scale if cols is None else fit.column_scale[cols]
-        if active == 1:
-            sign = sign_of(target * (fit.row_scale[0][:, None] * scale))[None]
-        else:
-            combos = sign_combinations(active, weight.device)
-            levels = fit.row_scale[:active].T @ combos.T  # [out, 2**active]
-            best = torch.full_like(target, float("inf"))
-            pick = torch.zeros_like(target, dtype=torch.int64)
-            for k in range(combos.shape[0]):
-                distance = (target - levels[:, k, None] * scale).square_()
-                closer = distance < best
-                best = torch.where(closer, distance, best)
-                pick.masked_fill_(closer, k)
-            sign = combos[pick].permute(2, 0, 1)
-        if cols is None:
-            fit.sign[:active] = sign
-        else:
-            fit.sign[:active, :, cols] = sign

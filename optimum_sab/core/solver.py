@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.alternating import fit_block
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
 from optimum_sab.core.feedback import block_feedback
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
 from optimum_sab.core.parts import part
-from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds, fit_block
+from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds
 from optimum_sab.core.refit import refit_row_scale
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.core.saliency import saliency, salient_mask

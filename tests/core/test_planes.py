@@ -4,12 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from optimum_sab.core.alternating import fit_block, objective
 from optimum_sab.core.planes import (
     BinaryPlanes,
     BlockFit,
     block_bounds,
-    fit_block,
-    objective,
     sign_combinations,
 )
 from optimum_sab.core.settings import LayerSettings
