@@ -32,6 +32,7 @@ class CodedFit:
         column_scale: c [in].
         settings: of the planes it comes out as: the derived ones count as base planes.
         code: how they are derived.
+        tied: each derived plane has half the row scale of the one before it, and stores none.
     """
 
     stored: Bool[Tensor, "out in"]
@@ -41,6 +42,7 @@ class CodedFit:
     column_scale: Float[Tensor, " in"]
     settings: LayerSettings
     code: Code
+    tied: bool = True
 
     @property
     def signs(self) -> list[Float[Tensor, "out in"]]:
@@ -169,8 +171,14 @@ def _between(fit: CodedFit, bits: Tensor, before: Tensor, start: int) -> Tensor:
 
 def refit_rows(fit: CodedFit, target: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
     """Row scales of all planes by least squares under the full Hessian, as stored."""
-    found = refit_row_scale(fit.signs, fit.column_scale, target, hessian, fit.settings.block_size)
-    fit.row_scale = round_row_scale(found, fit.settings.row_scale)
+    signs, derived = fit.signs, len(fit.code.taps)
+    if fit.tied:
+        halves = [0.5**q for q in range(derived)]
+        together = sum(part * sign for part, sign in zip(halves, signs[:derived], strict=True))
+        signs = [together, *signs[derived:]]
+    found = refit_row_scale(signs, fit.column_scale, target, hessian, fit.settings.block_size)
+    found = round_row_scale(found, fit.settings.row_scale)
+    fit.row_scale = torch.cat([*(found[:1] * part for part in halves), found[1:]]) if fit.tied else found
 
 
 def refit_columns(fit: CodedFit, target: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:

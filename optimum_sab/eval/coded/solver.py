@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics
-from optimum_sab.core.planes import BinaryPlanes
+from optimum_sab.core.planes import BinaryPlanes, block_bounds
 from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import MAX_PLANES, LayerSettings
 from optimum_sab.core.solver import Solution, output_error, solve
@@ -37,6 +37,7 @@ class Coding:
         descents: sweeps over windows of columns afterwards, at most.
         window: columns of a window.
         columns: refit column scales too.
+        tied: each derived plane has half the row scale of the one before it; else each has its own, which is stored.
 
     Raises:
         ConfigError: the code is unknown, or a number out of range.
@@ -47,6 +48,7 @@ class Coding:
     descents: int = 4
     window: int = 64
     columns: bool = True
+    tied: bool = True
 
     def __post_init__(self) -> None:
         find_code(str(self.code))
@@ -69,13 +71,17 @@ class Coding:
         )
 
     def bits_per_weight(self, out_features: int, in_features: int, settings: LayerSettings) -> float:
-        """Stored bits: those of all the planes' row scales, and of the stored planes alone."""
+        """Stored bits: of the stored planes, and of every row scale that is not half another one."""
         expanded = self.expanded(settings)
         if expanded is None:
             return stored_bits_per_weight(out_features, in_features, settings)
         unwritten = expanded.base_planes - settings.base_planes
         plane = 32 * -(-in_features // 32) / in_features
-        return stored_bits_per_weight(out_features, in_features, expanded) - unwritten * plane
+        written = stored_bits_per_weight(out_features, in_features, expanded) - unwritten * plane
+        if not self.tied:
+            return written
+        scales = 8 if settings.row_scale == "fp8" else 16
+        return written - unwritten * scales * len(block_bounds(in_features, settings.block_size)) / in_features
 
 
 def solve_coded(
@@ -110,6 +116,7 @@ def solve_coded(
         target = propagated_target(target, factored.inverse, drift, plain.propagation, residual)
     target = target.masked_fill(factored.dead, 0.0)
     fit = begin(plain.planes, expanded, coding.found)
+    fit.tied = coding.tied
     improve(fit, target, factored, coding)
     planes = fit.planes()
     return replace(plain, planes=planes, error=output_error(target, planes.dequantize(), statistics.hessian))
