@@ -31,17 +31,29 @@ struct search {
     uint64_t *choice;     /* [1 + free, rows, width]: choice, then signs of free planes, a bit for each state */
 };
 
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 8")
+#endif
+
 static inline lanes broadcast(int32_t value) { return (lanes){value, value, value, value, value, value, value, value}; }
 
-static inline vec select_lanes(lanes which, vec yes, vec no) { return (vec)(((lanes)yes & which) | ((lanes)no & ~which)); }
+static inline vec select_lanes(lanes which, vec yes, vec no) {
+#if defined(__AVX__)
+    return __builtin_ia32_blendvps256(no, yes, (vec)which);
+#else
+    return (vec)(((lanes)yes & which) | ((lanes)no & ~which));
+#endif
+}
 
-static inline vec shuffle(vec low, vec high, lanes index) {
+static inline vec take_lanes(vec from, lanes index) {
 #if defined(__clang__)
     vec result;
-    for (int i = 0; i < WIDE; i++) result[i] = index[i] < WIDE ? low[index[i]] : high[index[i] - WIDE];
+    for (int i = 0; i < WIDE; i++) result[i] = from[index[i]];
     return result;
 #else
-    return __builtin_shuffle(low, high, index);
+    return __builtin_shuffle(from, index);
 #endif
 }
 
@@ -55,80 +67,93 @@ static inline uint64_t bits_of(lanes which) {
 #endif
 }
 
-/* Of the vectors `from` of all old states, those that the vector `o` of new states may come from. */
-#define FIRST(from, o) ((from)[(o) / 2])
-#define SECOND(from, o) ((from)[vectors == 1 ? 0 : vectors / 2 + (o) / 2])
+/* Where the vector `o` of new states comes from, and at which lanes: by choice 0 from the lower half of the states. */
+#define FROM(o, c) ((c) ? (vectors == 1 ? 0 : vectors / 2 + (o) / 2) : (o) / 2)
+#define LANES(o, c) ((lanes){0, 0, 1, 1, 2, 2, 3, 3} + broadcast(4 * ((o) & 1) + ((c) && vectors == 1 ? 4 : 0)))
+
+static inline __attribute__((always_inline)) void move(const vec *old, const lanes *second, vec *new, const int vectors) {
+    UNROLL for (int o = 0; o < vectors; o++)
+        new[o] = select_lanes(second[o], take_lanes(old[FROM(o, 1)], LANES(o, 1)), take_lanes(old[FROM(o, 0)], LANES(o, 0)));
+}
+
+/* The free planes' sizes at a column, largest first: then the nearest level is found plane by plane. */
+struct steps {
+    float size[PLANES];
+    int order[PLANES], flipped[PLANES];
+};
+
+static inline struct steps sorted_steps(const struct search *p, int row, int j) {
+    struct steps found = {{0}, {0}, {0}};
+    for (int f = 0; f < p->count[j]; f++) {
+        const float value = p->column[j] * p->scale[((int64_t)(p->derived + f) * p->blocks + p->block[j]) * p->rows + row];
+        const float size = value < 0 ? -value : value;
+        int place = f;
+        for (; place > 0 && found.size[place - 1] < size; place--) {
+            found.size[place] = found.size[place - 1];
+            found.order[place] = found.order[place - 1];
+            found.flipped[place] = found.flipped[place - 1];
+        }
+        found.size[place] = size, found.order[place] = f, found.flipped[place] = value < 0;
+    }
+    return found;
+}
 
 static inline __attribute__((always_inline)) void advance(const struct search *p, int row, int first, int count, int held,
                                                           const int vectors) {
-    const lanes pairs = {0, 0, 1, 1, 2, 2, 3, 3};
-    const int states = vectors * WIDE;
     vec cost[MOST];
-    lanes moved[MOST];
-    float *const history = p->history + (int64_t)row * p->capacity * states;
-    memcpy(cost, p->cost + (int64_t)row * states, sizeof(vec) * vectors);
-    int pending = 0;
+    lanes second[MOST];
+    vec *const history = (vec *)(p->history + (int64_t)row * p->capacity * vectors * WIDE);
+    vec *const costs = (vec *)(p->cost + (int64_t)row * vectors * WIDE);
+    const vec *const sign = (const vec *)p->sign;
+    UNROLL for (int v = 0; v < vectors; v++) cost[v] = costs[v], second[v] = broadcast(0);
     for (int j = first; j < first + count; j++) {
         const int known = held + j - first; /* columns whose errors are kept */
         const float *factor = p->lower + (int64_t)j * p->width + (j - known);
         vec rest[MOST];
-        for (int v = 0; v < vectors; v++) rest[v] = (vec){0} + p->rest[(int64_t)row * p->width + j];
-        for (int k = 0; k < known; k++) {
-            vec now[MOST];
-            float *at = history + (int64_t)k * states;
-            memcpy(now, at, sizeof(vec) * vectors);
-            if (pending && k < known - 1) {
-                vec before[MOST];
-                memcpy(before, now, sizeof(vec) * vectors);
-                for (int o = 0; o < vectors; o++) now[o] = shuffle(FIRST(before, o), SECOND(before, o), moved[o]);
-                memcpy(at, now, sizeof(vec) * vectors);
+        UNROLL for (int v = 0; v < vectors; v++) rest[v] = (vec){0} + p->rest[(int64_t)row * p->width + j];
+        if (j == first) { /* nothing has moved */
+            for (int k = 0; k < known; k++)
+                UNROLL for (int v = 0; v < vectors; v++) rest[v] -= factor[k] * history[k * vectors + v];
+        } else {
+            for (int k = 0; k < known - 1; k++) {
+                vec old[MOST], new[MOST];
+                UNROLL for (int v = 0; v < vectors; v++) old[v] = history[k * vectors + v];
+                move(old, second, new, vectors);
+                UNROLL for (int v = 0; v < vectors; v++) {
+                    history[k * vectors + v] = new[v];
+                    rest[v] -= factor[k] * new[v];
+                }
             }
-            for (int v = 0; v < vectors; v++) rest[v] -= factor[k] * now[v];
+            UNROLL for (int v = 0; v < vectors; v++) rest[v] -= factor[known - 1] * history[(known - 1) * vectors + v];
         }
-        const int block = p->block[j], free = p->count[j];
+        const int free = p->count[j];
         const float inverse = 1.0f / factor[known];
-        float level[PLANES], step[PLANES];
-        int order[PLANES], flipped[PLANES];
+        const struct steps steps = sorted_steps(p, row, j);
+        float level[PLANES];
         for (int q = 0; q < p->derived; q++)
-            level[q] = p->column[j] * p->scale[((int64_t)q * p->blocks + block) * p->rows + row];
-        for (int f = 0; f < free; f++) { /* largest first: then the nearest level is found plane by plane */
-            float value = p->column[j] * p->scale[((int64_t)(p->derived + f) * p->blocks + block) * p->rows + row];
-            float size = value < 0 ? -value : value;
-            int place = f;
-            for (; place > 0 && step[place - 1] < size; place--) {
-                step[place] = step[place - 1], order[place] = order[place - 1], flipped[place] = flipped[place - 1];
-            }
-            step[place] = size, order[place] = f, flipped[place] = value < 0;
-        }
-        vec after[MOST], error[MOST];
+            level[q] = p->column[j] * p->scale[((int64_t)q * p->blocks + p->block[j]) * p->rows + row];
+        vec after[MOST];
         uint64_t chosen = 0, signs[PLANES] = {0};
-        for (int o = 0; o < vectors; o++) {
-            const lanes near = pairs + broadcast(4 * (o & 1)), far = near + broadcast(vectors == 1 ? 4 : 0);
+        UNROLL for (int o = 0; o < vectors; o++) {
             vec miss[2], total[2];
             lanes up[2][PLANES];
-            for (int c = 0; c < 2; c++) {
-                const vec from = c ? SECOND(rest, o) : FIRST(rest, o), paid = c ? SECOND(cost, o) : FIRST(cost, o);
-                miss[c] = shuffle(from, from, c ? far : near);
-                for (int q = 0; q < p->derived; q++) {
-                    vec plane;
-                    memcpy(&plane, p->sign + ((q * 2 + c) * states + o * WIDE), sizeof plane);
-                    miss[c] -= level[q] * plane;
-                }
+            UNROLL for (int c = 0; c < 2; c++) {
+                miss[c] = take_lanes(rest[FROM(o, c)], LANES(o, c));
+                for (int q = 0; q < p->derived; q++) miss[c] -= level[q] * sign[(q * 2 + c) * vectors + o];
                 for (int f = 0; f < free; f++) {
+                    const vec size = (vec){0} + steps.size[f];
                     up[c][f] = miss[c] >= 0.0f;
-                    const vec size = (vec){0} + step[f];
                     miss[c] -= select_lanes(up[c][f], size, -size);
                 }
                 miss[c] *= inverse;
-                total[c] = shuffle(paid, paid, c ? far : near) + miss[c] * miss[c];
+                total[c] = take_lanes(cost[FROM(o, c)], LANES(o, c)) + miss[c] * miss[c];
             }
-            const lanes second = total[1] < total[0];
-            after[o] = select_lanes(second, total[1], total[0]);
-            error[o] = select_lanes(second, miss[1], miss[0]);
-            moved[o] = near + (second & broadcast(vectors == 1 ? 4 : WIDE));
-            chosen |= bits_of(second) << (o * WIDE);
+            second[o] = total[1] < total[0];
+            after[o] = select_lanes(second[o], total[1], total[0]);
+            history[known * vectors + o] = select_lanes(second[o], miss[1], miss[0]);
+            chosen |= bits_of(second[o]) << (o * WIDE);
             for (int f = 0; f < free; f++) {
-                const lanes sign = (up[1][f] & second) | (up[0][f] & ~second);
+                const lanes sign = (up[1][f] & second[o]) | (up[0][f] & ~second[o]);
                 signs[f] |= bits_of(sign) << (o * WIDE);
             }
         }
@@ -136,24 +161,21 @@ static inline __attribute__((always_inline)) void advance(const struct search *p
             const int bit = p->forced[(int64_t)row * p->tail + j - (p->width - p->tail)];
             const lanes odd = {0, -1, 0, -1, 0, -1, 0, -1};
             const lanes refused = bit ? ~odd : odd;
-            for (int o = 0; o < vectors; o++) after[o] = select_lanes(refused, (vec){0} + LOST, after[o]);
+            UNROLL for (int o = 0; o < vectors; o++) after[o] = select_lanes(refused, (vec){0} + LOST, after[o]);
         }
-        memcpy(cost, after, sizeof(vec) * vectors);
-        memcpy(history + (int64_t)known * states, error, sizeof(vec) * vectors);
+        UNROLL for (int o = 0; o < vectors; o++) cost[o] = after[o];
         const int64_t place = (int64_t)row * p->width + j, plane = (int64_t)p->rows * p->width;
         p->choice[place] = chosen;
-        for (int f = 0; f < free; f++) p->choice[(1 + order[f]) * plane + place] = flipped[f] ? ~signs[f] : signs[f];
-        pending = 1;
+        for (int f = 0; f < free; f++)
+            p->choice[(1 + steps.order[f]) * plane + place] = steps.flipped[f] ? ~signs[f] : signs[f];
     }
-    const int known = held + count;
-    for (int k = 0; pending && k < known - 1; k++) {
-        vec before[MOST], now[MOST];
-        float *at = history + (int64_t)k * states;
-        memcpy(before, at, sizeof(vec) * vectors);
-        for (int o = 0; o < vectors; o++) now[o] = shuffle(FIRST(before, o), SECOND(before, o), moved[o]);
-        memcpy(at, now, sizeof(vec) * vectors);
+    for (int k = 0; k < held + count - 1; k++) {
+        vec old[MOST], new[MOST];
+        UNROLL for (int v = 0; v < vectors; v++) old[v] = history[k * vectors + v];
+        move(old, second, new, vectors);
+        UNROLL for (int v = 0; v < vectors; v++) history[k * vectors + v] = new[v];
     }
-    memcpy(p->cost + (int64_t)row * states, cost, sizeof(vec) * vectors);
+    UNROLL for (int v = 0; v < vectors; v++) costs[v] = cost[v];
 }
 
 /* Take all rows through `count` columns from `first` on; the errors of `held` columns before it are kept. */
