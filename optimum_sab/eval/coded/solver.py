@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 START = (1.0, 0.5, 0.25)  # scales of the derived planes to begin with, of a lone plane's
 START_BEHIND = (0.5, 0.25, 0.125)  # behind a free plane: of its scale
-PAYS = 0.002  # of the error: rounds that take off less are the last
+PAYS = 0.004  # of the error: steps that take off less are the last
+START_ITERATIONS = 4
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,9 @@ class Coding:
     """
 
     code: str | int = "16"
-    rounds: int = 3
+    rounds: int = 1
     descents: int = 4
-    window: int = 64
+    window: int = 96
     columns: bool = True
     tied: bool = True
 
@@ -108,7 +109,9 @@ def solve_coded(
     expanded = coding.expanded(settings)
     if expanded is None:
         return solve(weight, statistics, settings, name)
-    plain = solve(weight, statistics, settings.replace(sweeps=0), name)
+    plain = solve(
+        weight, statistics, settings.replace(sweeps=0, iterations=min(settings.iterations, START_ITERATIONS)), name
+    )
     factored = statistics.factored(settings.damping, name)
     target = weight.detach().float()
     if plain.propagation and statistics.drift is not None:

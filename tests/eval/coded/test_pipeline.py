@@ -1,23 +1,28 @@
 import pytest
+from torch import nn
 
+from optimum_sab.calibration.run import Run
 from optimum_sab.errors import ConfigError
+from optimum_sab.eval.coded.pipeline import plain_bits
 from optimum_sab.eval.coded.solver import Coding
 from optimum_sab.eval.methods import read_method
 from optimum_sab.eval.quality import compare_quality
 from optimum_sab.eval.subject import Budget, find_subject
+from optimum_sab.hf.selection import select
 
-SMALL = Budget(samples=4, length=64, held_out=1, window=64, probes=2)
-QUICK = "iterations=2,block_size=64"
+SMALL = Budget(samples=4, length=32, held_out=1, window=32, probes=2)
 
 
-def test_a_model_of_coded_planes_has_the_bits_of_plain_ones_at_most(llama_folder):
-    methods = [read_method(f"{name},{QUICK}") for name in ("default", "coded", "coded,allocation=uniform")]
-    quality = compare_quality(find_subject(llama_folder, None, SMALL), methods)
-    plain, coded, uniform = quality.rows
-    assert coded.bits_per_weight <= plain.bits_per_weight
-    assert uniform.bits_per_weight > plain.bits_per_weight  # the same planes, and row scales of the derived ones
-    assert uniform.layer_error["text"] < plain.layer_error["text"]
-    assert coded.family != plain.family
+@pytest.mark.parametrize("name", ["coded", "coded-two-bit"])
+def test_a_model_of_coded_planes_has_the_bits_of_plain_ones_at_most(llama_folder, name):
+    method = read_method(f"{name},iterations=2,block_size=64,descents=1")
+    subject = find_subject(llama_folder, None, SMALL)
+    row = compare_quality(subject, [method]).rows[0]
+    dense = subject.load()
+    bits = plain_bits(Run(dense, select(dense, method.config(), strict=True)))
+    assert 0.9 * bits < row.bits_per_weight <= bits
+    assert row.family == name
+    assert 0 < row.layer_error["text"] < 0.5
 
 
 def test_settings_of_the_code_are_read():
@@ -28,3 +33,13 @@ def test_settings_of_the_code_are_read():
     assert read_method("default").coding is None
     with pytest.raises(ConfigError, match="code"):
         read_method("default,code=64")
+
+
+def test_bits_of_plain_planes_count_biases(llama_folder):
+    model = find_subject(llama_folder, None, SMALL).load()
+    run = Run(model, select(model, read_method("default").config(), strict=True))
+    before = plain_bits(run)
+    linear = model.model.layers[0].self_attn.q_proj
+    linear.bias = nn.Parameter(linear.weight[:, 0].clone())
+    weights = sum(model.get_submodule(name).weight.numel() for name in run.selection.settings)
+    assert plain_bits(run) == pytest.approx(before + 32 * 64 / weights)

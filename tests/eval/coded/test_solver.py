@@ -28,9 +28,9 @@ def weight_of(rows, width):
 @pytest.mark.parametrize("settings", [PLAIN, PLAIN.replace(residual_planes=0), PLAIN.replace(base_planes=2)])
 def test_coded_planes_are_better_than_plain_ones_with_descent(settings):
     weight, statistics = weight_of(96, 160), statistics_of(160)
-    coded = solve_coded(weight, statistics, settings, Coding(rounds=2, descents=2))
+    coded = solve_coded(weight, statistics, settings, Coding(rounds=1, descents=3))
     plain = solve(weight, statistics, settings.replace(sweeps=2))
-    assert coded.error < 0.9 * plain.error
+    assert coded.error < 0.93 * plain.error
     packed = PackedWeight.pack(coded.planes, Coding().expanded(settings))  # scales are rounded as they are stored
     assert output_error(weight, packed.dequantize(), statistics.hessian) == pytest.approx(coded.error, rel=1e-4)
 
@@ -56,8 +56,9 @@ def test_descent_never_raises_the_error_of_a_row(settings, first):
     assert float(((difference @ hessian) * difference).sum()) < 1.01 * float(before.sum())  # scales are rounded
 
 
-def test_bits_are_those_of_stored_planes_and_of_all_row_scales():
-    coding, settings = Coding(), LayerSettings()
+def test_bits_are_those_of_stored_planes_and_row_scales():
+    coding, settings = Coding(tied=False), LayerSettings()
+    assert Coding().bits_per_weight(512, 1024, settings) == stored_bits_per_weight(512, 1024, settings)
     more = coding.bits_per_weight(512, 1024, settings) - stored_bits_per_weight(512, 1024, settings)
     assert more == pytest.approx(8 / 512)  # a row scale of eight bits for each row and block of 512
     narrow = coding.bits_per_weight(8, 33, PLAIN) - stored_bits_per_weight(8, 33, PLAIN)
