@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import stored_bits_per_weight
 from optimum_sab.nn.rules import rules_for
 from optimum_sab.nn.selection import Selection
+
+StoredBits = Callable[[int, int, LayerSettings], float]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ def allocate(
     sensitivity: Mapping[str, float],
     probed: AnchorErrors,
     target_bits: float | None = None,
+    stored_bits: StoredBits = stored_bits_per_weight,
 ) -> Allocation:
     """Find the planes of the linears that were probed such that all selected ones take at most the budget.
 
@@ -61,11 +64,12 @@ def allocate(
         sensitivity: of every linear that was probed, at least.
         probed: groups and their errors.
         target_bits: stored bits per weight at most; None for what ``selection`` takes as it is.
+        stored_bits: (out_features, in_features, settings) → bits per weight, bias aside.
 
     Raises:
         ConfigError: the budget is below the cheapest choice; the message says what that needs.
     """
-    costs = _Costs(model, selection, sensitivity, probed.errors)
+    costs = _Costs(model, selection, sensitivity, probed.errors, stored_bits)
     groups = {names[0]: names for names in probed.groups}
     ladders = {first: ladder_of(selection.settings[first]) for first in groups}
     levels = {first: [costs.level(groups[first], *each) for each in ladders[first].items()] for first in groups}
@@ -96,6 +100,7 @@ class _Costs:
     selection: Selection
     sensitivity: Mapping[str, float]
     errors: Mapping[str, Mapping[tuple[int, float], float]]
+    stored_bits: StoredBits
 
     def weights(self, name: str) -> int:
         return math.prod(self._shape(name))
@@ -104,7 +109,7 @@ class _Costs:
         """Stored bits of the linear, its bias among them, which stays as it is."""
         bias = self.model.get_submodule(name).bias
         kept = bias.element_size() * bias.numel() if isinstance(bias, Tensor) else 0
-        return stored_bits_per_weight(*self._shape(name), settings) * self.weights(name) + 8 * kept
+        return self.stored_bits(*self._shape(name), settings) * self.weights(name) + 8 * kept
 
     def level(self, names: Sequence[str], step: tuple[int, float], settings: LayerSettings) -> Level:
         """Of linears that choose together."""
