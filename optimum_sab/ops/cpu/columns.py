@@ -64,7 +64,7 @@ def _build() -> Build:
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # as in compiler.py
         build = Build(None, f"{type(error).__name__}: {error}")
     if build.library is None:
-        warn(f"quantizing on this CPU takes about twice as long as with a C compiler: {build.reason}.")
+        warn(f"quantizing takes longer than it must, its loops over columns run in torch: {build.reason}.")
     return build
 
 

@@ -127,7 +127,7 @@ def forgotten():
 @pytest.mark.usefixtures("forgotten")
 def test_without_a_compiler_torch_takes_its_place_with_one_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "none"))
-    with pytest.warns(SABWarning, match=r"twice as long.*none.* is not a program") as heard:
+    with pytest.warns(SABWarning, match=r"takes longer than it must.*none.* is not a program") as heard:
         found = [columns.column_loops(CPU) for _ in range(2)]
     assert len(heard) == 1 and all(each is IN_TORCH for each in found)
 
