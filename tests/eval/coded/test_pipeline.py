@@ -13,10 +13,14 @@ from optimum_sab.hf.selection import select
 SMALL = Budget(samples=4, length=32, held_out=1, window=32, probes=2)
 
 
+@pytest.fixture(scope="module")
+def subject(llama_folder):
+    return find_subject(llama_folder, None, SMALL)
+
+
 @pytest.mark.parametrize("name", ["coded", "coded-two-bit"])
-def test_a_model_of_coded_planes_has_the_bits_of_plain_ones_at_most(llama_folder, name):
+def test_a_model_of_coded_planes_has_the_bits_of_plain_ones_at_most(subject, name):
     method = read_method(f"{name},iterations=2,block_size=64,descents=1")
-    subject = find_subject(llama_folder, None, SMALL)
     row = compare_quality(subject, [method]).rows[0]
     dense = subject.load()
     bits = plain_bits(Run(dense, select(dense, method.config(), strict=True)))
@@ -35,8 +39,8 @@ def test_settings_of_the_code_are_read():
         read_method("default,code=64")
 
 
-def test_bits_of_plain_planes_count_biases(llama_folder):
-    model = find_subject(llama_folder, None, SMALL).load()
+def test_bits_of_plain_planes_count_biases(subject):
+    model = subject.load()
     run = Run(model, select(model, read_method("default").config(), strict=True))
     before = plain_bits(run)
     linear = model.model.layers[0].self_attn.q_proj
