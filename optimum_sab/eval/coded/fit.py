@@ -174,7 +174,7 @@ def refit_rows(fit: CodedFit, target: Float[Tensor, "out in"], hessian: Float[Te
     signs, derived = fit.signs, len(fit.code.taps)
     if fit.tied:
         halves = [0.5**q for q in range(derived)]
-        together = sum(part * sign for part, sign in zip(halves, signs[:derived], strict=True))
+        together = torch.stack([part * sign for part, sign in zip(halves, signs[:derived], strict=True)]).sum(0)
         signs = [together, *signs[derived:]]
     found = refit_row_scale(signs, fit.column_scale, target, hessian, fit.settings.block_size)
     found = round_row_scale(found, fit.settings.row_scale)
