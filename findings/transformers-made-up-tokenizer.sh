@@ -6,7 +6,7 @@
 #            without a warning. It has one token, and every text has no tokens. For Llama it raises.
 # Seen:      5.24.0: qwen2 and gpt2: 1 token, 'a cat' is []; llama: ValueError | 4.57.6: ImportError for all three
 # Matters:   a fine-tune saved without its tokenizer evaluates, trains or calibrates on nothing instead of failing. Look at
-#            whether the tokenizer knows more than its special tokens.
+#            whether the tokenizer knows a word: those made up for some other families hold marks and added tokens too.
 set -euo pipefail
 dir="$(mktemp -d)"
 trap 'rm -rf "$dir"' EXIT
