@@ -176,7 +176,7 @@ def refit_rows(fit: CodedFit, target: Float[Tensor, "out in"], hessian: Float[Te
         halves = [0.5**q for q in range(derived)]
         together = torch.stack([part * sign for part, sign in zip(halves, signs[:derived], strict=True)]).sum(0)
         signs = [together, *signs[derived:]]
-    found = refit_row_scale(signs, fit.column_scale, target, hessian, fit.settings.block_size)
+    found = refit_row_scale(signs, fit.column_scale, target @ hessian, hessian, fit.settings.block_size)
     found = round_row_scale(found, fit.settings.row_scale)
     fit.row_scale = torch.cat([*(found[:1] * part for part in halves), found[1:]]) if fit.tied else found
 
