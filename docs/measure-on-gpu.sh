@@ -36,6 +36,7 @@ sab kernels-7b bench kernels --shapes qwen2.5-vl-7b --json
 sab kernels-72b bench kernels --shapes qwen2.5-vl-72b --json
 sab kernels-paper bench kernels --shapes qwen2.5-vl-7b --preset paper --tokens 1 16 256 --json
 sab generate-7b bench generate --size 7b --json
+sab quantize-7b-block bench quantize --size 7b-block --samples 128 --length 2048 --dtype bfloat16 --json
 sab generate-7b-eager bench generate --size 7b --no-cuda-graphs --new-tokens 16 --json
 if python -c "import gemlite" 2>/dev/null; then
   sab gemlite bench kernels --shapes 18944x3584 29568x8192 --tokens 1 16 64 --dtype float16 --gemlite --json
