@@ -47,7 +47,9 @@ SETTINGS = {
     "allocation": Setting("where planes go: by what errors cost there, or the same everywhere", choices=ALLOCATION),
     "target_bits": Setting("stored bits per weight at most, in the place of what the planes above take", "BITS", float),
     "calibration": Setting(
-        "'builtin', 'self' (the model writes it), a .jsonl file, or a Hub dataset as owner/name[:split]", "DATA", str
+        "'builtin', 'self' (the model writes it), a .jsonl, .json or .parquet file, or a Hub dataset as owner/name[:split]",
+        "DATA",
+        str,
     ),
     "calibration_samples": Setting("how many samples to use at most"),
     "sequence_length": Setting("calibration texts are cut to this many tokens", "TOKENS"),
