@@ -21,7 +21,7 @@ from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.core.saliency import saliency, salient_mask
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.significance import Significance, significance_map
-from optimum_sab.core.target import cross_validated_alpha, propagated_target
+from optimum_sab.core.target import cross_validated_alpha, target_of
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
 if TYPE_CHECKING:
@@ -94,11 +94,8 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
         alpha = _propagation(W, statistics, settings, name)  # first, since it needs other factors for as long
     with part("factorization"):
         factored = statistics.factored(settings.damping, name)
-    target = W
-    if alpha and statistics.two_streams:
-        with part("target"):
-            target = propagated_target(W, factored.inverse, statistics.drift, alpha, statistics.residual)
-    target = target.masked_fill(factored.dead, 0.0)
+    with part("target"):
+        target = target_of(W, statistics, factored, alpha)
     significance = None
     if settings.significance == "modality":
         if not statistics.by_modality:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import InputStatistics, solve_damped
+from optimum_sab.core.hessian import FactoredHessian, InputStatistics, solve_damped
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -28,6 +28,16 @@ def propagated_target(
     measurements). Without C, R is the sum of both.
     """
     return weight + alpha * (_correction(weight, drift, residual) @ inverse)
+
+
+def target_of(
+    weight: Float[Tensor, "out in"], statistics: InputStatistics, factored: FactoredHessian, alpha: float
+) -> Float[Tensor, "out in"]:
+    """What a weight's planes aim at: `propagated_target` where there are two streams, 0 where inputs are always 0."""
+    target = weight
+    if alpha and statistics.two_streams:
+        target = propagated_target(weight, factored.inverse, statistics.drift, alpha, statistics.residual)
+    return target.masked_fill(factored.dead, 0.0)
 
 
 def cross_validated_alpha(

@@ -76,9 +76,7 @@ def allocate(
     measured = {name for names in groups.values() for name in names}
     fixed = sum(costs.bits(name, own) for name, own in selection.settings.items() if name not in measured)
     weights = sum(costs.weights(name) for name in selection.settings)
-    bits = target_bits
-    if bits is None:
-        bits = sum(costs.bits(name, own) for name, own in selection.settings.items()) / weights
+    bits = selected_bits(model, selection, stored_bits) if target_bits is None else target_bits
     least = (fixed + sum(min(level.bits for level in of) for of in levels.values())) / weights
     if bits < least - 1e-9:
         raise ConfigError(
@@ -92,6 +90,13 @@ def allocate(
     return Allocation({n: by_name[n] for n in selection.settings if n in by_name}, dict(sensitivity), total)
 
 
+def selected_bits(model: nn.Module, selection: Selection, stored_bits: StoredBits = stored_bits_per_weight) -> float:
+    """Stored bits per weight, biases among them, that a selection takes with its own settings."""
+    linears = {name: model.get_submodule(name) for name in selection.settings}
+    bits = sum(_bits(linears[name], own, stored_bits) for name, own in selection.settings.items())
+    return bits / sum(_weights(linear) for linear in linears.values())
+
+
 @dataclass(frozen=True)
 class _Costs:
     """What a linear costs at a level, in bits and in expected loss."""
@@ -103,19 +108,28 @@ class _Costs:
     stored_bits: StoredBits
 
     def weights(self, name: str) -> int:
-        return math.prod(self._shape(name))
+        return _weights(self.model.get_submodule(name))
 
     def bits(self, name: str, settings: LayerSettings) -> float:
-        """Stored bits of the linear, its bias among them, which stays as it is."""
-        bias = self.model.get_submodule(name).bias
-        kept = bias.element_size() * bias.numel() if isinstance(bias, Tensor) else 0
-        return self.stored_bits(*self._shape(name), settings) * self.weights(name) + 8 * kept
+        """Stored bits of the linear."""
+        return _bits(self.model.get_submodule(name), settings, self.stored_bits)
 
     def level(self, names: Sequence[str], step: tuple[int, float], settings: LayerSettings) -> Level:
         """Of linears that choose together."""
         loss = sum(self.sensitivity[name] * expected_error(self.errors[name], step) for name in names)
         return Level(sum(self.bits(name, settings) for name in names), loss)
 
-    def _shape(self, name: str) -> tuple[int, int]:
-        linear = self.model.get_submodule(name)
-        return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]
+
+def _bits(linear: nn.Module, settings: LayerSettings, stored_bits: StoredBits) -> float:
+    """Of a linear, its bias among them, which stays as it is."""
+    bias = linear.bias
+    kept = bias.element_size() * bias.numel() if isinstance(bias, Tensor) else 0
+    return stored_bits(*_shape(linear), settings) * _weights(linear) + 8 * kept
+
+
+def _weights(linear: nn.Module) -> int:
+    return math.prod(_shape(linear))
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    return int(linear.out_features), int(linear.in_features)  # type: ignore[arg-type]

@@ -64,10 +64,8 @@ def held_activations(
         samples: forward keyword arguments, one dict per sample.
         two_streams: whether a dense stream will run beside the quantized one.
     """
-    linears = [model.get_submodule(name) for name in selection.settings]
-    widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]
-    tokens, dtype = sum(map(token_count, samples)), next(linears[0].parameters()).dtype
-    return activation_bytes(tokens, 1 + two_streams, widths[0], max(widths), dtype)
+    widths = _widths(model, selection)
+    return activation_bytes(sum(map(token_count, samples)), 1 + two_streams, *widths) if widths else 0
 
 
 def warn_of_memory(
@@ -86,14 +84,12 @@ def warn_of_memory(
         device: where blocks are moved while they are worked on; None leaves them where they are.
         two_streams: whether a dense stream will run beside the quantized one.
     """
-    linears = [model.get_submodule(name) for name in selection.settings]
-    widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]
     place = device or next(model.parameters()).device
-    free = free_memory(place)
-    if free is None or not widths:
+    free, widths = free_memory(place), _widths(model, selection)
+    if free is None or widths is None:
         return
-    tokens = sum(token_count(sample) for sample in samples)
-    needed = calibration_bytes(tokens, 1 + two_streams, widths[0], max(widths), next(linears[0].parameters()).dtype)
+    tokens = sum(map(token_count, samples))
+    needed = calibration_bytes(tokens, 1 + two_streams, *widths)
     if needed <= free:
         return
     warn(
@@ -101,3 +97,10 @@ def warn_of_memory(
         f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
         "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size."
     )
+
+
+def _widths(model: nn.Module, selection: Selection) -> tuple[int, int, torch.dtype] | None:
+    """Features of a hidden state and of the widest input, and the dtype of both; None without dense linears."""
+    linears = [model.get_submodule(name) for name in selection.settings]
+    widths = [linear.in_features for linear in linears if isinstance(linear, nn.Linear)]
+    return (widths[0], max(widths), next(linears[0].parameters()).dtype) if widths else None

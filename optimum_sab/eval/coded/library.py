@@ -3,59 +3,37 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 from optimum_sab.errors import MissingDependencyError
-from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
-from optimum_sab.ops.cpu.compiler import find_compiler
+from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_library
 
 SOURCE = Path(__file__).with_name("search.c")
-FLAGS = (
-    "-O3",
-    "-std=gnu11",
-    "-fPIC",
-    "-shared",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-    "-Wno-psabi",
-    "-march=native",
-)
-TIME_LIMIT = 120
+FUSED = ("-ffp-contract=fast",)  # nothing else has to come to the same bits
 
 
-@lru_cache(maxsize=1)
-def load_search() -> ctypes.CDLL:
+def load_search() -> Library:
     """The compiled search.
 
     Raises:
         MissingDependencyError: there is no C compiler, or it fails.
     """
-    compiler = find_compiler()
-    if compiler is None:
-        raise MissingDependencyError("the simulation of coded planes needs a C compiler: install gcc, or set $CC.")
-    about = Path("/proc/cpuinfo")
-    machine = about.read_text("utf-8", errors="replace").split("\n\n")[0] if about.exists() else ""
-    flags = next((line for line in machine.splitlines() if line.startswith(("flags", "Features"))), "")
-    name = f"coded_search-{digest(chr(0).join([SOURCE.read_text('utf-8'), *compiler, *FLAGS, flags]).encode())}"
-    with library_folder() as folder:
-        path = find_library(folder, name) or _compile(compiler, folder, name)
-        library = ctypes.CDLL(str(path))
+    build = _build()
+    if build.library is None:
+        raise MissingDependencyError(
+            f"the simulation of coded planes needs a C compiler: {build.reason}. Install gcc, or set $CC."
+        )
+    return build.library
+
+
+@lru_cache(maxsize=1)
+def _build() -> Build:
+    return attempted(lambda: compile_library(FUSED, (SOURCE,), _declare))
+
+
+def _declare(library: Library) -> None:
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     library.coded_advance.argtypes = [pointer, integer, integer, integer]
     library.coded_settle.argtypes = [pointer, integer, integer, integer, pointer]
     library.coded_trace.argtypes = [pointer, pointer]
-    return library
-
-
-def _compile(compiler: list[str], cache: Path, name: str) -> Path:
-    with tempfile.TemporaryDirectory(dir=cache) as folder:
-        linked = Path(folder, "search.so")
-        command = [*compiler, *FLAGS, str(SOURCE), "-o", str(linked)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIME_LIMIT)
-        if done.returncode:
-            first = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
-            raise MissingDependencyError(f"{compiler[0]} cannot compile {SOURCE.name}: {first}; set $CC to another.")
-        return keep_library(cache, name, linked)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from optimum_sab.calibration.allocation.choice import Allocation, allocate
+from optimum_sab.calibration.allocation.choice import Allocation, allocate, selected_bits
 from optimum_sab.calibration.allocation.probe import Probe
 from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.blocks.report import LayerReport
@@ -103,7 +103,7 @@ class AllocateCodedBits(AllocateBits):
         probe = CodedProbe(run.selection.settings, targets.linears, gathering, free, run.options.device, on_step)
         probe.coding = replace(self._coding, rounds=1, descents=0)
         Lockstep(run.model, targets.blocks, targets.linears, samples.inputs, False, run.options.device).run(probe)
-        bits = plain_bits(run) if asked.target_bits is None else asked.target_bits
+        bits = selected_bits(run.model, run.selection) if asked.target_bits is None else asked.target_bits
         stored = self._coding.bits_per_weight
         return allocate(run.model, run.selection, sensitivities.of, probe.found, bits, stored)
 
@@ -115,16 +115,3 @@ class CodedProbe(Probe):
 
     def approximate(self, weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> Tensor:
         return solve_coded(weight, statistics, settings, self.coding, name).planes.dequantize()
-
-
-def plain_bits(run: Run) -> float:
-    """Stored bits per weight that plain planes with the settings of a run take."""
-    bits, weights = 0.0, 0
-    for name, settings in run.selection.settings.items():
-        linear = run.model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        bias = 0 if linear.bias is None else 8 * linear.bias.element_size() * linear.bias.numel()
-        count = linear.out_features * linear.in_features
-        bits += stored_bits_per_weight(linear.out_features, linear.in_features, settings) * count + bias
-        weights += count
-    return bits / weights

@@ -12,6 +12,15 @@
 #define LOST 1e30f
 #define EXPORT __attribute__((visibility("default")))
 
+/* As compiler.py asks: 1 with the vectors of AVX2, 0 without. */
+EXPORT int sab_path(void) {
+#if defined(__AVX2__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef int32_t lanes __attribute__((vector_size(32), aligned(4)));
 

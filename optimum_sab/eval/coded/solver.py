@@ -12,7 +12,7 @@ from optimum_sab.core.planes import BinaryPlanes, block_bounds
 from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import MAX_PLANES, LayerSettings
 from optimum_sab.core.solver import Solution, output_error, solve
-from optimum_sab.core.target import propagated_target
+from optimum_sab.core.target import target_of
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval.coded.code import Code, find_code
 from optimum_sab.eval.coded.fit import CodedFit, descend, encode, refit_columns, refit_rows
@@ -113,11 +113,7 @@ def solve_coded(
         weight, statistics, settings.replace(sweeps=0, iterations=min(settings.iterations, START_ITERATIONS)), name
     )
     factored = statistics.factored(settings.damping, name)
-    target = weight.detach().float()
-    if plain.propagation and statistics.drift is not None:
-        drift, residual = statistics.drift, statistics.residual
-        target = propagated_target(target, factored.inverse, drift, plain.propagation, residual)
-    target = target.masked_fill(factored.dead, 0.0)
+    target = target_of(weight.detach().float(), statistics, factored, plain.propagation)
     fit = begin(plain.planes, expanded, coding.found)
     fit.tied = coding.tied
     improve(fit, target, factored, coding)

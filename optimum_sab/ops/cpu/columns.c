@@ -204,29 +204,17 @@ static int make_scratch(const block_t *b, int descends, scratch_t *s) {
     return 1;
 }
 
-/* One strip: every column takes its level, and `moved` becomes its scaled error. */
-static void feed_strip(const block_t *b, const float *packed, scratch_t *s) {
-    for (int64_t first = 0; first < b->width; first += PANEL, packed += b->width * PANEL) {
-        int64_t count = b->width - first < PANEL ? b->width - first : PANEL;
-        if (count == PANEL)
-            apply_earlier(packed, s->value, s->moved, first, PANEL);
-        else
-            apply_earlier(packed, s->value, s->moved, first, count);
-        for (int64_t j = first; j < first + count; j++) {
-            vec *value = s->value + j * GROUPS, found[GROUPS];
-            for (int64_t i = first; i < j; i++) {
-                float factor = packed[i * PANEL + j - first];
-                for (int g = 0; g < GROUPS; g++) value[g] = add_product(value[g], factor, s->moved[i * GROUPS + g]);
-            }
-            pick(b, s, j, value, found, s->code + j * GROUPS);
-            for (int g = 0; g < GROUPS; g++) s->moved[j * GROUPS + g] = (value[g] - found[g]) / b->diagonal[j];
-        }
-    }
-}
+/* What is done with a block: descent where `current` is given, else error feedback. */
+typedef struct {
+    const float *value;   /* [rows, width]: the weight, or the gradient */
+    const float *current; /* [rows, ...]: the block's columns of the weight as it is now */
+    float *moved;         /* errors [width, rows]; or, [rows, ...], the error that grows by what changes */
+    int64_t stride;       /* floats from row to row of the last two, in descent */
+} pass_t;
 
-/* One strip: every column takes the level that lowers the error most, and `moved` becomes by how much the error grows;
- * `value` is the gradient. */
-static void descend_strip(const block_t *b, const float *packed, scratch_t *s) {
+/* One strip. In feedback every column takes the level nearest to it, and `moved` becomes its scaled error. In descent it
+ * takes the level that lowers the error most, `moved` becomes by how much the error grows, and `value` is the gradient. */
+INLINE void go_through(const block_t *b, const float *packed, scratch_t *s, const int descends) {
     for (int64_t first = 0; first < b->width; first += PANEL, packed += b->width * PANEL) {
         int64_t count = b->width - first < PANEL ? b->width - first : PANEL;
         if (count == PANEL)
@@ -239,11 +227,61 @@ static void descend_strip(const block_t *b, const float *packed, scratch_t *s) {
                 float factor = packed[i * PANEL + j - first];
                 for (int g = 0; g < GROUPS; g++) value[g] = add_product(value[g], factor, s->moved[i * GROUPS + g]);
             }
-            for (int g = 0; g < GROUPS; g++) wanted[g] = s->current[j * GROUPS + g] + value[g] / b->diagonal[j];
+            for (int g = 0; g < GROUPS; g++)
+                wanted[g] = descends ? s->current[j * GROUPS + g] + value[g] / b->diagonal[j] : value[g];
             pick(b, s, j, wanted, found, s->code + j * GROUPS);
-            for (int g = 0; g < GROUPS; g++) s->moved[j * GROUPS + g] = s->current[j * GROUPS + g] - found[g];
+            for (int g = 0; g < GROUPS; g++)
+                s->moved[j * GROUPS + g] =
+                    descends ? s->current[j * GROUPS + g] - found[g] : (value[g] - found[g]) / b->diagonal[j];
         }
     }
+}
+
+/* What one strip's pass leaves behind, signs aside. */
+static void put_moved(const block_t *b, const pass_t *of, const scratch_t *s, int64_t row, int64_t count) {
+    const float *moved = (const float *)s->moved;
+    if (of->current)
+        for (int64_t i = 0; i < count; i++) {
+            float *to = of->moved + (row + i) * of->stride;
+            for (int64_t j = 0; j < b->width; j++) to[j] += moved[j * STRIP + i];
+        }
+    else
+        for (int64_t j = 0; j < b->width; j++)
+            memcpy(of->moved + j * b->rows + row, moved + j * STRIP, sizeof(float) * (size_t)count);
+}
+
+static int run(const block_t *b, const pass_t *of, const signs_t *signs, int threads) {
+    float *packed = pack_coupling(b);
+    if (!packed) return NO_MEMORY;
+    int failed = 0;
+    int64_t strips = (b->rows + STRIP - 1) / STRIP;
+#pragma omp parallel num_threads(threads)
+    {
+        scratch_t s;
+        if (!make_scratch(b, of->current != NULL, &s)) {
+#pragma omp atomic write
+            failed = 1;
+            s.value = NULL;
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t k = 0; k < strips; k++) {
+            if (!s.value) continue;
+            int64_t row = k * STRIP, count = rows_from(b, row);
+            gather(of->value + row * b->width, b->width, count, b->width, s.value);
+            gather_scales(b, row, &s);
+            if (of->current) {
+                gather(of->current + row * of->stride, of->stride, count, b->width, s.current);
+                go_through(b, packed, &s, 1);
+            } else {
+                go_through(b, packed, &s, 0);
+            }
+            put_moved(b, of, &s, row, count);
+            scatter_signs(b, &s, row, signs);
+        }
+        free(s.value);
+    }
+    free(packed);
+    return failed ? NO_MEMORY : OK;
 }
 
 EXPORT int sab_path(void) { return PATH; }
@@ -251,33 +289,7 @@ EXPORT int sab_path(void) { return PATH; }
 /* Error feedback through a block. `weight` is [rows, width]; `errors` [width, rows] is what it returns. `coupling` is
  * minus the corner of U. */
 EXPORT int sab_feedback(const block_t *b, const float *weight, float *errors, const signs_t *signs, int threads) {
-    float *packed = pack_coupling(b);
-    if (!packed) return NO_MEMORY;
-    int failed = 0;
-    int64_t strips = (b->rows + STRIP - 1) / STRIP;
-#pragma omp parallel num_threads(threads)
-    {
-        scratch_t s;
-        if (!make_scratch(b, 0, &s)) {
-#pragma omp atomic write
-            failed = 1;
-            s.value = NULL;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t k = 0; k < strips; k++) {
-            if (!s.value) continue;
-            int64_t row = k * STRIP, count = rows_from(b, row);
-            gather(weight + row * b->width, b->width, count, b->width, s.value);
-            gather_scales(b, row, &s);
-            feed_strip(b, packed, &s);
-            for (int64_t j = 0; j < b->width; j++)
-                memcpy(errors + j * b->rows + row, s.moved + j * GROUPS, sizeof(float) * (size_t)count);
-            scatter_signs(b, &s, row, signs);
-        }
-        free(s.value);
-    }
-    free(packed);
-    return failed ? NO_MEMORY : OK;
+    return run(b, &(pass_t){.value = weight, .moved = errors}, signs, threads);
 }
 
 /* A sweep of sign descent through a block. `gradient` is [rows, width]; `current` and `error` are the block's columns of
@@ -285,35 +297,5 @@ EXPORT int sab_feedback(const block_t *b, const float *weight, float *errors, co
  * `coupling` is the corner of H. */
 EXPORT int sab_descend(const block_t *b, const float *gradient, const float *current, float *error, int64_t stride,
                        const signs_t *signs, int threads) {
-    float *packed = pack_coupling(b);
-    if (!packed) return NO_MEMORY;
-    int failed = 0;
-    int64_t strips = (b->rows + STRIP - 1) / STRIP;
-#pragma omp parallel num_threads(threads)
-    {
-        scratch_t s;
-        if (!make_scratch(b, 1, &s)) {
-#pragma omp atomic write
-            failed = 1;
-            s.value = NULL;
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t k = 0; k < strips; k++) {
-            if (!s.value) continue;
-            int64_t row = k * STRIP, count = rows_from(b, row);
-            gather(gradient + row * b->width, b->width, count, b->width, s.value);
-            gather(current + row * stride, stride, count, b->width, s.current);
-            gather_scales(b, row, &s);
-            descend_strip(b, packed, &s);
-            const float *moved = (const float *)s.moved;
-            for (int64_t i = 0; i < count; i++) {
-                float *to = error + (row + i) * stride;
-                for (int64_t j = 0; j < b->width; j++) to[j] += moved[j * STRIP + i];
-            }
-            scatter_signs(b, &s, row, signs);
-        }
-        free(s.value);
-    }
-    free(packed);
-    return failed ? NO_MEMORY : OK;
+    return run(b, &(pass_t){gradient, current, error, stride}, signs, threads);
 }

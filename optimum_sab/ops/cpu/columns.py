@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from optimum_sab.core.hessian import factor_hessian
 from optimum_sab.core.planes import BlockFit, WeightFit
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn
-from optimum_sab.ops.cpu.compiler import Build, Library, compile_library
+from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_library
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,10 +58,7 @@ def column_loops(device: torch.device) -> ColumnLoops:
 @lru_cache(maxsize=1)
 def _build() -> Build:
     """The process's one attempt."""
-    try:
-        build = build_columns()
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:  # as in compiler.py
-        build = Build(None, f"{type(error).__name__}: {error}")
+    build = attempted(build_columns)
     if build.library is None:
         warn(f"quantizing takes longer than it must, its loops over columns run in torch: {build.reason}.")
     return build

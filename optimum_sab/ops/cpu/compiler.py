@@ -124,8 +124,13 @@ def usable_library() -> Library | None:
 @lru_cache(maxsize=1)
 def _build() -> Build:
     """The process's one attempt."""
+    return attempted(compile_library)
+
+
+def attempted(build: Callable[[], Build]) -> Build:
+    """What ``build`` gives; what it raises where the machine is at fault becomes a reason."""
     try:
-        return compile_library()
+        return build()
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         # A cache that cannot be written, no home folder, quotes in $CC that do not close, a compiler that hangs.
         return Build(None, f"{type(error).__name__}: {error}")

@@ -1,9 +1,9 @@
 import pytest
 from torch import nn
 
+from optimum_sab.calibration.allocation.choice import selected_bits
 from optimum_sab.calibration.run import Run
 from optimum_sab.errors import ConfigError
-from optimum_sab.eval.coded.pipeline import plain_bits
 from optimum_sab.eval.coded.solver import Coding
 from optimum_sab.eval.methods import read_method
 from optimum_sab.eval.quality import compare_quality
@@ -23,7 +23,7 @@ def test_a_model_of_coded_planes_has_the_bits_of_plain_ones_at_most(subject, nam
     method = read_method(f"{name},iterations=2,block_size=64,descents=1")
     row = compare_quality(subject, [method]).rows[0]
     dense = subject.load()
-    bits = plain_bits(Run(dense, select(dense, method.config(), strict=True)))
+    bits = selected_bits(dense, select(dense, method.config(), strict=True))
     assert 0.9 * bits < row.bits_per_weight <= bits
     assert row.family == name
     assert 0 < row.layer_error["text"] < 0.5
@@ -42,8 +42,8 @@ def test_settings_of_the_code_are_read():
 def test_bits_of_plain_planes_count_biases(subject):
     model = subject.load()
     run = Run(model, select(model, read_method("default").config(), strict=True))
-    before = plain_bits(run)
+    before = selected_bits(run.model, run.selection)
     linear = model.model.layers[0].self_attn.q_proj
     linear.bias = nn.Parameter(linear.weight[:, 0].clone())
     weights = sum(model.get_submodule(name).weight.numel() for name in run.selection.settings)
-    assert plain_bits(run) == pytest.approx(before + 32 * 64 / weights)
+    assert selected_bits(run.model, run.selection) == pytest.approx(before + 32 * 64 / weights)
