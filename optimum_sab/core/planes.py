@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.code import NO_CODE, find_code
 from optimum_sab.core.settings import LayerSettings
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class BinaryPlanes:
 
         W[i,j] ≈ c[j] · ( Σ_p a[p,k,i] B[p,i,j] + [j salient] Σ_r a[P0+r,k,i] R[r,i,j] ),   k = block of j
 
+    With a code, the first of B is no sign but the derived planes' sum: ``B[0] = P_1 + P_2 / 2`` (core/code.py).
+
     Attributes:
         base_sign: B, bool [base_planes, out, in], True is +1.
         residual_sign: R on the salient columns, bool [residual_planes, out, salient].
@@ -57,6 +60,7 @@ class BinaryPlanes:
         row_scale: a, fp32 [planes, blocks, out], base planes first.
         column_scale: c, fp32 [in].
         block_size: columns per block.
+        code: by which planes are derived of ``base_sign[0]``.
     """
 
     base_sign: Bool[Tensor, "base out in"]
@@ -65,6 +69,7 @@ class BinaryPlanes:
     row_scale: Float[Tensor, "planes blocks out"]
     column_scale: Float[Tensor, " in"]
     block_size: int
+    code: str = NO_CODE
 
     @property
     def out_features(self) -> int:
@@ -79,21 +84,30 @@ class BinaryPlanes:
         scale = self.row_scale
         widths = torch.tensor([e - s for s, e in block_bounds(self.in_features, self.block_size)], device=scale.device)
         dense = torch.zeros(self.out_features, self.in_features, dtype=scale.dtype, device=scale.device)
-        for p in range(self.base_sign.shape[0]):
-            spread = scale[p].T.repeat_interleave(widths, dim=1)
-            dense += torch.where(self.base_sign[p], spread, -spread)
+        for stored, parts in zip(scale, self.derived(), strict=False):
+            for sign, part in parts:
+                spread = (part * stored).T.repeat_interleave(widths, dim=1)
+                dense += torch.where(sign, spread, -spread)
         block = self.residual_index // self.block_size
         for r in range(self.residual_sign.shape[0]):
             spread = scale[self.base_sign.shape[0] + r].T[:, block]
             dense[:, self.residual_index] += torch.where(self.residual_sign[r], spread, -spread)
         return dense * self.column_scale
 
+    def derived(self) -> list[list[tuple[Bool[Tensor, "out in"], float]]]:
+        """Of every stored base plane, the planes that weights are made of: signs, and their part of its row scale."""
+        planes: list[list[tuple[Tensor, float]]] = [[(sign, 1.0)] for sign in self.base_sign]
+        code = find_code(self.code)
+        if code is not None:
+            planes[0] = list(zip(code.planes(self.base_sign[0]), code.parts, strict=True))
+        return planes
+
     def split(self, sizes: list[int]) -> list[BinaryPlanes]:
         """Cut a stack of linears that share an input back into its members, rows in order."""
         base, residual = self.base_sign.split(sizes, 1), self.residual_sign.split(sizes, 1)
         scale = self.row_scale.split(sizes, 2)
         return [
-            BinaryPlanes(b.clone(), r.clone(), self.residual_index, a.clone(), self.column_scale, self.block_size)
+            replace(self, base_sign=b.clone(), residual_sign=r.clone(), row_scale=a.clone())
             for b, r, a in zip(base, residual, scale, strict=True)
         ]
 

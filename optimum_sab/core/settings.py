@@ -6,12 +6,14 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from optimum_sab.core.code import NO_CODE, find_code
 from optimum_sab.errors import ConfigError
 
 SIGNIFICANCE = ("modality", "hessian", "uniform")
 FEEDBACK = ("column", "block")
 ROW_SCALE = ("fp8", "fp16")
 MAX_PLANES = 4
+CODED_COLUMNS = 128  # a block of a coded plane is a multiple: what the kernels go through at a time
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class LayerSettings:
         damping: fraction of the Hessian's mean diagonal that is added to its diagonal.
         propagation: α of the propagated target in [0, 1]; 0 aims every linear at its own dense weight. None lets
             cross-validation over the samples choose it for every linear.
+        code: a trellis code (`optimum_sab.core.code`) that makes two planes of the first stored base plane, or "none".
+            Needs ``refit``, column feedback, and blocks of a multiple of 128 columns.
 
     Raises:
         ConfigError: a value is out of range; the message names it and the remedy.
@@ -52,6 +56,7 @@ class LayerSettings:
     row_scale: str = "fp8"
     damping: float = 0.1
     propagation: float | None = None
+    code: str = NO_CODE
 
     def __post_init__(self) -> None:
         _integer("block_size", self.block_size, 32, 4096)
@@ -96,11 +101,38 @@ class LayerSettings:
                     f"propagation={self.propagation} must lie in [0, 1]; 0 switches the propagated target off, "
                     "None lets cross-validation choose."
                 )
+        self._check_code()
+
+    def _check_code(self) -> None:
+        code = find_code(self.code)
+        if code is None:
+            return
+        if self.block_size % CODED_COLUMNS:
+            raise ConfigError(
+                f"block_size={self.block_size} must be a multiple of {CODED_COLUMNS} with code={self.code!r}; use 128 "
+                "or 512, or code='none'."
+            )
+        if self.computed_planes > MAX_PLANES:
+            raise ConfigError(
+                f"base_planes={self.base_planes} + residual_planes={self.residual_planes} with code={self.code!r} are "
+                f"{self.computed_planes} planes when computed, more than {MAX_PLANES}; use fewer planes, or code='none'."
+            )
+        if not self.refit or self.feedback != "column":
+            raise ConfigError(
+                f"code={self.code!r} needs refit=True and feedback='column' (now {self.refit} and {self.feedback!r}); "
+                "use code='none' for the lineage's rules."
+            )
 
     @property
     def planes(self) -> int:
-        """Base and residual planes together."""
+        """Stored planes: base and residual planes together."""
         return self.base_planes + self.residual_planes
+
+    @property
+    def computed_planes(self) -> int:
+        """Planes that a product is made of: a coded plane counts as those that are derived of it."""
+        code = find_code(self.code)
+        return self.planes + (len(code.taps) - 1 if code else 0)
 
     def salient_columns(self, width: int) -> int:
         """Number of salient columns in a block that is ``width`` columns wide (the last one may be narrower)."""

@@ -7,15 +7,18 @@ the weights silently.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.planes import block_bounds
 from optimum_sab.core.settings import LayerSettings
 
-FORMAT_VERSION = 1
-STORED_SETTINGS = ("block_size", "base_planes", "residual_planes", "salient_fraction", "row_scale")  # shapes follow
+FORMAT_VERSIONS = (1, 2)  # that are read; 2 is 1 with coded planes, and written where there are any
+STORED_SETTINGS = ("block_size", "base_planes", "residual_planes", "salient_fraction", "row_scale", "code")
+"""What a reader has to know of a layer: shapes follow from the first five, and what its bits mean from the last."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class TensorSpec:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def format_version(codes: Iterable[object]) -> int:
+    """The version in which layers with these codes are stored."""
+    return 1 if all(code == NO_CODE for code in codes) else 2
 
 
 def salient_per_block(in_features: int, settings: LayerSettings) -> list[int]:
@@ -35,6 +43,7 @@ def tensor_specs(out_features: int, in_features: int, settings: LayerSettings) -
     """The stored tensors of a layer, bias aside.
 
     - ``weight`` int32 [base_planes, out, ⌈in/32⌉]: base signs, bit i of word w is column ``32 w + i``, 1 is +1.
+      With a code, the first plane holds the bits that planes are derived of (core/code.py).
       It keeps this name, and a rank that no dense weight has, so that a reader without the plugin stops with a
       size mismatch.
     - ``residual_sign`` uint8 [residual_planes, out, ⌈salient/8⌉]: signs of the salient columns, ascending.

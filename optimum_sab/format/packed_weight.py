@@ -43,19 +43,19 @@ class PackedWeight:
                 the salient columns are not the number per block that the settings say.
         """
         width = planes.in_features
-        shape = (planes.base_sign.shape[0], planes.residual_sign.shape[0], planes.block_size)
-        if shape != (settings.base_planes, settings.residual_planes, settings.block_size):
+        found = (planes.base_sign.shape[0], planes.residual_sign.shape[0], planes.block_size, planes.code)
+        wanted = (settings.base_planes, settings.residual_planes, settings.block_size, settings.code)
+        if found != wanted:
             raise FormatError(
-                f"base planes, residual planes and block size are {shape}, the settings ask for "
-                f"{(settings.base_planes, settings.residual_planes, settings.block_size)}."
+                f"base planes, residual planes, block size and code are {found}, the settings ask for {wanted}."
             )
         tensors = {"weight": pack_bits(planes.base_sign, 4).view(torch.int32)}
         if settings.residual_planes:
             block = planes.residual_index // settings.block_size
             expected = salient_per_block(width, settings)
-            found = torch.bincount(block, minlength=len(expected)).tolist()
-            if found != expected:
-                raise FormatError(f"salient columns per block are {found}, the settings ask for {expected}.")
+            counts = torch.bincount(block, minlength=len(expected)).tolist()
+            if counts != expected:
+                raise FormatError(f"salient columns per block are {counts}, the settings ask for {expected}.")
             offset = planes.residual_index - block * settings.block_size
             tensors["residual_sign"] = pack_bits(planes.residual_sign)
             tensors["residual_index"] = offset.to(torch.uint8 if settings.block_size <= 256 else torch.int16)
@@ -69,12 +69,12 @@ class PackedWeight:
             tensors["row_scale"] = planes.row_scale.half().view(torch.int16)
         tensors["col_scale"] = planes.column_scale.half().view(torch.int16)
         packed = cls({name: t.contiguous() for name, t in tensors.items()}, planes.out_features, width, settings)
-        for name, stored, wanted in (
+        for name, stored, given in (
             ("row", packed.row_scale(), planes.row_scale),
             ("column", packed.column_scale(), planes.column_scale),
         ):
-            if not torch.equal(stored, wanted):
-                worst = float((stored - wanted).abs().max())
+            if not torch.equal(stored, given):
+                worst = float((stored - given).abs().max())
                 raise FormatError(
                     f"a {name} scale is not representable in its stored type (off by {worst:g}); round the scales "
                     "before packing."
@@ -122,6 +122,7 @@ class PackedWeight:
             row_scale=self.row_scale(),
             column_scale=self.column_scale(),
             block_size=self.settings.block_size,
+            code=self.settings.code,
         )
 
     def dequantize(self) -> Tensor:

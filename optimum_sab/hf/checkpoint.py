@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.errors import FormatError
 from optimum_sab.format.layout import STORED_SETTINGS, tensor_specs
 from optimum_sab.hf.stored_files import StoredFile, StoredTensor
@@ -107,10 +108,10 @@ def _refuse_packed_elsewhere(
 def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | None) -> None:
     """Two block sizes or shares of salient columns may have the same shapes, and other weights."""
     for setting in STORED_SETTINGS if saved is not None else ():
-        given = getattr(layer.settings, setting)
-        if saved is not None and saved.get(setting) != given:
+        given, default = getattr(layer.settings, setting), NO_CODE if setting == "code" else None
+        if saved is not None and saved.get(setting, default) != given:
             raise FormatError(
-                f"{name}: was saved with {setting}={saved.get(setting)!r}, and config.json says {given!r}; it was "
+                f"{name}: was saved with {setting}={saved.get(setting, default)!r}, and config.json says {given!r}; it was "
                 "changed since, fetch it again."
             )
 

@@ -17,7 +17,8 @@ from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.data.named_source import recorded_source
 from optimum_sab.errors import ConfigError, FormatVersionError
-from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.format.layout import FORMAT_VERSIONS
+from optimum_sab.format.layout import format_version as version_of
 from optimum_sab.hf.config_types import check_types
 from optimum_sab.hf.replay import replayed
 from optimum_sab.hf.verification import VERIFY
@@ -36,7 +37,7 @@ _ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it
 class SABConfig(QuantizationConfigMixin):
     """Settings for binarizing a model, and the record stored with a packed checkpoint.
 
-    The first twelve are the settings of a layer; see `optimum_sab.core.settings.LayerSettings` for their meaning.
+    The first thirteen are the settings of a layer; see `optimum_sab.core.settings.LayerSettings` for their meaning.
     The defaults are the default preset: one base plane, a residual plane on 3/16 of the columns, fp8 row scales.
 
     Args:
@@ -79,7 +80,7 @@ class SABConfig(QuantizationConfigMixin):
             May be given when a packed checkpoint is loaded. Not stored.
         verify: whether loading compares packed layers with the digests they were saved with; "all" compares everything
             else too. Not stored.
-        format_version: of the packed tensors; written by `save_pretrained`.
+        format_version: of the packed tensors; follows from the codes, and is written by `save_pretrained`.
         measured: what was measured when the checkpoint was made; written by the quantizer.
 
     Raises:
@@ -101,6 +102,7 @@ class SABConfig(QuantizationConfigMixin):
         row_scale: str = LayerSettings.row_scale,
         damping: float = LayerSettings.damping,
         propagation: float | None = LayerSettings.propagation,
+        code: str = LayerSettings.code,
         allocation: str = RunSettings.allocation,
         target_bits: float | None = RunSettings.target_bits,
         modules_to_not_convert: Sequence[str] | None = None,
@@ -122,7 +124,7 @@ class SABConfig(QuantizationConfigMixin):
         dequantize: bool = False,
         backend: str | None = RunSettings.backend,
         verify: bool | str = True,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         measured: dict[str, Any] | None = None,
         quant_method: str = QUANT_METHOD,
         **unknown: Any,
@@ -157,6 +159,7 @@ class SABConfig(QuantizationConfigMixin):
         self.row_scale = row_scale
         self.damping = damping
         self.propagation = propagation
+        self.code = code
         self.allocation = allocation
         self.target_bits = target_bits
         self.modules_to_not_convert = list(modules_to_not_convert or [])
@@ -178,7 +181,7 @@ class SABConfig(QuantizationConfigMixin):
         self.dequantize = dequantize
         self.backend = backend
         self.verify = verify
-        self.format_version = format_version
+        self.format_version = self._version() if format_version is None else format_version
         self.measured = measured
         self._call_settings: tuple[str, ...] = ()  # those that `from_dict` found in its dictionary
         self.validate()
@@ -234,13 +237,15 @@ class SABConfig(QuantizationConfigMixin):
 
     def validate(self) -> None:
         """Check every value; raises as the class says."""
-        if self.format_version != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"format_version={self.format_version!r} cannot be read; this release reads {FORMAT_VERSION}. Upgrade "
-                "optimum-sab, or quantize the model again."
-            )
+        _check_version(self.format_version)
         check_rules(self.modules_to_not_convert, self.dynamic)
         check_values(vars(self))
+        if self.format_version != self._version():
+            raise FormatVersionError(
+                f"format_version={self.format_version} does not fit the settings: version 1 has no codes, and version 2 "
+                f"is written only where there are some. With these it is {self._version()}; config.json was changed "
+                "since it was written, fetch it again."
+            )
         if not isinstance(self.dequantize, bool):
             raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
         if self.progress not in PROGRESS:
@@ -248,11 +253,15 @@ class SABConfig(QuantizationConfigMixin):
         if self.verify not in VERIFY or not isinstance(self.verify, (bool, str)):
             raise ConfigError(f"verify={self.verify!r} must be true, false or 'all'.")
 
+    def _version(self) -> int:
+        return version_of([self.code, *(changes.get("code", self.code) for changes in self.dynamic.values())])
+
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a dictionary such as config.json's ``quantization_config``; unknown keys raise `ConfigError`."""
         own = {k: kwargs.pop(k) for k in list(kwargs) if k in _PARAMETERS}
         state = {**config_dict, **own}
+        _check_version(state.get("format_version"))  # a later version may have settings that are unknown here
         unknown = next((name for name in state if name not in _PARAMETERS), None)
         if unknown is not None:
             raise _unknown(unknown)
@@ -363,6 +372,16 @@ def _listed(rules: Any) -> Any:
     if isinstance(rules, str):
         raise ConfigError(f"modules_to_not_convert={rules!r} must be a list; write [{rules!r}].")
     return rules
+
+
+def _check_version(version: object) -> None:
+    if version is None or (isinstance(version, int) and version in FORMAT_VERSIONS):
+        return
+    if isinstance(version, int) and not isinstance(version, bool):
+        raise FormatVersionError(
+            f"format_version={version!r} cannot be read; this release reads {' and '.join(map(str, FORMAT_VERSIONS))}. "
+            "Upgrade optimum-sab, or quantize the model again."
+        )
 
 
 def _unknown(name: str) -> ConfigError:

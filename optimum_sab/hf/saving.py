@@ -12,12 +12,13 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import modeling_utils
 
+from optimum_sab.core.code import NO_CODE
+from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.digest import digest
 from optimum_sab.format.layout import STORED_SETTINGS
@@ -87,11 +88,17 @@ def describe_save(model: nn.Module) -> dict[str, str]:
     """
     lists = find_decoder_blocks(model).lists
     layers = {
-        lists.short(name): {key: asdict(module.settings)[key] for key in STORED_SETTINGS}
+        lists.short(name): _stored_settings(module.settings)
         for name, module in model.named_modules()
         if isinstance(module, SABLinear)
     }
     return {SAVE_KEY: _identity(model), LAYERS_KEY: json.dumps(layers)}
+
+
+def _stored_settings(settings: LayerSettings) -> dict[str, object]:
+    """As version 1 has them, where there is no code."""
+    stored = {key: getattr(settings, key) for key in STORED_SETTINGS}
+    return {key: value for key, value in stored.items() if (key, value) != ("code", NO_CODE)}
 
 
 def _identity(model: nn.Module) -> str:

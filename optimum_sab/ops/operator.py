@@ -25,7 +25,7 @@ from optimum_sab.ops.shape import LayerShape
 
 _WEIGHT = (
     "Tensor[] tensors, str layout, str? backend, int out_features, int in_features, int block_size, int base_planes, "
-    "int residual_planes, float salient_fraction, str row_scale"
+    "int residual_planes, float salient_fraction, str row_scale, str code"
 )
 _library = torch.library.Library("optimum_sab", "DEF")
 _library.define(f"binary_linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
+from optimum_sab.core.code import find_code
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.layout import salient_per_block, tensor_specs
 
@@ -19,7 +20,7 @@ class LayerShape(NamedTuple):
     Attributes:
         out_features: rows of the weight.
         in_features: columns of the weight.
-        block_size, base_planes, residual_planes, salient_fraction, row_scale: as in `LayerSettings`.
+        block_size, base_planes, residual_planes, salient_fraction, row_scale, code: as in `LayerSettings`.
     """
 
     out_features: int
@@ -29,6 +30,7 @@ class LayerShape(NamedTuple):
     residual_planes: int
     salient_fraction: float
     row_scale: str
+    code: str
 
     @classmethod
     def of(cls, out_features: int, in_features: int, settings: LayerSettings) -> LayerShape:
@@ -41,6 +43,7 @@ class LayerShape(NamedTuple):
             settings.residual_planes,
             float(settings.salient_fraction),
             settings.row_scale,
+            settings.code,
         )
 
     @property
@@ -60,14 +63,15 @@ class LayerShape(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _settings(storage: tuple[int, int, int, float, str]) -> LayerSettings:
-    block_size, base_planes, residual_planes, salient_fraction, row_scale = storage
+def _settings(storage: tuple[int, int, int, float, str, str]) -> LayerSettings:
+    block_size, base_planes, residual_planes, salient_fraction, row_scale, code = storage
     return LayerSettings(
         block_size=block_size,
         base_planes=base_planes,
         residual_planes=residual_planes,
         salient_fraction=salient_fraction,
         row_scale=row_scale,
+        code=code,
     )
 
 
@@ -80,6 +84,7 @@ def _names(shape: LayerShape) -> tuple[str, ...]:
 def _geometry(shape: LayerShape) -> Geometry:
     from sab_kernels import Geometry
 
+    code = find_code(shape.code)
     counts = salient_per_block(shape.in_features, shape.settings)
     return Geometry(
         rows=shape.out_features,
@@ -90,4 +95,5 @@ def _geometry(shape: LayerShape) -> Geometry:
         salient=counts[0],
         salient_last=counts[-1],
         fp8=shape.row_scale == "fp8",
+        code=() if code is None else code.taps,
     )

@@ -27,6 +27,8 @@ class Geometry:
         salient: number of salient columns in a full block; 0 without residual planes.
         salient_last: the same in the last block, which may be narrower.
         fp8: whether row scales are e4m3 bits with a power of two per row, or fp16 bits.
+        code: generators of the planes that are derived of the first base plane, ``P_q[j] = xor of u[j − k] over the
+            bits k of code[q]``, the q-th with 2^−q of its row scale; empty where it is a plane like others.
     """
 
     rows: int
@@ -37,6 +39,7 @@ class Geometry:
     salient: int
     salient_last: int
     fp8: bool
+    code: tuple[int, ...] = ()
 
     @property
     def planes(self) -> int:

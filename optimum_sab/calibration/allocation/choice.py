@@ -42,7 +42,12 @@ class Allocation:
             selection: all linears that will be binarized.
         """
         keys = rules_for(list(self.settings), list(selection.settings), selection.lists)
-        return {keys[name]: {each: getattr(own, each) for each in PLANES} for name, own in self.settings.items()}
+        asked = selection.settings
+        return {
+            keys[name]: {each: getattr(own, each) for each in PLANES}
+            | ({} if own.code == asked[name].code else {"code": own.code})
+            for name, own in self.settings.items()
+        }
 
 
 def allocate(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
-from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.code import NO_CODE, find_code
+from optimum_sab.core.settings import MAX_PLANES, LayerSettings
 
 PLANES = ("base_planes", "residual_planes", "salient_fraction")  # what is chosen
 FRACTIONS = (0.0, 0.03125, 0.0625, 0.09375, 0.125, 0.1875, 0.25, 0.375, 0.5, 0.75)
@@ -16,14 +18,26 @@ ANCHORS = ((1, 0.0), (1, ANCHOR_FRACTION), (2, 0.0), (2, ANCHOR_FRACTION))
 
 
 def ladder_of(settings: LayerSettings) -> dict[tuple[int, float], LayerSettings]:
-    """The levels a linear with these settings can choose from, by base planes and share of columns."""
+    """The levels a linear with these settings can choose from, by base planes and share of columns.
+
+    Without the code where there would be too many planes with it.
+    """
     steps = {}
     for base, fraction in LADDER:
         if round(fraction * settings.block_size) < 1:
-            steps[base, 0.0] = settings.replace(base_planes=base, residual_planes=0)
+            steps[base, 0.0] = with_planes(settings, base_planes=base, residual_planes=0)
         else:
-            steps[base, fraction] = settings.replace(base_planes=base, residual_planes=1, salient_fraction=fraction)
+            steps[base, fraction] = with_planes(
+                settings, base_planes=base, residual_planes=1, salient_fraction=fraction
+            )
     return steps
+
+
+def with_planes(settings: LayerSettings, **planes: Any) -> LayerSettings:
+    """These settings with other planes, and without their code where it leaves no room for those."""
+    plain = settings.replace(code=NO_CODE, **planes)
+    code = find_code(settings.code)
+    return plain if code is None or plain.planes + len(code.taps) - 1 > MAX_PLANES else plain.replace(code=code.name)
 
 
 def expected_error(anchors: Mapping[tuple[int, float], float], step: tuple[int, float]) -> float:

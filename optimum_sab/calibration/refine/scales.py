@@ -95,7 +95,7 @@ class _RoundColumns(torch.autograd.Function):
 
 
 class _PlaneWeight(torch.autograd.Function):
-    """``W[i,j] = c[j] · Σ_p a[p,k,i] B[p,i,j]`` with gradients to a and c.
+    """``W[i,j] = c[j] · Σ_p a[p,k,i] B[p,i,j]`` with gradients to a and c; of a coded plane B is what it stands for.
 
     With ``G = ∂L/∂W``: ``∂L/∂a[p,k,i] = Σ_{j in block k} G[i,j] c[j] B[p,i,j]`` and
     ``∂L/∂c[j] = Σ_i G[i,j] Σ_p a[p,k,i] B[p,i,j]``. Autograd's own way would keep a dense tensor per plane.
@@ -114,7 +114,13 @@ class _PlaneWeight(torch.autograd.Function):
         planes: BinaryPlanes = ctx.signs.unpack()
         size, blocks = planes.block_size, len(block_bounds(planes.in_features, planes.block_size))
         pull = grads[0] * column
-        per_row = [block_sums(torch.where(sign, pull, -pull), size) for sign in planes.base_sign]
+        per_row = [
+            sum(
+                (part * block_sums(torch.where(sign, pull, -pull), size) for sign, part in parts),
+                start=pull.new_zeros(1),
+            )
+            for parts in planes.derived()
+        ]
         if planes.residual_sign.shape[0]:
             narrow = pull[:, planes.residual_index]
             block = planes.residual_index // size

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.options import RunOptions
-from optimum_sab.format.layout import FORMAT_VERSION
+from optimum_sab.format.layout import FORMAT_VERSIONS
 from optimum_sab.nn.selection import Selection
 from optimum_sab.version import __version__
 
@@ -40,7 +40,7 @@ def fingerprint(
     return {
         "release": __version__,
         "torch": torch.__version__,
-        "format_version": FORMAT_VERSION,
+        "format_version": max(FORMAT_VERSIONS),
         "model": weights.hexdigest(),
         "samples": data.hexdigest(),
         "calibration_pass": options.calibration_pass,

@@ -10,6 +10,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.sizes import BIAS, LinearSizes, Sizes
 from optimum_sab.calibration.stage import Stage
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.nn.linear import SABLinear
 
 
@@ -41,9 +42,10 @@ class MeasureSizes(Stage):
 
 def _planes_of(layer: SABLinear) -> str:
     own = layer.settings
+    base = f"{own.base_planes}" if own.code == NO_CODE else f"{own.base_planes} ({own.code})"
     if not own.residual_planes:
-        return f"{own.base_planes}"
-    return f"{own.base_planes} + {own.residual_planes} on {100 * own.salient_fraction:.4g} %"
+        return base
+    return f"{base} + {own.residual_planes} on {100 * own.salient_fraction:.4g} %"
 
 
 def _dense(run: Run, packed: set[int]) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from optimum_sab.eval.coded.code import find_code
+from optimum_sab.core.code import find_code
 from optimum_sab.eval.coded.search import Levels, search_bits
 
 ROUNDS = 8

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.eval.coded.code import Code
+from optimum_sab.core.code import Code
 from optimum_sab.eval.coded.library import load_search
 
 if TYPE_CHECKING:

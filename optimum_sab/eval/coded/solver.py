@@ -14,7 +14,7 @@ from optimum_sab.core.settings import MAX_PLANES, LayerSettings
 from optimum_sab.core.solver import Solution, output_error, solve
 from optimum_sab.core.target import target_of
 from optimum_sab.errors import ConfigError
-from optimum_sab.eval.coded.code import Code, find_code
+from optimum_sab.core.code import Code, find_code
 from optimum_sab.eval.coded.fit import CodedFit, descend, encode, refit_columns, refit_rows
 from optimum_sab.format.layout import stored_bits_per_weight
 
