@@ -115,7 +115,7 @@ class LayerSettings:
         if self.computed_planes > MAX_PLANES:
             raise ConfigError(
                 f"base_planes={self.base_planes} + residual_planes={self.residual_planes} with code={self.code!r} are "
-                f"{self.computed_planes} planes when computed, more than {MAX_PLANES}; use fewer planes, or code='none'."
+                f"{self.computed_planes} planes to compute with, more than {MAX_PLANES}; use fewer, or code='none'."
             )
         if not self.refit or self.feedback != "column":
             raise ConfigError(

@@ -111,8 +111,8 @@ def _check_settings(name: str, layer: SABLinear, saved: Mapping[str, object] | N
         given, default = getattr(layer.settings, setting), NO_CODE if setting == "code" else None
         if saved is not None and saved.get(setting, default) != given:
             raise FormatError(
-                f"{name}: was saved with {setting}={saved.get(setting, default)!r}, and config.json says {given!r}; it was "
-                "changed since, fetch it again."
+                f"{name}: was saved with {setting}={saved.get(setting, default)!r}, and config.json says {given!r}; it "
+                "was changed since, fetch it again."
             )
 
 

@@ -242,9 +242,9 @@ class SABConfig(QuantizationConfigMixin):
         check_values(vars(self))
         if self.format_version != self._version():
             raise FormatVersionError(
-                f"format_version={self.format_version} does not fit the settings: version 1 has no codes, and version 2 "
-                f"is written only where there are some. With these it is {self._version()}; config.json was changed "
-                "since it was written, fetch it again."
+                f"format_version={self.format_version} does not fit the settings, with which it is {self._version()}: "
+                "version 1 has no codes, and version 2 is written only where there are some. config.json was changed "
+                "since it was written; fetch it again."
             )
         if not isinstance(self.dequantize, bool):
             raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")

@@ -31,6 +31,8 @@ _PAIR = 0x00010001  # one bit in either half of a word
 
 def to_kernel_layout(stored: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
     """The stored tensors of one layer (docs/format.md) in the layout the kernels read, on the same device."""
+    if geometry.code:
+        raise NotImplementedError("the kernels do not compute with codes.")
     tensors = {"weight": _tile_words(_padded_words(stored["weight"], geometry), geometry.row_tiles)}
     if geometry.residual_planes:
         place = _slot_places(geometry, stored["weight"].device)

@@ -114,13 +114,12 @@ class _PlaneWeight(torch.autograd.Function):
         planes: BinaryPlanes = ctx.signs.unpack()
         size, blocks = planes.block_size, len(block_bounds(planes.in_features, planes.block_size))
         pull = grads[0] * column
-        per_row = [
-            sum(
-                (part * block_sums(torch.where(sign, pull, -pull), size) for sign, part in parts),
-                start=pull.new_zeros(1),
-            )
-            for parts in planes.derived()
-        ]
+        per_row = []
+        for parts in planes.derived():
+            sums = pull.new_zeros(pull.shape[0], blocks)
+            for sign, part in parts:
+                sums += part * block_sums(torch.where(sign, pull, -pull), size)
+            per_row.append(sums)
         if planes.residual_sign.shape[0]:
             narrow = pull[:, planes.residual_index]
             block = planes.residual_index // size

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.code import Code
 from optimum_sab.core.planes import BinaryPlanes, WeightFit
 from optimum_sab.core.refit import RIDGE, refit_row_scale
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.code import Code
 from optimum_sab.eval.coded.search import Ends, Levels, search_bits
 
 if TYPE_CHECKING:

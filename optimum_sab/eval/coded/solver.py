@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.code import Code, find_code
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics
 from optimum_sab.core.planes import BinaryPlanes, block_bounds
 from optimum_sab.core.row_scale import round_row_scale
@@ -14,7 +15,6 @@ from optimum_sab.core.settings import MAX_PLANES, LayerSettings
 from optimum_sab.core.solver import Solution, output_error, solve
 from optimum_sab.core.target import target_of
 from optimum_sab.errors import ConfigError
-from optimum_sab.core.code import Code, find_code
 from optimum_sab.eval.coded.fit import CodedFit, descend, encode, refit_columns, refit_rows
 from optimum_sab.format.layout import stored_bits_per_weight
 

@@ -10,7 +10,8 @@ from operator import attrgetter
 
 from torch import Tensor
 
-from optimum_sab.errors import FormatError
+from optimum_sab.core.code import NO_CODE
+from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.format.layout import TensorSpec, salient_per_block, tensor_specs
 from optimum_sab.ops.shape import LayerShape
 
@@ -41,6 +42,8 @@ class _Layout:
 
 @lru_cache(maxsize=1024)
 def _layout(shape: LayerShape) -> _Layout:
+    if shape.code != NO_CODE:
+        raise ConfigError(f"the CPU kernel does not compute with code={shape.code!r}; use the reference.")
     salient = salient_per_block(shape.in_features, shape.settings)
     layer = Layer(
         rows=shape.out_features,
