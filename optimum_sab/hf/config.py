@@ -80,7 +80,7 @@ class SABConfig(QuantizationConfigMixin):
             May be given when a packed checkpoint is loaded. Not stored.
         verify: whether loading compares packed layers with the digests they were saved with; "all" compares everything
             else too. Not stored.
-        format_version: of the packed tensors; follows from the codes, and is written by `save_pretrained`.
+        format_version: of a stored configuration; None where it is not stored. It follows from the codes.
         measured: what was measured when the checkpoint was made; written by the quantizer.
 
     Raises:
@@ -137,7 +137,7 @@ class SABConfig(QuantizationConfigMixin):
             )
         check_types(
             {
-                "format_version": format_version,
+                **({} if format_version is None else {"format_version": format_version}),
                 "modules_to_not_convert": _listed(modules_to_not_convert),
                 "dynamic": dynamic,
                 "calibration": calibration,
@@ -181,10 +181,11 @@ class SABConfig(QuantizationConfigMixin):
         self.dequantize = dequantize
         self.backend = backend
         self.verify = verify
-        self.format_version = self._version() if format_version is None else format_version
         self.measured = measured
         self._call_settings: tuple[str, ...] = ()  # those that `from_dict` found in its dictionary
         self.validate()
+        if format_version is not None:
+            self._check_version(format_version)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> SABConfig:
@@ -237,15 +238,8 @@ class SABConfig(QuantizationConfigMixin):
 
     def validate(self) -> None:
         """Check every value; raises as the class says."""
-        _check_version(self.format_version)
         check_rules(self.modules_to_not_convert, self.dynamic)
         check_values(vars(self))
-        if self.format_version != self._version():
-            raise FormatVersionError(
-                f"format_version={self.format_version} does not fit the settings, with which it is {self._version()}: "
-                "version 1 has no codes, and version 2 is written only where there are some. config.json was changed "
-                "since it was written; fetch it again."
-            )
         if not isinstance(self.dequantize, bool):
             raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
         if self.progress not in PROGRESS:
@@ -253,15 +247,27 @@ class SABConfig(QuantizationConfigMixin):
         if self.verify not in VERIFY or not isinstance(self.verify, (bool, str)):
             raise ConfigError(f"verify={self.verify!r} must be true, false or 'all'.")
 
-    def _version(self) -> int:
+    @property
+    def format_version(self) -> int:
+        """The version in which these settings are stored."""
         return version_of([self.code, *(changes.get("code", self.code) for changes in self.dynamic.values())])
+
+    def _check_version(self, given: int) -> None:
+        _check_readable(given)
+        if given != self.format_version:
+            raise FormatVersionError(
+                f"format_version={given} does not fit the settings, with which it is {self.format_version}: version 1 has "
+                "no codes, and version 2 is written only where there are some. config.json was changed since it was "
+                "written; fetch it again."
+            )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """From a dictionary such as config.json's ``quantization_config``; unknown keys raise `ConfigError`."""
         own = {k: kwargs.pop(k) for k in list(kwargs) if k in _PARAMETERS}
         state = {**config_dict, **own}
-        _check_version(state.get("format_version"))  # a later version may have settings that are unknown here
+        check_types({name: state[name] for name in ("format_version",) if name in state})
+        _check_readable(state.get("format_version", 1))  # first: a later version may have settings unknown here
         unknown = next((name for name in state if name not in _PARAMETERS), None)
         if unknown is not None:
             raise _unknown(unknown)
@@ -306,6 +312,7 @@ class SABConfig(QuantizationConfigMixin):
         """
         left_out = (*_TRANSIENT, "calibration", "_call_settings")
         state = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in left_out}
+        state["format_version"] = self.format_version
         state["calibration"] = describe_calibration(self.calibration)
         if list(self.dynamic) != sorted(self.dynamic):
             state["measured"] = {**(state["measured"] or {}), _ORDER: list(self.dynamic)}
@@ -374,10 +381,8 @@ def _listed(rules: Any) -> Any:
     return rules
 
 
-def _check_version(version: object) -> None:
-    if version is None or (isinstance(version, int) and version in FORMAT_VERSIONS):
-        return
-    if isinstance(version, int) and not isinstance(version, bool):
+def _check_readable(version: int) -> None:
+    if version not in FORMAT_VERSIONS:
         raise FormatVersionError(
             f"format_version={version!r} cannot be read; this release reads {' and '.join(map(str, FORMAT_VERSIONS))}. "
             "Upgrade optimum-sab, or quantize the model again."

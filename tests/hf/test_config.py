@@ -130,7 +130,6 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("format_version", "1"),
         ("format_version", True),
         ("format_version", 1.0),
-        ("format_version", None),
         ("format_version", [1]),
         ("verify", 1),
         ("verify", "some"),
@@ -173,6 +172,33 @@ def test_bad_dynamic_rules_are_named():
         SABConfig(dynamic={"layers": {"sweps": 1}})
     with pytest.raises(ConfigError, match="block_size=7"):
         SABConfig(dynamic={"layers": {"block_size": 7}})
+
+
+@pytest.mark.parametrize("stored", [None, "2", 2.0])
+def test_stored_version_is_a_whole_number(stored):
+    with pytest.raises(ConfigError, match="format_version"):
+        SABConfig.from_dict({"quant_method": "sab", "format_version": stored})
+
+
+def test_version_follows_from_codes():
+    assert SABConfig().to_dict()["format_version"] == 1
+    assert SABConfig(code="trellis16").to_dict()["format_version"] == 2
+    assert SABConfig(dynamic={"down": {"code": "trellis16"}}).to_dict()["format_version"] == 2
+    changed = SABConfig()
+    changed.code = "trellis16"
+    changed.validate()
+    assert SABConfig.from_dict(changed.to_diff_dict()).format_version == 2
+
+
+@pytest.mark.parametrize(("version", "settings"), [(1, {"code": "trellis16"}), (2, {}), (2, {"dynamic": {"x": {}}})])
+def test_version_that_does_not_fit_is_refused(version, settings):
+    with pytest.raises(FormatVersionError, match=f"format_version={version} does not fit"):
+        SABConfig.from_dict({"quant_method": "sab", "format_version": version, **settings})
+
+
+def test_later_version_is_named_before_its_settings():
+    with pytest.raises(FormatVersionError, match="format_version=3"):
+        SABConfig.from_dict({"quant_method": "sab", "format_version": 3, "of_later": 1})
 
 
 def test_other_format_version_is_refused():
