@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from optimum_sab.core.descent import SweptBlock, sweep_block
 from optimum_sab.core.feedback import column_feedback
+from optimum_sab.core.trellis import Search, search_bits
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -30,16 +31,18 @@ class Feedback(Protocol):
 
 @dataclass(frozen=True)
 class ColumnLoops:
-    """The two loops of the solver whose steps need those before.
+    """The loops of the solver whose steps need those before.
 
     Attributes:
         feedback: of one block.
         sweep: of the sign descent, of one block.
+        search: of the bits of a coded plane, of any columns; only this one may round otherwise.
     """
 
     feedback: Feedback
     sweep: Callable[[SweptBlock], None]
+    search: Search
 
 
-IN_TORCH = ColumnLoops(column_feedback, sweep_block)
+IN_TORCH = ColumnLoops(column_feedback, sweep_block, search_bits)
 """On any device."""

@@ -60,7 +60,7 @@ def descend_signs(
         hessian: damped H.
         sweep: goes through one block; None for `sweep_block`.
     """
-    value = fit.column_scale * _dense(fit.signs, fit.row_scale, fit.settings.block_size)
+    value = fit.dequantize()
     error = target - value
     for k, (start, end) in enumerate(block_bounds(target.shape[1], fit.settings.block_size)):
         gradient = error @ hessian[:, start:end]
@@ -86,12 +86,3 @@ def sweep_block(block: SweptBlock) -> None:
         if j + 1 < end - start:
             gradient[j + 1 :].addr_(local[j, j + 1 :], change)
     block.error[:, start:end] += (before - current).T
-
-
-def _dense(signs: list[Tensor], row_scale: Tensor, block_size: int) -> Tensor:
-    total = torch.zeros_like(signs[0])
-    width = total.shape[1]
-    for sign, scale in zip(signs, row_scale, strict=True):
-        spread = scale.T.repeat_interleave(block_size, dim=1)[:, :width]
-        total.addcmul_(sign, spread)
-    return total

@@ -137,11 +137,13 @@ class WeightFit:
     """Planes of a whole weight while they are fitted.
 
     Attributes:
-        signs: ±1 fp32 [out, in] of every plane, base planes first; 0 where a residual plane has no column.
+        signs: ±1 fp32 [out, in] of every plane, base planes first; 0 where a residual plane has no column. Of a coded
+            plane ``P_1 + P_2 / 2``.
         salient: bool [in].
         row_scale: a [planes, blocks, out].
         column_scale: c [in].
-        settings: planes and block size.
+        settings: planes, block size and code.
+        stored: bits u of the coded plane, bool [out, in]; None without a code.
     """
 
     signs: list[Float[Tensor, "out in"]]
@@ -149,6 +151,7 @@ class WeightFit:
     row_scale: Float[Tensor, "planes blocks out"]
     column_scale: Float[Tensor, " in"]
     settings: LayerSettings
+    stored: Bool[Tensor, "out in"] | None = None
 
     @classmethod
     def empty(cls, like: Float[Tensor, "out in"], settings: LayerSettings) -> WeightFit:
@@ -162,16 +165,32 @@ class WeightFit:
             settings,
         )
 
+    def values(self) -> Float[Tensor, "out in"]:
+        """The weight they stand for, without column scales."""
+        total = torch.zeros_like(self.signs[0])
+        width = total.shape[1]
+        for sign, scale in zip(self.signs, self.row_scale, strict=True):
+            total.addcmul_(sign, scale.T.repeat_interleave(self.settings.block_size, dim=1)[:, :width])
+        return total
+
+    def dequantize(self) -> Float[Tensor, "out in"]:
+        """The weight they stand for."""
+        return self.column_scale * self.values()
+
     def planes(self) -> BinaryPlanes:
         """What was found, as it is stored."""
+        stored = [sign > 0 for sign in self.signs[: self.settings.base_planes]]
+        if self.stored is not None:
+            stored[0] = self.stored
         columns = self.salient.nonzero()[:, 0]
-        base, residual = self.signs[: self.settings.base_planes], self.signs[self.settings.base_planes :]
-        no_residual = self.salient.new_zeros(0, base[0].shape[0], 0)
+        residual = self.signs[self.settings.base_planes :]
+        no_residual = self.salient.new_zeros(0, stored[0].shape[0], 0)
         return BinaryPlanes(
-            base_sign=torch.stack([s > 0 for s in base]),
+            base_sign=torch.stack(stored),
             residual_sign=torch.stack([s[:, columns] > 0 for s in residual]) if residual else no_residual,
             residual_index=columns,
             row_scale=self.row_scale,
             column_scale=self.column_scale,
             block_size=self.settings.block_size,
+            code=self.settings.code,
         )

@@ -57,6 +57,27 @@ def refit_row_scale(
     return result.view(out, planes, blocks).permute(1, 2, 0).contiguous()
 
 
+def refit_column_scale(
+    values: Float[Tensor, "out in"],
+    column_scale: Float[Tensor, " in"],
+    pull: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+) -> Float[Tensor, " in"]:
+    """Minimise ``Σ_i (t_i − c v_i) H (t_i − c v_i)ᵀ`` over all c together: ``(H ⊙ VᵀV) c = diag(Vᵀ T H)``.
+
+    Args:
+        values: V, the weight without column scales.
+        column_scale: c as it is, to which the ridge draws.
+        pull: ``T H``.
+        hessian: damped H.
+    """
+    gram = (values.T @ values).mul_(hessian)
+    right = (values * pull).sum(0) - gram @ column_scale
+    diagonal = gram.diagonal()
+    diagonal.add_(RIDGE * diagonal + diagonal.max() * 1e-8 + torch.finfo(torch.float32).tiny)
+    return column_scale + torch.linalg.solve(gram, right)
+
+
 def _columns(sign: Tensor, block_size: int) -> list[Tensor | slice]:
     """Of every block, the columns that a plane has; all rows have the same."""
     bounds = block_bounds(sign.shape[1], block_size)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.alternating import fit_block
+from optimum_sab.core.code import NO_CODE
+from optimum_sab.core.coded import START_ITERATIONS, coded_fit
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
 from optimum_sab.core.feedback import block_feedback
@@ -107,6 +109,30 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
             factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
         ]
         significance = significance_map(W, torch.stack(inverse))
+    coded = settings.code != NO_CODE
+    plain = settings.replace(code=NO_CODE, sweeps=0, iterations=min(settings.iterations, START_ITERATIONS))
+    fit = _fit(target, factored, significance, plain if coded else settings, loops)
+    if coded:
+        fit = coded_fit(fit, target, factored, settings, loops.search)
+    planes = fit.planes()
+    with part("errors"):
+        error = output_error(target, planes.dequantize(), statistics.hessian)
+    if not math.isfinite(error):
+        raise NonFiniteError(
+            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
+            f"leave it dense with modules_to_not_convert={[name]!r}."
+        )
+    return Solution(planes, error, significance, alpha)
+
+
+def _fit(
+    target: Tensor,
+    factored: FactoredHessian,
+    significance: Significance | None,
+    settings: LayerSettings,
+    loops: ColumnLoops,
+) -> WeightFit:
+    """Plain planes."""
     fit = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings, loops)
     if settings.refit:
         with part("refit"):
@@ -118,15 +144,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
             with part("refit"):
                 row_scale = refit_row_scale(fit.signs, fit.column_scale, pull, factored.hessian, settings.block_size)
             fit.row_scale = round_row_scale(row_scale, settings.row_scale)
-    planes = fit.planes()
-    with part("errors"):
-        error = output_error(target, planes.dequantize(), statistics.hessian)
-    if not math.isfinite(error):
-        raise NonFiniteError(
-            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
-            f"leave it dense with modules_to_not_convert={[name]!r}."
-        )
-    return Solution(planes, error, significance, alpha)
+    return fit
 
 
 def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> float:

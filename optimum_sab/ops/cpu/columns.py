@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from optimum_sab.core.planes import BlockFit, WeightFit
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn
 from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_library
+from optimum_sab.ops.cpu.trellis import search_on_cpu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +54,7 @@ def column_loops(device: torch.device) -> ColumnLoops:
     if device.type != "cpu":
         return IN_TORCH
     build = _build()
-    return IN_TORCH if build.library is None else ColumnLoops(_feedback, _sweep)
+    return replace(IN_TORCH, search=search_on_cpu) if build.library is None else ColumnLoops(_feedback, _sweep, search_on_cpu)
 
 
 @lru_cache(maxsize=1)

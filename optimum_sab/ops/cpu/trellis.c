@@ -1,4 +1,4 @@
-/* The trellis search of coded planes: one survivor per state, each with its own error feedback (eval/coded/search.py).
+/* The trellis search of coded planes: one survivor per state, each with its own error feedback (core/trellis.py).
 
    Shifting a bit u into a state s of m bits gives the state (s << 1 | u) & (states - 1), so the state n is reached from
    n >> 1 and from (n >> 1) + states / 2: a survivor's choice is one bit, and moving survivors is a shuffle of lanes. */
@@ -24,7 +24,7 @@ EXPORT int sab_path(void) {
 typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef int32_t lanes __attribute__((vector_size(32), aligned(4)));
 
-struct search {
+typedef struct {
     int32_t rows, width, states, blocks, derived, free, capacity, tail;
     const float *lower;   /* [width, width]: U transposed, U'U = H^-1 */
     const float *column;  /* [width] */
@@ -36,9 +36,8 @@ struct search {
     float *rest;          /* [rows, width] */
     float *cost;          /* [rows, states] */
     float *history;       /* [rows, capacity, states]: scaled errors of the columns that are not settled */
-    double *paid;         /* [rows]: costs of what is settled */
     uint64_t *choice;     /* [1 + free, rows, width]: choice, then signs of free planes, a bit for each state */
-};
+} search_t;
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -91,7 +90,7 @@ struct steps {
     int order[PLANES], flipped[PLANES];
 };
 
-static inline struct steps sorted_steps(const struct search *p, int row, int j) {
+static inline struct steps sorted_steps(const search_t *p, int row, int j) {
     struct steps found = {{0}, {0}, {0}};
     for (int f = 0; f < p->count[j]; f++) {
         const float value = p->column[j] * p->scale[((int64_t)(p->derived + f) * p->blocks + p->block[j]) * p->rows + row];
@@ -107,7 +106,7 @@ static inline struct steps sorted_steps(const struct search *p, int row, int j) 
     return found;
 }
 
-static inline __attribute__((always_inline)) void advance(const struct search *p, int row, int first, int count, int held,
+static inline __attribute__((always_inline)) void advance(const search_t *p, int row, int first, int count, int held,
                                                           const int vectors) {
     vec cost[MOST];
     lanes second[MOST];
@@ -188,7 +187,8 @@ static inline __attribute__((always_inline)) void advance(const struct search *p
 }
 
 /* Take all rows through `count` columns from `first` on; the errors of `held` columns before it are kept. */
-EXPORT void coded_advance(const struct search *p, int first, int count, int held) {
+EXPORT void sab_trellis_advance(const search_t *p, int first, int count, int held, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int row = 0; row < p->rows; row++) {
         if (p->states == 8) advance(p, row, first, count, held, 1);
         else if (p->states == 16) advance(p, row, first, count, held, 2);
@@ -197,7 +197,7 @@ EXPORT void coded_advance(const struct search *p, int first, int count, int held
     }
 }
 
-static int best(const struct search *p, int row) {
+static int best(const search_t *p, int row) {
     const float *cost = p->cost + (int64_t)row * p->states;
     int found = 0;
     for (int s = 1; s < p->states; s++)
@@ -205,13 +205,14 @@ static int best(const struct search *p, int row) {
     return found;
 }
 
-static int before(const struct search *p, int row, int column, int state) {
+static int before(const search_t *p, int row, int column, int state) {
     const uint64_t choice = p->choice[(int64_t)row * p->width + column];
     return (state >> 1) + ((choice >> state & 1) ? p->states / 2 : 0);
 }
 
 /* Settle the first `count` of the `held` columns before `next`: survivors that disagree with the best are dropped. */
-EXPORT void coded_settle(const struct search *p, int next, int held, int count, float *errors) {
+EXPORT void sab_trellis_settle(const search_t *p, int next, int held, int count, float *errors, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int row = 0; row < p->rows; row++) {
         float *cost = p->cost + (int64_t)row * p->states, *history = p->history + (int64_t)row * p->capacity * p->states;
         const int found = best(p, row);
@@ -223,19 +224,18 @@ EXPORT void coded_settle(const struct search *p, int next, int held, int count, 
             if (s < 0) wanted = state;
             else cost[s] = state == wanted && cost[s] < LOST / 2 ? cost[s] - least : LOST;
         }
-        p->paid[row] += least;
-        for (int k = 0; k < count; k++) errors[(int64_t)row * count + k] = history[(int64_t)k * p->states + found];
+            for (int k = 0; k < count; k++) errors[(int64_t)row * count + k] = history[(int64_t)k * p->states + found];
         memmove(history, history + (int64_t)count * p->states, sizeof(float) * (held - count) * p->states);
     }
 }
 
-/* The stored bits [rows, width] of the best path, whose cost is added to what is paid: bit 0 is u, bit 1 + f the sign
+/* The stored bits [rows, width] of the best path, bit 0 is u, bit 1 + f the sign
    of free plane f. */
-EXPORT void coded_trace(const struct search *p, uint8_t *bits) {
+EXPORT void sab_trellis_trace(const search_t *p, uint8_t *bits, int threads) {
     const int64_t plane = (int64_t)p->rows * p->width;
+#pragma omp parallel for schedule(static) num_threads(threads)
     for (int row = 0; row < p->rows; row++) {
         int state = best(p, row);
-        p->paid[row] += p->cost[(int64_t)row * p->states + state];
         for (int j = p->width - 1; j >= 0; j--) {
             const int64_t place = (int64_t)row * p->width + j;
             int value = state & 1;
