@@ -73,7 +73,6 @@ setup(
         "optimum_sab": ["py.typed"],
         "sab_kernels": ["configs/*.json"],
         "optimum_sab.data": ["*.txt"],
-        "optimum_sab.eval.coded": ["*.c"],
         "optimum_sab.eval.reader": ["*.safetensors"],
         "optimum_sab.example": ["checkpoint/*"],
         "optimum_sab.ops.cpu": ["*.c", "*.h"],

@@ -39,8 +39,8 @@ def coded_fit(
 ) -> WeightFit:
     """The same columns and scales, with the first base plane coded, and all bits searched.
 
-    One search of all bits, and windows searched anew as long as that pays, each followed by refits of column scales (but
-    for the first time) and row scales under the full Hessian.
+    One search of all bits, and windows searched anew as long as that pays, each followed by refits of column scales
+    (but for the first time) and row scales under the full Hessian.
 
     Args:
         plain: a fit of plain planes, row scales refitted.
@@ -102,7 +102,9 @@ def _begin(plain: WeightFit, settings: LayerSettings) -> WeightFit:
     if base == 1:
         scale = torch.cat([scale[:1] * ALONE, scale[1:] * RESIDUAL_ALONE])
     else:
-        scale = torch.cat([scale[:1] * BEHIND, scale[:1], scale[1 : base - 1] * FURTHER, scale[base:] * RESIDUAL_BEHIND])
+        scale = torch.cat(
+            [scale[:1] * BEHIND, scale[:1], scale[1 : base - 1] * FURTHER, scale[base:] * RESIDUAL_BEHIND]
+        )
     signs = [torch.zeros_like(sign) for sign in plain.signs]
     stored = torch.zeros_like(plain.signs[0], dtype=torch.bool)
     scale = round_row_scale(scale, settings.row_scale)
@@ -155,9 +157,7 @@ def _free_planes(fit: WeightFit, bits: Tensor, columns: slice) -> list[Tensor]:
     return found
 
 
-def _search_windows(
-    fit: WeightFit, code: Code, target: Tensor, hessian: Tensor, first: int, search: Search
-) -> None:
+def _search_windows(fit: WeightFit, code: Code, target: Tensor, hessian: Tensor, first: int, search: Search) -> None:
     """Search window after window anew, all other bits as they are; a row takes what lowers its error, so none rises.
 
     With error E outside, the window's columns aim at ``q + E H[:, w] H[w, w]⁻¹``, which is exact for any bits inside.

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from optimum_sab.core.feedback import LevelPicker
 from optimum_sab.core.planes import WeightFit, block_bounds
 

@@ -108,8 +108,8 @@ def search_bits(
     """Bits that make ``(t − q) H (t − q)ᵀ`` of every row small, with one survivor per state of the code.
 
     A survivor that takes the value v at column j has the error ``e = (t_j − Σ_{i<j} e_i U_ij − v) / U_jj``, and pays
-    ``e²``; with free planes it takes the nearest of their levels. Beyond `AT_ONCE` columns the oldest `STRIDE` are settled
-    by the best survivor, and those that differ from it there are dropped, so the errors held have a bound.
+    ``e²``; with free planes it takes the nearest of their levels. Beyond `AT_ONCE` columns the oldest `STRIDE` are
+    settled by the best survivor, and those that differ from it there are dropped, so the errors held have a bound.
 
     Args:
         target: T.
@@ -132,9 +132,7 @@ def search_bits(
 class _Paths:
     """Survivors of some rows."""
 
-    def __init__(
-        self, target: Tensor, inverse_factor: Tensor, levels: Levels, code: Code, ends: Ends
-    ) -> None:
+    def __init__(self, target: Tensor, inverse_factor: Tensor, levels: Levels, code: Code, ends: Ends) -> None:
         rows, width = target.shape
         self._rest, self._factor, self._levels, self._ends = target.clone(), inverse_factor, levels, ends
         self._block, self._free = levels.block.tolist(), levels.free.tolist()

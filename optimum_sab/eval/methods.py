@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.eval import weightings as weightings  # registers calibration passes to compare with
 from optimum_sab.eval.baselines import BASELINES, Baseline
-from optimum_sab.eval.coded.solver import Coding
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.presets import PRESETS
 
 DENSE = "dense"
-CODED = {"coded": "default", "coded-two-bit": "two-bit"}  # simulated with the settings of these presets
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,6 @@ class Method:
         settings: of `SABConfig`, for ours; None for a baseline.
         preset: the preset the settings start from.
         baseline: the function, for a baseline.
-        coding: how planes are coded, where coded planes are simulated.
     """
 
     name: str
@@ -35,7 +32,6 @@ class Method:
     preset: str | None = None
     settings: dict[str, Any] | None = None
     baseline: Baseline | None = None
-    coding: Coding | None = None
 
     def config(self, **more: Any) -> SABConfig:
         """The configuration of one of ours.
@@ -50,8 +46,6 @@ class Method:
 def read_method(spec: str) -> Method:
     """A method by name: a baseline's, or a preset's with changed settings, such as ``default,sweeps=0,feedback=block``.
 
-    ``coded`` and ``coded-two-bit`` take the settings of `Coding` besides, as in ``coded,code=64``.
-
     Values are read as JSON where they are JSON, else as text.
 
     Raises:
@@ -62,8 +56,8 @@ def read_method(spec: str) -> Method:
         if changes:
             raise ConfigError(f"the baseline {name!r} takes no settings; remove {', '.join(changes)!r}.")
         return Method(spec, name.split("-")[0], baseline=BASELINES[name])
-    if name not in PRESETS and name not in CODED:
-        raise ConfigError(f"method {name!r} is unknown; use one of {', '.join([*PRESETS, *CODED, *BASELINES])}.")
+    if name not in PRESETS:
+        raise ConfigError(f"method {name!r} is unknown; use one of {', '.join([*PRESETS, *BASELINES])}.")
     settings: dict[str, Any] = {}
     for change in changes:
         key, sign, value = change.partition("=")
@@ -73,9 +67,6 @@ def read_method(spec: str) -> Method:
             settings[key] = json.loads(value)
         except json.JSONDecodeError:
             settings[key] = value
-    coding = None
-    if name in CODED:
-        coding = Coding(**{each.name: settings.pop(each.name) for each in fields(Coding) if each.name in settings})
-    method = Method(spec, name if coding else "sab", CODED.get(name, name), settings, coding=coding)
+    method = Method(spec, "sab", preset=name, settings=settings)
     method.config()  # an unknown setting is an error now, not after an hour
     return method

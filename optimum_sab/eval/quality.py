@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.eval.coded.pipeline import binarize_coded
 from optimum_sab.eval.measures import agreement, layer_errors, perplexity
 from optimum_sab.eval.methods import DENSE, Method
 from optimum_sab.eval.simulation import simulate
@@ -154,10 +153,6 @@ def _quantize(subject: Subject, method: Method, seed: int) -> tuple[Any, float, 
     }
     changed = {key: value for key, value in settings.items() if key not in (method.settings or {})}
     started = time.perf_counter()
-    if method.coding is not None:
-        model = subject.load()
-        report = binarize_coded(model, method.config(**changed, processor=subject.processor), method.coding)
-        return model, report.bits_per_weight, time.perf_counter() - started
     model = subject.load(quantization_config=method.config(**changed, processor=subject.processor))
     seconds = time.perf_counter() - started
     bits = model.hf_quantizer.report.bits_per_weight

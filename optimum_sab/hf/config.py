@@ -257,8 +257,8 @@ class SABConfig(QuantizationConfigMixin):
         if given != self.format_version:
             raise FormatVersionError(
                 f"format_version={given} does not fit the settings, with which it is {self.format_version}: version 1 "
-                "has no codes, and version 2 is written only where there are some. config.json was changed since it was "
-                "written; fetch it again."
+                "has no codes, and version 2 is written only where there are some. config.json was changed since then; "
+                "fetch it again."
             )
 
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,6 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import stored_bits_per_weight
 from optimum_sab.nn.rules import rules_for
 from optimum_sab.nn.selection import Selection
-
-StoredBits = Callable[[int, int, LayerSettings], float]
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ def allocate(
     sensitivity: Mapping[str, float],
     probed: AnchorErrors,
     target_bits: float | None = None,
-    stored_bits: StoredBits = stored_bits_per_weight,
 ) -> Allocation:
     """Find the planes of the linears that were probed such that all selected ones take at most the budget.
 
@@ -69,19 +66,18 @@ def allocate(
         sensitivity: of every linear that was probed, at least.
         probed: groups and their errors.
         target_bits: stored bits per weight at most; None for what ``selection`` takes as it is.
-        stored_bits: (out_features, in_features, settings) → bits per weight, bias aside.
 
     Raises:
         ConfigError: the budget is below the cheapest choice; the message says what that needs.
     """
-    costs = _Costs(model, selection, sensitivity, probed.errors, stored_bits)
+    costs = _Costs(model, selection, sensitivity, probed.errors)
     groups = {names[0]: names for names in probed.groups}
     ladders = {first: ladder_of(selection.settings[first]) for first in groups}
     levels = {first: [costs.level(groups[first], *each) for each in ladders[first].items()] for first in groups}
     measured = {name for names in groups.values() for name in names}
     fixed = sum(costs.bits(name, own) for name, own in selection.settings.items() if name not in measured)
     weights = sum(costs.weights(name) for name in selection.settings)
-    bits = selected_bits(model, selection, stored_bits) if target_bits is None else target_bits
+    bits = selected_bits(model, selection) if target_bits is None else target_bits
     least = (fixed + sum(min(level.bits for level in of) for of in levels.values())) / weights
     if bits < least - 1e-9:
         raise ConfigError(
@@ -95,10 +91,10 @@ def allocate(
     return Allocation({n: by_name[n] for n in selection.settings if n in by_name}, dict(sensitivity), total)
 
 
-def selected_bits(model: nn.Module, selection: Selection, stored_bits: StoredBits = stored_bits_per_weight) -> float:
+def selected_bits(model: nn.Module, selection: Selection) -> float:
     """Stored bits per weight, biases among them, that a selection takes with its own settings."""
     linears = {name: model.get_submodule(name) for name in selection.settings}
-    bits = sum(_bits(linears[name], own, stored_bits) for name, own in selection.settings.items())
+    bits = sum(_bits(linears[name], own) for name, own in selection.settings.items())
     return bits / sum(_weights(linear) for linear in linears.values())
 
 
@@ -110,14 +106,13 @@ class _Costs:
     selection: Selection
     sensitivity: Mapping[str, float]
     errors: Mapping[str, Mapping[tuple[int, float], float]]
-    stored_bits: StoredBits
 
     def weights(self, name: str) -> int:
         return _weights(self.model.get_submodule(name))
 
     def bits(self, name: str, settings: LayerSettings) -> float:
         """Stored bits of the linear."""
-        return _bits(self.model.get_submodule(name), settings, self.stored_bits)
+        return _bits(self.model.get_submodule(name), settings)
 
     def level(self, names: Sequence[str], step: tuple[int, float], settings: LayerSettings) -> Level:
         """Of linears that choose together."""
@@ -125,11 +120,11 @@ class _Costs:
         return Level(sum(self.bits(name, settings) for name in names), loss)
 
 
-def _bits(linear: nn.Module, settings: LayerSettings, stored_bits: StoredBits) -> float:
+def _bits(linear: nn.Module, settings: LayerSettings) -> float:
     """Of a linear, its bias among them, which stays as it is."""
     bias = linear.bias
     kept = bias.element_size() * bias.numel() if isinstance(bias, Tensor) else 0
-    return stored_bits(*_shape(linear), settings) * _weights(linear) + 8 * kept
+    return stored_bits_per_weight(*_shape(linear), settings) * _weights(linear) + 8 * kept
 
 
 def _weights(linear: nn.Module) -> int:

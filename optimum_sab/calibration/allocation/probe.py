@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.allocation.ladder import ANCHORS, ladder_of
+from optimum_sab.calibration.allocation.ladder import ANCHORS, ladder_of, with_planes
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.statistics.gathering import Gathering
@@ -62,25 +62,13 @@ def measure_errors(
     """
     targets = decoder_targets(model, selection)
     gathering = Gathering(HessianPass(), samples.modalities)
-    probe = Probe(selection.settings, targets.linears, gathering, frozenset(free), device, on_step)
+    probe = _Probe(selection.settings, targets.linears, gathering, frozenset(free), device, on_step)
     Lockstep(model, targets.blocks, targets.linears, samples.inputs, False, device).run(probe)
     return probe.found
 
 
-class Probe:
-    """A visitor that measures and changes nothing: the stream goes on through the dense weights.
-
-    Args:
-        settings: of all linears that will be binarized.
-        linears: of every block.
-        gathering: of statistics.
-        free: names of the linears to measure.
-        device: where to compute; None for where a linear is.
-        on_step: told after every block.
-
-    Attributes:
-        found: so far.
-    """
+class _Probe:
+    """A visitor that measures and changes nothing: the stream goes on through the dense weights."""
 
     def __init__(
         self,
@@ -128,15 +116,11 @@ class Probe:
         for base, fraction in ANCHORS:
             quick = ladder.get((base, fraction))
             if quick is None:  # blocks too narrow for an eighth
-                quick = settings.replace(base_planes=base, residual_planes=0)
+                quick = with_planes(settings, base_planes=base, residual_planes=0)
             quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
-            weight = self.approximate(stack, statistics, quick, next(iter(some)))
-            for (name, each), found in zip(some.items(), weight.split(sizes), strict=True):
+            solution = solve(stack, statistics, quick, next(iter(some)), column_loops(stack.device))
+            for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
                 errors[name][base, fraction] = output_error(each, found, statistics.hessian)
-
-    def approximate(self, weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> Tensor:
-        """The dense weight that stands for one; a simulation has its own."""
-        return solve(weight, statistics, settings, name, column_loops(weight.device)).planes.dequantize()
 
     def miss(self, names: Sequence[str]) -> None:
         """They stay as they are."""

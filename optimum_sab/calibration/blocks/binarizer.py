@@ -23,8 +23,7 @@ from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
-from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.solver import Solution, solve
+from optimum_sab.core.solver import solve
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import set_module
@@ -93,11 +92,11 @@ class BlockBinarizer:
             stack = {name: self._linears[name] for name in names if self._settings[name] == settings}
             weight = torch.cat([m.weight.to(device, torch.float32) for m in stack.values()])
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
-                solution, stored = self._approximate(weight, statistics, settings, next(iter(stack)))
+                solution = solve(weight, statistics, settings, next(iter(stack)), column_loops(device))
             parts = solution.planes.split([m.out_features for m in stack.values()])
             for (name, dense), planes in zip(stack.items(), parts, strict=True):
                 with part("packing"):
-                    packed = PackedWeight.pack(planes, stored)
+                    packed = PackedWeight.pack(planes, settings)
                     found = packed.dequantize()
                 self._block.packed[name] = packed
                 self._block.errors[name] = solution.error
@@ -105,12 +104,6 @@ class BlockBinarizer:
                     self._block.by_modality[name] = rows.errors(dense.weight.to(device, torch.float32), found.float())
                 weights[name] = found.to(dense.weight.device, dense.weight.dtype)
         return weights
-
-    def _approximate(
-        self, weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str
-    ) -> tuple[Solution, LayerSettings]:
-        """What stands for a weight, and the settings it is packed with; a simulation has its own."""
-        return solve(weight, statistics, settings, name, column_loops(weight.device)), settings
 
     # -- ends of blocks --------------------------------------------------------------------------------------------
 

@@ -66,7 +66,7 @@ class MeasureSensitivities(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> Sensitivities | None:
         blocks = decoder_targets(run.model, run.selection).blocks
-        samples = few_samples(run).inputs
+        samples = _few_samples(run).inputs
         room = held_activations(run.model, run.selection, run.samples.inputs, run.two_streams)
         recomputation = Recomputation(blocks, run.options.device, room)
         try:
@@ -105,20 +105,14 @@ class AllocateBits(Stage):
         return report
 
     def _choose(self, run: Run, on_step: OnStep) -> AllocationReport:
-        sensitivities = run.kept(Sensitivities)
-        assert sensitivities is not None
-        choice = self.allocation(run, sensitivities, on_step)
+        sensitivities, asked = run.kept(Sensitivities), run.options.allocation
+        assert sensitivities is not None and asked is not None
+        probed = measure_errors(run.model, run.selection, _free(run), _few_samples(run), run.options.device, on_step)
+        choice = allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)
         rules = choice.rules(run.selection)
         if run.resume is not None:
             run.resume.write_json(_RULES, rules)
         return AllocationReport(rules, choice)
-
-    def allocation(self, run: Run, sensitivities: Sensitivities, on_step: OnStep) -> Allocation:
-        """The choice; a simulation has its own errors and bits."""
-        asked = run.options.allocation
-        assert asked is not None
-        probed = measure_errors(run.model, run.selection, _free(run), few_samples(run), run.options.device, on_step)
-        return allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)
 
     def _read(self, run: Run) -> AllocationReport:
         assert run.resume is not None
@@ -134,6 +128,5 @@ def _known(run: Run) -> bool:
     return run.resume is not None and run.resume.knows(_RULES)
 
 
-def few_samples(run: Run) -> CalibrationSamples:
-    """Those by which sensitivities and errors are measured."""
+def _few_samples(run: Run) -> CalibrationSamples:
     return run.samples.spread(SAMPLES)

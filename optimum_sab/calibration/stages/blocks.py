@@ -18,7 +18,7 @@ from optimum_sab.calibration.statistics.passes import calibration_pass
 from optimum_sab.calibration.streams.coroutines import import_greenlet
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.placement import refuse_spread
-from optimum_sab.calibration.streams.targets import DecoderTargets, check_weights, decoder_targets
+from optimum_sab.calibration.streams.targets import check_weights, decoder_targets
 
 
 class SolveBlocks(Stage):
@@ -31,10 +31,6 @@ class SolveBlocks(Stage):
     title: ClassVar[str] = "Binarizing"
     unit: ClassVar[str] = "block"
 
-    def binarizer(self, run: Run, targets: DecoderTargets) -> BlockBinarizer:
-        """The visitor of the blocks."""
-        return BlockBinarizer(run, targets)
-
     def check(self, model: nn.Module, options: RunOptions) -> None:
         import_greenlet()
         calibration_pass(options.calibration_pass)
@@ -46,7 +42,7 @@ class SolveBlocks(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> tuple[BlockReport, ...]:
         targets = decoder_targets(run.model, run.selection)
-        binarizer = self.binarizer(run, targets)
+        binarizer = BlockBinarizer(run, targets)
         finisher = binarizer if run.options.refine or run.resume else None
         head = run.kept(Head)
         embedding, awaited = (None, ()) if head is None else (head.embedding, head.awaited)

@@ -40,8 +40,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         default=["default", "two-bit", "paper"],
         metavar="METHOD",
         help="presets (default, light, best, two-bit, paper), with settings as in 'default,sweeps=0'; or baselines: "
-        "rtn-sign, gptq-2, gptq-3, gptq-4, pb-llm, billm, arb-rc, arb-rc-cgb, arb-rc-cgb-rows, sab-published; or "
-        "simulations of coded planes: coded, coded-two-bit",
+        "rtn-sign, gptq-2, gptq-3, gptq-4, pb-llm, billm, arb-rc, arb-rc-cgb, arb-rc-cgb-rows, sab-published; or ",
     )
     quality.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="calibration seeds")
     quality.add_argument(

@@ -54,7 +54,11 @@ def column_loops(device: torch.device) -> ColumnLoops:
     if device.type != "cpu":
         return IN_TORCH
     build = _build()
-    return replace(IN_TORCH, search=search_on_cpu) if build.library is None else ColumnLoops(_feedback, _sweep, search_on_cpu)
+    return (
+        replace(IN_TORCH, search=search_on_cpu)
+        if build.library is None
+        else ColumnLoops(_feedback, _sweep, search_on_cpu)
+    )
 
 
 @lru_cache(maxsize=1)

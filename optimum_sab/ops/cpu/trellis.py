@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.code import Code
-from optimum_sab.core.trellis import AT_ONCE, LOST, STRIDE, Ends, Levels, first_state, search_bits, step_signs, whole_rows
+from optimum_sab.core.trellis import (
+    AT_ONCE,
+    LOST,
+    STRIDE,
+    Ends,
+    Levels,
+    first_state,
+    search_bits,
+    step_signs,
+    whole_rows,
+)
 from optimum_sab.errors import warn
 from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_library
 
@@ -38,7 +48,9 @@ def search_on_cpu(
     library = _build().library
     if library is None:
         return search_bits(target, inverse_factor, levels, code, ends)
-    return search_with(library, target, inverse_factor, levels, code, ends or whole_rows(len(target), code.memory, target.device))
+    return search_with(
+        library, target, inverse_factor, levels, code, ends or whole_rows(len(target), code.memory, target.device)
+    )
 
 
 def search_with(
