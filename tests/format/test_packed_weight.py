@@ -33,6 +33,7 @@ def random_planes(out, width, settings, seed=0):
         row_scale=round_row_scale(row_scale, settings.row_scale),
         column_scale=round_column_scale(torch.randn(width, generator=generator)),
         block_size=settings.block_size,
+        code=settings.code,
     )
 
 
@@ -52,6 +53,12 @@ layer_settings = st.builds(
     ),
     st.sampled_from([32, 64, 128]),
     st.sampled_from([(1, 0), (1, 1), (2, 0), (2, 1), (1, 3), (4, 0), (3, 1)]),
+    st.sampled_from(["fp8", "fp16"]),
+) | st.builds(
+    lambda planes, storage: LayerSettings(
+        block_size=128, base_planes=planes[0], residual_planes=planes[1], row_scale=storage, code="trellis16"
+    ),
+    st.sampled_from([(1, 0), (1, 1), (2, 0), (2, 1), (1, 2), (3, 0)]),
     st.sampled_from(["fp8", "fp16"]),
 )
 

@@ -1,4 +1,4 @@
-/* The trellis search of coded planes: one survivor per state, each with its own error feedback (core/trellis.py).
+/* The trellis search of coded planes: one survivor for each of 16 states, with its own error feedback (core/trellis.py).
 
    Shifting a bit u into a state s of m bits gives the state (s << 1 | u) & (states - 1), so the state n is reached from
    n >> 1 and from (n >> 1) + states / 2: a survivor's choice is one bit, and moving survivors is a shuffle of lanes. */
@@ -7,7 +7,8 @@
 #include <string.h>
 
 #define WIDE 8
-#define MOST 8 /* vectors: 64 states */
+#define VECTORS 2
+#define STATES (WIDE * VECTORS)
 #define PLANES 4
 #define LOST 1e30f
 #define EXPORT __attribute__((visibility("default")))
@@ -25,17 +26,17 @@ typedef float vec __attribute__((vector_size(32), aligned(4)));
 typedef int32_t lanes __attribute__((vector_size(32), aligned(4)));
 
 typedef struct {
-    int32_t rows, width, states, blocks, derived, free, capacity, tail;
+    int32_t rows, width, blocks, derived, free, capacity, tail;
     const float *lower;   /* [width, width]: U transposed, U'U = H^-1 */
     const float *column;  /* [width] */
     const int32_t *block; /* [width]: the block of row scales of a column */
     const int32_t *count; /* [width]: free planes that a column has */
     const float *scale;   /* [derived + free, blocks, rows] */
-    const float *sign;    /* [derived, 2, states]: planes of a step into a state, by its choice */
+    const float *sign;    /* [derived, 2, STATES]: planes of a step into a state, by its choice */
     const uint8_t *forced; /* [rows, tail]: bits of the last columns */
     float *rest;          /* [rows, width] */
-    float *cost;          /* [rows, states] */
-    float *history;       /* [rows, capacity, states]: scaled errors of the columns that are not settled */
+    float *cost;          /* [rows, STATES] */
+    float *history;       /* [rows, capacity, STATES]: scaled errors of the columns that are not settled */
     uint64_t *choice;     /* [1 + free, rows, width]: choice, then signs of free planes, a bit for each state */
 } search_t;
 
@@ -106,10 +107,10 @@ static inline struct steps sorted_steps(const search_t *p, int row, int j) {
     return found;
 }
 
-static inline __attribute__((always_inline)) void advance(const search_t *p, int row, int first, int count, int held,
-                                                          const int vectors) {
-    vec cost[MOST];
-    lanes second[MOST];
+static void advance(const search_t *p, int row, int first, int count, int held) {
+    enum { vectors = VECTORS };
+    vec cost[VECTORS];
+    lanes second[VECTORS];
     vec *const history = (vec *)(p->history + (int64_t)row * p->capacity * vectors * WIDE);
     vec *const costs = (vec *)(p->cost + (int64_t)row * vectors * WIDE);
     const vec *const sign = (const vec *)p->sign;
@@ -117,14 +118,14 @@ static inline __attribute__((always_inline)) void advance(const search_t *p, int
     for (int j = first; j < first + count; j++) {
         const int known = held + j - first; /* columns whose errors are kept */
         const float *factor = p->lower + (int64_t)j * p->width + (j - known);
-        vec rest[MOST];
+        vec rest[VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) rest[v] = (vec){0} + p->rest[(int64_t)row * p->width + j];
         if (j == first) { /* nothing has moved */
             for (int k = 0; k < known; k++)
                 UNROLL for (int v = 0; v < vectors; v++) rest[v] -= factor[k] * history[k * vectors + v];
         } else {
             for (int k = 0; k < known - 1; k++) {
-                vec old[MOST], new[MOST];
+                vec old[VECTORS], new[VECTORS];
                 UNROLL for (int v = 0; v < vectors; v++) old[v] = history[k * vectors + v];
                 move(old, second, new, vectors);
                 UNROLL for (int v = 0; v < vectors; v++) {
@@ -140,7 +141,7 @@ static inline __attribute__((always_inline)) void advance(const search_t *p, int
         float level[PLANES];
         for (int q = 0; q < p->derived; q++)
             level[q] = p->column[j] * p->scale[((int64_t)q * p->blocks + p->block[j]) * p->rows + row];
-        vec after[MOST];
+        vec after[VECTORS];
         uint64_t chosen = 0, signs[PLANES] = {0};
         UNROLL for (int o = 0; o < vectors; o++) {
             vec miss[2], total[2];
@@ -178,7 +179,7 @@ static inline __attribute__((always_inline)) void advance(const search_t *p, int
             p->choice[(1 + steps.order[f]) * plane + place] = steps.flipped[f] ? ~signs[f] : signs[f];
     }
     for (int k = 0; k < held + count - 1; k++) {
-        vec old[MOST], new[MOST];
+        vec old[VECTORS], new[VECTORS];
         UNROLL for (int v = 0; v < vectors; v++) old[v] = history[k * vectors + v];
         move(old, second, new, vectors);
         UNROLL for (int v = 0; v < vectors; v++) history[k * vectors + v] = new[v];
@@ -189,43 +190,38 @@ static inline __attribute__((always_inline)) void advance(const search_t *p, int
 /* Take all rows through `count` columns from `first` on; the errors of `held` columns before it are kept. */
 EXPORT void sab_trellis_advance(const search_t *p, int first, int count, int held, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
-    for (int row = 0; row < p->rows; row++) {
-        if (p->states == 8) advance(p, row, first, count, held, 1);
-        else if (p->states == 16) advance(p, row, first, count, held, 2);
-        else if (p->states == 32) advance(p, row, first, count, held, 4);
-        else advance(p, row, first, count, held, 8);
-    }
+    for (int row = 0; row < p->rows; row++) advance(p, row, first, count, held);
 }
 
 static int best(const search_t *p, int row) {
-    const float *cost = p->cost + (int64_t)row * p->states;
+    const float *cost = p->cost + (int64_t)row * STATES;
     int found = 0;
-    for (int s = 1; s < p->states; s++)
+    for (int s = 1; s < STATES; s++)
         if (cost[s] < cost[found]) found = s;
     return found;
 }
 
 static int before(const search_t *p, int row, int column, int state) {
     const uint64_t choice = p->choice[(int64_t)row * p->width + column];
-    return (state >> 1) + ((choice >> state & 1) ? p->states / 2 : 0);
+    return (state >> 1) + ((choice >> state & 1) ? STATES / 2 : 0);
 }
 
 /* Settle the first `count` of the `held` columns before `next`: survivors that disagree with the best are dropped. */
 EXPORT void sab_trellis_settle(const search_t *p, int next, int held, int count, float *errors, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int row = 0; row < p->rows; row++) {
-        float *cost = p->cost + (int64_t)row * p->states, *history = p->history + (int64_t)row * p->capacity * p->states;
+        float *cost = p->cost + (int64_t)row * STATES, *history = p->history + (int64_t)row * p->capacity * STATES;
         const int found = best(p, row);
         const float least = cost[found];
         int wanted = -1;
-        for (int s = -1; s < p->states; s++) {
+        for (int s = -1; s < STATES; s++) {
             int state = s < 0 ? found : s;
             for (int j = next - 1; j >= next - held + count; j--) state = before(p, row, j, state);
             if (s < 0) wanted = state;
             else cost[s] = state == wanted && cost[s] < LOST / 2 ? cost[s] - least : LOST;
         }
-            for (int k = 0; k < count; k++) errors[(int64_t)row * count + k] = history[(int64_t)k * p->states + found];
-        memmove(history, history + (int64_t)count * p->states, sizeof(float) * (held - count) * p->states);
+            for (int k = 0; k < count; k++) errors[(int64_t)row * count + k] = history[(int64_t)k * STATES + found];
+        memmove(history, history + (int64_t)count * STATES, sizeof(float) * (held - count) * STATES);
     }
 }
 

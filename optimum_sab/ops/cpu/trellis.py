@@ -27,6 +27,7 @@ from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_libr
 if TYPE_CHECKING:
     from torch import Tensor
 
+STATES = 16  # of trellis.c
 SOURCE = Path(__file__).with_name("trellis.c")
 FUSED = ("-ffp-contract=fast",)  # nothing else has to come to the same bits
 
@@ -35,7 +36,7 @@ class _Search(ctypes.Structure):
     """`search_t` of trellis.c."""
 
     _fields_ = [
-        *[(n, ctypes.c_int32) for n in ("rows", "width", "states", "blocks", "derived", "free", "capacity", "tail")],
+        *[(n, ctypes.c_int32) for n in ("rows", "width", "blocks", "derived", "free", "capacity", "tail")],
         *[(n, ctypes.c_void_p) for n in ("lower", "column", "block", "count", "scale", "sign", "forced")],
         *[(n, ctypes.c_void_p) for n in ("rest", "cost", "history", "choice")],
     ]
@@ -44,8 +45,8 @@ class _Search(ctypes.Structure):
 def search_on_cpu(
     target: Tensor, inverse_factor: Tensor, levels: Levels, code: Code, ends: Ends | None = None
 ) -> Tensor:
-    """`search_bits` on the CPU, in C where it can be compiled; warns, once, where it cannot."""
-    library = _build().library
+    """`search_bits` on the CPU: codes of 16 states in C where it can be compiled; warns, once, where it cannot."""
+    library = _build().library if code.states == STATES else None
     if library is None:
         return search_bits(target, inverse_factor, levels, code, ends)
     return search_with(
@@ -56,8 +57,9 @@ def search_on_cpu(
 def search_with(
     library: Library, target: Tensor, inverse_factor: Tensor, levels: Levels, code: Code, ends: Ends
 ) -> Tensor:
-    """The same with a library of `build_trellis`."""
+    """The same with a library of `build_trellis`, of a code of 16 states."""
     rows, width = target.shape
+    assert code.states == STATES
     derived, states, free = len(code.taps), code.states, levels.row_scale.shape[0] - 1
     capacity = width if width <= AT_ONCE else 2 * STRIDE
     rest = target.float().clone().contiguous()
@@ -77,7 +79,7 @@ def search_with(
         "history": torch.zeros(rows, capacity, states),
         "choice": torch.zeros(1 + free, rows, width, dtype=torch.int64),
     }
-    sizes = (rows, width, states, levels.row_scale.shape[1], derived, free, capacity, ends.after.shape[1])
+    sizes = (rows, width, levels.row_scale.shape[1], derived, free, capacity, ends.after.shape[1])
     problem = ctypes.byref(_Search(*sizes, *(tensor.data_ptr() for tensor in tensors.values())))
     threads = torch.get_num_threads()
     held = next_column = 0
