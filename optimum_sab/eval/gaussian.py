@@ -50,8 +50,8 @@ def gaussian_loss(code: Code, free: int = 0, columns: int = 4096, seed: int = 0)
     loss = 1.0
     for _ in range(ROUNDS):
         row_scale = scale[:, None, None].expand(-1, 1, source.shape[0])
-        ones = torch.ones(columns)
-        levels = Levels(row_scale, ones, torch.zeros(columns), free * ones)
+        blocks = torch.zeros(columns, dtype=torch.int64)
+        levels = Levels(row_scale, torch.ones(columns), blocks, blocks + free)
         bits = search_on_cpu(source, torch.eye(columns), levels, code)
         planes = [coded_values(code, (bits & 1).bool())]
         planes += [(bits >> (1 + f) & 1).float() * 2.0 - 1.0 for f in range(free)]

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.data.named_source import recorded_source
@@ -306,13 +307,15 @@ class SABConfig(QuantizationConfigMixin):
         self.measured = {**(self.measured or {}), _SAVE: save}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but what belongs to one call (processor, progress, dequantize, ...).
+        """JSON-ready: everything but what belongs to one call (processor, progress, dequantize, ...), and no code "none".
 
         Calibration samples given as objects are stored as their number only.
         """
         left_out = (*_TRANSIENT, "calibration", "_call_settings")
         state = {k: copy.deepcopy(v) for k, v in self.__dict__.items() if k not in left_out}
         state["format_version"] = self.format_version
+        if self.code == NO_CODE:  # which a reader of version 1 does not know
+            del state["code"]
         state["calibration"] = describe_calibration(self.calibration)
         if list(self.dynamic) != sorted(self.dynamic):
             state["measured"] = {**(state["measured"] or {}), _ORDER: list(self.dynamic)}

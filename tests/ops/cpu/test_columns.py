@@ -105,7 +105,7 @@ def test_solve_finds_the_same_with_either_and_with_any_number_of_threads(setting
     weight, statistics = torch.randn(rows, 160, generator=generator), moments.statistics()
     expected = solve(weight, statistics, settings).planes
     loops = columns.column_loops(CPU)
-    assert loops is not IN_TORCH
+    assert not in_torch(loops)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 5):
@@ -115,6 +115,11 @@ def test_solve_finds_the_same_with_either_and_with_any_number_of_threads(setting
                 assert torch.equal(getattr(found, name), getattr(expected, name))
     finally:
         torch.set_num_threads(before)
+
+
+def in_torch(loops):
+    """Of coded planes a library of its own does the search."""
+    return (loops.feedback, loops.sweep) == (IN_TORCH.feedback, IN_TORCH.sweep)
 
 
 @pytest.fixture
@@ -129,7 +134,7 @@ def test_without_a_compiler_torch_takes_its_place_with_one_warning(monkeypatch, 
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     with pytest.warns(SABWarning, match=r"takes longer than it must.*none.* is not a program") as heard:
         found = [columns.column_loops(CPU) for _ in range(2)]
-    assert len(heard) == 1 and all(each is IN_TORCH for each in found)
+    assert len(heard) == 1 and all(map(in_torch, found))
 
 
 @needs_compiler
@@ -137,7 +142,7 @@ def test_without_a_compiler_torch_takes_its_place_with_one_warning(monkeypatch, 
 def test_a_library_that_rounds_otherwise_is_not_used(monkeypatch):
     monkeypatch.setattr(columns, "_agrees", lambda library: False)
     with pytest.warns(SABWarning, match="round otherwise than this build of torch"):
-        assert columns.column_loops(CPU) is IN_TORCH
+        assert in_torch(columns.column_loops(CPU))
 
 
 @needs_compiler
