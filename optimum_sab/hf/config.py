@@ -307,7 +307,7 @@ class SABConfig(QuantizationConfigMixin):
         self.measured = {**(self.measured or {}), _SAVE: save}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but what belongs to one call (processor, progress, dequantize, ...), and no code "none".
+        """JSON-ready: everything but what belongs to one call (processor, progress, ...), and a code only if it is one.
 
         Calibration samples given as objects are stored as their number only.
         """

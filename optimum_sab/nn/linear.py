@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.layout import tensor_specs
@@ -218,9 +219,10 @@ class SABLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.settings
+        code = "" if s.code == NO_CODE else f", code={s.code}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"planes={s.base_planes}+{s.residual_planes}, block_size={s.block_size}, row_scale={s.row_scale}"
+            f"planes={s.base_planes}+{s.residual_planes}, block_size={s.block_size}, row_scale={s.row_scale}{code}"
         )
 
 
