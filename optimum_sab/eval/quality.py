@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.eval.continuations import Continuations, continued, prompts_of
 from optimum_sab.eval.measures import agreement, layer_errors, perplexity
 from optimum_sab.eval.methods import DENSE, Method
 from optimum_sab.eval.simulation import simulate
@@ -35,6 +36,7 @@ class Measurement:
         layer_error: mean relative output error of the linears on held-out inputs, per modality.
         kl: mean KL from the dense model's next-token predictions, nats.
         top1: share of tokens with the same likeliest token.
+        continuations: how it goes on by itself; None where that was not asked for.
     """
 
     method: str
@@ -47,6 +49,7 @@ class Measurement:
     layer_error: dict[str, float]
     kl: float
     top1: float
+    continuations: Continuations | None = None
 
     @property
     def mean_accuracy(self) -> float | None:
@@ -104,20 +107,36 @@ def compare_quality(
     names = list(select_linears(dense, LayerSettings(), [], {}).settings)
     bits = 8.0 * next(dense.parameters()).element_size()
     perplexities, accuracies = _perplexity(subject, dense), _accuracy(subject, dense)
-    first = Measurement(DENSE, DENSE, 0, bits, 0.0, perplexities, accuracies, {}, 0.0, 1.0)
+    prompts = _prompts(subject)
+    goes_on = continued(dense, prompts) if prompts else []
+    own = Continuations.of(goes_on, goes_on) if prompts else None
+    first = Measurement(DENSE, DENSE, 0, bits, 0.0, perplexities, accuracies, {}, 0.0, 1.0, own)
     if on_row is not None:
         on_row(first)
     rows = []
-    for row in _rows(subject, dense, names, methods, seeds):
+    beside = _Beside(dense, names, goes_on)
+    for row in _rows(subject, beside, methods, seeds):
         rows.append(row)
         if on_row is not None:
             on_row(row)
     return Quality(subject.name, first, tuple(rows))
 
 
-def _rows(
-    subject: Subject, dense: nn.Module, names: list[str], methods: Sequence[Method], seeds: Sequence[int]
-) -> Iterator[Measurement]:
+@dataclass(frozen=True)
+class _Beside:
+    """The dense model, the names of the linears that are compared, and how it goes on from the prompts."""
+
+    dense: nn.Module
+    names: list[str]
+    goes_on: list[list[int]]
+
+
+def _prompts(subject: Subject) -> list[Mapping[str, Any]]:
+    return prompts_of(subject.texts, subject.probes, subject.budget.continuations)
+
+
+def _rows(subject: Subject, beside: _Beside, methods: Sequence[Method], seeds: Sequence[int]) -> Iterator[Measurement]:
+    dense, names, prompts = beside.dense, beside.names, _prompts(subject)
     for method in methods:
         for seed in seeds:
             model, bits, seconds = _quantize(subject, method, seed)
@@ -133,6 +152,7 @@ def _rows(
                 layer_error=layer_errors(dense, model, names, subject.probes),
                 kl=predictions.kl,
                 top1=predictions.top1,
+                continuations=Continuations.of(continued(model, prompts), beside.goes_on) if prompts else None,
             )
             del model
             gc.collect()

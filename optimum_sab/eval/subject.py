@@ -41,6 +41,7 @@ class Budget:
         window: tokens of a held-out window.
         questions: per task.
         probes: inputs on which predictions and layers are compared with the dense model's.
+        continuations: prompts to go on from greedily, beside the dense model.
     """
 
     samples: int = 64
@@ -49,6 +50,7 @@ class Budget:
     window: int = 512
     questions: int = 100
     probes: int = 8
+    continuations: int = 0
 
 
 @dataclass(frozen=True)

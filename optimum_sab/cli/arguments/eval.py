@@ -9,6 +9,7 @@ from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common, check_counts
 from optimum_sab.cli.arguments.settings import add_source, check_calibration
+from optimum_sab.errors import ConfigError
 from optimum_sab.example import EXAMPLE
 from optimum_sab.sources import check_folder
 
@@ -40,7 +41,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         default=["default", "two-bit", "paper"],
         metavar="METHOD",
         help="presets (default, light, best, two-bit, paper), with settings as in 'default,sweeps=0'; or baselines: "
-        "rtn-sign, gptq-2, gptq-3, gptq-4, pb-llm, billm, arb-rc, arb-rc-cgb, arb-rc-cgb-rows, sab-published; or ",
+        "rtn-sign, gptq-2, gptq-3, gptq-4, pb-llm, billm, arb-rc, arb-rc-cgb, arb-rc-cgb-rows, sab-published",
     )
     quality.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="N", help="calibration seeds")
     quality.add_argument(
@@ -53,6 +54,13 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     quality.add_argument("--cifar", type=Path, metavar="DIR", help="CIFAR-10, for the reader's second task")
     for name, (default, text) in COUNTS.items():
         quality.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+    quality.add_argument(
+        "--continuations",
+        type=int,
+        default=0,
+        metavar="N",
+        help="go on greedily from N prompts for 64 tokens, and compare with the dense model (default: 0)",
+    )
     quality.add_argument("--dtype", choices=DTYPES, default="float32", help="of the model (default: float32)")
     quality.add_argument("--picture", type=Path, metavar="FILE", help="draw quality against bits (needs matplotlib)")
     add_source(quality)
@@ -68,6 +76,8 @@ def check_call(options: argparse.Namespace) -> None:
         SampleError: see `check_calibration`.
     """
     check_counts(options, COUNTS)
+    if options.continuations < 0:
+        raise ConfigError(f"--continuations {options.continuations} must be at least 0.")
     if options.model != EXAMPLE:
         check_folder(options.model, options.subfolder or "")
     check_calibration(options.calibration, "tasks", "mixed", "reference", "passages")

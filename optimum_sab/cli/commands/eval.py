@@ -30,9 +30,8 @@ def run_quality(options: argparse.Namespace) -> None:
 
         check_picture(options.picture)
     methods = [read_method(spec) for spec in options.methods]
-    budget = Budget(
-        options.samples, options.length, options.held_out, options.window, options.questions, options.probes
-    )
+    counts = ("samples", "length", "held_out", "window", "questions", "probes", "continuations")
+    budget = Budget(**{name: getattr(options, name) for name in counts})
     origin = read_origin(options.model, options)
     subject = find_subject(origin, options.calibration, budget, getattr(torch, options.dtype), options.cifar)
 
@@ -85,12 +84,20 @@ def _columns(quality: Quality) -> tuple[list[_Column], list[_Column]]:
         plain.append(_Column(task, "{:.0f}", partial(_entry, of="accuracy", key=task, unit=0.01)))
     if dense.accuracy:
         plain.append(_Column("mean", "{:.1f}", lambda row: 100 * (row.mean_accuracy or 0.0)))
+    if dense.continuations is not None:
+        plain.append(_Column("4-grams again %", "{:.1f}", partial(_continuation, of="repeated")))
+        plain.append(_Column("followed %", "{:.1f}", partial(_continuation, of="followed")))
+        plain.append(_Column("same %", "{:.0f}", partial(_continuation, of="same")))
     modalities = quality.rows[0].layer_error if quality.rows else {}
     compared = [_Column(f"error {m}", "{:.4f}", partial(_entry, of="layer_error", key=m)) for m in modalities]
     compared.append(_Column("KL", "{:.3f}", lambda row: row.kl))
     compared.append(_Column("top-1 %", "{:.1f}", lambda row: 100 * row.top1))
     compared.append(_Column("s", "{:.0f}", lambda row: row.seconds))
     return plain, compared
+
+
+def _continuation(row: Measurement, of: str) -> float:
+    return 100 * float(getattr(row.continuations, of))
 
 
 def _entry(row: Measurement, of: str, key: str, unit: float = 1.0) -> float:
