@@ -287,6 +287,41 @@ FAULTS = (
         "    low, high = torch.aminmax(tensor.nan_to_num())\n",
         ("tests/hf/test_integrity.py",),
     ),
+    Fault(
+        "a coded plane without its oldest bit",
+        "optimum_sab/core/code.py",
+        "plane[:, k:] ^= stored[:, : width - k]",
+        "plane[:, k:] ^= stored[:, : width - k] & (k < 4)",
+        ("tests/core/test_code.py",),
+    ),
+    Fault(
+        "coded survivors that disagree with what is settled kept",
+        "optimum_sab/core/trellis.py",
+        "self._cost = torch.where(agrees, self._cost - self._cost.gather(1, best), LOST)",
+        "self._cost = self._cost - self._cost.gather(1, best)",
+        ("tests/core/test_trellis.py", "tests/ops/cpu/test_trellis.py"),
+    ),
+    Fault(
+        "coded columns behind a window that its bits reach left out of the search",
+        "optimum_sab/core/coded.py",
+        "stop = min(end + memory, width)",
+        "stop = end",
+        ("tests/core/test_coded.py",),
+    ),
+    Fault(
+        "coded scales whose derived planes are not tied",
+        "optimum_sab/core/planes.py",
+        "spread = (part * stored).T.repeat_interleave(widths, dim=1)",
+        "spread = stored.T.repeat_interleave(widths, dim=1)",
+        ("tests/core/test_code.py",),
+    ),
+    Fault(
+        "coded planes of a checkpoint read as plain ones where config.json says so",
+        "optimum_sab/hf/checkpoint.py",
+        "if saved is not None and saved.get(setting, default) != given:",
+        'if saved is not None and setting != "code" and saved.get(setting, default) != given:',
+        ("tests/hf/test_coded.py",),
+    ),
 )
 
 
