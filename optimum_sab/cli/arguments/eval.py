@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common, check_counts
+from optimum_sab.cli.arguments.common import add_common, check_counts, check_seeds
 from optimum_sab.cli.arguments.settings import add_source, check_calibration
 from optimum_sab.example import EXAMPLE
 from optimum_sab.sources import check_folder
@@ -65,10 +65,11 @@ def check_call(options: argparse.Namespace) -> None:
     """Refuse what is wrong before torch is imported.
 
     Raises:
-        ConfigError: a number is too small, or there is no such folder.
+        ConfigError: a number cannot be used, or there is no such folder.
         SampleError: see `check_calibration`.
     """
     check_counts(options, COUNTS)
+    check_seeds(options, "seeds")
     if options.model != EXAMPLE:
         check_folder(options.model, options.subfolder or "")
     check_calibration(options.calibration, "tasks", "mixed", "reference", "passages")
