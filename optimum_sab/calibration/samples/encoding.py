@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample
 from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_count
 from optimum_sab.calibration.samples.rows import read_row
 from optimum_sab.calibration.samples.sounds import sound_for
-from optimum_sab.errors import MissingDependencyError, SampleError, warn
+from optimum_sab.calibration.samples.template import TemplateWatch
+from optimum_sab.errors import MissingDependencyError, SampleError, warnings_heard
 
 _PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
 _READERS = {
@@ -22,18 +23,22 @@ _READERS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How samples are encoded.
+    """How the samples of one set are encoded.
 
     Args:
         processor: a Transformers processor, or a tokenizer for a language model.
         sequence_length: texts are cut to this many tokens, and so is what was prepared without pictures; a chat with
             pictures is kept whole, because cutting it would cut the picture.
         answer_follows: chats end with a question and the model is to go on from there.
+
+    Attributes:
+        watch: of what the template shows; to be asked for its warnings when all samples are encoded.
     """
 
     processor: Any
     sequence_length: int
     answer_follows: bool = False
+    watch: TemplateWatch = field(default_factory=TemplateWatch, compare=False)
 
 
 def encode_samples(
@@ -51,7 +56,10 @@ def encode_samples(
         MissingDependencyError: a package is missing that the processor needs.
     """
     encoding = Encoding(processor, sequence_length, answer_follows)
-    return [encode_sample(sample, encoding, f"calibration sample {i}") for i, sample in enumerate(samples)]
+    with warnings_heard():  # each is told once
+        encoded = [encode_sample(sample, encoding, f"calibration sample {i}") for i, sample in enumerate(samples)]
+        encoding.watch.warn()
+    return encoded
 
 
 def takes_pictures(processor: Any) -> bool:
@@ -107,11 +115,12 @@ def _encode_chat(
         )
     if "audio" in kinds:
         chat = [{**message, "content": _heard(message["content"], processor, label)} for message in chat]
-    _warn_of_tools(messages, tools, template_owner)
+    chat = _text_only(chat) if template_owner is tokenizer else chat
+    encoding.watch.look(template_owner, chat, tools)
     try:
         inputs = dict(
             template_owner.apply_chat_template(
-                _text_only(chat) if template_owner is tokenizer else chat,
+                chat,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -174,12 +183,3 @@ def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
 def _text_only(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Message contents as plain strings, which tokenizers' templates expect."""
     return [{**m, "content": "".join(part["text"] for part in m["content"])} for m in chat]
-
-
-def _warn_of_tools(messages: Sequence[Mapping[str, Any]], tools: list[Any], template_owner: Any) -> None:
-    """Templates pass over what they do not know, without a word."""
-    template = str(template_owner.chat_template)
-    given = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
-    for name, there in given.items():
-        if there and name not in template:
-            warn(f"calibration samples have {name!r}, which the model's chat template does not show: it is left out.")

@@ -16,7 +16,7 @@ from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
 from optimum_sab.data.named_source import BUILTIN, SELF, recorded_source
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
-from optimum_sab.errors import SABError, warn
+from optimum_sab.errors import SABError, warn, warnings_heard
 from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 UNSEEN_LENGTH = 256  # tokens of a text
@@ -88,9 +88,11 @@ def given_inputs(config: Any, processor: Any, source: SampleSource) -> list[dict
     encoding = Encoding(processor, limited_length(source.sequence_length, config))
     visual = VISUAL in model_modalities(config)
     encoded = {}
-    for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
-        encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
-        check_tokens(encoded[label], config, label)
+    with warnings_heard():  # each is told once
+        for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
+            encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
+            check_tokens(encoded[label], config, label)
+        encoding.watch.warn()
     warn_of_long_samples({label: token_count(inputs) for label, inputs in encoded.items()}, config)
     return list(encoded.values())
 

@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from optimum_sab.calibration.samples.reading import read_samples
 from optimum_sab.calibration.samples.rows import read_row
-from optimum_sab.errors import SampleError
+from optimum_sab.errors import SABWarning, SampleError
 
 ASK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cup."}]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -161,6 +163,31 @@ def test_columns_that_are_no_part_of_the_sample_are_told():
         ({"messages": ASK, "image": picture(RED), "images": []}, "the columns 'image' and 'images'; keep one"),
         ({"messages": ASK, "audio": "a.wav"}, "the file .a.wav. does not exist"),
         ({"messages": ASK, "documents": []}, "a column 'documents', which is not understood"),
+        ({"messages": ASK, "functions": [CLOCK]}, "a column 'functions', which is not understood"),
+        (
+            {"text": "What?", "image_url": "https://a.org/b"},
+            "a column 'image_url', .* are read from image, images, vid",
+        ),
+        ({"text": "What?", "Pictures": ["a.png"]}, "a column 'Pictures', which is not understood"),
+        ({"question": "What?", "answer": "A cup.", "frames": []}, "a column 'frames', which is not understood"),
+        ({"messages": ASK, "attachments": ["a.png"]}, "a column 'attachments', which is not understood"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "index": 0}]}]},
+            "a part of type 'text' with 'index', which is not understood",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": picture(RED), "index": 0}]}]},
+            "a part of type 'image' with 'index', which is not understood",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "index": [0]}]}], "images": [picture(RED)]},
+            r"a part of type 'image' with the index \[0\], which is no whole number",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "index": False}]}], "image": picture(RED)},
+            "a part of type 'image' with the index False, which is no whole number",
+        ),
+        ([{"from": "human", "value": "a", "content": "b"}], "with 'from', 'value' and 'content'; remove"),
         ({"messages": [{"role": "system", "content": "a"}, *ASK], "system": "b"}, "messages that begin with their own"),
         ({"messages": ASK, "system": 5}, "'system' must be a text; it is a int"),
         ({"messages": ASK, "tools": "clock"}, "'tools' is a string that is not JSON"),
@@ -179,6 +206,36 @@ def test_row_that_is_not_understood_is_named(row, message):
         read_row(row, "row")
 
 
+IN_MESSAGES = (
+    *("image_url", "video_url", "audio_url", "input_audio", "attachments", "pictures", "media", "frames", "documents"),
+    *("image", "images", "videos", "audios", "image_path", "image_urls", "img", "Photo", "input_image", "sound_file"),
+)
+
+
+@pytest.mark.parametrize("name", IN_MESSAGES)
+@pytest.mark.parametrize("turn", [{"role": "user", "content": "What?"}, {"from": "human", "value": "What?"}])
+def test_media_in_a_message_beside_its_content_are_refused(turn, name):
+    with pytest.raises(SampleError, match=f"^row has a message with the entry '{name}', which is not understood; put"):
+        read_row([{**turn, name: ["a.png"]}], "row")
+    assert read([{**turn, name: None}]) == ASK[:1]
+
+
+def test_how_closely_a_server_shall_look_is_told_to_be_left_out():
+    def chat(**more):
+        part = {"type": "image_url", "image_url": {"url": "https://a.org/b", **more}}
+        return [{"role": "user", "content": [part]}]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_row(chat(), "row")
+        read_row(chat(detail="auto"), "row")
+    with pytest.warns(
+        SABWarning, match="pictures with 'detail', by which servers choose a size: it is left out"
+    ) as told:
+        read_samples([chat(detail="low"), chat(detail="high")], 8, 0, True)
+    assert len(told) == 1
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -188,7 +245,10 @@ CONTENT = st.text() | st.lists(
     st.dictionaries(st.sampled_from(["type", "text", "image", "url", "index", "video"]), JSON, max_size=3), max_size=3
 )
 MESSAGES = st.lists(
-    st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls"]), JSON | CONTENT), max_size=3
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "tool_calls", "name", "media"]), JSON | CONTENT
+    ),
+    max_size=3,
 )
 ROW = st.dictionaries(
     st.sampled_from(["messages", "conversations", "text", "prompt", "image", "images", "tools", "system", "input_ids"]),
