@@ -11,7 +11,8 @@ from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_coun
 from optimum_sab.calibration.samples.rows import read_row
 from optimum_sab.calibration.samples.sounds import sound_for
 from optimum_sab.calibration.samples.template import TemplateWatch
-from optimum_sab.errors import MissingDependencyError, SampleError, warnings_heard
+from optimum_sab.errors import MissingDependencyError, SampleError, warn, warnings_heard
+from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 _PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
 _READERS = {
@@ -67,6 +68,33 @@ def takes_pictures(processor: Any) -> bool:
     return getattr(processor, "tokenizer", processor) is not processor and bool(
         getattr(processor, "chat_template", None)
     )
+
+
+def can_be_shown_pictures(config: Any, processor: Any) -> bool:
+    """Whether the package can show a model pictures of its own; where it reads some and cannot, that is warned of.
+
+    Args:
+        config: of the model. One that reads no pictures is shown none without a word.
+        processor: its processor or tokenizer.
+    """
+    if VISUAL in model_modalities(config):
+        if takes_pictures(processor):
+            return True
+        kind = type(processor).__name__
+        tokenizer = getattr(processor, "tokenizer", processor)
+        why = f"{kind} is a tokenizer alone" if tokenizer is processor else f"{kind} has no chat template"
+        remedy = "give a processor with a chat template for pictures (SABConfig(processor=...), --processor)"
+    elif getattr(config, "vision_config", None) is not None:
+        kind = getattr(config, "model_type", type(config).__name__)
+        why = f"the configuration of {kind} names no token in the place of a picture"
+        remedy = "give calibration samples with pictures as arguments of its forward, and compare it on some yourself"
+    else:
+        return False
+    warn(
+        f"the model reads pictures, and is shown texts alone in the comparison with the dense model, in the report's "
+        f"examples and in samples of the package's or its own making (built-in, self): {why}; {remedy}."
+    )
+    return False
 
 
 def encode_sample(sample: Any, encoding: Encoding, label: str) -> dict[str, Any]:

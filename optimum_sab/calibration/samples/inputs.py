@@ -9,7 +9,7 @@ from typing import Any
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.context_length import limited_length, warn_of_long_samples
 from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
-from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, takes_pictures
+from optimum_sab.calibration.samples.encoding import Encoding, can_be_shown_pictures, encode_sample
 from optimum_sab.calibration.samples.forward_inputs import token_count
 from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
@@ -109,7 +109,7 @@ def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]
     """
     encoding = Encoding(processor, UNSEEN_LENGTH)
     encoded = {"text": [encode_sample(each, encoding, "an unseen text") for each in unseen_texts()]}
-    if VISUAL in model_modalities(model.config) and takes_pictures(processor):
+    if can_be_shown_pictures(model.config, processor):
         try:
             encoded["pictures"] = [encode_sample(each, encoding, "an unseen picture") for each in unseen_chats()]
         except SABError as error:  # a template may know pictures in a way of its own
