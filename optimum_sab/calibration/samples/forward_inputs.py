@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from optimum_sab.errors import SampleError
 
 IDS = ("input_ids", "decoder_input_ids")
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-_OF_TRAINING = ("labels", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
+_OF_TRAINING = (
+    *("labels", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"),
+    *("assistant_masks", "completion_mask", "loss_mask", "prompt_mask", "seq_lengths", "num_items_in_batch"),
+)
 
 
 def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], list[str]]:
@@ -49,6 +52,11 @@ def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
                 "must be the same."
             )
     return _without_padding(inputs), others
+
+
+def is_prepared(sample: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a sample that was read is one of `read_inputs`."""
+    return isinstance(sample, Mapping) and any(name in sample for name in IDS)
 
 
 def token_count(inputs: Mapping[str, Any]) -> int:

@@ -338,7 +338,7 @@ def test_the_warnings_of_a_set_are_told_once_where_it_is_read_too(processor):
     source = SampleSource([thought(), {"messages": thought(), "id": 1}, {"messages": thought(), "id": 2}], 3)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        given_inputs(SimpleNamespace(), processor, source)
+        given_inputs(SimpleNamespace(config=SimpleNamespace()), processor, source)
     assert sorted(str(each.message).split("'")[1] for each in told) == ["id", "reasoning_content"]
 
 
