@@ -94,7 +94,7 @@ def without_nothing(value: Any) -> Any:
 
 
 def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -> dict[str, Any]:
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {str(key): value for key, value in message.items() if value is not None}
     if "from" in given and "role" not in given:
         if "content" in given:
             raise SampleError(f"{label} has a message with 'from', 'value' and 'content'; remove 'value' or 'content'.")
@@ -110,7 +110,7 @@ def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -
     if not isinstance(role, str):
         raise SampleError(f"{label} has a message with the role {role!r}; give 'user', 'assistant' or the like.")
     for key in given:
-        if names_media(str(key)):
+        if names_media(key):
             raise SampleError(
                 f"{label} has a message with the entry {key!r}, which is not understood; put it into the content, as "
                 "{'type': 'image', 'image': ...}, or beside the messages."

@@ -86,6 +86,10 @@ def _is_remark(value: Any) -> bool:
 
 def _tensor(value: Any, name: str, label: str) -> Tensor:
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise SampleError(
+                f"{label}: {name!r} is on the device meta, where tensors have no values; give it with them."
+            )
         return value
     try:
         return torch.as_tensor(value)

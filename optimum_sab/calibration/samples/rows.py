@@ -42,8 +42,15 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
         folder: paths of pictures are relative to it.
 
     Raises:
-        SampleError: the row is of no such form.
+        SampleError: the row is of no such form, or nested without end.
     """
+    try:
+        return _read(row, label, folder)
+    except RecursionError as error:
+        raise SampleError(f"{label} is nested too deeply to be read, or holds itself.") from error
+
+
+def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]:
     if isinstance(row, str):
         return check_text(row, label), []
     if is_chat(row):

@@ -206,6 +206,43 @@ def test_row_that_is_not_understood_is_named(row, message):
         read_row(row, "row")
 
 
+def nested(depth):
+    inner = {}
+    for _ in range(depth):
+        inner = {"a": [inner]}
+    return inner
+
+
+def endless():
+    inner = {}
+    inner["a"] = inner
+    return inner
+
+
+@pytest.mark.parametrize("inner", [nested(800), endless()], ids=["deep", "endless"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda inner: [{"role": "user", "content": "What?", "more": inner}],
+        lambda inner: {"messages": ASK, "tools": [inner]},
+        lambda inner: {"input_ids": [1], "more": [inner]},
+    ],
+    ids=["message", "tools", "prepared"],
+)
+def test_what_is_nested_too_deeply_is_named_or_told(row, inner):
+    refusal = ""
+    try:
+        assert read_row(row(inner), "row")[1] == ["more"]
+    except SampleError as error:
+        refusal = str(error)
+    assert refusal in ("", "row is nested too deeply to be read, or holds itself.")
+    assert refusal or "input_ids" in row(inner)  # a remark is not looked into
+
+
+def test_entries_of_a_message_that_are_no_texts_are_read_as_such():
+    assert read([{"role": "user", "content": "What?", 5: "a"}]) == [{**ASK[0], "5": "a"}]
+
+
 IN_MESSAGES = (
     *("image_url", "video_url", "audio_url", "input_audio", "attachments", "pictures", "media", "frames", "documents"),
     *("image", "images", "videos", "audios", "image_path", "image_urls", "img", "Photo", "input_image", "sound_file"),
@@ -313,6 +350,11 @@ def test_padding_is_left_out():
         (
             {"input_ids": [5, 6], "attention_mask": [1]},
             r"'attention_mask' has the shape \[1, 1\], and 'input_ids' \[1, 2\]",
+        ),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long, device="meta")}, "'input_ids' is on the device meta"),
+        (
+            {"input_ids": [5], "attention_mask": torch.ones(1, 1, device="meta")},
+            "'attention_mask' is on the device meta",
         ),
         ({"input_ids": [5], "pixel_values": [[1.0], [1.0, 2.0]]}, "'pixel_values' cannot be made a tensor"),
     ],
