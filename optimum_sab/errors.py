@@ -89,7 +89,7 @@ _LISTENERS = _Listeners()
 
 @contextmanager
 def warnings_heard() -> Iterator[list[str]]:
-    """Inside, what this thread is warned of is written down too, each message once, whatever filters say."""
+    """Inside, what this thread is warned of is written down too, whatever filters say; each message is told once."""
     heard: list[str] = []
     _LISTENERS.lists.append(heard)
     try:
@@ -100,7 +100,10 @@ def warnings_heard() -> Iterator[list[str]]:
 
 def warn(message: str) -> None:
     """Warn with `SABWarning`, and point at the line outside of this package and of those it works in that led here."""
-    for heard in _LISTENERS.lists:
+    lists = _LISTENERS.lists
+    if lists and message in lists[-1]:
+        return
+    for heard in lists:
         if message not in heard:
             heard.append(message)
     frame = sys._getframe(1)

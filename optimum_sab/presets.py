@@ -10,11 +10,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from optimum_sab.core.bounds import check_integer, shown
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 
 ALLOCATION = ("sensitivity", "uniform")
+MOST_SAMPLES = 1_000_000_000
+MOST_TOKENS = 2**24  # of a text; the longest context of a model is ten millions
+MOST_SEED = 2**64 - 1  # of torch's generators
 BACKENDS = ("triton", "cpu", "reference")  # `optimum_sab.ops.backends` chooses among them
 
 
@@ -48,16 +52,16 @@ class RunSettings:
         bits = self.target_bits
         if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 1.0 < bits <= 8.0):
             raise ConfigError(
-                f"target_bits={bits!r} must be a number above 1, such as 1.3 or 2.25; None takes the settings' own."
+                f"target_bits={shown(bits)} must be a number above 1 and at most 8, such as 1.3 or 2.25; None takes "
+                "the settings' own."
             )
         if bits is not None and self.allocation == "uniform":
             raise ConfigError(
                 f"target_bits={bits!r} needs allocation='sensitivity'; with 'uniform' the planes decide the bits."
             )
-        for name, low in (("calibration_samples", 1), ("sequence_length", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}.")
+        check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
+        check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)
+        check_integer("seed", self.seed, 0, MOST_SEED)
         for name in ("refine", "temperature_scaling", "examples"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")

@@ -19,9 +19,13 @@ def check_folder(source: str, subfolder: str = "") -> None:
         subfolder: of it, where the checkpoint is.
 
     Raises:
-        ConfigError: nothing is there, and the name looks like a path or is no repository's; it is a file; or there is
-            no config.json in it. Where an adapter lies there, or checkpoints one folder below, that is said.
+        ConfigError: nothing is there, and the name looks like a path or is no repository's; it is a file; there is
+            no config.json in it; or it may not be looked at. Where an adapter lies there, or checkpoints one folder
+            below, that is said.
     """
+    for place in (source, os.path.join(source, subfolder, CONFIG)):
+        if is_barred(place):
+            raise ConfigError(f"{source!r} may not be looked into; have its permissions changed, or name another.")
     if not os.path.exists(source):
         if source.startswith((".", "/", "~")) or not _REPOSITORY.fullmatch(source):
             raise ConfigError(f"there is no folder {source!r}; name a checkpoint's folder, or a repository on the Hub.")
@@ -37,6 +41,17 @@ def check_folder(source: str, subfolder: str = "") -> None:
             "merge_and_unload(), save_pretrained() the result and the processor, and name that folder."
         )
     raise ConfigError(f"no model can be read from {folder!r}: there is no {CONFIG} in it{_below(folder)}")
+
+
+def is_barred(path: str) -> bool:
+    """Whether permissions keep from telling what is at a path; `os.path` answers that nothing is."""
+    try:
+        os.stat(path)
+    except PermissionError:
+        return True
+    except (OSError, ValueError):  # nothing is there, or nothing can have that name
+        return False
+    return False
 
 
 def _below(folder: str) -> str:

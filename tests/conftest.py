@@ -9,6 +9,7 @@ import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # workers side by side would wait for each other's threads
@@ -92,6 +93,34 @@ def cut_example(folder, blocks):
             kept[name] = tensor.float().contiguous()
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+@pytest.fixture
+def shut():
+    """A folder that everyone may pass and nobody but root may list, one below it that may not be passed either; and a
+    context without root's rights."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        passed, barred = Path(name, "passed"), Path(name, "barred")
+        for folder, mode in ((passed, 0o711 if os.geteuid() == 0 else 0o311), (barred, 0o000)):
+            folder.mkdir()
+            (folder / "data.jsonl").write_text('{"text": "a"}\n')
+            folder.chmod(mode)
+        yield SimpleNamespace(passed=passed, barred=barred, entered=_without_rights)
+        for folder in (passed, barred):
+            folder.chmod(0o700)
+
+
+@contextmanager
+def _without_rights():
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if user == 0:
+            os.seteuid(0)
 
 
 @pytest.fixture

@@ -47,3 +47,12 @@ def test_a_checkpoint_in_a_subfolder_is_let_through(here):
 def test_what_is_no_checkpoint_is_named_with_what_to_do(here, source, said):
     with pytest.raises(ConfigError, match=said):
         check_folder(source)
+
+
+def test_a_place_that_may_not_be_looked_into_is_named(shut):
+    with shut.entered(), pytest.raises(ConfigError, match=r"barred' may not be looked into; have its permissions"):
+        check_folder(str(shut.barred))
+    with shut.entered(), pytest.raises(ConfigError, match=r"vlm' may not be looked into; have its permissions"):
+        check_folder(str(shut.barred / "vlm"))
+    with shut.entered(), pytest.raises(ConfigError, match=r"there is no config.json in it\.$"):
+        check_folder(str(shut.passed))

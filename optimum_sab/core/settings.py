@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from optimum_sab.core.bounds import check_integer as _integer
+from optimum_sab.core.bounds import check_number as _number
 from optimum_sab.core.code import NO_CODE, find_code
 from optimum_sab.errors import ConfigError
 
@@ -145,16 +146,6 @@ class LayerSettings:
         if unknown:
             raise ConfigError(f"unknown layer setting {unknown[0]!r}; the settings are {', '.join(sorted(names))}.")
         return LayerSettings(**{**asdict(self), **changes})
-
-
-def _integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-        raise ConfigError(f"{name}={value!r} must be an integer from {low} to {high}.")
-
-
-def _number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{name}={value!r} must be a finite number.")
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

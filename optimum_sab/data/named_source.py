@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from optimum_sab.errors import SampleError
+from optimum_sab.sources import is_barred
 
 BUILTIN = "builtin"
 SELF = "self"
@@ -40,12 +41,18 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
     """The file that is named, as a path, or the name of a dataset.
 
     Raises:
-        SampleError: it is a folder, a file of another kind, looks like a path and leads nowhere, or is just a text.
+        SampleError: it is a folder, a file of another kind, looks like a path and leads nowhere or where it may not be
+            looked at, or is just a text.
     """
     name = os.path.expanduser(os.fspath(source))
     suffix = os.path.splitext(name)[1].lower()
+    if is_barred(name):
+        raise SampleError(
+            f"the calibration file {_shown(str(source))} may not be looked at; have the permissions of its folder "
+            "changed, or name another file."
+        )
     if os.path.isdir(name):
-        inside = sorted(each for each in os.listdir(name) if each.lower().endswith(SUFFIXES))
+        inside = sorted(each for each in _entries(name) if each.lower().endswith(SUFFIXES))
         hint = f"name a file in it, such as {inside[0]!r}" if inside else "name a file"
         raise SampleError(f"calibration={str(source)!r} is a folder; {hint}.")
     if os.path.isfile(name):
@@ -91,8 +98,16 @@ def _nearest(name: str) -> str:
     folder, file = os.path.split(name)
     if folder and not os.path.isdir(folder):
         return f", nor does its folder {_shown(folder)}."
-    close = difflib.get_close_matches(file, os.listdir(folder or "."), 1)
+    close = difflib.get_close_matches(file, _entries(folder or "."), 1)
     return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else "."
+
+
+def _entries(folder: str) -> list[str]:
+    """Names in a folder, for a hint; none where they may not be read."""
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
 
 
 def _shown(text: str) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 
-from optimum_sab.errors import ConfigError, MissingDependencyError
+from optimum_sab.core.bounds import check_integer
+from optimum_sab.core.refinement import MOST_STEPS
+from optimum_sab.errors import MissingDependencyError
 from optimum_sab.example import checkpoint_path
 from optimum_sab.example.demonstration import COMPUTE, draw_questions
 from optimum_sab.example.evaluation import evaluate
@@ -32,6 +34,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.processor import load_processor
 from optimum_sab.json_values import json_line
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.presets import MOST_SAMPLES, MOST_SEED
 
 Accuracy = dict[str, float]  # share of right answers, 0 to 1, by task
 
@@ -193,8 +196,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     try:
-        if given.steps < 1:
-            raise ConfigError(f"--steps {given.steps} must be at least 1.")
+        check_integer("steps", given.steps, 1, MOST_STEPS)
+        check_integer("questions", given.questions, 1, MOST_SAMPLES)
+        for seed in given.seeds:
+            check_integer("seed", seed, 0, MOST_SEED)
         check_peft()
         trial = Trial(given.questions)
         dense = trial.accuracy(trial.load(trial.source))

@@ -81,7 +81,7 @@ class ReadSamplesEarly(ReadSamples):
     def check(self, model: nn.Module, options: RunOptions) -> None:
         super().check(model, options)
         if not options.source.written:
-            self._inputs = given_inputs(model.config, self._processor.processor_of(model), options.source)
+            self._inputs = given_inputs(model, self._processor.processor_of(model), options.source)
 
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
         early, self._inputs = self._inputs, None  # the run keeps them from here on

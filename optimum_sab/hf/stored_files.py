@@ -95,7 +95,7 @@ def local_files(folder: Path) -> list[str]:
     """The safetensors files that Transformers reads of a local folder, in its order of preference.
 
     Raises:
-        FormatError: the index is unreadable or names a file that is not there.
+        FormatError: the index is unreadable or names a file that is not there, or what has a file's name is none.
     """
     if (folder / WEIGHTS).is_file():
         return [str(folder / WEIGHTS)]
@@ -108,6 +108,11 @@ def local_files(folder: Path) -> list[str]:
             )
         return files
     found = sorted(folder.glob("*.safetensors"))
+    for path in found:
+        if not path.is_file():  # reading a pipe would wait for somebody to write into it
+            raise FormatError(
+                f"{str(path)!r} is no file (a folder, a pipe, a link that leads nowhere); fetch the checkpoint again."
+            )
     shard = next((path.name for path in found if SHARD.fullmatch(path.name)), None)
     if shard is not None and not any(folder.glob("*.safetensors.index*.json")):
         raise FormatError(

@@ -44,6 +44,8 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     where = Path(folder)
     if not where.is_dir():
         raise ReportError(f"{named!r} is no folder; name the folder of a packed checkpoint.")
+    if (where / REPORT_JSON).exists() and not (where / REPORT_JSON).is_file():  # reading a pipe would wait for ever
+        raise ReportError(f"{REPORT_JSON} in {named!r} is no file; remove it, and fetch the checkpoint's again.")
     try:
         found = json.loads((where / REPORT_JSON).read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -1,8 +1,10 @@
 """What the model says before and after: a few words, and no trace of having said them."""
 
 import base64
+import copy
 import io
 import random
+import warnings
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from optimum_sab.data.unseen import unseen_texts
 from optimum_sab.errors import SABWarning
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.auto import AutoModelForVision2Seq
+from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.processor import load_processor
 from optimum_sab.nn.selection import select_linears
 
@@ -161,9 +164,52 @@ def test_pictures_that_the_template_does_not_take_leave_texts(example, processor
         assert set(unseen_inputs(example, processor)) == {"text"}
 
 
-def test_a_tokenizer_alone_is_given_texts_alone(example, processor):
-    assert {each.kind for each in example_prompts(example, processor.tokenizer)} == {"text"}
-    assert set(unseen_inputs(example, processor.tokenizer)) == {"text"}
+def blind(processor, how):
+    if how == "a tokenizer alone":
+        return processor.tokenizer
+    processor = copy.copy(processor)
+    processor.chat_template = None
+    return processor
+
+
+BLIND = pytest.mark.parametrize("how", ["a tokenizer alone", "no chat template"])
+
+
+@BLIND
+def test_pictures_that_the_processor_cannot_show_are_told_to_be_left_out(example, processor, how):
+    for ask, kinds in ((example_prompts, lambda found: {each.kind for each in found}), (unseen_inputs, set)):
+        with pytest.warns(SABWarning, match=rf"shown texts alone .*: \w+ (is|has) {how}; give a processor"):
+            assert kinds(ask(example, blind(processor, how))) == {"text"}
+
+
+@BLIND
+def test_what_is_left_out_is_told_once_in_a_run_and_is_in_its_report(smallest_example, processor, how):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model = AutoModelForVision2Seq.from_pretrained(
+            smallest_example,
+            dtype=torch.float32,
+            quantization_config=SABConfig.light(
+                calibration=["The red boat left the harbour at noon."], progress="none", processor=blind(processor, how)
+            ),
+        )
+    said = [str(each.message) for each in told if "shown texts alone" in str(each.message)]
+    assert len(said) == 1 and "comparison with the dense model, in the report's examples and in samples" in said[0]
+    assert said[0] in model.hf_quantizer.report.warnings
+
+
+def test_a_model_that_reads_pictures_in_a_way_of_its_own_is_told_of(build, processor):
+    model = build("llama").model
+    model.config.vision_config = {"depth": 1}
+    with pytest.warns(SABWarning, match="the configuration of llama names no token in the place of a picture"):
+        assert set(unseen_inputs(model, processor.tokenizer)) == {"text"}
+
+
+def test_a_model_that_reads_no_pictures_is_told_nothing(build, processor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert set(unseen_inputs(build("llama").model, processor.tokenizer)) == {"text"}
+        assert {each.kind for each in example_prompts(build("llama").model, processor.tokenizer)} == {"text"}
 
 
 def test_a_picture_can_be_looked_at(example, processor):

@@ -66,3 +66,24 @@ def test_a_path_is_never_a_text(here):
     for path in (here / "gone", here / "data", here / "notes.txt"):
         with pytest.raises(SampleError, match=r"does not exist|is a folder|is a file of a kind"):
             read_samples(path, 8, 0, True)
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "message"),
+    [
+        ("passed", "", "is a folder; name a file."),
+        ("passed", "dta.jsonl", "dta.jsonl' does not exist."),
+        ("barred", "data.jsonl", "data.jsonl' may not be looked at; have the permissions of its folder changed"),
+        ("barred", "below/data.jsonl", "data.jsonl' may not be looked at"),
+    ],
+)
+def test_a_place_that_may_not_be_read_is_named(shut, place, name, message):
+    source = str(getattr(shut, place) / name)
+    with shut.entered(), pytest.raises(SampleError) as error:
+        named_source(source)
+    assert message in str(error.value) and source.rstrip("/") in str(error.value)
+
+
+def test_a_file_in_a_folder_that_may_not_be_listed_is_found(shut):
+    with shut.entered():
+        assert named_source(shut.passed / "data.jsonl") == shut.passed / "data.jsonl"

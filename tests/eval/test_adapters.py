@@ -71,7 +71,7 @@ def test_command_prints_every_task_and_seed(trial, packed, capsys):
     assert all(task in text for task in TASKS) and "seed 5" in text and "of the parameters" in text
 
 
-@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--questions", "0"]])
+@pytest.mark.parametrize("wrong", [["--steps", "0"], ["--questions", "0"], ["--seeds", "-1"], ["--seeds", str(2**64)]])
 def test_wrong_numbers_are_one_line(wrong, trial, capsys):
     assert main(wrong) == 2
     assert capsys.readouterr().err.startswith("error: ")

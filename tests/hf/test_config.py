@@ -146,11 +146,55 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("temperature_scaling", "yes"),
         ("quant_method", ["sab"]),
         ("progress", ["bar"]),
+        ("calibration_samples", 1_000_001),
+        ("calibration_samples", 2**63),
+        ("calibration_samples", 5.0),
+        ("sequence_length", 2**24 + 1),
+        pytest.param("sequence_length", 10**5000, id="sequence_length-long"),
+        ("seed", 2**64),
+        ("seed", float("nan")),
+        ("refine_epochs", 10_001),
+        ("refine_steps", 1_000_001),
+        pytest.param("iterations", 10**5000, id="iterations-long"),
+        ("sweeps", 101),
+        ("damping", 10**400),
+        pytest.param("damping", 10**5000, id="damping-long"),
+        ("damping", float("inf")),
+        ("salient_fraction", -float("inf")),
+        ("propagation", 10**400),
+        ("target_bits", float("nan")),
+        ("target_bits", float("inf")),
+        pytest.param("target_bits", 10**5000, id="target_bits-long"),
     ],
 )
 def test_bad_value_is_named(setting, value):
     with pytest.raises(ConfigError, match=setting):
         SABConfig(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "most"),
+    [
+        ("calibration_samples", 1_000_000_000),
+        ("sequence_length", 2**24),
+        ("seed", 2**64 - 1),
+        ("refine_epochs", 10_000),
+        ("refine_steps", 1_000_000),
+    ],
+)
+def test_the_largest_value_is_taken_and_the_next_is_told_the_bounds(setting, most):
+    assert getattr(SABConfig(**{setting: most}), setting) == most
+    with pytest.raises(ConfigError, match=rf"^{setting}={most + 1} must be an integer from [01] to {most}"):
+        SABConfig(**{setting: most + 1})
+
+
+def test_a_number_of_any_length_is_told_in_a_line():
+    with pytest.raises(ConfigError, match=r"^damping=10{59}… must be a finite number"):
+        SABConfig(dynamic={"down_proj": {"damping": 10**400}})
+    for value in (10**300, 10**5000):
+        with pytest.raises(ConfigError) as error:
+            SABConfig(seed=value)
+        assert len(str(error.value)) < 200 and "must be an integer from 0 to" in str(error.value)
 
 
 def test_sweeps_without_refit_is_refused():

@@ -115,7 +115,7 @@ FAULTS = (
     Fault(
         "a known layer recognized by its addresses alone",
         "optimum_sab/ops/cpu/layer.py",
-        "if found is None or found[0] != sizes:",
+        "if found is None or found[0] != seen:",
         "if found is None:",
         ("tests/ops/cpu/test_direct.py",),
     ),

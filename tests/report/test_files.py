@@ -101,3 +101,10 @@ def test_a_name_that_is_no_unicode_is_written(document, tmp_path):
     write_report(tmp_path, document)
     assert read_report(tmp_path) == document
     assert "model-\\udcff" in write_page(tmp_path).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["a pipe", "a folder"])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, make):
+    make(tmp_path / "report.json")
+    with pytest.raises(ReportError, match=r"report\.json in .* is no file"):
+        read_report(tmp_path)

@@ -39,7 +39,7 @@ def output_sensitivity(
         names: dotted names of the linears.
         samples: forward keyword arguments, one dict per sample.
         recomputation: blocks that are run again on the way back; None keeps all activations.
-        seed: of the drawn predictions.
+        seed: of the drawn predictions, from 0 to 2⁶⁴ - 1.
         on_step: told after every sample.
 
     Raises:
@@ -63,7 +63,7 @@ def output_sensitivity(
         stack.enter_context(torch.enable_grad())
         model.requires_grad_(False)
         for index, sample in enumerate(samples):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+            generator = torch.Generator().manual_seed(sample_seed(seed, index))
             modalities = token_modalities(sample, getattr(model, "config", None))
             drawn, count = _drawn_log_probability(model(**sample, **without_cache(model)), modalities, generator)
             drawn.backward()
@@ -78,6 +78,11 @@ def output_sensitivity(
             "more bits; use allocation='uniform'."
         )
     return {name: total / (2 * max(1, tokens)) for name, total in sums.items()}
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Of one sample's draws: within what torch takes as a seed, whatever the run's is."""
+    return (seed * 1_000_003 + index) % 2**64
 
 
 def refuse_inference_mode(model: nn.Module) -> None:

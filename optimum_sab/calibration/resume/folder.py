@@ -76,6 +76,7 @@ class ResumeFolder:
         Raises:
             CalibrationError: the file cannot be read, or is not what this run wrote there.
         """
+        self._require_file(name)
         try:
             stored = json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
@@ -95,6 +96,7 @@ class ResumeFolder:
         Raises:
             CalibrationError: the file cannot be read, or is not what this run wrote there.
         """
+        self._require_file(name)
         try:
             with safe_open(self.folder / name, framework="pt") as file:
                 tensors = {each: file.get_tensor(each) for each in list(file.keys())}
@@ -118,6 +120,12 @@ class ResumeFolder:
         else:
             remedy = "delete it, and its work is done again."
         return CalibrationError(f"{self.folder / name} cannot be used ({reason}); {remedy}")
+
+    def _require_file(self, name: str) -> None:
+        """Reading a pipe would wait for somebody to write into it."""
+        path = self.folder / name
+        if path.exists() and not path.is_file():
+            raise self.refusal(name, "it is no file")
 
     def _checked(
         self, name: str, digest: Any, tensors: dict[str, Tensor], about: Any

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from optimum_sab.calibration.samples.media import names_media
 from optimum_sab.calibration.samples.parts import read_content
 from optimum_sab.errors import SampleError
 
@@ -19,7 +20,6 @@ _ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
-_IN_PARTS = ("image", "images", "video", "videos", "audio", "audios")
 
 
 def is_chat(sample: Any) -> bool:
@@ -39,13 +39,15 @@ def is_chat(sample: Any) -> bool:
 def read_chat(chat: Sequence[Mapping[str, Any]], label: str, folder: Path | None = None) -> list[dict[str, Any]]:
     """Messages with "role" and "content", spelled as Transformers' processors read them; copies of the given ones.
 
+    What else a message has goes along to the chat template (`optimum_sab.calibration.samples.template`).
+
     Args:
         chat: see `is_chat`; messages may be ShareGPT's ``{"from", "value"}``.
         label: names the sample in errors.
         folder: paths of pictures are relative to it.
 
     Raises:
-        SampleError: a role, a content or a part is not understood.
+        SampleError: a role, a content or a part is not understood, or a message has pictures or the like beside them.
     """
     return [_read_message(message, label, folder) for message in chat]
 
@@ -92,8 +94,10 @@ def without_nothing(value: Any) -> Any:
 
 
 def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -> dict[str, Any]:
-    given = {key: value for key, value in message.items() if value is not None}
+    given = {str(key): value for key, value in message.items() if value is not None}
     if "from" in given and "role" not in given:
+        if "content" in given:
+            raise SampleError(f"{label} has a message with 'from', 'value' and 'content'; remove 'value' or 'content'.")
         speaker = given.pop("from")
         given = {
             "role": _ROLES.get(speaker) if isinstance(speaker, str) else None,
@@ -105,8 +109,8 @@ def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -
     role, content = given.pop("role", None), given.pop("content", None)
     if not isinstance(role, str):
         raise SampleError(f"{label} has a message with the role {role!r}; give 'user', 'assistant' or the like.")
-    for key in _IN_PARTS:
-        if key in given:
+    for key in given:
+        if names_media(key):
             raise SampleError(
                 f"{label} has a message with the entry {key!r}, which is not understood; put it into the content, as "
                 "{'type': 'image', 'image': ...}, or beside the messages."

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample
 from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_count
 from optimum_sab.calibration.samples.rows import read_row
 from optimum_sab.calibration.samples.sounds import sound_for
-from optimum_sab.errors import MissingDependencyError, SampleError, warn
+from optimum_sab.calibration.samples.template import TemplateWatch
+from optimum_sab.errors import MissingDependencyError, SampleError, warn, warnings_heard
+from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 _PLACEHOLDERS = ("<image>", "<|image_pad|>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "[IMG]")
 _READERS = {
@@ -22,18 +24,22 @@ _READERS = {
 
 @dataclass(frozen=True)
 class Encoding:
-    """How samples are encoded.
+    """How the samples of one set are encoded.
 
     Args:
         processor: a Transformers processor, or a tokenizer for a language model.
         sequence_length: texts are cut to this many tokens, and so is what was prepared without pictures; a chat with
             pictures is kept whole, because cutting it would cut the picture.
         answer_follows: chats end with a question and the model is to go on from there.
+
+    Attributes:
+        watch: of what the template shows; to be asked for its warnings when all samples are encoded.
     """
 
     processor: Any
     sequence_length: int
     answer_follows: bool = False
+    watch: TemplateWatch = field(default_factory=TemplateWatch, compare=False)
 
 
 def encode_samples(
@@ -51,7 +57,10 @@ def encode_samples(
         MissingDependencyError: a package is missing that the processor needs.
     """
     encoding = Encoding(processor, sequence_length, answer_follows)
-    return [encode_sample(sample, encoding, f"calibration sample {i}") for i, sample in enumerate(samples)]
+    with warnings_heard():  # each is told once
+        encoded = [encode_sample(sample, encoding, f"calibration sample {i}") for i, sample in enumerate(samples)]
+        encoding.watch.warn()
+    return encoded
 
 
 def takes_pictures(processor: Any) -> bool:
@@ -59,6 +68,33 @@ def takes_pictures(processor: Any) -> bool:
     return getattr(processor, "tokenizer", processor) is not processor and bool(
         getattr(processor, "chat_template", None)
     )
+
+
+def can_be_shown_pictures(config: Any, processor: Any) -> bool:
+    """Whether the package can show a model pictures of its own; where it reads some and cannot, that is warned of.
+
+    Args:
+        config: of the model. One that reads no pictures is shown none without a word.
+        processor: its processor or tokenizer.
+    """
+    if VISUAL in model_modalities(config):
+        if takes_pictures(processor):
+            return True
+        kind = type(processor).__name__
+        tokenizer = getattr(processor, "tokenizer", processor)
+        why = f"{kind} is a tokenizer alone" if tokenizer is processor else f"{kind} has no chat template"
+        remedy = "give a processor with a chat template for pictures (SABConfig(processor=...), --processor)"
+    elif getattr(config, "vision_config", None) is not None:
+        kind = getattr(config, "model_type", type(config).__name__)
+        why = f"the configuration of {kind} names no token in the place of a picture"
+        remedy = "give calibration samples with pictures as arguments of its forward, and compare it on some yourself"
+    else:
+        return False
+    warn(
+        f"the model reads pictures, and is shown texts alone in the comparison with the dense model, in the report's "
+        f"examples and in samples of the package's or its own making (built-in, self): {why}; {remedy}."
+    )
+    return False
 
 
 def encode_sample(sample: Any, encoding: Encoding, label: str) -> dict[str, Any]:
@@ -107,11 +143,12 @@ def _encode_chat(
         )
     if "audio" in kinds:
         chat = [{**message, "content": _heard(message["content"], processor, label)} for message in chat]
-    _warn_of_tools(messages, tools, template_owner)
+    chat = _text_only(chat) if template_owner is tokenizer else chat
+    encoding.watch.look(template_owner, chat, tools)
     try:
         inputs = dict(
             template_owner.apply_chat_template(
-                _text_only(chat) if template_owner is tokenizer else chat,
+                chat,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
@@ -174,12 +211,3 @@ def _refuse_placeholder(text: str, processor: Any, label: str) -> None:
 def _text_only(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Message contents as plain strings, which tokenizers' templates expect."""
     return [{**m, "content": "".join(part["text"] for part in m["content"])} for m in chat]
-
-
-def _warn_of_tools(messages: Sequence[Mapping[str, Any]], tools: list[Any], template_owner: Any) -> None:
-    """Templates pass over what they do not know, without a word."""
-    template = str(template_owner.chat_template)
-    given = {"tools": bool(tools), "tool_calls": any(message.get("tool_calls") for message in messages)}
-    for name, there in given.items():
-        if there and name not in template:
-            warn(f"calibration samples have {name!r}, which the model's chat template does not show: it is left out.")

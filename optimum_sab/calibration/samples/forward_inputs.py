@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from optimum_sab.errors import SampleError
 
 IDS = ("input_ids", "decoder_input_ids")
 PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
-_OF_TRAINING = ("labels", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length")
+_OF_TRAINING = (
+    *("labels", "special_tokens_mask", "offset_mapping", "overflow_to_sample_mapping", "length"),
+    *("assistant_masks", "completion_mask", "loss_mask", "prompt_mask", "seq_lengths", "num_items_in_batch"),
+)
 
 
 def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], list[str]]:
@@ -51,6 +54,11 @@ def read_inputs(row: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
     return _without_padding(inputs), others
 
 
+def is_prepared(sample: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a sample that was read is one of `read_inputs`."""
+    return isinstance(sample, Mapping) and any(name in sample for name in IDS)
+
+
 def token_count(inputs: Mapping[str, Any]) -> int:
     """Tokens of a sample's inputs (`token_ids`)."""
     ids = token_ids(inputs)
@@ -78,6 +86,10 @@ def _is_remark(value: Any) -> bool:
 
 def _tensor(value: Any, name: str, label: str) -> Tensor:
     if isinstance(value, Tensor):
+        if value.is_meta:
+            raise SampleError(
+                f"{label}: {name!r} is on the device meta, where tensors have no values; give it with them."
+            )
         return value
     try:
         return torch.as_tensor(value)

@@ -9,14 +9,15 @@ from typing import Any
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.context_length import limited_length, warn_of_long_samples
 from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
-from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, takes_pictures
-from optimum_sab.calibration.samples.forward_inputs import token_count
+from optimum_sab.calibration.samples.encoding import Encoding, can_be_shown_pictures, encode_sample
+from optimum_sab.calibration.samples.forward_arguments import ForwardArguments
+from optimum_sab.calibration.samples.forward_inputs import is_prepared, token_count
 from optimum_sab.calibration.samples.reading import labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
 from optimum_sab.data.named_source import BUILTIN, SELF, recorded_source
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
-from optimum_sab.errors import SABError, warn
+from optimum_sab.errors import SABError, warn, warnings_heard
 from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 UNSEEN_LENGTH = 256  # tokens of a text
@@ -71,26 +72,32 @@ def calibration_inputs(
     if source.written:
         length = limited_length(source.sequence_length, model.config)
         return self_samples(model, processor, source.count, length, source.seed, on_step)
-    return given_inputs(model.config, processor, source)
+    return given_inputs(model, processor, source)
 
 
-def given_inputs(config: Any, processor: Any, source: SampleSource) -> list[dict[str, Any]]:
-    """Forward arguments, one sample each, of samples that no model has to write: nothing but its config is needed.
+def given_inputs(model: Any, processor: Any, source: SampleSource) -> list[dict[str, Any]]:
+    """Forward arguments, one sample each, of samples that no model has to write: none of its weights is needed.
 
     Args:
-        config: of the model.
+        model: may be on meta.
         processor: its processor or tokenizer.
         source: where from.
 
     Raises:
-        SampleError: see `read_samples` and `encode_samples`; or a token is none of the model's.
+        SampleError: see `read_samples`, `encode_samples` and `ForwardArguments.check`; or a token is none of the
+            model's.
     """
+    config, arguments = model.config, ForwardArguments(model, processor)
     encoding = Encoding(processor, limited_length(source.sequence_length, config))
     visual = VISUAL in model_modalities(config)
     encoded = {}
-    for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
-        encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
-        check_tokens(encoded[label], config, label)
+    with warnings_heard():  # each is told once
+        for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
+            if is_prepared(sample):
+                arguments.check(sample, label)
+            encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
+            check_tokens(encoded[label], config, label)
+        encoding.watch.warn()
     warn_of_long_samples({label: token_count(inputs) for label, inputs in encoded.items()}, config)
     return list(encoded.values())
 
@@ -107,7 +114,7 @@ def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]
     """
     encoding = Encoding(processor, UNSEEN_LENGTH)
     encoded = {"text": [encode_sample(each, encoding, "an unseen text") for each in unseen_texts()]}
-    if VISUAL in model_modalities(model.config) and takes_pictures(processor):
+    if can_be_shown_pictures(model.config, processor):
         try:
             encoded["pictures"] = [encode_sample(each, encoding, "an unseen picture") for each in unseen_chats()]
         except SABError as error:  # a template may know pictures in a way of its own

@@ -6,16 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from optimum_sab.calibration.samples.media import SERVED, SOURCES
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.sounds import load_sound
-from optimum_sab.errors import SampleError
-
-_SOURCES = {
-    "image": ("image", "url", "path", "base64", "image_url"),
-    "video": ("video", "url", "path", "video_url"),
-    "audio": ("audio", "url", "path", "audio_url"),
-}
-_NAMES = {"image_url": "image", "video_url": "video", "audio_url": "audio"}  # what servers call the parts
+from optimum_sab.errors import SampleError, warn
 
 
 def read_content(content: Any, label: str, folder: Path | None = None) -> str | list[dict[str, Any]]:
@@ -42,24 +36,26 @@ def read_content(content: Any, label: str, folder: Path | None = None) -> str | 
 def _read_part(part: dict[str, Any], content: Any, label: str, folder: Path | None) -> dict[str, Any]:
     kind = part.pop("type", None)
     if kind is None:  # {"image": …} and {"text": …}, as the pages of Qwen spell them
-        named = [key for key in ("text", *_SOURCES, *_NAMES) if key in part]
+        named = [key for key in ("text", *SOURCES, *SERVED) if key in part]
         kind = named[0] if len(named) == 1 else None
     if not isinstance(kind, str):
         raise _not_understood(content, label)
-    index = part.pop("index", None)  # which of the pictures beside the messages
     if kind == "text":
         text = part.pop("text", None)
         if not isinstance(text, str):
             raise _not_understood(content, label)
         _refuse_keys(part, kind, label)
         return {"type": "text", "text": text}
-    kind = _NAMES.get(kind, kind)
-    if kind not in _SOURCES:
+    kind = SERVED.get(kind, kind)
+    if kind not in SOURCES:
         raise SampleError(
             f"{label} has a part of type {kind!r}, which is not understood; the types are text, "
-            f"{', '.join((*_SOURCES, *_NAMES))}."
+            f"{', '.join((*SOURCES, *SERVED))}."
         )
-    found = {key: part.pop(key) for key in _SOURCES[kind] if key in part}
+    found = {key: part.pop(key) for key in SOURCES[kind] if key in part}
+    index = None if found else part.pop("index", None)  # which of the pictures beside the messages
+    if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+        raise SampleError(f"{label} has a part of type {kind!r} with the index {index!r}, which is no whole number.")
     _refuse_keys(part, kind, label)
     if len(found) > 1:
         raise SampleError(f"{label} has a part of type {kind!r} with {' and '.join(found)}; give one of them.")
@@ -71,11 +67,16 @@ def _read_part(part: dict[str, Any], content: Any, label: str, folder: Path | No
 
 
 def _address(source: Any, kind: str, label: str) -> Any:
-    """What ``{"url": …, "detail": …}`` refers to; the detail is how closely a server shall look."""
+    """What ``{"url": …, "detail": …}`` refers to; the detail is how closely a server shall look, which none here is."""
     if not isinstance(source, Mapping) or {"bytes", "path", "array"} & set(source):
         return source
     rest = {key: value for key, value in source.items() if key not in ("url", "detail") and value is not None}
     _refuse_keys(rest, kind, label)
+    if source.get("detail") not in (None, "auto"):
+        warn(
+            "calibration samples have pictures with 'detail', by which servers choose a size: it is left out. The "
+            "processor's own settings decide (SABConfig(processor=...))."
+        )
     return source.get("url")
 
 

@@ -16,6 +16,7 @@ from urllib.request import url2pathname
 import numpy as np
 
 from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.sources import is_barred
 
 _FETCHED = re.compile(r"https?://", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}={0,2}\s*")
@@ -77,7 +78,7 @@ def local_name(source: Any, label: str, folder: Path | None = None) -> Any:
         return source
     path = _local_path(os.fspath(source), folder)
     if not os.path.isfile(path):
-        raise SampleError(f"{label}: the file {_shown(path)} does not exist.")
+        raise SampleError(f"{label}: the file {_shown(path)} {_missing(path)}.")
     return path
 
 
@@ -99,7 +100,7 @@ def _named_picture(name: str, label: str, folder: Path | None) -> Any:
         return _decoded(content, label, _shown(path))
     if _BASE64.fullmatch(name):
         return _decoded(_from_base64(name, label), label, _shown(name))
-    raise SampleError(f"{label}: the picture {_shown(path)} does not exist.")
+    raise SampleError(f"{label}: the picture {_shown(path)} {_missing(path)}.")
 
 
 def _local_path(name: str, folder: Path | None) -> str:
@@ -107,6 +108,10 @@ def _local_path(name: str, folder: Path | None) -> str:
         name = url2pathname(urlsplit(name).path)
     path = os.path.expanduser(name)
     return path if folder is None else os.path.join(folder, path)  # an absolute one stays
+
+
+def _missing(path: str) -> str:
+    return "may not be looked at; have the permissions of its folder changed" if is_barred(path) else "does not exist"
 
 
 def _from_base64(text: str, label: str) -> bytes:

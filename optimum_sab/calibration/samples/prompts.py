@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, takes_pictures
+from optimum_sab.calibration.samples.encoding import Encoding, can_be_shown_pictures, encode_sample
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
 from optimum_sab.errors import SABError, warn
-from optimum_sab.nn.modalities import VISUAL, model_modalities
 
 EACH = 3  # prompts of a kind
 OPENING = 32  # tokens of a text that are given
@@ -45,7 +44,7 @@ def example_prompts(model: Any, processor: Any) -> list[ExamplePrompt]:
         SampleError, MissingDependencyError: see `encode_sample`, of a text.
     """
     prompts = [_opening(text, processor) for text in unseen_texts()[:EACH]]
-    if VISUAL in model_modalities(model.config) and takes_pictures(processor):
+    if can_be_shown_pictures(model.config, processor):
         try:
             prompts += [_question(chat, processor) for chat in unseen_chats()[:EACH]]
         except SABError as error:  # a template may know pictures in a way of its own

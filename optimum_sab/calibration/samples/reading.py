@@ -15,7 +15,7 @@ from optimum_sab.calibration.samples.jsonl import json_rows, jsonl_rows
 from optimum_sab.calibration.samples.rows import FORMS, read_row
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.data.named_source import BUILTIN, SELF, named_source
-from optimum_sab.errors import SampleError, warn
+from optimum_sab.errors import SampleError, warn, warnings_heard
 
 
 def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sample]:
@@ -39,7 +39,8 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
         SampleError: the source is empty, unreadable, or of an unknown form; names the sample.
         MissingDependencyError: a package is missing that reads it.
     """
-    return [sample for _, sample in labelled_samples(source, count, seed, visual)]
+    with warnings_heard():  # each is told once
+        return [sample for _, sample in labelled_samples(source, count, seed, visual)]
 
 
 def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterator[tuple[str, Sample]]:

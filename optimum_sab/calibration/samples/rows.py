@@ -8,6 +8,7 @@ from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample, check_text, is_chat, read_chat, read_tools
 from optimum_sab.calibration.samples.forward_inputs import IDS, read_inputs
+from optimum_sab.calibration.samples.media import COLUMNS, names_media
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
 from optimum_sab.calibration.samples.sounds import load_sound
@@ -22,7 +23,7 @@ PROMPTS = {  # a question or a beginning, and what may hold its answer
     "caption": (),
 }
 _MEDIA = {"image": load_picture, "video": load_video, "audio": load_sound}
-_UNREAD = ("documents", "functions")  # would change what the model sees
+_UNREAD = ("functions", "function_call")  # would change what the model sees, as media do
 FORMS = "'messages', 'text', 'question' or 'prompt' (with 'image' or 'images'), or 'input_ids'"
 
 
@@ -41,8 +42,15 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
         folder: paths of pictures are relative to it.
 
     Raises:
-        SampleError: the row is of no such form.
+        SampleError: the row is of no such form, or nested without end.
     """
+    try:
+        return _read(row, label, folder)
+    except RecursionError as error:
+        raise SampleError(f"{label} is nested too deeply to be read, or holds itself.") from error
+
+
+def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]:
     if isinstance(row, str):
         return check_text(row, label), []
     if is_chat(row):
@@ -58,9 +66,12 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
     sample = _read_columns(columns, label, folder)
     if sample is None:
         raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; one of {FORMS} is needed.")
-    for name in _UNREAD:
-        if name in columns:
-            raise SampleError(f"{label} has a column {name!r}, which is not understood; remove it, or the row.")
+    for name in columns:
+        if name in _UNREAD or names_media(name):
+            raise SampleError(
+                f"{label} has a column {name!r}, which is not understood; remove it, or the row. Pictures, videos and "
+                f"sound are read from {', '.join(COLUMNS)}."
+            )
     return sample, list(columns)
 
 

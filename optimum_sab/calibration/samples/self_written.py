@@ -26,13 +26,13 @@ from optimum_sab.calibration.samples.continuation import (
     continue_prompts,
     require_generation,
 )
-from optimum_sab.calibration.samples.encoding import encode_samples, takes_pictures
+from optimum_sab.calibration.samples.encoding import can_be_shown_pictures, encode_samples
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.samples.token_inputs import cut_inputs, extend_inputs
 from optimum_sab.calibration.samples.vocabulary import Vocabulary, read_vocabulary
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.errors import SampleError
-from optimum_sab.nn.modalities import TEXT, VISUAL, model_modalities
+from optimum_sab.nn.modalities import TEXT
 
 OPENING = (3, 8)  # tokens of a text that are given
 _SENTENCE_START = re.compile(r"^|(?<=[.!?] )|(?<=[。！？\n])(?=\S)")
@@ -51,7 +51,7 @@ def self_samples(
     Args:
         model: dense, on its device; left as it was.
         processor: a Transformers processor, or a tokenizer. Where it prepares no chats with pictures, all samples are
-            texts.
+            texts, with a warning.
         count: number of samples.
         sequence_length: tokens of a sample at most, those of pictures not counted.
         seed: of the beginnings and of every token drawn.
@@ -66,7 +66,7 @@ def self_samples(
         NonFiniteError: its logits hold NaN or inf.
     """
     require_generation(model)
-    visual = VISUAL in model_modalities(model.config) and takes_pictures(processor)
+    visual = can_be_shown_pictures(model.config, processor)
     drafts = [
         _Draft.begin(sample, random.Random(f"self-written {seed} {index}"))
         for index, sample in enumerate(builtin_samples(count, seed, visual))

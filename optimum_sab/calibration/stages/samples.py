@@ -13,6 +13,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.continuation import require_language_head
+from optimum_sab.calibration.samples.forward_arguments import ForwardArguments
 from optimum_sab.calibration.samples.inputs import GIVEN, calibration_inputs
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.stage import Stage
@@ -87,13 +88,16 @@ class GivenSamples(ReadSamples):
     """Samples that whoever starts the run has encoded already.
 
     Args:
-        inputs: keyword arguments of the model's forward, one dict per sample.
+        inputs: keyword arguments of the model's forward, one dict per sample; see `ForwardArguments.check`.
     """
 
     def __init__(self, inputs: Sequence[Mapping[str, Any]]) -> None:
         self._inputs = inputs
 
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
+        arguments = ForwardArguments(run.model, run.processor)
+        for number, sample in enumerate(self._inputs):
+            arguments.check(sample, f"calibration sample {number}")
         return self._inputs
 
     def described(self, run: Run) -> str:

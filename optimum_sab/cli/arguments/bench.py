@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common
+from optimum_sab.cli.arguments.common import add_common, check_amounts, check_counts, check_seeds
 from optimum_sab.presets import PRESETS
 
 
@@ -47,7 +48,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     )
     _add_speed_options(kernels, repeats=20)
     add_common(kernels, quiet=False)
-    kernels.set_defaults(run="bench.run_kernels")
+    kernels.set_defaults(run="bench.run_kernels", check=partial(check_call, ("tokens", "repeats")))
 
     generate = kinds.add_parser(
         "generate",
@@ -66,9 +67,34 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     )
     _add_speed_options(generate, repeats=3)
     add_common(generate, quiet=False)
-    generate.set_defaults(run="bench.run_generate")
+    counts = ("prompt-tokens", "new-tokens", "batch", "repeats")
+    generate.set_defaults(run="bench.run_generate", check=partial(check_call, counts))
     _add_quantize(kinds)
     _add_coverage(kinds)
+
+
+def check_call(counts: Sequence[str], options: argparse.Namespace) -> None:
+    """Refuse numbers that cannot be used before torch is imported.
+
+    Args:
+        counts: names of the options that count something.
+        options: as they were parsed.
+
+    Raises:
+        ConfigError: names the first.
+    """
+    check_counts(options, counts)
+    check_seeds(options, "seed")
+
+
+def check_coverage(options: argparse.Namespace) -> None:
+    """`check_call` of the families.
+
+    Raises:
+        ConfigError: names the first number that cannot be used.
+    """
+    check_counts(options, ("jobs",))
+    check_amounts(options, ("timeout", "memory"))
 
 
 def _add_quantize(kinds: Any) -> None:
@@ -89,7 +115,7 @@ def _add_quantize(kinds: Any) -> None:
     quantize.add_argument("--dtype", default="float32", metavar="DTYPE", help="of the model (default: float32)")
     quantize.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
     add_common(quantize, quiet=False)
-    quantize.set_defaults(run="bench.run_quantize")
+    quantize.set_defaults(run="bench.run_quantize", check=partial(check_call, ("samples", "length")))
 
 
 def _add_coverage(kinds: Any) -> None:
@@ -112,7 +138,7 @@ def _add_coverage(kinds: Any) -> None:
     coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
     coverage.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
     add_common(coverage, quiet=False)
-    coverage.set_defaults(run="bench.run_coverage")
+    coverage.set_defaults(run="bench.run_coverage", check=check_coverage)
 
 
 def _add_speed_options(parser: argparse.ArgumentParser, repeats: int) -> None:

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from optimum_sab.core.bounds import shown
 from optimum_sab.errors import ConfigError, SABError
+from optimum_sab.presets import MOST_SAMPLES, MOST_SEED
 
 _MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
 
@@ -76,13 +78,48 @@ def check_counts(options: argparse.Namespace, names: Iterable[str]) -> None:
     """Refuse numbers of something of which there must be one.
 
     Args:
+        options: as they were parsed; each is a number, several, or None.
+        names: of the options, without their dashes.
+
+    Raises:
+        ConfigError: names the first that is below 1, or above what anybody could wait for.
+    """
+    for name in names:
+        given = getattr(options, name.replace("-", "_"))
+        for each in given if isinstance(given, list) else [] if given is None else [given]:
+            if each < 1:
+                raise ConfigError(f"--{name} {shown(each)} must be at least 1.")
+            if each > MOST_SAMPLES:
+                raise ConfigError(f"--{name} {shown(each)} must be at most {MOST_SAMPLES}.")
+
+
+def check_seeds(options: argparse.Namespace, name: str) -> None:
+    """Refuse seeds that no generator takes.
+
+    Args:
+        options: as they were parsed; it is a number or several.
+        name: of the option, without its dashes.
+
+    Raises:
+        ConfigError: names the first that is negative or too large.
+    """
+    given = getattr(options, name.replace("-", "_"))
+    for each in given if isinstance(given, list) else [given]:
+        if not 0 <= each <= MOST_SEED:
+            raise ConfigError(f"--{name} {shown(each)} must be from 0 to {MOST_SEED}.")
+
+
+def check_amounts(options: argparse.Namespace, names: Iterable[str]) -> None:
+    """Refuse what is no amount of anything.
+
+    Args:
         options: as they were parsed.
         names: of the options, without their dashes.
 
     Raises:
-        ConfigError: names the first that is below 1.
+        ConfigError: names the first that is not above 0, or not finite.
     """
     for name in names:
         given = getattr(options, name.replace("-", "_"))
-        if given < 1:
-            raise ConfigError(f"--{name} {given} must be at least 1.")
+        if not 0.0 < given < float("inf"):
+            raise ConfigError(f"--{name} {given} must be a number above 0.")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common, check_counts
+from optimum_sab.cli.arguments.common import add_common, check_counts, check_seeds
 from optimum_sab.cli.arguments.settings import add_settings, check_settings
 
 
@@ -33,4 +33,5 @@ def check_call(options: argparse.Namespace) -> None:
         ConfigError, SampleError: see `check_settings`, or no question would be asked.
     """
     check_counts(options, ("questions",))
+    check_seeds(options, "question-seed")
     check_settings(options)

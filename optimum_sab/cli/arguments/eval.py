@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common, check_counts
+from optimum_sab.cli.arguments.common import add_common, check_counts, check_seeds
 from optimum_sab.cli.arguments.settings import add_source, check_calibration
-from optimum_sab.errors import ConfigError
+from optimum_sab.core.bounds import check_integer
 from optimum_sab.example import EXAMPLE
+from optimum_sab.presets import MOST_SAMPLES
 from optimum_sab.sources import check_folder
 
 DTYPES = ("float32", "bfloat16")
@@ -72,12 +73,12 @@ def check_call(options: argparse.Namespace) -> None:
     """Refuse what is wrong before torch is imported.
 
     Raises:
-        ConfigError: a number is too small, or there is no such folder.
+        ConfigError: a number cannot be used, or there is no such folder.
         SampleError: see `check_calibration`.
     """
     check_counts(options, COUNTS)
-    if options.continuations < 0:
-        raise ConfigError(f"--continuations {options.continuations} must be at least 0.")
+    check_integer("--continuations", options.continuations, 0, MOST_SAMPLES)
+    check_seeds(options, "seeds")
     if options.model != EXAMPLE:
         check_folder(options.model, options.subfolder or "")
     check_calibration(options.calibration, "tasks", "mixed", "reference", "passages")

@@ -65,9 +65,15 @@ def check_output(output: Path, overwrite: bool = False, sources: Sequence[str | 
     folder = _resolve(output)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"{named!r} is a file; name a folder.")
-    refuse_source(folder, named, sources)
-    recover(folder)
-    content = content_of(folder)
+    try:
+        refuse_source(folder, named, sources)
+        recover(folder)
+        content = content_of(folder)
+    except PermissionError as error:  # one may write to a folder and not see what is in it
+        raise OutputError(
+            f"nothing can be written to {named!r}, as {str(error.filename)!r} may not be looked into; name another "
+            "folder, or have its permissions changed."
+        ) from error
     if content and not overwrite:
         raise OutputExistsError(f"{named!r} is not empty; name another folder, or overwrite it (--overwrite).")
     if any(each.name == ADAPTER for each in content):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -54,11 +55,11 @@ class DirectLinear:
         rows, columns: of its weight.
     """
 
-    __slots__ = ("_names", "columns", "rows", "shape")
+    __slots__ = ("_stored", "columns", "rows", "shape")
 
     def __init__(self, shape: LayerShape) -> None:
         self.shape = shape
-        self.rows, self.columns, self._names = shape.out_features, shape.in_features, shape.names
+        self.rows, self.columns, self._stored = shape.out_features, shape.in_features, itemgetter(*shape.names)
 
     def __call__(self, x: Tensor, parameters: Parameters, backend: str | None) -> Tensor | None:
         """``y = x Ŵᵀ + b``, or None where the operator has to be asked.
@@ -103,7 +104,7 @@ class DirectLinear:
                 return None
             address = bias.data_ptr()
         try:
-            return known_layer([parameters[name] for name in self._names], self.shape), address  # type: ignore[misc]
+            return known_layer(self._stored(parameters), self.shape), address
         except FormatError:
             return None  # the operator says what is wrong
 

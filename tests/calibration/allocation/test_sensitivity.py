@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from optimum_sab.calibration.allocation.recomputation import Recomputation
-from optimum_sab.calibration.allocation.sensitivity import output_sensitivity
+from optimum_sab.calibration.allocation.sensitivity import output_sensitivity, sample_seed
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -65,6 +65,19 @@ def test_sensitivity_repeats_and_leaves_the_model_as_it_was(llama):
     assert all(p.grad is None for p in llama.parameters())
     assert not any(m._forward_hooks for m in llama.modules())
     llama.model.norm.weight.requires_grad_(True)
+
+
+def test_every_seed_that_a_run_may_have_is_torchs_and_small_ones_are_as_they_were(llama):
+    assert [sample_seed(seed, 3) for seed in (0, 1, 17, 18 * 10**12)] == [
+        3,
+        1_000_006,
+        17_000_054,
+        18 * 10**12 * 1_000_003 + 3,
+    ]
+    largest = 2**64 - 1
+    assert len({sample_seed(largest, index) for index in range(100)}) == 100
+    found = [output_sensitivity(llama, NAMES[:1], samples(2), seed=seed) for seed in (largest, largest, largest - 1)]
+    assert found[0] == found[1] != found[2]
 
 
 def test_sensitivity_is_the_same_when_blocks_run_again(llama):

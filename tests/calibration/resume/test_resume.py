@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import pytest
@@ -238,6 +239,7 @@ DAMAGES = {
     "another value": lambda path: path.write_text(path.read_text().replace("32", "64")),
     "nested": lambda path: path.write_text("[" * 100_000),
     "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 

@@ -36,6 +36,15 @@ def test_sequence_length_is_limited_with_a_warning():
         assert limited_length(78, config) == 77
 
 
+class Reader(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def forward(self, input_ids, pixel_values=None):
+        raise AssertionError("nothing is computed")
+
+
 @pytest.mark.filterwarnings("ignore:sequence_length")
 def test_texts_are_cut_and_pictures_are_named_once():
     config = LlamaConfig(max_position_embeddings=4, vocab_size=10)
@@ -44,7 +53,7 @@ def test_texts_are_cut_and_pictures_are_named_once():
         SABWarning,
         match=r"2 calibration samples with pictures are longer than the 4 .*calibration sample 2 has 6 tokens",
     ):
-        found = given_inputs(config, None, SampleSource(rows))
+        found = given_inputs(Reader(config), None, SampleSource(rows))
     assert [inputs["input_ids"].shape[1] for inputs in found] == [4, 4, 6, 5]
 
 
@@ -53,9 +62,9 @@ def test_tokens_of_another_vocabulary_are_named(token, known):
     config = SimpleNamespace(vocab_size=10, image_token_id=99)
     source = SampleSource([{"input_ids": torch.tensor([[1, token]])}])
     if known:
-        assert given_inputs(config, None, source)[0]["input_ids"].tolist() == [[1, token]]
+        assert given_inputs(Reader(config), None, source)[0]["input_ids"].tolist() == [[1, token]]
         return
     with pytest.raises(
         SampleError, match=rf"calibration sample 0 has the token {token}, and the model's vocabulary 10"
     ):
-        given_inputs(config, None, source)
+        given_inputs(Reader(config), None, source)

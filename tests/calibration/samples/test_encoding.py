@@ -1,4 +1,5 @@
 import copy
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 from transformers import BatchFeature
 
 from optimum_sab.calibration.samples.encoding import encode_samples
+from optimum_sab.calibration.samples.inputs import SampleSource, given_inputs
 from optimum_sab.errors import SABWarning, SampleError
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.processor import load_processor
@@ -275,15 +277,69 @@ def test_tools_and_their_calls_come_to_the_chat_template(processor, tokenizer, k
     assert text_of(processor, inputs) == "[clock]user: What is the time?\nassistant: (clock)\ntool: noon\n"
 
 
+def told_of(samples, subject):
+    """The names of entries that are told to be left out, each as often as it is told."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        encode_samples(samples, subject, 64)
+    assert all("which the model's chat template does not show: it is left out." in str(each.message) for each in told)
+    return sorted(str(each.message).split("'")[1] for each in told)
+
+
 @pytest.mark.compat
-def test_tools_that_the_template_does_not_show_are_named(processor):
-    with pytest.warns(SABWarning, match="calibration samples have 'tool") as told:
-        [inputs] = encode_samples([{"messages": TOLD, "tools": [CLOCK]}], processor, 64)
-    assert [name for name in ("'tools'", "'tool_calls'") if any(name in str(w.message) for w in told)] == [
-        "'tools'",
-        "'tool_calls'",
-    ]
+def test_tools_that_the_template_does_not_show_are_named_once(processor):
+    sample = {"messages": TOLD, "tools": [CLOCK]}
+    assert told_of([sample, sample], processor) == ["name", "tool_calls", "tools"]
+    with pytest.warns(SABWarning, match="^calibration samples have 'tools', which the model's"):
+        [inputs] = encode_samples([sample], processor, 64)
     assert text_of(processor, inputs).endswith("<|im_start|>tool\nnoon<|im_end|>\n")
+
+
+THINKING = (  # as Qwen3's: what was thought before the last turn is left out
+    "{% for m in messages %}{{ m['role'] }}: "
+    "{% if loop.last and m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{% for p in m['content'] if m['content'] is not string %}{{ p['text'] }}{% endfor %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}({{ c['name'] }}){% endfor %}{% endfor %}"
+)
+
+
+def thought(*, name=None, first=None, last="So it is Zoe."):
+    asked = {"role": "user", "content": "Who?", **({"name": name} if name else {})}
+    turn = {"role": "assistant", "content": "Zoe"}
+    return [asked, {**turn, "reasoning_content": first}, asked, {**turn, "reasoning_content": last}]
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kind", ["processor", "tokenizer"])
+def test_entries_of_messages_that_the_template_reads_come_to_it_in_silence(processor, tokenizer, kind):
+    subject = copy.copy(processor) if kind == "processor" else copy.deepcopy(tokenizer)
+    subject.chat_template = THINKING
+    assert told_of([thought()], subject) == []
+    assert told_of([thought(first="Hm.", last=None), thought(), thought(first="Hm.")], subject) == []
+    [inputs] = encode_samples([thought()], subject, 64)
+    assert text_of(processor, inputs).endswith("assistant: <think>So it is Zoe.</think>Zoe")
+
+
+@pytest.mark.compat
+@pytest.mark.parametrize("kind", ["processor", "tokenizer"])
+def test_entries_of_messages_that_the_template_passes_over_are_named_once(processor, tokenizer, kind):
+    subject = copy.copy(processor) if kind == "processor" else tokenizer
+    assert told_of([thought(), thought()], subject) == ["reasoning_content"]
+    subject = copy.copy(subject)
+    subject.chat_template = THINKING  # it has a "name", of calls of tools, and none of messages
+    assert told_of([thought(name="Ann"), thought(name="Bo")], subject) == ["name"]
+    assert told_of([thought(first="Hm.", last=None)], subject) == ["reasoning_content"]
+    row = [{**CHAT[0], "tool_call_id": "7", "weight": 0}, CHAT[1]]
+    assert told_of([row], subject) == ["tool_call_id", "weight"]
+
+
+def test_the_warnings_of_a_set_are_told_once_where_it_is_read_too(processor):
+    source = SampleSource([thought(), {"messages": thought(), "id": 1}, {"messages": thought(), "id": 2}], 3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        given_inputs(SimpleNamespace(config=SimpleNamespace()), processor, source)
+    assert sorted(str(each.message).split("'")[1] for each in told) == ["id", "reasoning_content"]
 
 
 def test_system_column_and_pictures_beside_a_chat_are_encoded(processor, picture):

@@ -115,3 +115,9 @@ def test_video_is_a_file_or_frames(path):
     assert [frame.size for frame in load_video([str(path), path], "sample")] == [(6, 4)] * 2
     with pytest.raises(SampleError, match=r"^sample: the file 'a.mp4' does not exist"):
         load_video("a.mp4", "sample")
+
+
+def test_a_file_that_may_not_be_looked_at_is_named(shut):
+    for load, name in ((load_picture, "a.png"), (load_video, "a.mp4")):
+        with shut.entered(), pytest.raises(SampleError, match=rf"^sample: .*{name}' may not be looked at; have the"):
+            load(shut.barred / name, "sample")

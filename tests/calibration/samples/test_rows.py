@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -11,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from optimum_sab.calibration.samples.reading import read_samples
 from optimum_sab.calibration.samples.rows import read_row
-from optimum_sab.errors import SampleError
+from optimum_sab.errors import SABWarning, SampleError
 
 ASK = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A cup."}]
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -161,6 +163,31 @@ def test_columns_that_are_no_part_of_the_sample_are_told():
         ({"messages": ASK, "image": picture(RED), "images": []}, "the columns 'image' and 'images'; keep one"),
         ({"messages": ASK, "audio": "a.wav"}, "the file .a.wav. does not exist"),
         ({"messages": ASK, "documents": []}, "a column 'documents', which is not understood"),
+        ({"messages": ASK, "functions": [CLOCK]}, "a column 'functions', which is not understood"),
+        (
+            {"text": "What?", "image_url": "https://a.org/b"},
+            "a column 'image_url', .* are read from image, images, vid",
+        ),
+        ({"text": "What?", "Pictures": ["a.png"]}, "a column 'Pictures', which is not understood"),
+        ({"question": "What?", "answer": "A cup.", "frames": []}, "a column 'frames', which is not understood"),
+        ({"messages": ASK, "attachments": ["a.png"]}, "a column 'attachments', which is not understood"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "index": 0}]}]},
+            "a part of type 'text' with 'index', which is not understood",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": picture(RED), "index": 0}]}]},
+            "a part of type 'image' with 'index', which is not understood",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "index": [0]}]}], "images": [picture(RED)]},
+            r"a part of type 'image' with the index \[0\], which is no whole number",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image", "index": False}]}], "image": picture(RED)},
+            "a part of type 'image' with the index False, which is no whole number",
+        ),
+        ([{"from": "human", "value": "a", "content": "b"}], "with 'from', 'value' and 'content'; remove"),
         ({"messages": [{"role": "system", "content": "a"}, *ASK], "system": "b"}, "messages that begin with their own"),
         ({"messages": ASK, "system": 5}, "'system' must be a text; it is a int"),
         ({"messages": ASK, "tools": "clock"}, "'tools' is a string that is not JSON"),
@@ -179,6 +206,73 @@ def test_row_that_is_not_understood_is_named(row, message):
         read_row(row, "row")
 
 
+def nested(depth):
+    inner = {}
+    for _ in range(depth):
+        inner = {"a": [inner]}
+    return inner
+
+
+def endless():
+    inner = {}
+    inner["a"] = inner
+    return inner
+
+
+@pytest.mark.parametrize("inner", [nested(800), endless()], ids=["deep", "endless"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda inner: [{"role": "user", "content": "What?", "more": inner}],
+        lambda inner: {"messages": ASK, "tools": [inner]},
+        lambda inner: {"input_ids": [1], "more": [inner]},
+    ],
+    ids=["message", "tools", "prepared"],
+)
+def test_what_is_nested_too_deeply_is_named_or_told(row, inner):
+    refusal = ""
+    try:
+        assert read_row(row(inner), "row")[1] == ["more"]
+    except SampleError as error:
+        refusal = str(error)
+    assert refusal in ("", "row is nested too deeply to be read, or holds itself.")
+    assert refusal or "input_ids" in row(inner)  # a remark is not looked into
+
+
+def test_entries_of_a_message_that_are_no_texts_are_read_as_such():
+    assert read([{"role": "user", "content": "What?", 5: "a"}]) == [{**ASK[0], "5": "a"}]
+
+
+IN_MESSAGES = (
+    *("image_url", "video_url", "audio_url", "input_audio", "attachments", "pictures", "media", "frames", "documents"),
+    *("image", "images", "videos", "audios", "image_path", "image_urls", "img", "Photo", "input_image", "sound_file"),
+)
+
+
+@pytest.mark.parametrize("name", IN_MESSAGES)
+@pytest.mark.parametrize("turn", [{"role": "user", "content": "What?"}, {"from": "human", "value": "What?"}])
+def test_media_in_a_message_beside_its_content_are_refused(turn, name):
+    with pytest.raises(SampleError, match=f"^row has a message with the entry '{name}', which is not understood; put"):
+        read_row([{**turn, name: ["a.png"]}], "row")
+    assert read([{**turn, name: None}]) == ASK[:1]
+
+
+def test_how_closely_a_server_shall_look_is_told_to_be_left_out():
+    def chat(**more):
+        part = {"type": "image_url", "image_url": {"url": "https://a.org/b", **more}}
+        return [{"role": "user", "content": [part]}]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_row(chat(), "row")
+        read_row(chat(detail="auto"), "row")
+    with pytest.warns(
+        SABWarning, match="pictures with 'detail', by which servers choose a size: it is left out"
+    ) as told:
+        read_samples([chat(detail="low"), chat(detail="high")], 8, 0, True)
+    assert len(told) == 1
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -188,7 +282,10 @@ CONTENT = st.text() | st.lists(
     st.dictionaries(st.sampled_from(["type", "text", "image", "url", "index", "video"]), JSON, max_size=3), max_size=3
 )
 MESSAGES = st.lists(
-    st.dictionaries(st.sampled_from(["role", "content", "from", "value", "tool_calls"]), JSON | CONTENT), max_size=3
+    st.dictionaries(
+        st.sampled_from(["role", "content", "from", "value", "tool_calls", "name", "media"]), JSON | CONTENT
+    ),
+    max_size=3,
 )
 ROW = st.dictionaries(
     st.sampled_from(["messages", "conversations", "text", "prompt", "image", "images", "tools", "system", "input_ids"]),
@@ -253,6 +350,11 @@ def test_padding_is_left_out():
         (
             {"input_ids": [5, 6], "attention_mask": [1]},
             r"'attention_mask' has the shape \[1, 1\], and 'input_ids' \[1, 2\]",
+        ),
+        ({"input_ids": torch.ones(1, 2, dtype=torch.long, device="meta")}, "'input_ids' is on the device meta"),
+        (
+            {"input_ids": [5], "attention_mask": torch.ones(1, 1, device="meta")},
+            "'attention_mask' is on the device meta",
         ),
         ({"input_ids": [5], "pixel_values": [[1.0], [1.0, 2.0]]}, "'pixel_values' cannot be made a tensor"),
     ],

@@ -13,7 +13,7 @@ from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.samples.reading import SELF, read_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.data.builtin import builtin_samples
-from optimum_sab.errors import CalibrationError, NonFiniteError, SampleError
+from optimum_sab.errors import CalibrationError, NonFiniteError, SABWarning, SampleError
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.processor import load_processor
 
@@ -164,13 +164,15 @@ def test_a_language_model_writes_texts(llama, processor):
 
 def test_without_a_chat_template_there_are_texts_only(model, processor):
     processor.chat_template = processor.tokenizer.chat_template = None
-    written = self_samples(model, processor, 4, 24)
+    with pytest.warns(SABWarning, match=r"shown texts alone .* \w+ has no chat template; give a processor"):
+        written = self_samples(model, processor, 4, 24)
     assert len(written) == 4
     assert all("pixel_values" not in sample for sample in written)
 
 
 def test_with_a_tokenizer_alone_there_are_texts_only(model, processor):
-    written = self_samples(model, processor.tokenizer, 4, 24)
+    with pytest.warns(SABWarning, match=r"shown texts alone .* \w+ is a tokenizer alone; give a processor"):
+        written = self_samples(model, processor.tokenizer, 4, 24)
     assert len(written) == 4
     assert all("pixel_values" not in sample for sample in written)
 

@@ -173,6 +173,14 @@ def test_place_refuses_what_may_not_be_written_to(disk, common):
     as_nobody(disk, work)
 
 
+@pytest.mark.parametrize("where", ["passed", "barred", "barred/below"])
+def test_place_that_may_not_be_looked_into_is_named(shut, where):
+    shut.passed.chmod(0o333)
+    output = str(shut.passed.parent / where)
+    with shut.entered():
+        refused(output, "may not", overwrite=True)
+
+
 def test_place_in_a_parent_that_may_not_be_written_to_is_filled_where_it_is(common, disk):
     (common / "locked").mkdir()
     (common / "locked" / "mine").mkdir()

@@ -11,7 +11,7 @@ import pytest
 
 import optimum_sab.ops.cpu
 from optimum_sab.errors import MissingDependencyError, SABWarning
-from optimum_sab.ops.cpu import cache, compiler, kernel
+from optimum_sab.ops.cpu import cache, columns, compiler, kernel
 
 COMPILER = next(filter(None, map(shutil.which, compiler.COMPILERS)), None)
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C compiler")
@@ -36,9 +36,11 @@ def fresh(monkeypatch, tmp_path):
     """A cache of its own for each test, and no memory of an earlier attempt before and after it."""
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(tmp_path / "cache"))
-    compiler._build.cache_clear()
+    for each in (compiler, columns):
+        each._build.cache_clear()
     yield tmp_path / "cache"
-    compiler._build.cache_clear()
+    for each in (compiler, columns):
+        each._build.cache_clear()
 
 
 @pytest.fixture
@@ -84,9 +86,11 @@ cp "$kept" "$out"
     return script
 
 
-@pytest.fixture
-def quick_compiler(remembering, monkeypatch):
-    monkeypatch.setenv("CC", str(remembering))
+@pytest.fixture(params=["linears", "columns"])
+def builder(request, remembering, monkeypatch):
+    """What makes each of the two libraries, of which the solver's loops over columns are one."""
+    monkeypatch.setenv("CC", f"{remembering} -DOF_{request.param}")  # what is remembered is told apart by its flags
+    return {"linears": compiler, "columns": columns}[request.param]
 
 
 def start(code, cache, python=sys.executable):
@@ -176,81 +180,89 @@ def test_load_library_brings_no_second_openmp_runtime():
     assert openmp_runtimes() == before
 
 
+def libraries(folder):
+    return sorted(folder.glob("*.so"))
+
+
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("damage", [lambda content: content[:1000], lambda content: content[:-1] + b"?", lambda _: b""])
-def test_load_library_compiles_again_what_is_damaged(monkeypatch, fresh, tmp_path, damage):
-    assert compiler.compile_library().library is not None
-    [intact] = fresh.iterdir()
+def test_load_library_compiles_again_what_is_damaged(builder, monkeypatch, fresh, tmp_path, damage):
+    assert builder._build().library is not None
+    intact = libraries(fresh)
     (tmp_path / "other").mkdir(mode=0o700)
-    broken = tmp_path / "other" / intact.name
-    broken.write_bytes(damage(intact.read_bytes()))
-    monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(broken.parent))
-    assert compiler.load_library().sab_path() in (0, 1, 2)
-    assert intact.read_bytes() in [path.read_bytes() for path in broken.parent.iterdir()]
+    for each in intact:
+        (tmp_path / "other" / each.name).write_bytes(damage(each.read_bytes()))
+    monkeypatch.setenv("OPTIMUM_SAB_CACHE", str(tmp_path / "other"))
+    builder._build.cache_clear()
+    assert builder._build().library.sab_path() in (0, 1, 2)
+    again = [path.read_bytes() for path in libraries(tmp_path / "other")]
+    assert all(each.read_bytes() in again for each in intact)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
-def test_cache_and_library_are_written_for_this_user_alone(fresh):
+def test_cache_and_library_are_written_for_this_user_alone(builder, fresh):
     before = os.umask(0)
     try:
-        compiler.load_library()
+        assert builder._build().library is not None
     finally:
         os.umask(before)
-    [path] = fresh.iterdir()
-    assert [stat.S_IMODE(each.stat().st_mode) for each in (fresh, path)] == [0o700, 0o700]
+    assert {stat.S_IMODE(each.stat().st_mode) for each in (fresh, *fresh.iterdir())} == {0o700}
+    assert libraries(fresh)
 
 
-def compiled_again(fresh, monkeypatch, spoil):
-    """What is loaded after ``spoil(folder, path)``: paths, and how often the compiler ran."""
-    assert compiler.compile_library().library is not None
-    [path] = fresh.iterdir()
-    spoil(fresh, path)
+def compiled_again(builder, fresh, monkeypatch, spoil):
+    """What is loaded after ``spoil(folder, path)`` of every library, and whether the compiler ran for all of it."""
+    assert builder._build().library is not None
+    made = libraries(fresh)
+    for path in made:
+        spoil(fresh, path)
     loaded, runs = [], []
     load, run = compiler._load, compiler._run
     monkeypatch.setattr(compiler, "_load", lambda place: loaded.append(place) or load(place))
     monkeypatch.setattr(compiler, "_run", lambda command: runs.append(command) or run(command))
-    assert compiler.load_library().sab_path() in (0, 1, 2)
-    return loaded, sum("-shared" in command for command in runs)
+    builder._build.cache_clear()
+    assert builder._build().library.sab_path() in (0, 1, 2)
+    return loaded, sum("-shared" in command for command in runs) == len(made) == len(loaded)
 
 
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
+def test_a_library_that_is_as_it_was_is_loaded_without_compiling(builder, fresh, monkeypatch):
+    loaded, compiled = compiled_again(builder, fresh, monkeypatch, lambda folder, path: None)
+    assert sorted(loaded) == libraries(fresh) and not compiled
+
+
+@needs_compiler
 @pytest.mark.parametrize("mode", [0o720, 0o702, 0o777])
-def test_a_library_that_others_may_write_is_compiled_again(fresh, monkeypatch, mode):
-    loaded, linked = compiled_again(fresh, monkeypatch, lambda folder, path: path.chmod(mode))
-    assert linked == 1
-    [path] = fresh.iterdir()
-    assert loaded == [path] and stat.S_IMODE(path.stat().st_mode) == 0o700
+def test_a_library_that_others_may_write_is_compiled_again(builder, fresh, monkeypatch, mode):
+    loaded, compiled = compiled_again(builder, fresh, monkeypatch, lambda folder, path: path.chmod(mode))
+    assert compiled and sorted(loaded) == libraries(fresh)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in loaded} == {0o700}
 
 
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("mode", [0o720, 0o777, 0o1777])
-def test_nothing_is_loaded_from_a_folder_that_others_may_write(fresh, monkeypatch, mode):
+def test_nothing_is_loaded_from_a_folder_that_others_may_write(builder, fresh, monkeypatch, mode):
     with pytest.warns(SABWarning, match=rf"{fresh}, may be written by other users \(mode {mode:o}\).*chmod 700"):
-        loaded, linked = compiled_again(fresh, monkeypatch, lambda folder, path: folder.chmod(mode))
-    assert linked == 1 and fresh not in loaded[0].parents
-    assert not loaded[0].exists()  # the private folder is gone, the library is mapped
+        loaded, compiled = compiled_again(builder, fresh, monkeypatch, lambda folder, path: folder.chmod(mode))
+    assert compiled and not any(fresh in path.parents for path in loaded)
+    assert not any(path.exists() for path in loaded)  # the private folder is gone, the library is mapped
 
 
 @needs_compiler
-@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("whose", ["folder", "library"])
 @pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root can give files away")
-def test_what_another_user_owns_is_not_loaded(fresh, monkeypatch, whose):
+def test_what_another_user_owns_is_not_loaded(builder, fresh, monkeypatch, whose):
     def give_away(folder, path):
         os.chown(folder if whose == "folder" else path, 12345, -1)
 
     if whose == "folder":
         with pytest.warns(SABWarning, match=r"belongs to another user \(uid 12345\)"):
-            loaded, linked = compiled_again(fresh, monkeypatch, give_away)
-        assert fresh not in loaded[0].parents
+            loaded, compiled = compiled_again(builder, fresh, monkeypatch, give_away)
+        assert not any(fresh in path.parents for path in loaded)
     else:
-        loaded, linked = compiled_again(fresh, monkeypatch, give_away)
-        assert loaded[0].stat().st_uid == os.geteuid()
-    assert linked == 1
+        loaded, compiled = compiled_again(builder, fresh, monkeypatch, give_away)
+        assert {path.stat().st_uid for path in loaded} == {os.geteuid()}
+    assert compiled
 
 
 def test_a_library_of_an_owner_who_is_not_trusted_is_not_found(tmp_path, monkeypatch):

@@ -274,6 +274,45 @@ def test_tensor_that_was_changed_into_another_is_refused(linear, name, damage):
         linear(inputs(1, IN))
 
 
+VIEWS = {  # of the same memory: as many bytes from the same address on
+    "dtype": lambda t: t.view({1: torch.bool, 2: torch.float16, 4: torch.float32}[t.element_size()]),
+    "order": lambda t: t[..., :1].expand_as(t) if t.shape[-1] > 1 else t[:, :1].expand_as(t),
+    "shape": lambda t: t.flatten() if t.dim() > 1 else t[None],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    "name", ["weight", "residual_sign", "residual_index", "row_scale", "row_exponent", "col_scale"]
+)
+def test_known_memory_seen_in_another_way_is_refused(linear, random_packed, name, view):
+    x, packed = inputs(1, IN), random_packed(OUT, IN)
+    before = linear(x)
+    parameter = getattr(linear, name)
+    whole = parameter.data
+    parameter.data = VIEWS[view](whole)
+    assert (parameter.data_ptr(), parameter.nbytes) == (whole.data_ptr(), whole.nbytes)
+    with pytest.raises(FormatError, match=name):
+        linear(x)
+    kernel.linear(x, packed)
+    packed.tensors[name] = VIEWS[view](packed.tensors[name])
+    with pytest.raises(FormatError, match=name):
+        kernel.linear(x, packed)
+    parameter.data = whole
+    assert torch.equal(linear(x), before)
+
+
+def test_layers_that_share_a_tensor_compute_with_their_own(linear, random_packed):
+    """A layer is looked up by its first tensor's address."""
+    x, first = inputs(2, IN), random_packed(OUT, IN)
+    second = random_packed(OUT, IN, seed=5)
+    second.tensors["weight"] = first.tensors["weight"]
+    expected = [x @ each.dequantize().T for each in (first, second)]
+    for _ in range(2):
+        for each, wanted in zip((first, second), expected, strict=True):
+            torch.testing.assert_close(kernel.linear(x, each), wanted)
+
+
 def test_no_memory_is_an_error(linear, monkeypatch):
     class Full:
         kind = compiler.load_library().kind
@@ -331,7 +370,7 @@ def test_known_layers_keep_no_tensors_and_are_not_without_number(random_packed, 
         packed(inputs(1, IN))
         held.append(packed)
         assert 0 < len(layer._known) <= 3
-    assert not any(isinstance(each, torch.Tensor) for key, found in layer._known.items() for each in (*key, *found))
+    assert not any(isinstance(each, torch.Tensor) for seen, _ in layer._known.values() for each in seen)
 
 
 def test_layers_of_all_threads_compute_while_their_tensors_come_and_go(random_packed):
