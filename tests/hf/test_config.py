@@ -146,7 +146,7 @@ def test_unknown_setting_is_named_with_the_nearest_known_one():
         ("temperature_scaling", "yes"),
         ("quant_method", ["sab"]),
         ("progress", ["bar"]),
-        ("calibration_samples", 1_000_001),
+        ("calibration_samples", 1_000_000_001),
         ("calibration_samples", 2**63),
         ("calibration_samples", 5.0),
         ("sequence_length", 2**24 + 1),
