@@ -158,7 +158,7 @@ def test_columns_that_are_no_longer_the_same_are_not_shared(model, launches, nam
 
 
 def test_weights_that_were_replaced_or_loaded_are_computed_with(model):
-    x, other = inputs(1, WIDTH), Attention()
+    x, other = inputs(1, WIDTH), Attention(settings=model.q.settings)
     with torch.no_grad():
         for layer in (other.q, other.k, other.v):
             layer.weight.copy_(~layer.weight)

@@ -474,6 +474,25 @@ INLINE void transpose_rows(veci *words, const uint8_t *bits, int64_t row_bytes, 
         words[2 * GROUPS + g] = (veci)_mm512_unpacklo_epi64(high01, high23);
         words[3 * GROUPS + g] = (veci)_mm512_unpackhi_epi64(high01, high23);
     }
+#elif PATH == 1
+    for (int g = 0; g < GROUPS; g++) {
+        __m256i part[4]; /* rows i and 4 + i */
+        UNROLL for (int i = 0; i < 4; i++) {
+            int32_t row[2][WORDS] = {{0}};
+            UNROLL for (int q = 0; q < 2; q++) {
+                int64_t r = g * LANES + 4 * q + i;
+                memcpy(row[q], bits + (r < last ? r : last) * row_bytes, (size_t)bytes);
+            }
+            part[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)row[0])),
+                                              _mm_loadu_si128((const __m128i *)row[1]), 1);
+        }
+        __m256i low01 = _mm256_unpacklo_epi32(part[0], part[1]), low23 = _mm256_unpacklo_epi32(part[2], part[3]);
+        __m256i high01 = _mm256_unpackhi_epi32(part[0], part[1]), high23 = _mm256_unpackhi_epi32(part[2], part[3]);
+        words[0 * GROUPS + g] = (veci)_mm256_unpacklo_epi64(low01, low23);
+        words[1 * GROUPS + g] = (veci)_mm256_unpackhi_epi64(low01, low23);
+        words[2 * GROUPS + g] = (veci)_mm256_unpacklo_epi64(high01, high23);
+        words[3 * GROUPS + g] = (veci)_mm256_unpackhi_epi64(high01, high23);
+    }
 #else
     int32_t out[WORDS][STRIP];
     for (int64_t r = 0; r < STRIP; r++) {
