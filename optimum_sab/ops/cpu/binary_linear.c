@@ -248,6 +248,27 @@ INLINE void decode_scales(vecf *scale, const layer_t *layer, int64_t plane_block
                 _mm256_maskz_loadu_epi16(lanes, (const uint16_t *)layer->row_scale + at + g * LANES));
         }
     }
+#elif PATH == 1
+    const int64_t size = layer->row_exponent ? 1 : 2;
+    const uint8_t *from = (const uint8_t *)layer->row_scale + at * size;
+    uint8_t rest[2 * STRIP] = {0};
+    if (valid < STRIP) {
+        memcpy(rest, from, (size_t)(valid * size));
+        from = rest;
+    }
+    __m256i half;
+    if (layer->row_exponent) { /* as above */
+        __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), largest = _mm256_set1_epi16(0x7f);
+        half = _mm256_and_si256(wide, largest);
+        __m256i none = _mm256_cmpeq_epi16(half, largest);
+        half = _mm256_or_si256(_mm256_slli_epi16(half, 7), _mm256_and_si256(wide, _mm256_set1_epi16(-0x8000)));
+        half = _mm256_blendv_epi8(half, _mm256_set1_epi16(0x7e00), none);
+    } else {
+        half = _mm256_loadu_si256((const __m256i *)from);
+    }
+    const __m256 unit = _mm256_set1_ps(layer->row_exponent ? 256.0f : 1.0f);
+    scale[0] = (vecf)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), unit);
+    scale[1] = (vecf)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), unit);
 #else
     float value[STRIP] = {0};
     int64_t count = valid < STRIP ? valid : STRIP;
