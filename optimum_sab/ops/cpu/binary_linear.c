@@ -7,7 +7,7 @@
  *
  * Vectors are those of GCC and Clang, which compile them for any processor; only the lookup, the transposition of sign
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
- * -DSAB_PATH=1 AVX2. All arithmetic is fp32; -ffp-contract=off keeps `dequantize` exact.
+ * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for coded planes with AVX2; -ffp-contract=off keeps `dequantize` exact.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include <math.h>

@@ -34,7 +34,7 @@ static void derive_row(uint8_t *first, uint8_t *second, const uint8_t *stored, i
 
 #if PATH == 1
 /* AVX2 looks up 16 bytes in 32 places with one instruction, and takes five for 16 floats in 8 places. So tables hold
- * integers here, cut into limbs of seven bits. Inputs of a panel are numbers of 26 bits and a sign, in units of 2⁻²⁵ of
+ * integers here, cut into limbs of seven bits. Inputs of a panel are numbers of 25 bits and a sign, in units of 2⁻²⁵ of
  * the power of two above the largest: closer to fp32 than sums in fp32 are, and summed without rounding.
  *
  * Nibbles of both planes lie side by side in the bytes of a row. What is looked up for two nibbles is at most 254, and
@@ -49,7 +49,7 @@ enum {
     TABLE_BYTES = 16 * LIMBS,    /* as many as a table of floats has */
     PAIRS = PANEL_BITS / 8,
     TOGETHER = 2, /* tokens in registers */
-    SMALLEST = -100, /* exponent; what is smaller than 2⁻¹²⁵ counts as 0 */
+    SMALLEST = -100, /* exponent of a panel's largest input; units are at least 2⁻¹²⁵ */
 };
 
 /* Tables [nibble, token, limb, 16 bytes], of an even number of nibbles, then units [piece, token]. */
