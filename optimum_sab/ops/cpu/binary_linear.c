@@ -875,7 +875,8 @@ static int make_room(room_t *room, const dense_t *of) {
 static void dequantize_strip(const dense_t *of, const room_t *room, int64_t first) {
     const layer_t *layer = of->layer;
     int64_t blocks = block_count(layer), planes = layer->base_planes + layer->residual_planes;
-    int64_t coded = layer->coded ? 1 : 0, row_bytes = (layer->columns + 31) / 32 * 4, salient_bytes = (salient_total(layer) + 7) / 8;
+    int64_t row_bytes = (layer->columns + 31) / 32 * 4, salient_bytes = (salient_total(layer) + 7) / 8;
+    int64_t coded = layer->coded ? 1 : 0;
     int64_t valid = of->end - first < STRIP ? of->end - first : STRIP;
     float unit[STRIP];
     for (int64_t r = 0; r < STRIP; r++)
