@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.settings import LayerSettings
 
 
@@ -21,6 +22,7 @@ class Conditions:
         repeats: samples per median.
         seed: of all random content.
         busy: other processes that compute without end while times are taken once more; 0 for no such times.
+        code: time packed linears of the same settings with this code as well; "none" for no such times.
     """
 
     settings: LayerSettings
@@ -30,3 +32,4 @@ class Conditions:
     repeats: int = 3
     seed: int = 0
     busy: int = 0
+    code: str = NO_CODE

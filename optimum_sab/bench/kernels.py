@@ -22,6 +22,7 @@ from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.bench.shapes import LinearShape
 from optimum_sab.bench.timing import Call, median_seconds, rotation_bytes
 from optimum_sab.bench.verification import check_error, linear_error
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.random_weight import SCALE
 
@@ -53,6 +54,8 @@ class KernelTiming:
         gemlite_1bit_seconds: of gemlite's linear, None where it was not run; likewise for 2 and 4 bits.
         int4_seconds: of torch's int4 kernel on the CPU with the base plane alone, None where it was not run.
         int4_error: as ``error``, reported and not judged.
+        coded_seconds: of the packed linear with a code, None where none was asked for.
+        coded_error: as ``error``, and judged.
         quiet_seconds, busy_seconds, busy_mean_seconds: of packed linears that follow each other: the median, then the
             median and the mean while other processes are busy (`busy.BusySeconds`); None where there were none.
             ``dense_…`` are the dense linear's.
@@ -83,6 +86,8 @@ class KernelTiming:
     gemlite_4bit_error: float | None = None
     int4_seconds: float | None = None
     int4_error: float | None = None
+    coded_seconds: float | None = None
+    coded_error: float | None = None
     quiet_seconds: float | None = None
     busy_seconds: float | None = None
     busy_mean_seconds: float | None = None
@@ -176,6 +181,9 @@ def _time_shape(shape: LinearShape, tokens: Sequence[int], run: _Run) -> Iterato
     inputs = {m: torch.randn(m, shape.in_features, dtype=dtype, device=device, generator=generator) for m in tokens}
     packed, bits = _packed_side(shape, inputs, conditions)
     sides = {"packed": packed, "dense": _dense_side(shape, conditions, generator)}
+    if conditions.code != NO_CODE:
+        settings = conditions.settings.replace(code=conditions.code)
+        sides["coded"] = _packed_side(shape, inputs, replace(conditions, settings=settings))[0]
     if run.gemlite and supports(shape):
         sides |= {f"gemlite_{b}bit": _gemlite_side(b, shape, inputs, conditions) for b in BITS}
     if run.int4 and int4_supports(shape):

@@ -255,6 +255,17 @@ def test_int4_rows_hold_the_time_of_torch_s_kernel(capsys):
     assert "int4" in capsys.readouterr().out.splitlines()[0]
 
 
+def test_coded_rows_hold_the_time_of_the_same_layer_with_a_code(capsys):
+    command = [*QUICK, "--shapes", "48x200", "--tokens", "1", "3", "--dtype", "float32"]
+    assert main([*command, "--code", "trellis16", "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        assert row["coded_seconds"] > 0 and 0 <= row["coded_error"] <= TOLERANCE[torch.float32]
+    assert main([*command, "--code", "trellis16"]) == 0
+    assert "coded us" in capsys.readouterr().out.splitlines()[0]
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["coded_seconds"] is None
+
+
 def test_int4_is_refused_in_another_dtype(capsys):
     command = ["bench", "kernels", "--device", "cpu", "--shapes", "64x256", "--int4", "--dtype", "float32"]
     assert main(command) == 1

@@ -15,7 +15,7 @@ from optimum_sab.ops.cpu import compiler
 from tests.nn.siblings import WIDTH, siblings
 
 pytestmark = pytest.mark.skipif(not compiler.availability().usable, reason="needs a C compiler")
-SIZES, DEFAULT = (64, 32, 8), LayerSettings()
+SIZES, DEFAULT, CODED = (64, 32, 8), LayerSettings(), LayerSettings(code="trellis16")
 
 
 class Attention(nn.Module):
@@ -73,9 +73,9 @@ def assert_same(found, expected):
         assert torch.equal(one, other)
 
 
-@pytest.fixture
-def model():
-    model = Attention()
+@pytest.fixture(params=[DEFAULT, CODED], ids=["plain", "coded"])
+def model(request):
+    model = Attention(settings=request.param)
     (group,) = group_linears(model)
     assert model.q.group is group
     return model
@@ -85,8 +85,14 @@ def model():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     "settings",
-    [LayerSettings(), LayerSettings(block_size=64, base_planes=2, row_scale="fp16"), LayerSettings(residual_planes=0)],
-    ids=["1+1", "2+1 fp16", "1+0"],
+    [
+        LayerSettings(),
+        LayerSettings(block_size=64, base_planes=2, row_scale="fp16"),
+        LayerSettings(residual_planes=0),
+        CODED,
+        CODED.replace(base_planes=2, row_scale="fp16"),
+    ],
+    ids=["1+1", "2+1 fp16", "1+0", "coded 1+1", "coded 2+1 fp16"],
 )
 def test_group_computes_the_bits_of_its_members_in_one_launch(launches, settings, bias, dtype):
     model = Attention(settings=settings, bias=bias)
@@ -152,7 +158,7 @@ def test_columns_that_are_no_longer_the_same_are_not_shared(model, launches, nam
 
 
 def test_weights_that_were_replaced_or_loaded_are_computed_with(model):
-    x, other = inputs(1, WIDTH), Attention()
+    x, other = inputs(1, WIDTH), Attention(settings=model.q.settings)
     with torch.no_grad():
         for layer in (other.q, other.k, other.v):
             layer.weight.copy_(~layer.weight)

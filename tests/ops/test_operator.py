@@ -102,6 +102,20 @@ def test_linear_is_the_dense_product(backend, layout, dtype, settings):
         assert_near(layer(x, bias), layer.expected(x, bias), dtype, times=2)  # the bias is rounded to the dtype too
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("base_planes", [1, 2])
+def test_linear_with_a_code_is_the_dense_product_forward_and_backward(backend, base_planes, dtype):
+    layer = Layer(backend, settings=LayerSettings(code="trellis16", base_planes=base_planes), columns=200)
+    for tokens in (1, 20):
+        x = layer.random(tokens, 200, dtype=dtype).requires_grad_()
+        pull = layer.random(tokens, ROWS, dtype=dtype, seed=3)
+        out = layer(x)
+        out.backward(pull)
+        assert_near(out, layer.expected(x), dtype)
+        assert_near(x.grad, pull.double() @ layer.dense, dtype, times=4)
+
+
 @pytest.mark.parametrize(("name", "layout"), WAYS)
 def test_linear_without_a_backend_argument_uses_the_forced_one(name, layout, monkeypatch):
     layer = Layer(name, layout)

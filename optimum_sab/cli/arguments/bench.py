@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common, check_amounts, check_counts, check_seeds
+from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.presets import PRESETS
 
 
@@ -37,6 +38,12 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     )
     kernels.add_argument(
         "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"
+    )
+    kernels.add_argument(
+        "--code",
+        choices=(NO_CODE, *CODES),
+        default=NO_CODE,
+        help="time packed linears with this code too, in turns with those without",
     )
     kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
     kernels.add_argument(

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from optimum_sab.cli.arguments.common import FoundWrong
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.errors import ConfigError
 from optimum_sab.json_values import json_line
 
@@ -37,11 +38,13 @@ def run_kernels(options: argparse.Namespace) -> None:
 
     conditions = _conditions(options)
     shown: list[KernelTiming] = []
+    coded = options.code != NO_CODE
 
     def show(row: KernelTiming) -> None:
         if not shown:
             columns = "".join(f" {f'gemlite {b}b':>10}" for b in (1, 2, 4)) if options.gemlite else ""
             columns += f" {'int4':>10}" if options.int4 else ""
+            columns += f" {'coded us':>10} {'x plain':>8}" if coded else ""
             columns += (
                 f" {'quiet us':>10} {'busy us':>10} {'x':>7} {'x mean':>7} {'dense x':>8}" if options.busy else ""
             )
@@ -58,6 +61,8 @@ def run_kernels(options: argparse.Namespace) -> None:
         if options.int4:
             others.append(row.int4_seconds)
         columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in others)
+        if row.coded_seconds is not None:
+            columns += f" {1e6 * row.coded_seconds:>10.1f} {row.coded_seconds / row.seconds:>8.2f}"
         if options.busy:
             columns += _busy_columns(row)
         print(
@@ -70,7 +75,7 @@ def run_kernels(options: argparse.Namespace) -> None:
     report = compare_kernels(
         shapes=parse_shapes(options.shapes or SHAPES[conditions.device.type]),
         tokens=options.tokens or TOKENS[conditions.device.type],
-        conditions=replace(conditions, busy=options.busy),
+        conditions=replace(conditions, busy=options.busy, code=options.code),
         gemlite=options.gemlite,
         int4=options.int4,
         on_row=None if options.json else show,

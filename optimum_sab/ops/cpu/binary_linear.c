@@ -7,7 +7,7 @@
  *
  * Vectors are those of GCC and Clang, which compile them for any processor; only the lookup, the transposition of sign
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
- * -DSAB_PATH=1 AVX2. All arithmetic is fp32; -ffp-contract=off keeps `dequantize` exact.
+ * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for coded planes with AVX2; -ffp-contract=off keeps `dequantize` exact.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include <math.h>
@@ -78,6 +78,7 @@ typedef struct {
     int64_t base_planes, residual_planes;
     int64_t salient, salient_last; /* salient columns of a block, and of the last block */
     int64_t wide_index;            /* residual_index is int16 */
+    int64_t coded;                 /* the first base plane stands for two (coded.h) */
 } layer_t;
 
 /* Bits of one block inside one panel. A table is built from exactly these bits; its other columns count as 0. */
@@ -94,7 +95,7 @@ typedef struct {
     int32_t first, last; /* pieces */
 } panel_t;
 
-/* How the rows of the base planes, or of the residual planes, are cut. */
+/* How the rows of the coded plane, of the other base planes, or of the residual planes, are cut. */
 typedef struct {
     int64_t row_bytes, planes, first_plane;
     panel_t *panels;
@@ -247,6 +248,27 @@ INLINE void decode_scales(vecf *scale, const layer_t *layer, int64_t plane_block
                 _mm256_maskz_loadu_epi16(lanes, (const uint16_t *)layer->row_scale + at + g * LANES));
         }
     }
+#elif PATH == 1
+    const int64_t size = layer->row_exponent ? 1 : 2;
+    const uint8_t *from = (const uint8_t *)layer->row_scale + at * size;
+    uint8_t rest[2 * STRIP] = {0};
+    if (valid < STRIP) {
+        memcpy(rest, from, (size_t)(valid * size));
+        from = rest;
+    }
+    __m256i half;
+    if (layer->row_exponent) { /* as above */
+        __m256i wide = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)from)), largest = _mm256_set1_epi16(0x7f);
+        half = _mm256_and_si256(wide, largest);
+        __m256i none = _mm256_cmpeq_epi16(half, largest);
+        half = _mm256_or_si256(_mm256_slli_epi16(half, 7), _mm256_and_si256(wide, _mm256_set1_epi16(-0x8000)));
+        half = _mm256_blendv_epi8(half, _mm256_set1_epi16(0x7e00), none);
+    } else {
+        half = _mm256_loadu_si256((const __m256i *)from);
+    }
+    const __m256 unit = _mm256_set1_ps(layer->row_exponent ? 256.0f : 1.0f);
+    scale[0] = (vecf)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), unit);
+    scale[1] = (vecf)_mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), unit);
 #else
     float value[STRIP] = {0};
     int64_t count = valid < STRIP ? valid : STRIP;
@@ -473,6 +495,25 @@ INLINE void transpose_rows(veci *words, const uint8_t *bits, int64_t row_bytes, 
         words[2 * GROUPS + g] = (veci)_mm512_unpacklo_epi64(high01, high23);
         words[3 * GROUPS + g] = (veci)_mm512_unpackhi_epi64(high01, high23);
     }
+#elif PATH == 1
+    for (int g = 0; g < GROUPS; g++) {
+        __m256i part[4]; /* rows i and 4 + i */
+        UNROLL for (int i = 0; i < 4; i++) {
+            int32_t row[2][WORDS] = {{0}};
+            UNROLL for (int q = 0; q < 2; q++) {
+                int64_t r = g * LANES + 4 * q + i;
+                memcpy(row[q], bits + (r < last ? r : last) * row_bytes, (size_t)bytes);
+            }
+            part[i] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)row[0])),
+                                              _mm_loadu_si128((const __m128i *)row[1]), 1);
+        }
+        __m256i low01 = _mm256_unpacklo_epi32(part[0], part[1]), low23 = _mm256_unpacklo_epi32(part[2], part[3]);
+        __m256i high01 = _mm256_unpackhi_epi32(part[0], part[1]), high23 = _mm256_unpackhi_epi32(part[2], part[3]);
+        words[0 * GROUPS + g] = (veci)_mm256_unpacklo_epi64(low01, low23);
+        words[1 * GROUPS + g] = (veci)_mm256_unpackhi_epi64(low01, low23);
+        words[2 * GROUPS + g] = (veci)_mm256_unpacklo_epi64(high01, high23);
+        words[3 * GROUPS + g] = (veci)_mm256_unpackhi_epi64(high01, high23);
+    }
 #else
     int32_t out[WORDS][STRIP];
     for (int64_t r = 0; r < STRIP; r++) {
@@ -491,6 +532,20 @@ INLINE void transpose(veci *words, const uint8_t *bits, int64_t row_bytes, int64
         transpose_rows(words, bits, row_bytes, bytes, (valid < STRIP ? valid : STRIP) - 1);
 }
 
+/* `add_piece` for any number of tokens. */
+INLINE void add_tokens(float *y, const veci *words, const piece_t *piece, const float *table, const vecf *scale,
+                       int64_t tokens) {
+    int64_t t = 0, stride = tokens * TABLE;
+    for (; t + TOKENS <= tokens; t += TOKENS)
+        add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, TOKENS);
+    if (tokens - t == 3)
+        add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, 3);
+    else if (tokens - t == 2)
+        add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, 2);
+    else if (tokens - t == 1)
+        add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, 1);
+}
+
 /* Ask for a stretch of memory that the next panel of rows will read. */
 INLINE void prefetch(const void *start, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 64)
@@ -500,7 +555,7 @@ INLINE void prefetch(const void *start, int64_t bytes) {
 /* y [tokens, STRIP] += the planes of `cut` for `valid` rows from `row` on. */
 static void add_planes(float *y, const layer_t *layer, const cut_t *cut, const uint8_t *bits, const float *tables,
                        int64_t tokens, int64_t row, int64_t valid) {
-    int64_t blocks = block_count(layer), stride = tokens * TABLE, scale_bytes = layer->row_exponent ? 1 : 2;
+    int64_t blocks = block_count(layer), scale_bytes = layer->row_exponent ? 1 : 2;
     int64_t next = row + valid, ahead = layer->rows - next < STRIP ? layer->rows - next : STRIP;
     for (int64_t p = 0; p < cut->planes; p++) {
         const uint8_t *plane = bits + p * layer->rows * cut->row_bytes;
@@ -513,25 +568,18 @@ static void add_planes(float *y, const layer_t *layer, const cut_t *cut, const u
             transpose(words, plane + row * cut->row_bytes + panel->byte, cut->row_bytes, panel->bytes, valid);
             for (int32_t k = panel->first; k < panel->last; k++) {
                 const piece_t *piece = &cut->pieces[k];
-                const float *table = tables + piece->table * stride;
                 int64_t scales = plane_block + piece->block;
                 prefetch((const char *)layer->row_scale + (scales * layer->rows + next) * scale_bytes,
                          ahead * scale_bytes);
                 vecf scale[GROUPS];
                 decode_scales(scale, layer, scales, row, valid);
-                int64_t t = 0;
-                for (; t + TOKENS <= tokens; t += TOKENS)
-                    add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, TOKENS);
-                if (tokens - t == 3)
-                    add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, 3);
-                else if (tokens - t == 2)
-                    add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, 2);
-                else if (tokens - t == 1)
-                    add_piece(y + t * STRIP, words, piece, table + t * TABLE, stride, scale, 1);
+                add_tokens(y, words, piece, tables + piece->table * tokens * TABLE, scale, tokens);
             }
         }
     }
 }
+
+#include "coded.h"
 
 static void *scratch(int64_t floats) {
     void *memory = NULL;
@@ -542,6 +590,9 @@ static void *scratch(int64_t floats) {
  * scales and salient columns too, as the solver gives to siblings, they read the same tables. */
 enum { MEMBERS = 4 };
 
+/* What is added to a strip one after the other: each has its own tables. */
+enum { CODED, BASE, RESIDUAL, CUTS };
+
 /* What threads that multiply share. A piece is one strip of one member for the tokens of one tile; pieces are numbered
  * tile by tile. */
 typedef struct {
@@ -550,7 +601,7 @@ typedef struct {
     void *y[MEMBERS];
     int64_t strips[MEMBERS + 1]; /* of the members before */
     int members, tables_of[MEMBERS]; /* the first member that has the same tables */
-    cut_t cut[2];                    /* base planes, residual planes */
+    cut_t cut[CUTS];
     const void *x;
     int dtype;
     int64_t tokens, table_floats;
@@ -559,9 +610,11 @@ typedef struct {
 
 static void build_tile(float *tables, const product_t *of, const layer_t *layer, int64_t first, int64_t count) {
     const char *x = (const char *)of->x + first * layer->columns * (of->dtype == F32 ? 4 : 2);
-    for (int i = 0; i < 2; i++) { /* base planes, then residual planes */
+    build_coded_tables(tables, layer, &of->cut[CODED], x, of->dtype, count);
+    tables += coded_floats(&of->cut[CODED], count);
+    for (int i = BASE; i <= RESIDUAL; i++) {
         for (int32_t k = 0; k < of->cut[i].piece_count; k++)
-            build_tables(tables, layer, &of->cut[i].pieces[k], i, x, of->dtype, count);
+            build_tables(tables, layer, &of->cut[i].pieces[k], i == RESIDUAL, x, of->dtype, count);
         tables += of->cut[i].table_count * count * TABLE;
     }
 }
@@ -573,9 +626,13 @@ static void multiply_strip(const product_t *of, int member, const float *tables,
     int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP;
     float sum[TILE * STRIP] __attribute__((aligned(64)));
     memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
-    add_planes(sum, layer, &of->cut[0], layer->weight, tables, count, row, valid);
-    add_planes(sum, layer, &of->cut[1], layer->residual_sign, tables + of->cut[0].table_count * count * TABLE, count,
-               row, valid);
+    const cut_t *base = &of->cut[BASE];
+    add_coded_plane(sum, layer, &of->cut[CODED], tables, count, row, valid);
+    tables += coded_floats(&of->cut[CODED], count);
+    add_planes(sum, layer, base, layer->weight + base->first_plane * layer->rows * base->row_bytes, tables, count, row,
+               valid);
+    tables += base->table_count * count * TABLE;
+    add_planes(sum, layer, &of->cut[RESIDUAL], layer->residual_sign, tables, count, row, valid);
     if (layer->row_exponent)
         for (int64_t r = 0; r < valid; r++) {
             float unit = ldexpf(1.0f, layer->row_exponent[row + r]);
@@ -634,12 +691,16 @@ EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y,
         of.strips[m + 1] = of.strips[m] + (layer[m]->rows + STRIP - 1) / STRIP;
         of.tables_of[m] = m && same_tables(layer[m - 1], layer[m]) ? of.tables_of[m - 1] : m;
     }
-    int status = make_cut(&of.cut[0], first->columns, first->block_size, blocks, (first->columns + 31) / 32 * 4,
-                          first->base_planes, 0);
+    int64_t row_bytes = (first->columns + 31) / 32 * 4, coded = first->coded ? 1 : 0;
+    int status = make_cut(&of.cut[CODED], first->columns, first->block_size, blocks, row_bytes, coded, 0);
     if (status == OK)
-        status = make_cut(&of.cut[1], salient, first->salient, blocks, (salient + 7) / 8, first->residual_planes,
+        status = make_cut(&of.cut[BASE], first->columns, first->block_size, blocks, row_bytes,
+                          first->base_planes - coded, coded);
+    if (status == OK)
+        status = make_cut(&of.cut[RESIDUAL], salient, first->salient, blocks, (salient + 7) / 8, first->residual_planes,
                           first->base_planes);
-    of.table_floats = (int64_t)(of.cut[0].table_count + of.cut[1].table_count) * tile * TABLE;
+    of.table_floats = coded_floats(&of.cut[CODED], tile) +
+                      (int64_t)(of.cut[BASE].table_count + of.cut[RESIDUAL].table_count) * tile * TABLE;
     if (status == OK) {
         int64_t tiles = (tokens + TILE - 1) / TILE;
         if (of.strips[members] * STRIP * first->columns * tokens < SMALL)
@@ -647,8 +708,8 @@ EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y,
         run_together(multiply, &of, cut_pieces(&pieces, tiles * of.strips[members], threads));
         status = all_taken(&pieces) ? OK : NO_MEMORY;
     }
-    free_cut(&of.cut[0]);
-    free_cut(&of.cut[1]);
+    for (int i = 0; i < CUTS; i++)
+        free_cut(&of.cut[i]);
     return status;
 }
 
@@ -730,8 +791,8 @@ INLINE vecf add_where(const uint8_t *bits, vecf value, vecf more) {
 
 /* One row of the dense weight: the planes' bits, one pointer for each, base planes first. */
 typedef struct {
-    const uint8_t *bits[PLANES];
-    const uint8_t *salient; /* one bit per column */
+    const uint8_t *bits[PLANES]; /* a coded plane's two first */
+    const uint8_t *salient;      /* one bit per column */
     const float *column_scale;
 } row_t;
 
@@ -751,14 +812,19 @@ INLINE void dequantize_block(float *out, const row_t *row, const float *a, int64
 /* One row into out[first ..], block by block; `scale` [plane, block] has the stride STRIP, `dense` holds a block. */
 static void dequantize_row(void *out, int dtype, int64_t first, float *dense, const layer_t *layer, const row_t *row,
                            const float *scale) {
-    const int64_t blocks = block_count(layer), base = layer->base_planes, residual = layer->residual_planes;
+    const int64_t blocks = block_count(layer), coded = layer->coded ? 1 : 0;
+    const int64_t base = layer->base_planes + coded, residual = layer->residual_planes;
     const int64_t block_size = layer->block_size, columns = layer->columns;
     const row_t local = *row;
     for (int64_t block = 0; block < blocks; block++) {
         int64_t start = block * block_size, end = start + block_size < columns ? start + block_size : columns;
         float a[PLANES];
-        for (int64_t p = 0; p < base + residual; p++)
-            a[p] = scale[(p * blocks + block) * STRIP];
+        for (int64_t p = coded; p < base + residual; p++)
+            a[p] = scale[((p - coded) * blocks + block) * STRIP];
+        if (coded) {
+            a[0] = a[1];
+            a[1] = 0.5f * a[0];
+        }
         if (base == 1 && residual == 1) /* the default, compiled without its loops */
             dequantize_block(dense, &local, a, start, end, 1, 1);
         else
@@ -782,7 +848,7 @@ typedef struct {
 /* What one of them needs: a dense block, the scales of a strip, and a row's residual bits as stored and in place. */
 typedef struct {
     float *dense, *scale;
-    uint8_t *stored, *residual;
+    uint8_t *stored, *residual, *derived;
 } room_t;
 
 static void free_room(room_t *room) {
@@ -790,6 +856,7 @@ static void free_room(room_t *room) {
     free(room->scale);
     free(room->stored);
     free(room->residual);
+    free(room->derived);
 }
 
 static int make_room(room_t *room, const dense_t *of) {
@@ -798,7 +865,8 @@ static int make_room(room_t *room, const dense_t *of) {
     room->scale = scratch((layer->base_planes + layer->residual_planes) * block_count(layer) * STRIP);
     room->stored = calloc((size_t)((salient_total(layer) + 7) / 8 + 24), 1);
     room->residual = calloc((size_t)(of->mark_bytes * PLANES), 1);
-    if (room->dense && room->scale && room->stored && room->residual)
+    room->derived = malloc((size_t)((layer->columns + 31) / 32 * 8));
+    if (room->dense && room->scale && room->stored && room->residual && room->derived)
         return OK;
     free_room(room);
     return NO_MEMORY;
@@ -808,6 +876,7 @@ static void dequantize_strip(const dense_t *of, const room_t *room, int64_t firs
     const layer_t *layer = of->layer;
     int64_t blocks = block_count(layer), planes = layer->base_planes + layer->residual_planes;
     int64_t row_bytes = (layer->columns + 31) / 32 * 4, salient_bytes = (salient_total(layer) + 7) / 8;
+    int64_t coded = layer->coded ? 1 : 0;
     int64_t valid = of->end - first < STRIP ? of->end - first : STRIP;
     float unit[STRIP];
     for (int64_t r = 0; r < STRIP; r++)
@@ -822,10 +891,15 @@ static void dequantize_strip(const dense_t *of, const room_t *room, int64_t firs
         int64_t row = first + r;
         row_t one = {.salient = of->mark, .column_scale = of->column_scale};
         for (int64_t p = 0; p < layer->base_planes; p++)
-            one.bits[p] = layer->weight + (p * layer->rows + row) * row_bytes;
+            one.bits[coded + p] = layer->weight + (p * layer->rows + row) * row_bytes;
+        if (coded) {
+            derive_row(room->derived, room->derived + row_bytes, one.bits[1], row_bytes);
+            one.bits[0] = room->derived;
+            one.bits[1] = room->derived + row_bytes;
+        }
         for (int64_t p = 0; p < layer->residual_planes; p++) {
             uint8_t *residual = room->residual + p * of->mark_bytes;
-            one.bits[layer->base_planes + p] = residual;
+            one.bits[coded + layer->base_planes + p] = residual;
             memcpy(room->stored, layer->residual_sign + (p * layer->rows + row) * salient_bytes, (size_t)salient_bytes);
             spread_bits(residual, room->stored, of->mark, layer->columns);
         }

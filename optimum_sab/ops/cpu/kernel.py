@@ -50,9 +50,9 @@ def linear(inputs: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> 
 def linear_of(inputs: Tensor, tensors: Sequence[Tensor], shape: LayerShape, bias: Tensor | None = None) -> Tensor:
     """``y = x Ŵᵀ + b``, without gradients.
 
-    Computed in fp32 from the signs and rounded once, and once more where a bias is added. Where dense products are
-    faster (`_DENSE_FROM`) many tokens are multiplied with dense chunks of the weight, in bf16 for bf16 inputs (as
-    accurate as a dense layer), else in fp32.
+    Computed in fp32 from the signs (coded planes with AVX2 in integers of more bits) and rounded once, and once more
+    where a bias is added. Where dense products are faster (`_DENSE_FROM`) many tokens are multiplied with dense chunks
+    of the weight, in bf16 for bf16 inputs (as accurate as a dense layer), else in fp32.
 
     Args:
         inputs: x [tokens, in], float32, bfloat16 or float16 in CPU memory, contiguous or not.

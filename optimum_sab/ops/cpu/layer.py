@@ -10,10 +10,12 @@ from operator import attrgetter
 
 from torch import Tensor
 
-from optimum_sab.core.code import NO_CODE
-from optimum_sab.errors import ConfigError, FormatError
+from optimum_sab.core.code import NO_CODE, TRELLIS16
+from optimum_sab.errors import FormatError
 from optimum_sab.format.layout import TensorSpec, salient_per_block, tensor_specs
 from optimum_sab.ops.shape import LayerShape
+
+CODES = {NO_CODE: 0, TRELLIS16.name: 1}  # that C computes, all of core/code.py
 
 
 class Layer(ctypes.Structure):
@@ -23,7 +25,7 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight", "residual_sign", "residual_index")),
         *((name, ctypes.c_void_p) for name in ("row_scale", "row_exponent", "col_scale")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "block_size", "base_planes", "residual_planes")),
-        *((name, ctypes.c_int64) for name in ("salient", "salient_last", "wide_index")),
+        *((name, ctypes.c_int64) for name in ("salient", "salient_last", "wide_index", "coded")),
     ]
 
 
@@ -42,8 +44,6 @@ class _Layout:
 
 @lru_cache(maxsize=1024)
 def _layout(shape: LayerShape) -> _Layout:
-    if shape.code != NO_CODE:
-        raise ConfigError(f"the CPU kernel does not compute with code={shape.code!r}; use the reference.")
     salient = salient_per_block(shape.in_features, shape.settings)
     layer = Layer(
         rows=shape.out_features,
@@ -54,6 +54,7 @@ def _layout(shape: LayerShape) -> _Layout:
         salient=salient[0],
         salient_last=salient[-1],
         wide_index=shape.block_size > 256,
+        coded=CODES[shape.code],
     )
     return _Layout(tuple(tensor_specs(shape.out_features, shape.in_features, shape.settings).items()), bytes(layer))
 

@@ -25,9 +25,11 @@ def backend(monkeypatch):
     monkeypatch.delenv("OPTIMUM_SAB_BACKEND", raising=False)
 
 
-@pytest.fixture
-def linear(random_packed):
-    return SABLinear.from_packed(random_packed(OUT, IN), torch.randn(OUT, generator=torch.Generator().manual_seed(2)))
+@pytest.fixture(params=["none", "trellis16"])
+def linear(random_packed, request):
+    return SABLinear.from_packed(
+        random_packed(OUT, IN, code=request.param), torch.randn(OUT, generator=torch.Generator().manual_seed(2))
+    )
 
 
 @pytest.fixture
@@ -331,7 +333,7 @@ def test_no_memory_is_an_error(linear, monkeypatch):
 def test_tensors_that_were_replaced_are_computed_with(linear, random_packed):
     x = inputs(2, IN)
     first = linear(x)
-    other = SABLinear.from_packed(random_packed(OUT, IN, seed=5), linear.bias)
+    other = SABLinear.from_packed(random_packed(OUT, IN, seed=5, code=linear.settings.code), linear.bias)
     expected = other(x)
     assert not torch.equal(first, expected)
     kept = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
@@ -374,7 +376,8 @@ def test_known_layers_keep_no_tensors_and_are_not_without_number(random_packed, 
 
 
 def test_layers_of_all_threads_compute_while_their_tensors_come_and_go(random_packed):
-    packed, x = [random_packed(OUT, IN, seed=seed) for seed in range(3)], inputs(1, IN)
+    codes = ("none", "trellis16", "trellis16")
+    packed, x = [random_packed(OUT, IN, seed=seed, code=code) for seed, code in enumerate(codes)], inputs(1, IN)
     expected = [kernel.linear(x, each) for each in packed]
     wrong = []
 

@@ -3,13 +3,16 @@ import itertools
 import pytest
 import torch
 
+from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.ops.cpu import compiler, kernel
+from optimum_sab.ops.cpu import compiler, kernel, layer
 from optimum_sab.ops.reference import binary_linear
 
 PLANES = [(1, 0), (1, 1), (2, 1), (2, 2)]
 BLOCKS = [32, 64, 96, 128, 256]
+CODED_PLANES = [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]  # with a code, stored; what is computed has one more
+KINDS = [*itertools.product(PLANES, BLOCKS, ["none"]), *itertools.product(CODED_PLANES, [128, 512], ["trellis16"])]
 WIDTHS = [1, 31, 40, 75, 128, 257, 300]
 TENSORS = ["weight", "residual_sign", "residual_index", "row_scale", "row_exponent", "col_scale"]
 TOKENS = [0, 1, 2, 3, 5, 8, 17, 64]
@@ -36,6 +39,10 @@ def poison(monkeypatch):
     """Memory that the kernel allocates holds NaN until something is written."""
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(float("nan")))
+
+
+every_kind = pytest.mark.parametrize(("planes", "block_size", "code"), KINDS)
+every_code = pytest.mark.parametrize("code", ["none", "trellis16"])
 
 
 def take_route(monkeypatch, route):
@@ -72,9 +79,8 @@ def assert_near_slices(found, inputs, packed, rounding):
     assert worst.numel() == 0 or float(worst.max()) <= 1
 
 
-@pytest.mark.parametrize("block_size", BLOCKS)
-@pytest.mark.parametrize("planes", PLANES)
-def test_linear_equals_the_reference(path, random_packed, monkeypatch, planes, block_size):
+@every_kind
+def test_linear_equals_the_reference(path, random_packed, monkeypatch, planes, block_size, code):
     take_route(monkeypatch, "packed")
     rows = itertools.cycle([1, 7, 16, 33, 64, 65, 70])
     fractions = itertools.cycle(FRACTIONS if block_size >= 64 else [1 / 8, 1 / 4, 5 / 32])
@@ -82,42 +88,48 @@ def test_linear_equals_the_reference(path, random_packed, monkeypatch, planes, b
         packed = random_packed(
             next(rows), width, seed, block_size=block_size, base_planes=planes[0], residual_planes=planes[1],
             salient_fraction=next(fractions), row_scale=("fp8", "fp16")[(seed + planes[1] + block_size // 32) % 2],
+            code=code,
         )  # fmt: skip
         inputs = [random_inputs(tokens, width, seed=seed) for tokens in TOKENS]
         assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, 0.0)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize("planes", PLANES)
-def test_linear_of_dense_chunks_equals_the_reference(random_packed, monkeypatch, planes, tokens):
+@pytest.mark.parametrize(
+    ("planes", "code"), [*((p, "none") for p in PLANES), *((p, "trellis16") for p in CODED_PLANES)]
+)
+def test_linear_of_dense_chunks_equals_the_reference(random_packed, monkeypatch, planes, code, tokens):
     take_route(monkeypatch, "dense")
-    packed = random_packed(70, 300, base_planes=planes[0], residual_planes=planes[1])
+    packed = random_packed(70, 300, base_planes=planes[0], residual_planes=planes[1], code=code)
     inputs = random_inputs(tokens, 300)
     assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
 
 
+@every_code
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-def test_linear_chooses_a_route_by_the_number_of_tokens(path, random_packed, dtype):
-    packed = random_packed(70, 300)
+def test_linear_chooses_a_route_by_the_number_of_tokens(path, random_packed, dtype, code):
+    packed = random_packed(70, 300, code=code)
     for tokens in (1, 31, 32, 64, 200):
         inputs = random_inputs(tokens, 300, dtype=dtype)
         found, exact = kernel.linear(inputs, packed), binary_linear(inputs.float(), packed)
         assert float((found.float() - exact).norm()) <= (ROUNDING[dtype] + SUMS) * float(exact.norm())
 
 
+@every_code
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("fraction", FRACTIONS)
-def test_linear_rounds_once(path, random_packed, monkeypatch, fraction, dtype):
+def test_linear_rounds_once(path, random_packed, monkeypatch, fraction, dtype, code):
     take_route(monkeypatch, "packed")
-    packed = random_packed(37, 300, salient_fraction=fraction)
+    packed = random_packed(37, 300, salient_fraction=fraction, code=code)
     inputs = [random_inputs(tokens, 300, dtype=dtype) for tokens in TOKENS]
     assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, ROUNDING[dtype])
 
 
+@every_code
 @pytest.mark.parametrize("dtype", list(ROUNDING))
 @pytest.mark.parametrize("tokens", [1, 17])
-def test_linear_adds_a_bias_to_the_rounded_product(path, route, random_packed, dtype, tokens):
-    packed, inputs = random_packed(70, 300), random_inputs(tokens, 300, dtype=dtype)
+def test_linear_adds_a_bias_to_the_rounded_product(path, route, random_packed, dtype, tokens, code):
+    packed, inputs = random_packed(70, 300, code=code), random_inputs(tokens, 300, dtype=dtype)
     for other in ROUNDING:
         bias = random_inputs(70, seed=2, dtype=other)
         bias[:2] = torch.tensor([float("inf"), float("nan")])
@@ -127,31 +139,70 @@ def test_linear_adds_a_bias_to_the_rounded_product(path, route, random_packed, d
         assert bool(found[:, 1].isnan().all())
 
 
+@every_code
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_linear_of_many_tokens_is_as_accurate_as_a_dense_layer(path, random_packed, monkeypatch, dtype):
+def test_linear_of_many_tokens_is_as_accurate_as_a_dense_layer(path, random_packed, monkeypatch, dtype, code):
     take_route(monkeypatch, "dense")
-    packed, inputs = random_packed(70, 300), random_inputs(64, 300, dtype=dtype)
+    packed, inputs = random_packed(70, 300, code=code), random_inputs(64, 300, dtype=dtype)
     exact = inputs.double() @ packed.dequantize().double().T
     error = (kernel.linear(inputs, packed).double() - exact).norm()
     dense = (torch.nn.functional.linear(inputs, packed.dequantize().to(dtype)).double() - exact).norm()
     assert error <= 1.05 * dense
 
 
+@every_code
 @pytest.mark.parametrize("rows", [*range(1, 71, 6), 64, 70])
-def test_linear_of_any_number_of_rows_equals_the_reference(path, random_packed, rows):
-    packed, inputs = random_packed(rows, 140, base_planes=2), random_inputs(6, 140)
+def test_linear_of_any_number_of_rows_equals_the_reference(path, random_packed, rows, code):
+    packed, inputs = random_packed(rows, 140, base_planes=2, code=code), random_inputs(6, 140)
     assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
 
 
+@every_code
 @pytest.mark.parametrize("block_size", [512, 4096])
-def test_linear_of_wide_blocks_equals_the_reference(path, random_packed, block_size):
-    packed, inputs = random_packed(20, 4500, block_size=block_size), random_inputs(3, 4500)
+def test_linear_of_wide_blocks_equals_the_reference(path, random_packed, block_size, code):
+    packed, inputs = random_packed(20, 4500, block_size=block_size, code=code), random_inputs(3, 4500)
     assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
 
 
-def test_linear_is_the_same_for_any_number_of_threads(path, random_packed):
+@pytest.mark.parametrize("width", range(1, 32))
+def test_linear_with_a_code_of_rows_that_end_inside_of_a_word(path, random_packed, monkeypatch, width):
+    """Derived bits behind the end count for nothing; rows of two panels carry into the second."""
+    take_route(monkeypatch, "packed")
+    for columns in (width, 128 + width):
+        packed, inputs = random_packed(18, columns, width, code="trellis16"), random_inputs(3, columns)
+        assert_near(kernel.linear(inputs, packed), inputs, packed, 0.0)
+        assert torch.equal(kernel.dequantize(packed), packed.dequantize())
+
+
+@every_code
+@pytest.mark.parametrize("outlier", [1.0, 1e3, 1e6])
+def test_linear_is_as_accurate_as_a_dense_layer_in_fp32(path, random_packed, monkeypatch, outlier, code):
+    """Also beside an input that is a million times as large as the others."""
+    take_route(monkeypatch, "packed")
+    packed, inputs = random_packed(200, 1000, code=code), random_inputs(8, 1000)
+    inputs[:, 70] *= outlier
+    exact = inputs.double() @ packed.dequantize().double().T
+    error = (kernel.linear(inputs, packed).double() - exact).norm()
+    dense = (torch.nn.functional.linear(inputs, packed.dequantize()).double() - exact).norm()
+    assert error <= 1.5 * dense
+
+
+@every_code
+def test_linear_of_inputs_of_any_size_is_the_same_but_for_the_size(path, random_packed, monkeypatch, code):
+    take_route(monkeypatch, "packed")
+    packed, inputs = random_packed(40, 300, code=code), random_inputs(5, 300)
+    inputs[:, 128:256] *= 2.0**-20  # blocks differ
+    found = kernel.linear(inputs, packed)
+    for power in (2.0**-60, 2.0**80):
+        assert torch.equal(kernel.linear(inputs * power, packed), found * power)
+    assert_near(kernel.linear(inputs * 2.0**-140, packed), inputs * 2.0**-140, packed, 0.0)  # subnormal ones
+    assert not kernel.linear(torch.zeros(3, 300), packed).any()
+
+
+@every_code
+def test_linear_is_the_same_for_any_number_of_threads(path, random_packed, code):
     """The layer is large enough for several threads to be started."""
-    packed, inputs = random_packed(331, 1024), random_inputs(5, 1024)
+    packed, inputs = random_packed(331, 1024, code=code), random_inputs(5, 1024)
     threads = torch.get_num_threads()
     found = []
     for count in (1, 2, 3):
@@ -171,9 +222,10 @@ def test_linear_accepts_inputs_that_are_not_contiguous(route, random_packed):
         assert_near(kernel.linear(view, packed), view, packed, 0.0)
 
 
+@every_code
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_linear_is_not_finite_where_the_reference_is_not(path, route, random_packed, value):
-    packed = random_packed(40, 300)
+def test_linear_is_not_finite_where_the_reference_is_not(path, route, random_packed, value, code):
+    packed = random_packed(40, 300, code=code)
     for column in (0, 127, 128, 299, int(packed.salient_columns()[3])):
         inputs = random_inputs(5, 300)
         inputs[2, column] = value
@@ -182,10 +234,11 @@ def test_linear_is_not_finite_where_the_reference_is_not(path, route, random_pac
         assert torch.equal(kernel.linear(inputs, packed).isfinite(), finite)
 
 
+@every_code
 @pytest.mark.parametrize("block_size", [128, 512])
-def test_linear_reads_nothing_outside_its_inputs_for_a_damaged_index(path, random_packed, block_size):
+def test_linear_reads_nothing_outside_its_inputs_for_a_damaged_index(path, random_packed, block_size, code):
     """Whatever lies behind x and the column scales is NaN here, and would show in the result."""
-    packed = random_packed(20, 75, block_size=block_size)
+    packed = random_packed(20, 75, block_size=block_size, code=code)
     packed.tensors["residual_index"].fill_(-1 if block_size > 256 else 255)
     scale = torch.full((4096,), 0x7E00, dtype=torch.int16)
     scale[:75] = packed.tensors["col_scale"]
@@ -201,23 +254,23 @@ def test_linear_gives_no_gradient(route, random_packed):
 
 
 @pytest.mark.parametrize("scale", ["fp8", "fp16"])
-@pytest.mark.parametrize("block_size", BLOCKS)
-@pytest.mark.parametrize("planes", PLANES)
-def test_dequantize_is_exact(path, random_packed, planes, block_size, scale):
+@every_kind
+def test_dequantize_is_exact(path, random_packed, planes, block_size, code, scale):
     fractions = itertools.cycle(FRACTIONS if block_size >= 64 else [1 / 8, 1 / 4, 5 / 32])
     for seed, width in enumerate([*WIDTHS, 1000]):
         packed = random_packed(
             (37, 1, 64)[seed % 3], width, seed, block_size=block_size, base_planes=planes[0],
-            residual_planes=planes[1], salient_fraction=next(fractions), row_scale=scale,
+            residual_planes=planes[1], salient_fraction=next(fractions), row_scale=scale, code=code,
         )  # fmt: skip
         expected = packed.dequantize()
         for dtype in kernel.DTYPES:
             assert torch.equal(kernel.dequantize(packed, dtype), expected.to(dtype))
 
 
-def test_dequantize_is_exact_for_every_scale_and_exponent(path, random_packed):
+@every_code
+def test_dequantize_is_exact_for_every_scale_and_exponent(path, random_packed, code):
     """All finite e4m3 values, and row exponents from the smallest stored to the largest."""
-    packed = random_packed(254, 64, block_size=32, residual_planes=0)
+    packed = random_packed(254, 256, block_size=128, residual_planes=0, code=code)
     finite = torch.tensor([bits for bits in range(256) if bits & 0x7F != 0x7F], dtype=torch.uint8)
     packed.tensors["row_scale"][0, 0], packed.tensors["row_scale"][0, 1] = finite, finite.flip(0)
     for exponent in (-128, -127, -126, -100, -20, 0, 20, 119):
@@ -241,6 +294,10 @@ def test_dequantize_is_exact_for_every_scale_and_exponent(path, random_packed):
 def test_linear_refuses_other_inputs(random_packed, inputs, message):
     with pytest.raises(ConfigError, match=message):
         kernel.linear(inputs, random_packed(20, 75))
+
+
+def test_codes_that_c_computes_are_all_that_there_are():
+    assert set(layer.CODES) == {NO_CODE, *CODES}
 
 
 def test_dequantize_refuses_another_dtype(random_packed):

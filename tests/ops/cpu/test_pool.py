@@ -27,14 +27,17 @@ from optimum_sab.ops.cpu import kernel
 from optimum_sab.ops.cpu.compiler import load_library
 
 packed = random_packed(331, 1024, LayerSettings())
+coded = random_packed(331, 1024, LayerSettings(code="trellis16"))
 x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(1))
 library = load_library()
 torch.set_num_threads(1)
-expected = kernel.linear(x, packed)
+expected, expected_of_coded = kernel.linear(x, packed), kernel.linear(x, coded)
 torch.set_num_threads(2)
 
 def compute(times=1):
-    assert all(torch.equal(kernel.linear(x, packed), expected) for _ in range(times))
+    for _ in range(times):
+        assert torch.equal(kernel.linear(x, packed), expected)
+        assert torch.equal(kernel.linear(x, coded), expected_of_coded)
 
 def tasks():
     return {int(name) for name in os.listdir("/proc/self/task")}
@@ -83,10 +86,11 @@ def finish(process, seconds=60):
 # -- the same bits -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("code", ["none", "trellis16"])
 @pytest.mark.parametrize("whose", [FITS, OWN, OPENMP])
 @pytest.mark.parametrize("tokens", [1, 3, 9, 40])
-def test_results_depend_neither_on_how_many_threads_there_are_nor_on_whose(random_packed, threads, whose, tokens):
-    packed = random_packed(331, 1024)
+def test_results_depend_neither_on_how_many_threads_there_are_nor_on_whose(random_packed, threads, whose, tokens, code):
+    packed = random_packed(331, 1024, code=code)
     for dtype in kernel.DTYPES:
         x, bias = random_inputs(tokens, 1024, dtype=dtype), random_inputs(331, dtype=dtype)
         threads(1)
@@ -101,7 +105,8 @@ def test_results_depend_neither_on_how_many_threads_there_are_nor_on_whose(rando
 @pytest.mark.parametrize("whose", [FITS, OWN, OPENMP])
 def test_callers_at_the_same_time_do_not_disturb_each_other(random_packed, threads, whose):
     """More of them than are helped."""
-    layers = [random_packed(331, 1024, seed) for seed in range(3)]
+    codes = ("none", "trellis16", "trellis16")
+    layers = [random_packed(331, 1024, seed, code=code) for seed, code in enumerate(codes)]
     inputs = [random_inputs(tokens, 1024) for tokens in (1, 5, 9)]
     threads(1)
     expected = [kernel.linear(x, packed) for x, packed in zip(inputs, layers)]
