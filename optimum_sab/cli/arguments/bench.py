@@ -38,6 +38,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"
     )
     kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
+    kernels.add_argument("--humming", action="store_true", help="time Humming's 1- and 2-bit linears too (CUDA)")
     kernels.add_argument(
         "--busy",
         type=int,
