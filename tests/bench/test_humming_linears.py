@@ -1,4 +1,4 @@
-"""Humming's linears, by a stand-in with the signatures and checks of humming-kernels 0.1.19, which needs CUDA itself."""
+"""Humming's linears, by a stand-in with the signatures and checks of humming-kernels 0.1.19; it needs CUDA itself."""
 
 import importlib.util
 import json

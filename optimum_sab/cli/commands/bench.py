@@ -123,7 +123,7 @@ def run_generate(options: argparse.Namespace) -> None:
     )
     graphs = "one CUDA graph per step" if report.cuda_graphs else "eager steps"
     print(
-        f"{report.environment.device}, Qwen2.5-VL {size}, backend {report.backend}, {options.dtype}, batch "
+        f"{report.environment.device}, size {size}, backend {report.backend}, {options.dtype}, batch "
         f"{options.batch}, {options.prompt_tokens}+{options.new_tokens} tokens, {graphs}"
     )
 
