@@ -10,13 +10,27 @@
 #
 # A step has a limit, and begins only if what is left suffices for a sensible part of it. Its result gets its name by a
 # rename after it has succeeded; until then it is NAME.part. The status is 1 if a step failed, otherwise 2 if one is left.
+# A folder belongs to one device; take another one when the code has changed, too.
 set -uo pipefail # a step that fails must not keep the others from running: its log says why
 out="${1:?name a folder for the results}"
 budget="${BUDGET:-480}"
 usual=480
 grace=5 # seconds between the signal that asks a step to end and the one that ends it
 SECONDS=0
+device=small # tests for a GPU would pass by being skipped, so that without SMALL there must be one
+if [ -z "${SMALL:-}" ]; then
+  device="$(python -c 'import torch; print(torch.cuda.get_device_name())')"
+  if [ -z "$device" ]; then
+    echo "torch sees no GPU; SMALL=1 tries the commands without one" >&2
+    exit 1
+  fi
+fi
 mkdir -p "$out" || exit 1
+if [ -e "$out/device.txt" ] && [ "$(<"$out/device.txt")" != "$device" ]; then
+  echo "$out has results of '$(<"$out/device.txt")', not of '$device'; name another folder" >&2
+  exit 1
+fi
+echo "$device" >"$out/device.txt"
 out="$(cd "$out" && pwd)"
 export PYTHONPATH="$PWD:$PWD/kernels/torch-ext${PYTHONPATH:+:$PYTHONPATH}"
 # what is compiled and tuned is kept for the next run too

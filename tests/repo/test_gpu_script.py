@@ -22,6 +22,7 @@ STAND_IN = """\
     case "$words" in
       *find_spec*"'$MISSING'"*) exit 1 ;;
       *find_spec*) exit 0 ;;
+      *get_device_name*) [ -n "$GPU" ] || exit 1; echo "$GPU"; exit 0 ;;
       *--help*) echo "$HELP"; exit 0 ;;
     esac
     printf '%s\\n' "${SAB_KERNELS_AUTOTUNE:-} $words" >> "$CALLS"
@@ -47,7 +48,14 @@ def script(tmp_path):
 
     def run(**variables):
         calls.write_text("", encoding="utf-8")
-        known = {"CALLS": str(calls), "FAILS": NOTHING, "SLEEPS": NOTHING, "MISSING": NOTHING, "HELP": "--code NAME"}
+        known = {
+            "CALLS": str(calls),
+            "FAILS": NOTHING,
+            "SLEEPS": NOTHING,
+            "MISSING": NOTHING,
+            "HELP": "--code NAME",
+            "GPU": "H0",
+        }
         path = f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"
         environment = {**os.environ, "PATH": path, **known, **variables}
         began = time.monotonic()
@@ -72,7 +80,7 @@ def results(tmp_path, ending=".json"):
 def test_whole_run_leaves_a_result_for_every_step_and_the_next_one_has_nothing_to_do(script, tmp_path):
     status, output, _, calls = script()
     assert status == 0, output
-    steps = results(tmp_path) | results(tmp_path, ".txt") - {"summary"}
+    steps = results(tmp_path) | results(tmp_path, ".txt") - {"summary", "device"}
     assert len(calls) == len(steps) > 15
     assert all(json.loads(p.read_text()) == {"whole": True} for p in (tmp_path / "results").glob("*.json"))
     assert not results(tmp_path, ".part")
@@ -146,6 +154,21 @@ def test_limits_grow_with_a_larger_budget_and_never_exceed_what_is_left(script, 
 
 def test_coded_planes_are_timed_where_the_command_line_knows_them(script):
     assert not any("--code" in call for call in script(HELP="usage: --tokens M")[3])
+
+
+def test_machine_without_a_gpu_is_refused_unless_all_is_small(script, tmp_path):
+    status, output, _, calls = script(GPU="")
+    assert (status, calls) == (1, []) and "torch sees no GPU; SMALL=1" in output
+    assert not (tmp_path / "results").exists()
+    assert script(GPU="", SMALL="1")[0] == 0
+
+
+@pytest.mark.parametrize("other", [{"GPU": "H1"}, {"SMALL": "1"}], ids=["another GPU", "small"])
+def test_results_of_different_devices_do_not_mix(script, other):
+    assert script()[0] == 0
+    status, output, _, calls = script(**other)
+    assert (status, calls) == (1, []) and "has results of 'H0', not of" in output
+    assert script()[0] == 0
 
 
 def test_packages_that_are_missing_are_left_out(script):
