@@ -1,4 +1,4 @@
-"""Tokens per second and memory of a randomly initialised Qwen2.5-VL, dense against packed."""
+"""Tokens per second and memory of a randomly initialised vision-language model, dense against packed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from transformers import StaticCache
 from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.qwen import random_model, weight_bytes
+from optimum_sab.bench.room import check_room
 from optimum_sab.bench.timing import capture
 from optimum_sab.bench.verification import WrongResultError
 from optimum_sab.core.settings import LayerSettings
@@ -70,7 +71,7 @@ class GreedyDecoder:
     Everything a step reads and writes keeps its address, so that a step can be replayed as a CUDA graph.
 
     Args:
-        model: a Qwen2.5-VL.
+        model: one of `bench.qwen`.
         prompt: ids [batch, tokens], text only.
         new_tokens: steps that `decode` makes.
         cuda_graphs: replay one captured step; needs CUDA.
@@ -85,7 +86,7 @@ class GreedyDecoder:
         self.prompt = prompt
         self.new_tokens = new_tokens
         self.cuda_graphs = cuda_graphs
-        slots = -(-(length + new_tokens) // CACHE_MULTIPLE) * CACHE_MULTIPLE
+        slots = _slots(length + new_tokens)
         self._cache = StaticCache(config=model.config, max_cache_len=slots)
         self._slots = torch.arange(slots, device=prompt.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=prompt.device)
@@ -173,7 +174,7 @@ def compare_generation(
     """Time a dense and a packed model of one size, one after the other, on the same random prompt.
 
     Args:
-        size: "7b" or "tiny" (`bench.qwen`).
+        size: one of `bench.qwen.SIZES`.
         conditions: everything else.
         prompt_tokens: per sequence.
         new_tokens: per sequence, after the first one, which the prefill gives.
@@ -181,7 +182,8 @@ def compare_generation(
         cuda_graphs: replay the decode step as a CUDA graph; None: on CUDA.
 
     Raises:
-        ConfigError: a number is below 1, CUDA graphs are asked for without CUDA, or the size is unknown.
+        ConfigError: a number is below 1, CUDA graphs are asked for without CUDA, the size is unknown, or
+            the device has no room for the dense model.
         WrongResultError: a model computes NaN or inf.
         CaptureError: the decode step cannot be captured.
     """
@@ -194,6 +196,7 @@ def compare_generation(
         cuda_graphs = device.type == "cuda"
     if cuda_graphs and device.type != "cuda":
         raise ConfigError(f"--cuda-graphs needs a CUDA device, not {str(device)!r}; use --no-cuda-graphs.")
+    check_room(size, conditions, batch * _slots(prompt_tokens + new_tokens))
 
     def measure(name: str, settings: LayerSettings | None) -> GenerationTiming:
         _reset_memory(device)
@@ -220,6 +223,11 @@ def compare_generation(
         environment = describe_environment(device)
         rows = (measure("dense", None), measure("packed", conditions.settings))
     return GenerationReport(environment, chosen, cuda_graphs, rows, _ratios(*rows))
+
+
+def _slots(tokens: int) -> int:
+    """Tokens that the cache of a sequence has room for."""
+    return -(-tokens // CACHE_MULTIPLE) * CACHE_MULTIPLE
 
 
 def _ratios(dense: GenerationTiming, packed: GenerationTiming) -> dict[str, float | None]:

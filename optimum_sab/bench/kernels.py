@@ -15,9 +15,7 @@ from torch.nn.functional import linear as dense_linear
 from optimum_sab.bench.busy import busy_seconds, check_busy
 from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
-from optimum_sab.bench.gemlite_linears import BITS, check_gemlite, gemlite_linear, gemlite_weight, supports
-from optimum_sab.bench.int4_linears import check_int4, int4_bytes, int4_linear, int4_weight
-from optimum_sab.bench.int4_linears import supports as int4_supports
+from optimum_sab.bench.other_linears import OtherLinear, check_others, chosen_linears
 from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.bench.shapes import LinearShape
 from optimum_sab.bench.timing import Call, median_seconds, rotation_bytes
@@ -60,6 +58,7 @@ class KernelTiming:
             median and the mean while other processes are busy (`busy.BusySeconds`); None where there were none.
             ``dense_…`` are the dense linear's.
         gemlite_1bit_error: as ``error``, reported and not judged; likewise for 2 and 4 bits.
+        humming_1bit_seconds, humming_1bit_error: of Humming's linear, as gemlite's; likewise for 2 bits.
     """
 
     name: str
@@ -84,6 +83,10 @@ class KernelTiming:
     gemlite_1bit_error: float | None = None
     gemlite_2bit_error: float | None = None
     gemlite_4bit_error: float | None = None
+    humming_1bit_seconds: float | None = None
+    humming_2bit_seconds: float | None = None
+    humming_1bit_error: float | None = None
+    humming_2bit_error: float | None = None
     int4_seconds: float | None = None
     int4_error: float | None = None
     coded_seconds: float | None = None
@@ -111,8 +114,7 @@ class _Run:
 
     conditions: Conditions
     environment: Environment
-    gemlite: bool
-    int4: bool
+    others: Sequence[OtherLinear]
 
 
 @dataclass
@@ -129,8 +131,7 @@ def compare_kernels(
     shapes: Sequence[LinearShape],
     tokens: Sequence[int],
     conditions: Conditions,
-    gemlite: bool = False,
-    int4: bool = False,
+    others: Sequence[str] = (),
     on_row: Callable[[KernelTiming], None] | None = None,
 ) -> KernelReport:
     """Time every shape at every number of tokens, dense and packed in turns, after checking the packed result.
@@ -142,29 +143,25 @@ def compare_kernels(
         shapes: the linears.
         tokens: rows of the input, M.
         conditions: everything else.
-        gemlite: time gemlite's 1-, 2- and 4-bit linears as well.
-        int4: time torch's int4 kernel for the CPU as well.
+        others: time these packages' linears as well (`other_linears.OTHERS`).
         on_row: is given every row as soon as it is there.
 
     Raises:
         ConfigError: a number is below 1, or busy processes are asked for on another device than the CPU.
-        MissingDependencyError: gemlite was asked for and cannot run.
+        MissingDependencyError: another package was asked for and cannot run.
         WrongResultError: the packed linear's result is not the dense one's.
         CaptureError: the packed linear cannot be captured in a CUDA graph.
     """
-    device, dtype = conditions.device, conditions.dtype
+    device = conditions.device
     check_busy(conditions.busy, device)
     for name, value in [("--repeats", conditions.repeats), *(("--tokens", m) for m in tokens)]:
         if value < 1:
             raise ConfigError(f"{name} {value} must be at least 1.")
-    if gemlite:
-        check_gemlite(device, dtype)
-    if int4:
-        check_int4(device, dtype)
+    check_others(others, conditions)
     rows: list[KernelTiming] = []
     with chosen_backend(conditions.backend, device) as chosen:
         environment = describe_environment(device)
-        run = _Run(replace(conditions, backend=chosen), environment, gemlite, int4)
+        run = _Run(replace(conditions, backend=chosen), environment, chosen_linears(others))
         for shape in shapes:
             for row in _time_shape(shape, tokens, run):
                 rows.append(row)
@@ -184,23 +181,20 @@ def _time_shape(shape: LinearShape, tokens: Sequence[int], run: _Run) -> Iterato
     if conditions.code != NO_CODE:
         settings = conditions.settings.replace(code=conditions.code)
         sides["coded"] = _packed_side(shape, inputs, replace(conditions, settings=settings))[0]
-    if run.gemlite and supports(shape):
-        sides |= {f"gemlite_{b}bit": _gemlite_side(b, shape, inputs, conditions) for b in BITS}
-    if run.int4 and int4_supports(shape):
-        sides["int4"] = _int4_side(shape, inputs, conditions)
+    sides |= {o.name: _other_side(o, shape, inputs, conditions) for o in run.others if o.supports(shape)}
     for m in tokens:
         calls = _calls(sides, inputs[m])
         seconds = median_seconds(calls, device, conditions.repeats)
         moved = packed.bytes + m * (shape.in_features + shape.out_features) * dtype.itemsize
-        others: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         for name, side in sides.items():
             if name not in ("packed", "dense"):
-                others |= {f"{name}_seconds": seconds[name], f"{name}_error": side.errors[m]}
+                more |= {f"{name}_seconds": seconds[name], f"{name}_error": side.errors[m]}
         if conditions.busy:
             compared = {"": calls["packed"], "dense_": calls["dense"]}
             for start, busy in busy_seconds(compared, conditions.busy, conditions.repeats).items():
-                others |= {f"{start}quiet_seconds": busy.quiet, f"{start}busy_seconds": busy.median}
-                others[f"{start}busy_mean_seconds"] = busy.mean
+                more |= {f"{start}quiet_seconds": busy.quiet, f"{start}busy_seconds": busy.median}
+                more[f"{start}busy_mean_seconds"] = busy.mean
         yield KernelTiming(
             name=shape.name,
             device=environment.device,
@@ -218,7 +212,7 @@ def _time_shape(shape: LinearShape, tokens: Sequence[int], run: _Run) -> Iterato
             rotated_bytes=packed.bytes * len(packed.linears),
             dense_rotated_bytes=sides["dense"].bytes * len(sides["dense"].linears),
             error=packed.errors[m],
-            **others,
+            **more,
         )
 
 
@@ -260,20 +254,10 @@ def _dense_side(shape: LinearShape, conditions: Conditions, generator: torch.Gen
     return side
 
 
-def _gemlite_side(bits: int, shape: LinearShape, inputs: Mapping[int, Tensor], conditions: Conditions) -> _Side:
-    side = _Side([], shape.out_features * shape.in_features * bits // 8)
-    for i in range(_copies(side.bytes, conditions)):
-        side.linears.append(gemlite_linear(bits, shape, conditions.dtype, conditions.device, conditions.seed + i))
-    weight = gemlite_weight(bits, shape, conditions.dtype, conditions.device, conditions.seed)
-    for m, x in inputs.items():
-        side.errors[m] = linear_error(side.linears[0], x, weight)
-    return side
-
-
-def _int4_side(shape: LinearShape, inputs: Mapping[int, Tensor], conditions: Conditions) -> _Side:
-    side = _Side([], int4_bytes(shape))
-    side.linears += [int4_linear(shape, conditions.seed + i) for i in range(_copies(side.bytes, conditions))]
-    weight = int4_weight(shape, conditions.seed)
+def _other_side(other: OtherLinear, shape: LinearShape, inputs: Mapping[int, Tensor], conditions: Conditions) -> _Side:
+    side = _Side([], other.bytes(shape))
+    side.linears += [other.make(shape, conditions, conditions.seed + i) for i in range(_copies(side.bytes, conditions))]
+    weight = other.weight(shape, conditions, conditions.seed)
     for m, x in inputs.items():
         side.errors[m] = linear_error(side.linears[0], x, weight)
     return side

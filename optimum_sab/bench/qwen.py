@@ -1,4 +1,8 @@
-"""Randomly initialised Qwen2.5-VL models, dense or packed, made directly on the device: no checkpoint, no solver."""
+"""Randomly initialised Qwen models, dense or packed, made directly on the device: no checkpoint, no solver.
+
+"7b" has the shapes of Qwen2.5-VL-7B, "8b" and "32b" those of Qwen3-VL-8B and -32B, whose language models are
+Qwen3-8B's and Qwen3-32B's. "tiny" and "tiny-qwen3" have two layers of one and of the other.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
 
 from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.random_weight import SCALE
 from optimum_sab.nn.selection import select_linears, set_module
-
-SIZES = ("7b", "tiny")
 
 _TEXT: dict[str, dict[str, Any]] = {
     "7b": {
@@ -29,6 +36,26 @@ _TEXT: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     },
+    "8b": {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+    },
+    "32b": {
+        "vocab_size": 151936,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+    },
     "tiny": {
         "vocab_size": 1024,
         "hidden_size": 256,
@@ -38,6 +65,24 @@ _TEXT: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]},
     },
+    "tiny-qwen3": {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,  # heads wider than the hidden size, as those of 32b
+        "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
+    },
+}
+_QWEN3_VISION = {
+    "depth": 27,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_heads": 16,
+    "num_position_embeddings": 2304,
+    "deepstack_visual_indexes": [8, 16, 24],
 }
 _VISION: dict[str, dict[str, Any]] = {
     "7b": {
@@ -56,11 +101,24 @@ _VISION: dict[str, dict[str, Any]] = {
         "out_hidden_size": 256,
         "fullatt_block_indexes": [1],
     },
+    "8b": {**_QWEN3_VISION, "out_hidden_size": 4096},
+    "32b": {**_QWEN3_VISION, "out_hidden_size": 5120},
+    "tiny-qwen3": {
+        "depth": 2,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_heads": 2,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+        "out_hidden_size": 256,
+    },
 }
+SIZES = tuple(_TEXT)
+_QWEN3 = ("8b", "32b", "tiny-qwen3")
 
 
-def model_config(size: str) -> Qwen2_5_VLConfig:
-    """The configuration of a size: "7b" has Qwen2.5-VL-7B's shapes, "tiny" two layers.
+def model_config(size: str) -> Qwen2_5_VLConfig | Qwen3VLConfig:
+    """The configuration of a size.
 
     Raises:
         ConfigError: the size is not one of `SIZES`.
@@ -68,34 +126,36 @@ def model_config(size: str) -> Qwen2_5_VLConfig:
     if size not in SIZES:
         raise ConfigError(f"size={size!r} must be one of {', '.join(SIZES)}.")
     text = {
-        "model_type": "qwen2_5_vl_text",
         "hidden_act": "silu",
-        "max_position_embeddings": 128000,
         "rms_norm_eps": 1e-6,
-        "rope_theta": 1e6,
-        "use_sliding_window": False,
         "tie_word_embeddings": False,
         "bos_token_id": None,
         "eos_token_id": None,
         **_TEXT[size],
     }
-    vision = {
-        "model_type": "qwen2_5_vl",
-        "hidden_act": "silu",
-        "in_channels": 3,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "tokens_per_second": 2,
-        "window_size": 112,
-        **_VISION[size],
-    }
+    vision = {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2, **_VISION[size]}
+    if size in _QWEN3:
+        text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262144, "rope_theta": 5e6}
+        vision |= {"model_type": "qwen3_vl", "hidden_act": "gelu_pytorch_tanh", "patch_size": 16}
+        return Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    text |= {"model_type": "qwen2_5_vl_text", "max_position_embeddings": 128000, "rope_theta": 1e6}
+    text["use_sliding_window"] = False
+    vision |= {"model_type": "qwen2_5_vl", "hidden_act": "silu", "patch_size": 14}
+    vision |= {"tokens_per_second": 2, "window_size": 112}
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def empty_model(size: str) -> Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration:
+    """The dense model of a size, its parameters on meta; raises as `model_config`."""
+    config = model_config(size)
+    kind = Qwen3VLForConditionalGeneration if size in _QWEN3 else Qwen2_5_VLForConditionalGeneration
+    with _parameters_on_meta():
+        return kind(config)
 
 
 def random_model(
     size: str, settings: LayerSettings | None, device: torch.device, dtype: torch.dtype, seed: int = 0
-) -> Qwen2_5_VLForConditionalGeneration:
+) -> Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration:
     """A model of this size with random weights in ``dtype`` on the device, in eval mode.
 
     Args:
@@ -105,8 +165,7 @@ def random_model(
         dtype: of everything that is not packed.
         seed: of the weights.
     """
-    with _parameters_on_meta():
-        model = Qwen2_5_VLForConditionalGeneration(model_config(size))
+    model = empty_model(size)
     generator = torch.Generator(device).manual_seed(seed)
     if settings is not None:
         for index, (name, own) in enumerate(select_linears(model, settings).settings.items()):

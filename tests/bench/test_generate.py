@@ -1,14 +1,17 @@
 """`bench generate` on a tiny model: the decoding loop against plain forwards, and the report's fields."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from optimum_sab.bench import generate, room
 from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.generate import GreedyDecoder, compare_generation
-from optimum_sab.bench.qwen import model_config, random_model, weight_bytes
+from optimum_sab.bench.qwen import empty_model, model_config, random_model, weight_bytes
 from optimum_sab.bench.verification import WrongResultError
 from optimum_sab.cli.main import main
 from optimum_sab.core.settings import LayerSettings
@@ -36,8 +39,9 @@ def prompt_for(model, batch, length, device=CPU):
 
 
 @pytest.mark.parametrize(("settings", "steps"), [(None, 6), (LayerSettings(), 2)], ids=["dense", "packed"])
-def test_decoder_gives_the_tokens_of_plain_forwards(settings, steps):
-    model = random_model("tiny", settings, CPU, torch.float32)
+@pytest.mark.parametrize("size", ["tiny", "tiny-qwen3"])
+def test_decoder_gives_the_tokens_of_plain_forwards(size, settings, steps):
+    model = random_model(size, settings, CPU, torch.float32)
     prompt = prompt_for(model, 2, 9)
     decoder = GreedyDecoder(model, prompt, steps, cuda_graphs=False)
     decoder.warm_up()
@@ -49,13 +53,34 @@ def test_decoder_gives_the_tokens_of_plain_forwards(settings, steps):
     assert len(set(expected.flatten().tolist())) > steps  # not one token over and over, which any loop would give
 
 
-def test_random_model_packs_the_decoder_and_nothing_else():
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU, and so cannot be captured in a CUDA graph."""
+
+    def __torch_dispatch__(self, operator, types, arguments=(), named=None):
+        assert operator.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "masked_select")
+        return operator(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-qwen3"])
+def test_step_of_the_dense_model_does_not_wait_for_the_device(size):
+    model = random_model(size, None, CPU, torch.float32)
+    decoder = GreedyDecoder(model, prompt_for(model, 1, 5), 2, cuda_graphs=False)
+    decoder.warm_up()
+    decoder.prefill()
+    with NoWaiting():
+        decoder.decode()
+    with NoWaiting(), pytest.raises(AssertionError):
+        bool(torch.ones(1).any())
+
+
+@pytest.mark.parametrize("size", ["tiny", "tiny-qwen3"])
+def test_random_model_packs_the_decoder_and_nothing_else(size):
     settings = LayerSettings()
-    dense = random_model("tiny", None, CPU, torch.bfloat16)
-    packed = random_model("tiny", settings, CPU, torch.bfloat16)
+    dense = random_model(size, None, CPU, torch.bfloat16)
+    packed = random_model(size, settings, CPU, torch.bfloat16)
     assert not any(p.is_meta for p in [*packed.parameters(), *packed.buffers(), *dense.parameters(), *dense.buffers()])
     linears = {n: m for n, m in packed.named_modules() if isinstance(m, SABLinear)}
-    assert len(linears) == 7 * model_config("tiny").get_text_config().num_hidden_layers
+    assert len(linears) == 7 * model_config(size).get_text_config().num_hidden_layers
     saved = 0.0
     for name, layer in linears.items():
         layer.packed.validate(name)
@@ -78,6 +103,54 @@ def test_seven_billion_has_the_shapes_of_the_model():
     assert text.hidden_size // text.num_attention_heads == 128
     vision = model_config("7b").vision_config
     assert (vision.depth, vision.hidden_size, vision.out_hidden_size) == (32, 1280, 3584)
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "hidden", "intermediate", "heads", "keys"),
+    [("8b", 36, 4096, 12288, 32, 8), ("32b", 64, 5120, 25600, 64, 8)],
+)
+def test_large_sizes_have_the_parameters_of_qwen3(size, layers, hidden, intermediate, heads, keys):
+    decoder = empty_model(size).get_decoder()
+    assert all(p.is_meta for p in decoder.parameters())
+    attention = 2 * heads * 128 * hidden + 2 * keys * 128 * hidden  # queries and output, keys and values
+    norms = 2 * hidden + 2 * 128
+    block = attention + 3 * hidden * intermediate + norms
+    assert sum(p.numel() for p in decoder.parameters()) == layers * block + 151936 * hidden + hidden
+    # the two models that the figures to beat were taken on: 8.2 and 32.8 billion with the output embedding
+    assert layers * block + 2 * 151936 * hidden == pytest.approx({"8b": 8.19e9, "32b": 32.76e9}[size], rel=1e-3)
+
+
+def test_dense_model_is_gone_before_the_packed_one_is_made(small_machine, monkeypatch):
+    made = []
+
+    def watched(*arguments):
+        assert all(reference() is None for reference in made)
+        model = random_model(*arguments)
+        made.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(generate, "random_model", watched)
+    compare_generation("tiny", Conditions(LayerSettings(), CPU, repeats=1), prompt_tokens=4, new_tokens=1)
+    assert len(made) == 2
+
+
+def test_size_without_room_is_refused_before_anything_is_made(monkeypatch, capsys):
+    weights = sum(p.numel() for p in empty_model("tiny").parameters()) * 2
+    cache = 2 * 64 * 2 * 2 * 64 * 2  # keys and values of 64 tokens in 2 layers of 2 heads of 64, bfloat16
+    monkeypatch.setattr(generate, "random_model", lambda *arguments: pytest.fail("made"))
+    monkeypatch.setattr(room, "free_memory", lambda device: weights + cache - 1)
+    assert main(QUICK) == 1
+    assert "--size tiny takes 0.0 GB dense with its cache, and cpu has 0.0 GB free" in capsys.readouterr().err
+    check = (Conditions(LayerSettings(), CPU), 64)
+    monkeypatch.setattr(room, "free_memory", lambda device: weights + cache)
+    room.check_room("tiny", *check)
+    monkeypatch.setattr(room, "free_memory", lambda device: 80 * 10**9)
+    room.check_room("32b", *check)
+    monkeypatch.setattr(room, "free_memory", lambda device: 64 * 10**9)
+    with pytest.raises(ConfigError, match=r"32b takes 66\.7 GB"):
+        room.check_room("32b", *check)
+    monkeypatch.setattr(room, "free_memory", lambda device: None)  # cannot be asked
+    room.check_room("32b", *check)
 
 
 def test_bench_generate_reports_both_models(small_machine, capsys):
@@ -130,10 +203,11 @@ def test_compare_generation_refuses_an_unknown_size(small_machine):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("size", ["tiny", "tiny-qwen3"])
 @pytest.mark.parametrize("settings", [None, LayerSettings()], ids=["dense", "packed"])
-def test_replayed_steps_give_the_tokens_of_eager_ones(settings):
+def test_replayed_steps_give_the_tokens_of_eager_ones(size, settings):
     device = torch.device("cuda")
-    model = random_model("tiny", settings, device, torch.float32)  # rounds so little that no logits tie
+    model = random_model(size, settings, device, torch.float32)  # rounds so little that no logits tie
     prompt = prompt_for(model, 1, 40, device)
     found = []
     for graphs in (False, True):

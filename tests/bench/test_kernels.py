@@ -12,6 +12,7 @@ import torch
 
 from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.kernels import TOKENS, compare_kernels
+from optimum_sab.bench.other_linears import CHECKS
 from optimum_sab.bench.shapes import LinearShape, model_shapes, parse_shapes
 from optimum_sab.bench.verification import TOLERANCE, WrongResultError, check_error, linear_error, relative_error
 from optimum_sab.cli.main import main
@@ -181,12 +182,12 @@ def test_gemlite_wants_a_cuda_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     arguments, settings = ([LinearShape("small", 32, 128)], [1]), LayerSettings()
     with pytest.raises(MissingDependencyError, match="torch sees none"):
-        compare_kernels(*arguments, Conditions(settings, CPU), gemlite=True)
+        compare_kernels(*arguments, Conditions(settings, CPU), others=["gemlite"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="not 'cpu'"):
-        compare_kernels(*arguments, Conditions(settings, CPU), gemlite=True)
+        compare_kernels(*arguments, Conditions(settings, CPU), others=["gemlite"])
     with pytest.raises(ConfigError, match="float32"):
-        compare_kernels(*arguments, Conditions(settings, torch.device("cuda"), torch.float32), gemlite=True)
+        compare_kernels(*arguments, Conditions(settings, torch.device("cuda"), torch.float32), others=["gemlite"])
 
 
 class GemLiteStandIn:
@@ -208,7 +209,7 @@ def test_bench_kernels_fills_the_columns_of_gemlite(small_machine, monkeypatch, 
     stub = types.ModuleType("gemlite")
     stub.GemLiteLinear, stub.DType, stub.set_autotune = GemLiteStandIn, types.SimpleNamespace(BF16=1, FP16=2), len
     monkeypatch.setitem(sys.modules, "gemlite", stub)
-    monkeypatch.setattr("optimum_sab.bench.kernels.check_gemlite", lambda device, dtype: None)
+    monkeypatch.setitem(CHECKS, "gemlite", lambda device, dtype: None)
     command = [*QUICK, "--shapes", "64x256", "64x200", "--tokens", "2", "--gemlite"]
     assert main([*command, "--json"]) == 0
     taken, refused = json.loads(capsys.readouterr().out)["rows"]

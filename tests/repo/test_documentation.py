@@ -20,8 +20,6 @@ from pathlib import Path
 
 import pytest
 
-from optimum_sab.cli.main import build_parser, find_command
-
 ROOT = Path(__file__).parents[2]
 MADE = "optimum-sab example ./example-vlm"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -203,19 +201,6 @@ def test_readme_holds_each_block_that_ci_runs_once():
 def test_ci_runs_each_block_that_is_left_to_it():
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert [name for name in CI_BLOCKS if not re.search(rf"^run_readme_block {name}$", script, re.MULTILINE)] == []
-
-
-def test_commands_of_the_script_for_a_gpu_are_understood():
-    """It cannot be run here; its calls of the command line must at least be ones."""
-    script = (ROOT / "docs" / "measure-on-gpu.sh").read_text(encoding="utf-8")
-    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
-    calls = [line.split("#")[0] for line in script.splitlines() if re.match(r" *(\w+=\w+ )?sab [a-z]", line)]
-    assert len(calls) > 5
-    parser = build_parser("optimum-sab")
-    for call in calls:
-        words = shlex.split(call.strip())
-        words = words[words.index("sab") + 2 :]  # what follows the name of the step
-        assert callable(find_command(parser.parse_args(words).run)), call
 
 
 def test_blocks_are_found_with_their_language_line_and_comment():

@@ -46,6 +46,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         help="time packed linears with this code too, in turns with those without",
     )
     kernels.add_argument("--gemlite", action="store_true", help="time gemlite's 1-, 2- and 4-bit linears too (CUDA)")
+    kernels.add_argument("--humming", action="store_true", help="time Humming's 1- and 2-bit linears too (CUDA)")
     kernels.add_argument(
         "--busy",
         type=int,
@@ -59,11 +60,15 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
 
     generate = kinds.add_parser(
         "generate",
-        help="prefill and decode tokens per second of a random Qwen2.5-VL, dense against packed",
-        description="A randomly initialised Qwen2.5-VL, dense and then packed: greedy decoding of a text prompt over a "
-        "static cache.",
+        help="prefill and decode tokens per second of a random vision-language model, dense against packed",
+        description="A randomly initialised Qwen2.5-VL or Qwen3-VL, dense and then packed: greedy decoding of a text "
+        "prompt over a static cache.",
     )
-    generate.add_argument("--size", metavar="SIZE", help="7b or tiny (default: 7b on CUDA, tiny on the CPU)")
+    generate.add_argument(
+        "--size",
+        metavar="SIZE",
+        help="7b (Qwen2.5-VL), 8b, 32b (Qwen3-VL), tiny or tiny-qwen3 (default: 7b on CUDA, tiny on the CPU)",
+    )
     generate.add_argument("--prompt-tokens", type=int, default=512, metavar="N", help="per sequence (default: 512)")
     generate.add_argument("--new-tokens", type=int, default=64, metavar="N", help="per sequence (default: 64)")
     generate.add_argument("--batch", type=int, default=1, metavar="N", help="sequences (default: 1)")

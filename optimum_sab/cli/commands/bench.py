@@ -34,16 +34,17 @@ def _conditions(options: argparse.Namespace) -> Conditions:
 def run_kernels(options: argparse.Namespace) -> None:
     """Print one row per shape and number of tokens, as soon as it is measured."""
     from optimum_sab.bench.kernels import SHAPES, TOKENS, compare_kernels
+    from optimum_sab.bench.other_linears import OTHERS, chosen_linears
     from optimum_sab.bench.shapes import parse_shapes
 
     conditions = _conditions(options)
+    others = [name for name in OTHERS if getattr(options, name)]
     shown: list[KernelTiming] = []
     coded = options.code != NO_CODE
 
     def show(row: KernelTiming) -> None:
         if not shown:
-            columns = "".join(f" {f'gemlite {b}b':>10}" for b in (1, 2, 4)) if options.gemlite else ""
-            columns += f" {'int4':>10}" if options.int4 else ""
+            columns = "".join(f" {other.title:>10}" for other in chosen_linears(others))
             columns += f" {'coded us':>10} {'x plain':>8}" if coded else ""
             columns += (
                 f" {'quiet us':>10} {'busy us':>10} {'x':>7} {'x mean':>7} {'dense x':>8}" if options.busy else ""
@@ -55,12 +56,8 @@ def run_kernels(options: argparse.Namespace) -> None:
             )
         shown.append(row)
         shape = f"{row.out_features}x{row.in_features}"
-        others: list[float | None] = []
-        if options.gemlite:
-            others += [row.gemlite_1bit_seconds, row.gemlite_2bit_seconds, row.gemlite_4bit_seconds]
-        if options.int4:
-            others.append(row.int4_seconds)
-        columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in others)
+        times: list[float | None] = [getattr(row, f"{other.name}_seconds") for other in chosen_linears(others)]
+        columns = "".join(f" {'-' if s is None else f'{1e6 * s:.1f}':>10}" for s in times)
         if row.coded_seconds is not None:
             columns += f" {1e6 * row.coded_seconds:>10.1f} {row.coded_seconds / row.seconds:>8.2f}"
         if options.busy:
@@ -76,8 +73,7 @@ def run_kernels(options: argparse.Namespace) -> None:
         shapes=parse_shapes(options.shapes or SHAPES[conditions.device.type]),
         tokens=options.tokens or TOKENS[conditions.device.type],
         conditions=replace(conditions, busy=options.busy, code=options.code),
-        gemlite=options.gemlite,
-        int4=options.int4,
+        others=others,
         on_row=None if options.json else show,
     )
     if options.json:
@@ -132,7 +128,7 @@ def run_generate(options: argparse.Namespace) -> None:
     )
     graphs = "one CUDA graph per step" if report.cuda_graphs else "eager steps"
     print(
-        f"{report.environment.device}, Qwen2.5-VL {size}, backend {report.backend}, {options.dtype}, batch "
+        f"{report.environment.device}, size {size}, backend {report.backend}, {options.dtype}, batch "
         f"{options.batch}, {options.prompt_tokens}+{options.new_tokens} tokens, {graphs}"
     )
 

@@ -15,7 +15,17 @@ from optimum_sab.json_values import json_line
 from optimum_sab.ops.backends import BACKENDS, ENVIRONMENT, choose_backend, why_not
 from optimum_sab.version import __version__
 
-PACKAGES = ("torch", "transformers", "triton", "accelerate", "safetensors", "optimum", "kernels", "gemlite")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "triton",
+    "accelerate",
+    "safetensors",
+    "optimum",
+    "kernels",
+    "gemlite",
+    "humming-kernels",
+)
 
 
 def run(options: argparse.Namespace) -> None:
