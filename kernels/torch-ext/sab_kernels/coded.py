@@ -32,13 +32,14 @@ def place_before(flat, KIND: tl.constexpr, PARTS: tl.constexpr):
     """
     LANE: tl.constexpr = 4 * PARTS
     first = flat // LANE % 4 == 0
-    return flat - LANE + tl.where(first, 4 * LANE - KIND.base_planes * (128 * PARTS), 0)
+    place = flat - LANE + tl.where(first, 4 * LANE - KIND.base_planes * (128 * PARTS), 0)
+    return tl.max_contiguous(tl.multiple_of(place, LANE), LANE)  # four words in one load
 
 
 @triton.jit
 def word_before_is_there(flat, tile, PARTS: tl.constexpr):
     """False where a row starts."""
-    return (flat // (4 * PARTS) % 4 > 0) | (tile > 0)
+    return tl.max_constancy((flat // (4 * PARTS) % 4 > 0) | (tile > 0), 4 * PARTS)
 
 
 @triton.jit
@@ -215,13 +216,17 @@ def _flip_pair(words, scale, SHIFT: tl.constexpr, PART: tl.constexpr):
     elif PART == 2:
         return _flip(words, (scale * 0.5).to(scale.dtype), SHIFT + 1)
     else:
-        FLOATS: tl.constexpr = "bf16x2" if scale.dtype == tl.bfloat16 else "f16x2"
-        HALVES: tl.constexpr = "0x3F003F00" if scale.dtype == tl.bfloat16 else "0x38003800"
+        FLIPS: tl.constexpr = (
+            "{ .reg .b32 t, s, h; shl.b32 t, $1, %d; shl.b32 s, t, 1;"  # noqa: UP031 - no f-strings
+            "lop3.b32 t, t, 0x80008000, $2, 0xA6; lop3.b32 s, s, 0x80008000, $2, 0xA6;" % SHIFT
+        )
+        if scale.dtype == tl.bfloat16:
+            SUM: tl.constexpr = "mov.b32 h, 0x3F003F00; fma.rn.bf16x2 $0, s, h, t; }"  # two halves
+        else:
+            SUM: tl.constexpr = "mov.b32 h, 0x38003800; fma.rn.f16x2 $0, s, h, t; }"
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t, s; shl.b32 t, $1, %d; lop3.b32 t, t, 0x80008000, $2, 0xA6;"  # noqa: UP031 - no f-strings
-            "shl.b32 s, $1, %d; lop3.b32 s, s, 0x80008000, $2, 0xA6; mov.b32 $0, %s; fma.rn.%s $0, s, $0, t; }"
-            % (SHIFT, SHIFT + 1, HALVES, FLOATS),
-            "=&r,r,r",
+            FLIPS + SUM,
+            "=r,r,r",
             [words, scale],
             dtype=scale.dtype,
             is_pure=True,

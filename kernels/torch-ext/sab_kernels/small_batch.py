@@ -67,7 +67,7 @@ def small_batch_kernel(
                     total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
                 else:
                     # fp16 cannot hold 3/2 of every fp16 scale: then the planes go one after the other
-                    PARTS: tl.constexpr = 1 if KIND.fp8 or DTYPE != tl.float16 else 2
+                    PARTS: tl.constexpr = 1 if KIND.fp8 or tl.float16 != DTYPE else 2
                     for part_of_pair in tl.static_range(PARTS):
                         w = load_coded_float_operands(
                             tile_ptr,
