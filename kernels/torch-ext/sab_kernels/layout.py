@@ -17,8 +17,8 @@ Rows are the outermost dimension of every tensor that has them, so layers that s
 | col_scale | int16 [128 · column tiles] |
 
 Where planes are derived of the first one by a code, lane 4 g + q holds words q of its rows, as they are stored: bit b
-is column 32 q + b. Planes beside it have bit 16 h + k for column 32 q + 2 k + h, so that activations are in the same order
-for both (coded.py); the residual's slots are as ever.
+is column 32 q + b. Planes beside it have bit 16 h + k for column 32 q + 2 k + h, so that activations are in the same
+order for both (coded.py); the residual's slots are as ever.
 
 A block's salient columns fill whole slots of 16 places. Where a slot is not full, the place has column −1; a column
 that is not salient has place −1. All other padding is zero.

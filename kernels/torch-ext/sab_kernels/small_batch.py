@@ -43,6 +43,8 @@ def small_batch_kernel(
     BASE: tl.constexpr = KIND.base_planes
     RESIDUAL: tl.constexpr = KIND.residual_planes
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # fp16 cannot hold 3/2 of every fp16 scale: then a coded plane's two planes go one after the other
+    PARTS: tl.constexpr = 1 if KIND.fp8 or tl.float16 != DTYPE else 2
     first_tile = row_program * TILES
     tiles = row_tiles - first_tile
     weight_stride = extent.column_tiles * (BASE * 128)
@@ -66,8 +68,6 @@ def small_batch_kernel(
                     w = load_float_operands(tile_ptr, weight_stride, tiles, scale, step, DTYPE, TILES, WIDE_LANES, KIND)
                     total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
                 else:
-                    # fp16 cannot hold 3/2 of every fp16 scale: then the planes go one after the other
-                    PARTS: tl.constexpr = 1 if KIND.fp8 or tl.float16 != DTYPE else 2
                     for part_of_pair in tl.static_range(PARTS):
                         w = load_coded_float_operands(
                             tile_ptr,
