@@ -202,7 +202,7 @@ def test_decode_of_a_coded_layer_takes_about_one_instruction_per_stored_bit(comp
 
 @each(*CODED_DECODE, capabilities=[90])
 def test_decode_of_a_coded_layer_loads_four_words_at_once(compiled, name, capability):
-    """Of a row tile: the words, those before them, the scale and its address; activations, and what is added to sums."""
+    """Of two row tiles the words, those before them and scales; activations, and what is added to sums."""
     base, _ = matrix_loops(compiled[name, capability])
     assert base["LDG"] <= 12
 

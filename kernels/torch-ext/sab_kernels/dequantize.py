@@ -47,7 +47,7 @@ def _base_values(words, scale, part, TILES: tl.constexpr, ORDER: tl.constexpr):
     h = tl.arange(0, 2)[None, None, None, None, None, :, None]
     i = tl.arange(0, 4)[None, None, None, None, None, None, :]
     if ORDER == "plain":
-        bit = 16 * h + 4 * i + s + 2 * part
+        bit = 16 * h + 4 * i + (part * 2 + s)
     elif ORDER == "natural":
         bit = 16 * part + 8 * s + 4 * h + i
     else:

@@ -63,9 +63,9 @@ def small_batch_kernel(
                     scales = RowScales(row_scale_ptr + plane * 32, scale_stride, extent.blocks)
                     scale = load_tile_scale(scales, tiles, block, block, TILES, KIND)
                 tile_ptr = weight_ptr + (tile * BASE + plane) * 128
-                x = tl.load(x_place + (tile * 4 + step) * x_step)
                 if len(KIND.code) == 0 or plane > 0:
                     w = load_float_operands(tile_ptr, weight_stride, tiles, scale, step, DTYPE, TILES, WIDE_LANES, KIND)
+                    x = tl.load(x_place + (tile * 4 + step) * x_step)
                     total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
                 else:
                     for part_of_pair in tl.static_range(PARTS):
@@ -82,6 +82,7 @@ def small_batch_kernel(
                             WIDE_LANES,
                             KIND,
                         )
+                        x = tl.load(x_place + (tile * 4 + step) * x_step)
                         total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
     if RESIDUAL > 0 and KIND.slots_per_block > 0:
         residual_stride = extent.slot_tiles * (RESIDUAL * 128)
