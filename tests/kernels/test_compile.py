@@ -95,11 +95,10 @@ SAMPLE = {
         *(
             "decode coded 1 token",
             "decode coded 2 tokens",
-            "decode coded fine",
             "small batch coded",
             "dequantize coded",
+            "prepare limbs coded",
         ),
-        *("small batch coded fp16", "prepare limbs coded"),
         *("decode 1 tile", "decode 2 tiles", "decode 4 tokens 2 tiles", "decode 8 tokens 1 tile", "decode fine"),
         *("small batch of 16", "small batch of 64", "dequantize", "dequantize fine"),
         *("prepare limbs", "prepare limbs of 8 tokens", "prepare floats"),
