@@ -11,16 +11,24 @@ from optimum_sab.ops.shape import LayerShape
 
 ROWS, COLUMNS = 96, 544  # several tiles either way, and a last block that is not full
 TOKENS = (1, 3, 8, 24, 700)  # every kernel, and every width of the one for few tokens
+CODED_TOKENS = (1, 2, 8, 24, 700)  # with a code that one is another for one token and for two
+CODE = "trellis16"
 TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 2.0**-10}
 
 
 def disagreement(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Compare the kernels with the reference on a small layer.
+    """Compare the kernels with the reference on a small layer, and on one with a code.
 
     Returns:
         None where they agree on ``device``; else what is wrong, as the end of a sentence.
     """
-    settings = LayerSettings()
+    plain = _disagreement(LayerSettings(), TOKENS, device, dtype)
+    return plain or _disagreement(LayerSettings(code=CODE), CODED_TOKENS, device, dtype)
+
+
+def _disagreement(
+    settings: LayerSettings, counts: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> str | None:
     packed = sample_weight(settings)
     shape = LayerShape.of(ROWS, COLUMNS, settings)  # its geometry imports the kernels
     dense = packed.dequantize().double()
@@ -29,7 +37,7 @@ def disagreement(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> s
         from sab_kernels import binary_linear, to_kernel_layout
 
         tensors = to_kernel_layout({k: t.to(device) for k, t in packed.tensors.items()}, shape.geometry)
-        for tokens in TOKENS:
+        for tokens in counts:
             x = torch.randn(tokens, COLUMNS, generator=generator).to(dtype)
             found = binary_linear(x.to(device), tensors, shape.geometry).cpu().double()
             expected = x.double() @ dense.T

@@ -70,6 +70,7 @@ def decode(capability, **changes):
         "SLOT_TOKENS": 2,
         "SPLIT": 4,
         "UNROLL": 1,
+        "CLASSES": 1,
     }
     return compiled(decode_kernel, capability, changed(arguments, changes), num_warps=1, num_stages=1)
 
@@ -115,6 +116,7 @@ def prepare_limbs(capability, **changes):
         "TOKENS": 4,
         "SLOT_TOKENS": 2,
         "SCALE_COLUMNS": 128,
+        "CLASSES": 0,
     }
     return compiled(prepare_limbs_kernel, capability, changed(arguments, changes))
 
@@ -128,6 +130,7 @@ def prepare_floats(capability, **changes):
         "column_tiles": "i32",
         "TOKENS": 16,
         "WIDE_LANES": capability < 90,
+        "CODED": False,
     }
     return compiled(prepare_floats_kernel, capability, changed(arguments, changes))
 

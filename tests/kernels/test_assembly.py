@@ -11,7 +11,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from sab_kernels import operand
+from sab_kernels import coded, operand
+from sab_kernels.code_words import pair_words
 
 TABLES = (0xFF00FF00, 0xFFFF0000, 0x01010101)  # even, pair, ones
 
@@ -58,6 +59,9 @@ OPERATIONS = {
     "shr.b32": lambda a, n: a >> n,
     "shr.u32": lambda a, n: a >> n,
     "shl.b32": lambda a, n: a << n & 0xFFFFFFFF,
+    "mov.b32": lambda a: a & 0xFFFFFFFF,
+    "xor.b32": lambda a, b: a ^ b,
+    "shf.l.wrap.b32": lambda a, b, n: (b << n | a >> 32 - n) & 0xFFFFFFFF,
 }
 
 
@@ -128,3 +132,65 @@ def test_table_arguments_are_the_tables():
     from sab_kernels.decode import BYTE_TABLES
 
     assert tuple(value & 0xFFFFFFFF for value in BYTE_TABLES) == TABLES
+
+
+CODES = [(0b10011, 0b00100), (0b1011, 0b1), (0b1, 0b110), (1 << 30 | 1, 1 << 30 | 2), (0b100, 0b11011)]
+
+
+def derived_bit(word, before, taps, column):
+    """A derived plane's bit, by the definition."""
+    row = word << 32 | before
+    return sum(row >> (32 + column - k) & 1 for k in range(taps.bit_length()) if taps >> k & 1) % 2
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_pairs_of_bits_are_the_derived_planes_of_odd_and_of_even_columns(code):
+    text = pair_words(code, "$8", "$9") % 0
+    for word, before in zip(random_words(20), random_words(20, 1)):
+        found = run(text, {8: word, 9: before})
+        for column in range(32):
+            bits = [derived_bit(word, before, taps, column) for taps in code]
+            pair = found["x" if column % 2 else "y"] >> column // 2 * 2 & 3
+            assert pair == 2 * bits[0] + bits[1]
+
+
+def byte_assembly():
+    """The inversions and the assembly that follows the words of pairs, by the number of classes."""
+    tree = ast.parse(inspect.getsource(coded.load_coded_byte_operands.fn))
+    parts = [n.value for n in ast.walk(tree) if isinstance(n, ast.AnnAssign) and ast.unparse(n.target) == "PAIRS"]
+    parts.sort(key=lambda part: part.lineno)
+    found = [(ast.literal_eval(part.left.right), ast.literal_eval(part.right)) for part in parts]
+    return dict(zip((4, 2, 1), found, strict=True))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 4])
+@pytest.mark.parametrize("code", CODES)
+def test_coded_byte_operands_are_pairs_times_a_power_of_four(code, classes):
+    flips, rest = byte_assembly()[classes]
+    text = pair_words(code, "$8", "$9") % flips + rest
+    for word, before in zip(random_words(20), random_words(20, 1)):
+        found = run(text, {8: word, 9: before})
+        for step in range(4):
+            for half in range(2):
+                for i in range(4):
+                    column = 8 * i + 2 * step + half
+                    bits = [derived_bit(word, before, taps, column) for taps in code]
+                    pair = 2 * bits[0] + bits[1] - (2 if classes == 4 and step == 3 else 0)
+                    expected = pair * 4 ** (step * classes // 4 * (4 // classes))
+                    assert found[f"${2 * step + half}"] >> 8 * i & 255 == expected & 255
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_halves_of_pairs_are_what_shifts_bring_to_the_top(code):
+    """Of words with an even column in the lower half and the next one in the upper half."""
+    text = pair_words(code, "$2", "$3") % 0 + " prmt.b32 $0, y, x, 0x5410; prmt.b32 $1, y, x, 0x7632;"
+    assert text.partition(" prmt")[2] in inspect.getsource(coded.load_coded_float_operands.fn)
+    for word, before in zip(random_words(20), random_words(20, 1)):
+        found = run(text, {2: word, 3: before})
+        for step in range(4):
+            for i in range(4):
+                shift = (14, 6)[i % 2] - 2 * step
+                for half in range(2):
+                    bits = [derived_bit(word, before, taps, 8 * i + 2 * step + half) for taps in code]
+                    top = found[f"${i // 2}"] >> 16 * half & 0xFFFF
+                    assert [top << shift >> 15 & 1, top << shift + 1 >> 15 & 1] == bits

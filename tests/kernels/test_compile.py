@@ -27,19 +27,31 @@ DECODE = {
     "decode 4 tokens 2 tiles": {"SLOT_TOKENS": 4},
     "decode 8 tokens 1 tile": {"TILES": 1, "TOKENS": 8, "SLOT_TOKENS": 8},
 }
+CODE = {"KIND.code": [0b10011, 0b00100]}
+CODED_DECODE = {
+    "decode coded 1 token": {**CODE, "CLASSES": 4},
+    "decode coded 2 tokens": {**CODE, "CLASSES": 2},
+    "decode coded 4 tokens": {**CODE, "SLOT_TOKENS": 4},
+    "decode coded 8 tokens": {**CODE, "TILES": 1, "TOKENS": 8, "SLOT_TOKENS": 8},
+}
 PLAIN = {"KIND.residual_planes": 0, "KIND.slots_per_block": 0, "KIND.block_size": 512}
 PLAIN |= {"HAS_BIAS": False, "STACK": 1, "SPLIT": 1}
 FP16_SCALES = {"KIND.fp8": False, "layer.row_scale": "*i16", "layer.row_exponent": "*i32"}
+CODED_FINE = {**FP16_SCALES, **CODE, "KIND.base_planes": 2}
 FINE = {**FP16_SCALES, "KIND.base_planes": 2, "KIND.residual_planes": 2, "KIND.block_size": 32, "STACK": 4}
 # sizes of 1, which the launcher makes constants
 SMALL_LAYER = {f"extent.{name}": 1 for name in ("column_tiles", "slot_tiles", "blocks")}
 SMALL = {**SMALL_LAYER, "bounds": [1, 1, 1], "rows": 1, "tokens": 1, "STACK": 1, "SPLIT": 1}
 SMALL_INPUTS = {f"inputs.{name}": 1 for name in ("tokens", "columns", "stride")} | {"column_tiles": 1, "counters": 1}
+FP16 = {"biases": ["*fp16"] * 4, "outputs": ["*fp16"] * 4, "x_ptr": "*fp16"}
 FP32 = {"biases": ["*fp32"] * 4, "outputs": ["*fp32"] * 4, "x_ptr": "*fp32", "PRECISION": "tf32x3"}
 
 VARIANTS = {
     **{name: ("decode", changes) for name, changes in DECODE.items()},
+    **{name: ("decode", changes) for name, changes in CODED_DECODE.items()},
     "small batch of 16": ("small_batch", {}),
+    "small batch coded": ("small_batch", CODE),
+    "dequantize coded": ("dequantize", CODE),
     "dequantize": ("dequantize", {}),
     "dequantize fine": ("dequantize", {**FP16_SCALES, "KIND.base_planes": 2, "KIND.residual_planes": 2}),
     "prepare limbs": ("prepare_limbs", {}),
@@ -59,6 +71,11 @@ FURTHER = {
     },
     90: {
         "small batch of 64": ("small_batch", {"TOKENS": 64}),
+        "small batch coded fp16": ("small_batch", {**FP16_SCALES, **CODE, **FP16}),
+        "decode coded fine": ("decode", {**CODED_FINE, "CLASSES": 4}),
+        "dequantize coded fine": ("dequantize", CODED_FINE),
+        "prepare limbs coded": ("prepare_limbs", {"CLASSES": 4}),
+        "prepare floats coded": ("prepare_floats", {"CODED": True}),
         "decode unrolled": ("decode", {"UNROLL": 2}),
         "decode without residual": ("decode", PLAIN),
         "decode fine": ("decode", {**FINE, "SCALE_COLUMNS": 32, "TILES": 1}),
@@ -75,6 +92,13 @@ COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CA
 SAMPLE = {
     80: {"decode 2 tiles", "small batch of 32", "dequantize fine", "prepare limbs of 8 tokens", "prepare floats"},
     90: {
+        *(
+            "decode coded 1 token",
+            "decode coded 2 tokens",
+            "small batch coded",
+            "dequantize coded",
+            "prepare limbs coded",
+        ),
         *("decode 1 tile", "decode 2 tiles", "decode 4 tokens 2 tiles", "decode 8 tokens 1 tile", "decode fine"),
         *("small batch of 16", "small batch of 64", "dequantize", "dequantize fine"),
         *("prepare limbs", "prepare limbs of 8 tokens", "prepare floats"),
@@ -136,19 +160,28 @@ def matrix_loops(found):
     return loops
 
 
+def per_stored_bit(found, tiles):
+    """Instructions of a lane, where eight base tiles (32 rows, 128 columns) go with one residual tile."""
+    base, residual = matrix_loops(found)
+    instructions = 8 * sum(base.values()) + sum(residual.values())
+    signs = (8 + 1) * tiles * 128
+    scales = tiles * 8 * 2 * 8  # of 8 blocks, 2 planes, 8 bits: 32 rows to 32 lanes
+    return instructions / (signs + scales)
+
+
 @each()
 def test_kernel_does_not_spill(compiled, name, capability):
     found = compiled[name, capability]
     assert found["stack"] == 0 and found["local"] == 0, f"{found['registers']} registers were not enough"
 
 
-@each(*DECODE)
+@each(*DECODE, *CODED_DECODE)
 def test_decode_loop_over_base_tiles_moves_nothing_between_lanes(compiled, name, capability):
     base, _ = matrix_loops(compiled[name, capability])
     assert not SHARED_MEMORY & base.keys()
 
 
-@each(*DECODE)
+@each(*DECODE, *CODED_DECODE)
 def test_decode_loop_over_residual_tiles_moves_nothing_between_lanes(compiled, name, capability):
     _, residual = matrix_loops(compiled[name, capability])
     assert not SHARED_MEMORY & residual.keys()
@@ -156,13 +189,21 @@ def test_decode_loop_over_residual_tiles_moves_nothing_between_lanes(compiled, n
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_decode_takes_at_most_one_instruction_per_stored_bit(compiled, capability):
-    """Of a lane, for one or two tokens: eight base tiles (32 rows, 128 columns) go with one residual tile."""
-    tiles = 2
-    base, residual = matrix_loops(compiled["decode 2 tiles", capability])
-    instructions = 8 * sum(base.values()) + sum(residual.values())
-    signs = (8 + 1) * tiles * 128
-    scales = tiles * 8 * 2 * 8  # of 8 blocks, 2 planes, 8 bits: 32 rows to 32 lanes
-    assert instructions / (signs + scales) <= 1.0
+    """For one or two tokens."""
+    assert per_stored_bit(compiled["decode 2 tiles", capability], tiles=2) <= 1.0
+
+
+@each("decode coded 1 token", "decode coded 2 tokens")
+def test_decode_of_a_coded_layer_takes_about_one_instruction_per_stored_bit(compiled, name, capability):
+    """At most one on Hopper."""
+    assert per_stored_bit(compiled[name, capability], tiles=2) <= {80: 1.1, 90: 1.0}[capability]
+
+
+@each(*CODED_DECODE, capabilities=[90])
+def test_decode_of_a_coded_layer_loads_four_words_at_once(compiled, name, capability):
+    """Of two row tiles the words, those before them and scales; activations, and what is added to sums."""
+    base, _ = matrix_loops(compiled[name, capability])
+    assert base["LDG"] <= 12
 
 
 @each(*DECODE, capabilities=[90])

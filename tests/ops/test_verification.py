@@ -5,7 +5,16 @@ import torch
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.ops.verification import COLUMNS, ROWS, TOKENS, TOLERANCE, disagreement, sample_weight
+from optimum_sab.ops.verification import (
+    CODE,
+    CODED_TOKENS,
+    COLUMNS,
+    ROWS,
+    TOKENS,
+    TOLERANCE,
+    disagreement,
+    sample_weight,
+)
 
 sab_kernels = pytest.importorskip("sab_kernels", exc_type=ImportError)
 CPU = torch.device("cpu")
@@ -14,7 +23,8 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are 
 
 @pytest.fixture
 def kernel(monkeypatch):
-    """``kernel(change)``: a right "kernel", quick on a CPU, whose output [tokens, rows] goes through ``change``."""
+    """``kernel(change)``: a right "kernel", quick on a CPU, whose output [tokens, rows] goes through ``change``,
+    which is told whether the layer is coded."""
 
     def install(change):
         calls = []
@@ -22,8 +32,10 @@ def kernel(monkeypatch):
         def binary_linear(x, tensors, geometry):
             calls.append(x.shape[0])
             stored = sab_kernels.from_kernel_layout(tensors, geometry)
-            dense = PackedWeight(stored, geometry.rows, geometry.columns, LayerSettings()).dequantize()
-            return change((x.float() @ dense.T).to(x.dtype))
+            settings = LayerSettings(code=CODE) if geometry.code else LayerSettings()
+            dense = PackedWeight(stored, geometry.rows, geometry.columns, settings).dequantize()
+            out = (x.float() @ dense.T).to(x.dtype)
+            return change(out, bool(geometry.code))
 
         monkeypatch.setattr(sab_kernels, "binary_linear", binary_linear)
         return calls
@@ -44,9 +56,9 @@ def test_disagreement_is_none_on_the_gpu(dtype):
 
 
 def test_disagreement_looks_at_every_number_of_tokens(kernel):
-    calls = kernel(lambda out: out)
+    calls = kernel(lambda out, coded: out)
     assert disagreement(CPU, torch.float16) is None
-    assert tuple(calls) == TOKENS
+    assert tuple(calls) == TOKENS + CODED_TOKENS
 
 
 @interpreted
@@ -60,13 +72,19 @@ def test_disagreement_of_kernels_one_percent_off_names_error_and_tokens(monkeypa
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_disagreement_at_one_number_of_tokens_is_seen(kernel, tokens):
-    kernel(lambda out: out * 1.01 if len(out) == tokens else out)
+    kernel(lambda out, coded: out * 1.01 if len(out) == tokens and not coded else out)
+    assert f"with {tokens} tokens" in disagreement(CPU, torch.float16)
+
+
+@pytest.mark.parametrize("tokens", CODED_TOKENS)
+def test_disagreement_on_a_coded_layer_is_seen(kernel, tokens):
+    kernel(lambda out, coded: out * 1.01 if len(out) == tokens and coded else out)
     assert f"with {tokens} tokens" in disagreement(CPU, torch.float16)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_disagreement_of_one_bad_element_is_seen(kernel, value):
-    def spoil(out):
+    def spoil(out, coded):
         out[-1, -1] = value
         return out
 
@@ -75,12 +93,12 @@ def test_disagreement_of_one_bad_element_is_seen(kernel, value):
 
 
 def test_disagreement_of_a_row_that_is_missing_is_seen(kernel):
-    kernel(lambda out: torch.nn.functional.pad(out[:, :-1], (0, 1)))
+    kernel(lambda out, coded: torch.nn.functional.pad(out[:, :-1], (0, 1)))
     assert "are wrong" in disagreement(CPU, torch.float16)
 
 
 def test_disagreement_reports_what_was_raised_in_one_line(kernel):
-    def fail(out):
+    def fail(out, coded):
         raise RuntimeError("ptxas: out of registers\nand a page of more")
 
     kernel(fail)

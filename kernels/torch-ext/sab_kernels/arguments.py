@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .code_words import pair_words
 from .device import DeviceTraits
 from .geometry import Geometry
 
@@ -26,6 +27,7 @@ class LayerKind:
     Attributes:
         base_planes, residual_planes, block_size, slots_per_block, fp8: as in `Geometry`.
         native_fp8, asm: as in `DeviceTraits`.
+        code: as in `Geometry`.
     """
 
     base_planes: int
@@ -35,6 +37,17 @@ class LayerKind:
     fp8: bool
     native_fp8: bool
     asm: bool
+    code: tuple[int, ...] = ()
+
+    @property
+    def pair_words(self) -> str:
+        """PTX of the words of pairs (coded.py)."""
+        return pair_words(self.code, "$8", "$9")
+
+    @property
+    def pair_words_of_halves(self) -> str:
+        """The same where there are two results."""
+        return pair_words(self.code, "$2", "$3")
 
 
 @cache
@@ -48,6 +61,7 @@ def layer_kind(geometry: Geometry, device: DeviceTraits) -> LayerKind:
         geometry.fp8,
         device.native_fp8,
         device.asm,
+        geometry.code,
     )
 
 
@@ -94,6 +108,7 @@ class LimbOperand(NamedTuple):
     limb: Any  # int8 [tiles, 4 steps, 64 · tokens; of slots 128 · tokens]: matrix operands in lane order
     start: Any  # int32 [tiles, groups, tokens; of slots tiles, 4 steps, 2 slots, tokens]: what is added to a sum
     unit: Any  # fp32 [tiles, tokens; of slots tiles, 4 steps, 2 slots, tokens]: −2 · unit
+    # with a code, start and unit of the columns are [tiles, 2, tokens]: for the coded plane, and for those that are not
 
 
 class ByteTables(NamedTuple):

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .arguments import ByteTables, Stack
+from .coded import load_coded_byte_operands
 from .finish import finish
 from .operand import RowScales, load_byte_operands, load_limb_operand, load_row_scale
 from .prepare import prepare_limbs
@@ -27,6 +28,18 @@ def _signed_sums(accumulator, start, unit, PAIRS: tl.constexpr):
     """
     high, low = tl.split(accumulator.reshape(accumulator.shape[0], PAIRS, 2))
     value = (high * 128 + (low + start[None, :])).to(tl.float32, bitcast=True)
+    return value * unit[None, :] + (unit * -12582912.0)[None, :]
+
+
+@triton.jit
+def _coded_sums(accumulator, start, unit, PAIRS: tl.constexpr, CLASSES: tl.constexpr):
+    """The same of a coded plane: half the sum of ``(2 P₁ + P₂) q``, of runs of steps whose operands are larger each by
+    some power of four (coded.py)."""
+    if CLASSES == 1:
+        return _signed_sums(accumulator, start, unit, PAIRS)
+    high, low = tl.split(accumulator.reshape(accumulator.shape[0], PAIRS, 2))
+    shift = tl.arange(0, PAIRS) * CLASSES // PAIRS * (8 // CLASSES)
+    value = (((high * 128 + low) >> shift[None, :]) + start[None, :]).to(tl.float32, bitcast=True)
     return value * unit[None, :] + (unit * -12582912.0)[None, :]
 
 
@@ -52,11 +65,13 @@ def decode_kernel(
     SLOT_TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,
+    CLASSES: tl.constexpr = 1,  # runs of steps with sums of their own, of a coded layer (coded.py)
 ):
     row_program = tl.program_id(0)
     part = tl.program_id(1)
     BASE: tl.constexpr = KIND.base_planes
     RESIDUAL: tl.constexpr = KIND.residual_planes
+    CODED: tl.constexpr = len(KIND.code) > 0
     ROWS: tl.constexpr = TILES * 32
     GROUPS: tl.constexpr = 128 // SCALE_COLUMNS
     LIMBS: tl.constexpr = 2 * TOKENS
@@ -74,11 +89,19 @@ def decode_kernel(
         x1 = load_limb_operand(limb_ptr + 32 * LIMBS, LIMBS)
         x2 = load_limb_operand(limb_ptr + 64 * LIMBS, LIMBS)
         x3 = load_limb_operand(limb_ptr + 96 * LIMBS, LIMBS)
-        unit = tl.load(columns.unit + tile * TOKENS + token)
-        start_ptr = columns.start + tile * (GROUPS * TOKENS) + token
+        if not CODED:
+            unit = tl.load(columns.unit + tile * TOKENS + token)
+            start_ptr = columns.start + tile * (GROUPS * TOKENS) + token
         for plane in tl.static_range(BASE):
             tile_ptr = weight_ptr + (tile * BASE + plane) * 128
-            w0, w1, w2, w3 = load_byte_operands(tile_ptr, weight_stride, tables, TILES, KIND)
+            if CODED:
+                place = tile * (2 * TOKENS) + (TOKENS if plane > 0 else 0) + token
+                unit = tl.load(columns.unit + place)
+                start_ptr = columns.start + place
+            if CODED and plane == 0:
+                w0, w1, w2, w3 = load_coded_byte_operands(tile_ptr, weight_stride, tile, TILES, CLASSES, KIND)
+            else:
+                w0, w1, w2, w3 = load_byte_operands(tile_ptr, weight_stride, tables, TILES, KIND)
             acc = tl.zeros((ROWS, LIMBS), tl.int32)
             for step in tl.static_range(4):
                 w = w0 if step == 0 else (w1 if step == 1 else (w2 if step == 2 else w3))
@@ -89,10 +112,16 @@ def decode_kernel(
                     scale = load_row_scale(scales, tile * 128 + step * 32, KIND.block_size, LIMBS, TILES, 4, KIND)
                     scale = tl.broadcast_to(scale[:, None, :], (ROWS, TOKENS // 4, 4)).reshape(ROWS, TOKENS)
                     start = tl.load(start_ptr + ((step + 1) * GROUPS // 4 - 1) * TOKENS)
-                    total += _signed_sums(acc, start, unit, TOKENS) * scale
+                    if CODED and plane == 0:
+                        total += _coded_sums(acc, start, unit, TOKENS, CLASSES) * scale
+                    else:
+                        total += _signed_sums(acc, start, unit, TOKENS) * scale
                     if step < 3:
                         acc = tl.zeros((ROWS, LIMBS), tl.int32)
-    total = tl.sum(total.reshape(ROWS, TOKENS // SLOT_TOKENS, SLOT_TOKENS), axis=1)  # tokens past SLOT_TOKENS are 0
+    if CLASSES == TOKENS:  # all are one token's
+        total = tl.broadcast_to(tl.sum(total, axis=1)[:, None], (ROWS, SLOT_TOKENS))
+    else:
+        total = tl.sum(total.reshape(ROWS, TOKENS // SLOT_TOKENS, SLOT_TOKENS), axis=1)  # tokens past SLOT_TOKENS are 0
     if RESIDUAL > 0 and KIND.slots_per_block > 0:
         PAIRS: tl.constexpr = 2 * SLOT_TOKENS
         residual_stride = extent.slot_tiles * (RESIDUAL * 128)
@@ -141,7 +170,9 @@ def multiply_decode(product: Product, launch: Launch) -> None:
     programs = geometry.row_tiles // tiles
     split = product.split(programs, launch.decode_programs)
     parts = product.parts(programs, split, slot_places * tiles * 32)
-    columns, slots = prepare_limbs(product, parts.counter, places, slot_places)
+    # a coded layer's free places take a part of the columns
+    classes = max(1, places // triton.next_power_of_2(tokens)) if geometry.code else 1
+    columns, slots = prepare_limbs(product, parts.counter, places, slot_places, classes)
     decode_kernel[(programs, split)](
         **product.arguments(),
         columns=columns,
@@ -154,6 +185,7 @@ def multiply_decode(product: Product, launch: Launch) -> None:
         SLOT_TOKENS=slot_places,
         SPLIT=split,
         UNROLL=launch.decode_unroll,
+        CLASSES=classes,
         num_warps=1,
         num_stages=1,
     )

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import Extent, PackedRows, layer_kind
+from .coded import derived_word, place_before, word_before_is_there
 from .device import computing_dtype, device_traits, on_device
 from .geometry import TILE_COLUMNS, TILE_ROWS, Geometry, ceil_div
 from .operand import RowScales, float_operand, load_tile_scale, operand_column, scale_exponent_offset
@@ -23,20 +24,36 @@ def _load_words(ptr, row_stride, tiles, TILES: tl.constexpr):
 
 
 @triton.jit
-def _base_values(words, scale, first_step, TILES: tl.constexpr):
-    """±scale of a plane's signs in two steps, fp32 [32 · TILES, 64]: rows as in small_batch.py, columns (s, h, i // 2,
-    q, i % 2), which is how lanes hold the accumulator of a matrix instruction.
+def _load_words_before(ptr, row_stride, tile, tiles, TILES: tl.constexpr, KIND: tl.constexpr):
+    """The words before them in their rows; 0 where a row starts."""
+    flat = tl.arange(0, TILES * 128)
+    there = (flat // 128 < tiles) & word_before_is_there(flat % 128, tile, 1)
+    words = tl.load(ptr + flat // 128 * row_stride + place_before(flat % 128, KIND, 1), mask=there, other=0)
+    return words.reshape(TILES, 8, 4, 4)
+
+
+@triton.jit
+def _base_values(words, scale, part, TILES: tl.constexpr, ORDER: tl.constexpr):
+    """±scale of a plane's signs in half of a tile, fp32 [32 · TILES, 64]: rows as in small_batch.py, columns (s, h,
+    i // 2, q, i % 2), which is how lanes hold the accumulator of a matrix instruction.
 
     Args:
         words: int32 [TILES, g, q, r].
         scale: fp32 [TILES, g, q, r, s].
-        first_step: 0 or 2.
+        part: 0 or 1; of a coded layer, columns 16 part + 8 s + 4 h + i of every lane's 32.
+        ORDER: which bit is which column: "plain"; of a coded layer, "natural" or "unshuffled".
     """
-    s = first_step + tl.arange(0, 2)[None, None, None, None, :, None, None]
+    s = tl.arange(0, 2)[None, None, None, None, :, None, None]
     h = tl.arange(0, 2)[None, None, None, None, None, :, None]
     i = tl.arange(0, 4)[None, None, None, None, None, None, :]
+    if ORDER == "plain":
+        bit = 16 * h + 4 * i + (part * 2 + s)
+    elif ORDER == "natural":
+        bit = 16 * part + 8 * s + 4 * h + i
+    else:
+        bit = i % 2 * 16 + 8 * part + 4 * s + 2 * h + i // 2
     # the sign bit is the inverted bit of the word
-    flipped = (~words)[:, :, :, :, None, None, None] << (31 - (16 * h + 4 * i + s))
+    flipped = (~words)[:, :, :, :, None, None, None] << (31 - bit)
     bits = scale[:, :, :, :, :, None, None].to(tl.int32, bitcast=True) ^ (flipped & -2147483648)
     values = bits.to(tl.float32, bitcast=True).reshape(TILES, 8, 4, 2, 2, 2, 2, 2, 2)  # t g q m z s h i//2 i%2
     return values.permute(3, 0, 4, 1, 5, 6, 7, 2, 8).reshape(TILES * 32, 64)
@@ -84,23 +101,37 @@ def dequantize_kernel(
     first = first_tile + tl.program_id(0) * TILES
     half_tile = tl.program_id(1)
     tile = half_tile // 2
-    first_step = half_tile % 2 * 2
-    left = half_tile * 64
+    part = half_tile % 2
+    CODED: tl.constexpr = len(KIND.code) > 0
+    # columns of the program lie within left and right
+    if CODED:
+        left = tile * 128
+        right = left + 127
+    else:
+        left = half_tile * 64
+        right = left + 63
     tiles = row_tiles - first
     weight_stride = extent.column_tiles * (BASE * 128)
     weight_ptr = layer.weight + (first.to(tl.int64) * weight_stride + tile * (BASE * 128))
     scale_stride = extent.blocks * ((BASE + RESIDUAL) * 32)
     row_scale_ptr = layer.row_scale + first.to(tl.int64) * scale_stride
     n = tl.arange(0, 64)  # column of the accumulator: s, h, i // 2, q, i % 2
-    column = left + n // 32 * 32 + n // 16 % 2 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
+    if CODED:
+        column = left + n // 2 % 4 * 32 + part * 16 + n // 8 * 2 + n % 2
+    else:
+        column = left + n // 32 * 32 + n // 16 % 2 * 16 + n // 2 % 4 * 4 + n // 8 % 2 * 2 + n % 2
     for plane in tl.static_range(BASE):
         words = _load_words(weight_ptr + plane * 128, weight_stride, tiles, TILES)
         scales = RowScales(row_scale_ptr + plane * 32, scale_stride, extent.blocks)
         scale = load_tile_scale(scales, tiles, left // KIND.block_size, (left + 32) // KIND.block_size, TILES, KIND)
-        if plane == 0:
-            value = _base_values(words, scale, first_step, TILES)
+        if plane > 0:
+            value += _base_values(words, scale, part, TILES, "unshuffled" if CODED else "plain")
+        elif CODED:
+            before = _load_words_before(weight_ptr, weight_stride, tile, tiles, TILES, KIND)
+            value = _base_values(derived_word(words, before, KIND.code[0]), scale, part, TILES, "natural")
+            value += _base_values(derived_word(words, before, KIND.code[1]), scale * 0.5, part, TILES, "natural")
         else:
-            value += _base_values(words, scale, first_step, TILES)
+            value = _base_values(words, scale, part, TILES, "plain")
     if RESIDUAL > 0 and SLOTS_PER_BLOCK > 0:
         residual_stride = extent.slot_tiles * (RESIDUAL * 128)
         residual_ptr = layer.residual_sign + first.to(tl.int64) * residual_stride
@@ -108,7 +139,7 @@ def dequantize_kernel(
         kappa = tl.arange(0, 32)
         source = operand_column(kappa, WIDE_LANES)
         start = left // KIND.block_size * SLOTS_PER_BLOCK
-        stop = (tl.minimum(left + 63, columns - 1) // KIND.block_size + 1) * SLOTS_PER_BLOCK
+        stop = (tl.minimum(right, columns - 1) // KIND.block_size + 1) * SLOTS_PER_BLOCK
         for entry in range(start // 2, (stop + 1) // 2):
             sends = (place[None, :] == (entry * 32 + source)[:, None]).to(tl.float16)
             for plane in tl.static_range(RESIDUAL):
@@ -126,11 +157,15 @@ def dequantize_kernel(
         power = (exponent + (127 + scale_exponent_offset(KIND))) << 23
         value *= power.to(tl.float32, bitcast=True)[:, None]
     value *= load_half(column_scale_ptr + column, column >= 0)[None, :]
-    # to the order of memory: columns (s, h, q, i // 2, i % 2)
-    value = value.to(out_ptr.dtype.element_ty).reshape(TILES * 32, 4, 2, 4, 2)
-    value = value.permute(0, 1, 3, 2, 4).reshape(TILES * 32, 64)
+    # to the order of memory: columns (s, h, q, i // 2, i % 2), or (q, s, h, i)
+    value = value.to(out_ptr.dtype.element_ty)
+    if CODED:
+        value = value.reshape(TILES * 32, 8, 4, 2).permute(0, 2, 1, 3).reshape(TILES * 32, 64)
+        out_column = left + n // 16 * 32 + part * 16 + n % 16
+    else:
+        value = value.reshape(TILES * 32, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(TILES * 32, 64)
+        out_column = left + n
     out_row = (row - first_tile * 32).to(tl.int64)
-    out_column = left + tl.arange(0, 64)
     inside = (row < rows)[:, None] & (out_column < columns)[None, :]
     tl.store(out_ptr + out_row[:, None] * columns + out_column[None, :], value, mask=inside)
 

@@ -16,6 +16,10 @@ Rows are the outermost dimension of every tensor that has them, so layers that s
 | row_exponent | int8 [32 · row tiles], only with fp8 |
 | col_scale | int16 [128 · column tiles] |
 
+Where planes are derived of the first one by a code, lane 4 g + q holds words q of its rows, as they are stored: bit b
+is column 32 q + b. Planes beside it have bit 16 h + k for column 32 q + 2 k + h, so that activations are in the same
+order for both (coded.py); the residual's slots are as ever.
+
 A block's salient columns fill whole slots of 16 places. Where a slot is not full, the place has column −1; a column
 that is not salient has place −1. All other padding is zero.
 """
@@ -23,6 +27,7 @@ that is not salient has place −1. All other padding is zero.
 import torch
 from torch import Tensor
 
+from .code_words import check_code
 from .geometry import SLOT, TILE_COLUMNS, TILE_ROWS, Geometry, ceil_div
 
 _WORDS = 4  # 32-bit words in a row of a tile
@@ -31,9 +36,10 @@ _PAIR = 0x00010001  # one bit in either half of a word
 
 def to_kernel_layout(stored: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
     """The stored tensors of one layer (docs/format.md) in the layout the kernels read, on the same device."""
-    if geometry.code:
-        raise NotImplementedError("the kernels do not compute with codes.")
-    tensors = {"weight": _tile_words(_padded_words(stored["weight"], geometry), geometry.row_tiles)}
+    check_code(geometry.code)
+    words = _padded_words(stored["weight"], geometry)
+    tile = _tile_coded_words if geometry.code else _tile_words
+    tensors = {"weight": tile(words, geometry.row_tiles)}
     if geometry.residual_planes:
         place = _slot_places(geometry, stored["weight"].device)
         words = _words_of(stored["residual_sign"], place, geometry)
@@ -55,7 +61,8 @@ def to_kernel_layout(stored: dict[str, Tensor], geometry: Geometry) -> dict[str,
 def from_kernel_layout(tensors: dict[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
     """Inverse of `to_kernel_layout`: exactly the stored tensors."""
     rows, columns = geometry.rows, geometry.columns
-    words = _untile_words(tensors["weight"])[:, :rows, : ceil_div(columns, 32)]
+    untile = _untile_coded_words if geometry.code else _untile_words
+    words = untile(tensors["weight"])[:, :rows, : ceil_div(columns, 32)]
     stored = {"weight": words.contiguous()}
     if geometry.residual_planes:
         place = _slot_places(geometry, words.device)
@@ -154,3 +161,42 @@ def _untile_words(tiles: Tensor) -> Tensor:
             for i in range(4):
                 words[..., s] |= ((lanes[..., q, :] >> (4 * i + s)) & _PAIR) << (4 * q + i)
     return words.permute(2, 0, 4, 3, 1, 5).reshape(planes, row_tiles * TILE_ROWS, count * _WORDS)
+
+
+def _tile_coded_words(words: Tensor, row_tiles: int) -> Tensor:
+    """`_tile_words` of a coded layer: words stay whole."""
+    planes, _, count = words.shape
+    words = torch.cat([words[:1], _unshuffled(words[1:])])
+    # [row tiles, tiles, planes, g, q, r]
+    return words.view(planes, row_tiles, 4, 8, count // _WORDS, _WORDS).permute(1, 4, 0, 3, 5, 2).flatten(3)
+
+
+def _untile_coded_words(tiles: Tensor) -> Tensor:
+    """Inverse of `_tile_coded_words`."""
+    row_tiles, count, planes, _ = tiles.shape
+    lanes = tiles.view(row_tiles, count, planes, 8, 4, 4)  # g, q, r
+    words = lanes.permute(2, 0, 5, 3, 1, 4).reshape(planes, row_tiles * TILE_ROWS, count * _WORDS)
+    return torch.cat([words[:1], _shuffled(words[1:])])
+
+
+_SWAPS = ((0x22222222, 1), (0x0C0C0C0C, 2), (0x00F000F0, 4), (0x0000FF00, 8))  # the middle two quarters of 4, 8, … bits
+
+
+def _unshuffled(words: Tensor) -> Tensor:
+    """Even bits of every word in its lower half, odd ones in the upper one."""
+    for mask, distance in _SWAPS:
+        words = _swapped(words, mask, distance)
+    return words
+
+
+def _shuffled(words: Tensor) -> Tensor:
+    """Inverse of `_unshuffled`."""
+    for mask, distance in reversed(_SWAPS):
+        words = _swapped(words, mask, distance)
+    return words
+
+
+def _swapped(words: Tensor, mask: int, distance: int) -> Tensor:
+    """The bits of the mask in the place of those so much higher, and the other way round."""
+    change = (words ^ (words >> distance)) & mask
+    return words ^ change ^ (change << distance)

@@ -121,6 +121,7 @@ def _launch(product: Product) -> Launch:
     tokens, geometry = product.tokens, product.geometry
     bucket = tokens if tokens <= 8 else triton.next_power_of_2(tokens)
     planes = f"{geometry.base_planes}+{geometry.residual_planes}"
+    planes += "".join(f" {taps:b}" for taps in geometry.code)
     key = f"{bucket}x{geometry.rows}x{geometry.columns} {planes} {geometry.block_size} {product.x.dtype}"
 
     def time(candidate: Launch) -> float:

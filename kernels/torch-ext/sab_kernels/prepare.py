@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .arguments import LimbOperand
+from .coded import coded_column
 from .geometry import ceil_div
 from .operand import operand_column
 from .product import Product
@@ -106,6 +107,34 @@ def _prepare_columns(inputs, operand, tile, TOKENS: tl.constexpr, SCALE_COLUMNS:
 
 
 @triton.jit
+def _prepare_coded_columns(inputs, operand, tile, TOKENS: tl.constexpr, CLASSES: tl.constexpr):
+    """The steps are CLASSES runs, each of which has places of its own: run c of token t is place
+    ``TOKENS / CLASSES · c + t``, and zero in the columns of other runs."""
+    EACH: tl.constexpr = TOKENS // CLASSES
+    SPAN: tl.constexpr = 128 // CLASSES
+    token = tl.arange(0, EACH)
+    place = tl.arange(0, 128)
+    column = tile * 128 + coded_column(place)
+    x = _load_scaled(inputs, tl.where(column < inputs.columns, column, -1), token)
+    high, low, total, unit = integer_limbs(x, EACH, CLASSES, SPAN)
+    half = total >> 1
+    run = tl.arange(0, CLASSES)[None, :]
+    entry = tile * (2 * TOKENS) + run * EACH + token[:, None]
+    # operands hold 2 b₁ + b₂, and 2 less in the last of four runs; half of 2 P₁ + P₂ is 3/2 less
+    start = tl.where((CLASSES == 4) & (run == 3), half, -3 * half)
+    tl.store(operand.start + entry, start + FLOAT_OFFSET_BITS)
+    tl.store(operand.unit + entry, unit[:, None] + tl.zeros((EACH, CLASSES), tl.float32))
+    # for planes beside the coded one, as in `_prepare_columns`
+    last = tl.where((place // 32 == 3)[None, :], 128 * high + low, 0).reshape(EACH, CLASSES, SPAN)
+    tl.store(operand.start + entry + TOKENS, half - tl.sum(last, axis=2) + FLOAT_OFFSET_BITS)
+    tl.store(operand.unit + entry + TOKENS, -2.0 * unit[:, None] + tl.zeros((EACH, CLASSES), tl.float32))
+    for c in tl.static_range(CLASSES):
+        mine = (place // SPAN == c)[None, :]
+        at = c * EACH + token[:, None]
+        _store_limbs(operand.limb, tile, at, tl.where(mine, high, 0), tl.where(mine, low, 0), TOKENS)
+
+
+@triton.jit
 def _prepare_slots(inputs, operand, tile, TOKENS: tl.constexpr):
     PAIRS: tl.constexpr = 2 * TOKENS
     SLOTS: tl.constexpr = 8 * TOKENS
@@ -141,12 +170,16 @@ def prepare_limbs_kernel(
     TOKENS: tl.constexpr,
     SLOT_TOKENS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr = 0,  # of a coded layer
 ):
     """For decode.py. One program for each tile of columns, then one for each tile of slots."""
     tile = tl.program_id(0)
     _zero_counters(counter_ptr, tile, counters, COUNTERS_EACH)
     if tile < column_tiles:
-        _prepare_columns(inputs, columns, tile, TOKENS, SCALE_COLUMNS)
+        if CLASSES == 0:
+            _prepare_columns(inputs, columns, tile, TOKENS, SCALE_COLUMNS)
+        else:
+            _prepare_coded_columns(inputs, columns, tile, TOKENS, CLASSES)
     else:
         _prepare_slots(inputs, slots, tile - column_tiles, SLOT_TOKENS)
 
@@ -162,6 +195,7 @@ def prepare_floats_kernel(
     COUNTERS_EACH: tl.constexpr,
     TOKENS: tl.constexpr,  # tokens of one program
     WIDE_LANES: tl.constexpr,
+    CODED: tl.constexpr = False,
 ):
     """For small_batch.py. One program for each tile of columns, then of slots, and each group of tokens."""
     tile = tl.program_id(0)
@@ -172,7 +206,7 @@ def prepare_floats_kernel(
     kappa = place % 32
     within = step * 32 + operand_column(kappa, WIDE_LANES)
     if tile < column_tiles:
-        column = tile * 128 + within
+        column = tile * 128 + (coded_column(within) if CODED else within)
         column = tl.where(column < inputs.columns, column, -1)
     else:
         column = tl.load(inputs.residual_index + (tile - column_tiles) * 128 + within)
@@ -181,15 +215,17 @@ def prepare_floats_kernel(
     tl.store(at, x.to(out_ptr.dtype.element_ty), mask=(token < padded)[:, None])
 
 
-def prepare_limbs(product: Product, counter: Tensor, tokens: int, slot_tokens: int) -> tuple[LimbOperand, LimbOperand]:
+def prepare_limbs(
+    product: Product, counter: Tensor, tokens: int, slot_tokens: int, classes: int
+) -> tuple[LimbOperand, LimbOperand]:
     """The activations of the columns, padded to ``tokens``, and of the slots, padded to ``slot_tokens``; zeroes
-    ``counter``."""
+    ``counter``. A coded layer's columns are in ``classes`` runs (coded.py)."""
     geometry, space = product.geometry, product.space
     tiles, slot_tiles = geometry.column_tiles, geometry.slot_tiles
     columns = LimbOperand(
         space(tiles, 256 * tokens, dtype=torch.int8),
-        space(tiles, 128 // geometry.scale_columns, tokens, dtype=torch.int32),
-        space(tiles, tokens, dtype=torch.float32),
+        space(tiles, 2 if geometry.code else 128 // geometry.scale_columns, tokens, dtype=torch.int32),
+        space(tiles, 2 if geometry.code else 1, tokens, dtype=torch.float32),
     )
     slots = LimbOperand(
         space(slot_tiles, 512 * slot_tokens, dtype=torch.int8),
@@ -205,6 +241,7 @@ def prepare_limbs(product: Product, counter: Tensor, tokens: int, slot_tokens: i
         TOKENS=tokens,
         SLOT_TOKENS=slot_tokens,
         SCALE_COLUMNS=geometry.scale_columns,
+        CLASSES=classes if geometry.code else 0,
     )
     return columns, slots
 
@@ -222,6 +259,7 @@ def prepare_floats(product: Product, counter: Tensor, padded: int, wide_lanes: b
         column_tiles=product.geometry.column_tiles,
         TOKENS=16,
         WIDE_LANES=wide_lanes,
+        CODED=bool(product.geometry.code),
     )
     return prepared
 

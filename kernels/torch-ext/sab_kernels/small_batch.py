@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from .arguments import Stack
+from .coded import load_coded_float_operands
 from .finish import finish
 from .geometry import ceil_div
 from .operand import RowScales, load_float_operands, load_tile_scale
@@ -42,6 +43,8 @@ def small_batch_kernel(
     BASE: tl.constexpr = KIND.base_planes
     RESIDUAL: tl.constexpr = KIND.residual_planes
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    # fp16 cannot hold 3/2 of every fp16 scale: then a coded plane's two planes go one after the other
+    PARTS: tl.constexpr = 1 if KIND.fp8 or tl.float16 != DTYPE else 2
     first_tile = row_program * TILES
     tiles = row_tiles - first_tile
     weight_stride = extent.column_tiles * (BASE * 128)
@@ -60,9 +63,27 @@ def small_batch_kernel(
                     scales = RowScales(row_scale_ptr + plane * 32, scale_stride, extent.blocks)
                     scale = load_tile_scale(scales, tiles, block, block, TILES, KIND)
                 tile_ptr = weight_ptr + (tile * BASE + plane) * 128
-                w = load_float_operands(tile_ptr, weight_stride, tiles, scale, step, DTYPE, TILES, WIDE_LANES, KIND)
-                x = tl.load(x_place + (tile * 4 + step) * x_step)
-                total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
+                if len(KIND.code) == 0 or plane > 0:
+                    w = load_float_operands(tile_ptr, weight_stride, tiles, scale, step, DTYPE, TILES, WIDE_LANES, KIND)
+                    x = tl.load(x_place + (tile * 4 + step) * x_step)
+                    total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
+                else:
+                    for part_of_pair in tl.static_range(PARTS):
+                        w = load_coded_float_operands(
+                            tile_ptr,
+                            weight_stride,
+                            tile,
+                            tiles,
+                            scale,
+                            step,
+                            0 if PARTS == 1 else part_of_pair + 1,
+                            DTYPE,
+                            TILES,
+                            WIDE_LANES,
+                            KIND,
+                        )
+                        x = tl.load(x_place + (tile * 4 + step) * x_step)
+                        total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
     if RESIDUAL > 0 and KIND.slots_per_block > 0:
         residual_stride = extent.slot_tiles * (RESIDUAL * 128)
         residual_ptr = layer.residual_sign + first_tile.to(tl.int64) * residual_stride
