@@ -15,6 +15,7 @@ from optimum_sab.data.questions import SCENE_TASKS, scene_turns
 from optimum_sab.errors import ConfigError
 
 IMAGE_SIZE = 336
+MOST = 50_000  # samples; with pictures they take 8 GB
 
 
 def builtin_samples(
@@ -33,10 +34,13 @@ def builtin_samples(
         Plain strings and chat conversations in the processors' message format.
 
     Raises:
-        ConfigError: ``count`` is not positive.
+        ConfigError: ``count`` is not from 1 to `MOST`.
     """
-    if count < 1:
-        raise ConfigError(f"calibration_samples={count} must be at least 1.")
+    if not 1 <= count <= MOST:
+        raise ConfigError(
+            f"calibration_samples={count} must be from 1 to {MOST} with the built-in set, which is drawn at once and "
+            "holds little that is new beyond; bring data of your own for more (calibration=...)."
+        )
     texts = iter(text_samples(count, seed=seed, words=words))
     if not visual:
         return list(texts)

@@ -101,7 +101,7 @@ def test_a_checkpoint_is_loaded_quantized_and_saved(small_example, capsys):
         (["bench", "quantize"], "--size"),
         ([*TINY, "folder"], "--size"),
         (["bench", "quantize", "--size", "huge", "--device", "cpu"], "'huge' must be one of smollm2, 7b-block, tiny"),
-        ([*TINY[:4], "--samples", "0", "--device", "cpu"], "calibration_samples=0"),
+        ([*TINY[:4], "--samples", "0", "--device", "cpu"], "--samples 0 must be at least 1"),
     ],
 )
 def test_wrong_calls_are_refused(asked, named, capsys):

@@ -42,9 +42,9 @@ def test_builtin_samples_are_as_many_as_asked(count, visual):
     assert len(builtin_samples(count, visual=visual)) == count
 
 
-@pytest.mark.parametrize("count", [0, -3])
-def test_builtin_samples_refuse_a_count_below_one(count):
-    with pytest.raises(ConfigError, match=f"calibration_samples={count} must be at least 1"):
+@pytest.mark.parametrize("count", [0, -3, 50_001, 10**9])
+def test_builtin_samples_refuse_a_count_that_is_none_or_fills_the_memory(count):
+    with pytest.raises(ConfigError, match=f"calibration_samples={count} must be from 1 to 50000"):
         builtin_samples(count)
 
 
