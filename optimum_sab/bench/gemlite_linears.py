@@ -39,6 +39,11 @@ def supports(shape: LinearShape) -> bool:
     return shape.in_features % GROUP_SIZE == 0 and shape.out_features % 32 == 0
 
 
+def gemlite_bytes(bits: int, shape: LinearShape) -> int:
+    """Of the packed codes of a shape."""
+    return shape.out_features * shape.in_features * bits // 8
+
+
 def gemlite_linear(bits: int, shape: LinearShape, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
     """A callable x [tokens, in] → [tokens, out]. The first call per number of tokens tunes the kernel, for minutes."""
     gemlite = importlib.import_module("gemlite")  # not at the top: it asks for a CUDA device at import

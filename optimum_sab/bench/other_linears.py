@@ -35,24 +35,31 @@ class OtherLinear:
 
 
 def _gemlite(bits: int) -> OtherLinear:
-    return OtherLinear(
-        name=f"gemlite_{bits}bit",
-        title=f"gemlite {bits}b",
-        supports=gemlite_linears.supports,
-        make=lambda shape, at, seed: gemlite_linears.gemlite_linear(bits, shape, at.dtype, at.device, seed),
-        weight=lambda shape, at, seed: gemlite_linears.gemlite_weight(bits, shape, at.dtype, at.device, seed),
-        bytes=lambda shape: shape.out_features * shape.in_features * bits // 8,
-    )
+    own = gemlite_linears
+    return _of_bits("gemlite", bits, own.supports, own.gemlite_linear, own.gemlite_weight, own.gemlite_bytes)
 
 
 def _humming(bits: int) -> OtherLinear:
+    own = humming_linears
+    return _of_bits("humming", bits, own.supports, own.humming_linear, own.humming_weight, own.humming_bytes)
+
+
+def _of_bits(
+    package: str,
+    bits: int,
+    supports: Callable[[LinearShape], bool],
+    linear: Callable[[int, LinearShape, torch.dtype, torch.device, int], Callable[[Tensor], Tensor]],
+    weight: Callable[[int, LinearShape, torch.dtype, torch.device, int], Tensor],
+    size: Callable[[int, LinearShape], int],
+) -> OtherLinear:
+    """What a package computes with so many bits."""
     return OtherLinear(
-        name=f"humming_{bits}bit",
-        title=f"humming {bits}b",
-        supports=humming_linears.supports,
-        make=lambda shape, at, seed: humming_linears.humming_linear(bits, shape, at.dtype, at.device, seed),
-        weight=lambda shape, at, seed: humming_linears.humming_weight(bits, shape, at.dtype, at.device, seed),
-        bytes=lambda shape: humming_linears.humming_bytes(bits, shape),
+        name=f"{package}_{bits}bit",
+        title=f"{package} {bits}b",
+        supports=supports,
+        make=lambda shape, at, seed: linear(bits, shape, at.dtype, at.device, seed),
+        weight=lambda shape, at, seed: weight(bits, shape, at.dtype, at.device, seed),
+        bytes=lambda shape: size(bits, shape),
     )
 
 

@@ -52,6 +52,10 @@ class Code:
         """Of every derived plane, how far back the bits are that it is the xor of."""
         return tuple(tuple(k for k in range(tap.bit_length()) if tap >> k & 1) for tap in self.taps)
 
+    def computed(self, stored: int) -> int:
+        """Planes that a product is made of, where ``stored`` ones are stored, the coded one among them."""
+        return stored + len(self.taps) - 1
+
     def planes(self, stored: Bool[Tensor, "out in"]) -> list[Bool[Tensor, "out in"]]:
         """The derived planes, True being +1."""
         width = stored.shape[1]

@@ -11,8 +11,8 @@ from optimum_sab.core.code import Code, find_code
 from optimum_sab.core.hessian import FactoredHessian
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import WeightFit
-from optimum_sab.core.refit import refit_column_scale, refit_row_scale
-from optimum_sab.core.row_scale import round_column_scale, round_row_scale
+from optimum_sab.core.refit import refit_columns, refit_rows
+from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.trellis import Ends, Levels, Search
 
@@ -33,6 +33,7 @@ BEHIND, FURTHER, RESIDUAL_BEHIND = 0.5, 0.25, 0.6
 def coded_fit(
     plain: WeightFit,
     target: Float[Tensor, "out in"],
+    pull: Float[Tensor, "out in"],
     factored: FactoredHessian,
     settings: LayerSettings,
     search: Search,
@@ -45,6 +46,7 @@ def coded_fit(
     Args:
         plain: a fit of plain planes, row scales refitted.
         target: T.
+        pull: ``T H``.
         factored: damped H.
         settings: with a code.
         search: `search_bits`, or what gives the same.
@@ -52,8 +54,6 @@ def coded_fit(
     code = find_code(settings.code)
     assert code is not None
     fit = _begin(plain, settings)
-    with part("refit"):
-        pull = target @ factored.hessian
     best, least = fit, float("inf")
     for step in range(1 + DESCENTS * settings.sweeps):
         with part("descent" if step else "feedback"):
@@ -74,26 +74,6 @@ def coded_fit(
         if not pays:
             break
     return best
-
-
-def refit_rows(fit: WeightFit, pull: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
-    """Row scales of all planes by least squares under the full Hessian, as stored."""
-    found = refit_row_scale(fit.signs, fit.column_scale, pull, hessian, fit.settings.block_size)
-    fit.row_scale = round_row_scale(found, fit.settings.row_scale)
-
-
-def refit_columns(fit: WeightFit, pull: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
-    """Column scales by least squares under the full Hessian, as stored.
-
-    Row scales take their mean in a block over; they are to be refitted next.
-    """
-    found = refit_column_scale(fit.values(), fit.column_scale, pull, hessian)
-    block = fit.settings.block_size
-    for k, scale in enumerate(found.split(block)):
-        norm = scale.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        fit.row_scale[:, k] *= norm
-        found[k * block : (k + 1) * block] = scale / norm
-    fit.column_scale = round_column_scale(found.masked_fill(fit.column_scale == 0, 0.0))
 
 
 def _begin(plain: WeightFit, settings: LayerSettings) -> WeightFit:
@@ -184,7 +164,8 @@ def _search_windows(fit: WeightFit, code: Code, target: Tensor, hessian: Tensor,
         local = hessian[inside, inside]
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(local))
         wanted = dense[:, inside] + (error @ hessian[:, inside]) @ inverse
-        before = torch.nn.functional.pad(fit.stored, (memory, 0))[:, start : start + memory]
+        before = fit.stored[:, max(0, start - memory) : start]
+        before = torch.nn.functional.pad(before, (memory - before.shape[1], 0))
         ends = Ends(before, fit.stored[:, end:stop])
         factor = torch.linalg.cholesky(inverse, upper=True)
         bits = search(wanted, factor, levels.columns(start, stop), code, ends)

@@ -1,4 +1,4 @@
-"""Joint closed-form refit of every row scale of a row under the full Hessian, once the signs are fixed."""
+"""Closed-form refits of scales under the full Hessian, signs fixed: of a row together, and of all columns."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.hessian import WIDE
-from optimum_sab.core.planes import block_bounds, block_sums
+from optimum_sab.core.planes import WeightFit, block_bounds, block_sums
+from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -76,6 +77,26 @@ def refit_column_scale(
     diagonal = gram.diagonal()
     diagonal.add_(RIDGE * diagonal + diagonal.max() * 1e-8 + torch.finfo(torch.float32).tiny)
     return column_scale + torch.linalg.solve(gram, right)
+
+
+def refit_rows(fit: WeightFit, pull: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
+    """Row scales of all planes by least squares under the full Hessian, as stored."""
+    found = refit_row_scale(fit.signs, fit.column_scale, pull, hessian, fit.settings.block_size)
+    fit.row_scale = round_row_scale(found, fit.settings.row_scale)
+
+
+def refit_columns(fit: WeightFit, pull: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
+    """Column scales by least squares under the full Hessian, as stored.
+
+    Row scales take their mean in a block over; they are to be refitted next.
+    """
+    found = refit_column_scale(fit.values(), fit.column_scale, pull, hessian)
+    block = fit.settings.block_size
+    for k, scale in enumerate(found.split(block)):
+        norm = scale.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        fit.row_scale[:, k] *= norm
+        found[k * block : (k + 1) * block] = scale / norm
+    fit.column_scale = round_column_scale(found.masked_fill(fit.column_scale == 0, 0.0))
 
 
 def _columns(sign: Tensor, block_size: int) -> list[Tensor | slice]:

@@ -133,7 +133,7 @@ class LayerSettings:
     def computed_planes(self) -> int:
         """Planes that a product is made of: a coded plane counts as those that are derived of it."""
         code = find_code(self.code)
-        return self.planes + (len(code.taps) - 1 if code else 0)
+        return code.computed(self.planes) if code else self.planes
 
     def salient_columns(self, width: int) -> int:
         """Number of salient columns in a block that is ``width`` columns wide (the last one may be narrower)."""

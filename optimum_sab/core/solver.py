@@ -18,7 +18,7 @@ from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_he
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds
-from optimum_sab.core.refit import refit_row_scale
+from optimum_sab.core.refit import refit_rows
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 from optimum_sab.core.saliency import saliency, salient_mask
 from optimum_sab.core.settings import LayerSettings
@@ -109,11 +109,18 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
             factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
         ]
         significance = significance_map(W, torch.stack(inverse))
-    coded = settings.code != NO_CODE
-    plain = settings.replace(code=NO_CODE, sweeps=0, iterations=min(settings.iterations, START_ITERATIONS))
-    fit = _fit(target, factored, significance, plain if coded else settings, loops)
-    if coded:
-        fit = coded_fit(fit, target, factored, settings, loops.search)
+    pull = None
+    if settings.refit:
+        with part("refit"):
+            pull = target @ factored.hessian
+    weight = _error_weight(settings, factored, significance)
+    if settings.code == NO_CODE:
+        fit = _fit(target, pull, factored, weight, settings, loops)
+    else:
+        assert pull is not None
+        start = settings.replace(code=NO_CODE, sweeps=0, iterations=min(settings.iterations, START_ITERATIONS))
+        fit = _fit(target, pull, factored, weight, start, loops)
+        fit = coded_fit(fit, target, pull, factored, settings, loops.search)
     planes = fit.planes()
     with part("errors"):
         error = output_error(target, planes.dequantize(), statistics.hessian)
@@ -127,23 +134,21 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
 
 def _fit(
     target: Tensor,
+    pull: Tensor | None,
     factored: FactoredHessian,
-    significance: Significance | None,
+    error_weight: Tensor,
     settings: LayerSettings,
     loops: ColumnLoops,
 ) -> WeightFit:
-    """Plain planes."""
-    fit = _forward_pass(target, factored, _error_weight(settings, factored, significance), settings, loops)
-    if settings.refit:
-        with part("refit"):
-            pull = target @ factored.hessian
+    """Plain planes; ``pull`` is ``T H``, None without a refit."""
+    fit = _forward_pass(target, factored, error_weight, settings, loops)
+    if pull is not None:
         for sweep in range(settings.sweeps + 1):
             if sweep:
                 with part("descent"):
                     descend_signs(fit, target, factored.hessian, loops.sweep)
             with part("refit"):
-                row_scale = refit_row_scale(fit.signs, fit.column_scale, pull, factored.hessian, settings.block_size)
-            fit.row_scale = round_row_scale(row_scale, settings.row_scale)
+                refit_rows(fit, pull, factored.hessian)
     return fit
 
 

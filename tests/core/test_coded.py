@@ -2,9 +2,10 @@ import pytest
 import torch
 
 from optimum_sab.core.code import TRELLIS16
-from optimum_sab.core.coded import _begin, _search_windows, coded_values, refit_columns, refit_rows
+from optimum_sab.core.coded import _begin, _search_windows, coded_values
 from optimum_sab.core.columns import IN_TORCH
 from optimum_sab.core.hessian import InputStatistics, damped, factor_hessian
+from optimum_sab.core.refit import refit_columns, refit_rows
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import _fit, output_error, solve
 from optimum_sab.core.trellis import search_bits
@@ -44,7 +45,9 @@ def test_searching_windows_never_raises_the_error_of_a_row(settings, first, corr
     weight, statistics = weight_of(24, 150), statistics_of(text=correlated_inputs(700, 150))
     factored = factor_hessian(statistics.hessian, 0.1)
     hessian = damped(statistics.hessian, 0.1)
-    fit = _begin(_fit(weight, factored, None, settings.replace(sweeps=0), IN_TORCH), coded(settings))
+    pull = weight @ factored.hessian
+    plain = _fit(weight, pull, factored, hessian.diagonal(), settings.replace(sweeps=0), IN_TORCH)
+    fit = _begin(plain, coded(settings))
     before = float("inf") * torch.ones(24)
     for _ in range(2):
         _search_windows(fit, TRELLIS16, weight, hessian, first, search_bits)
@@ -53,7 +56,6 @@ def test_searching_windows_never_raises_the_error_of_a_row(settings, first, corr
         error = ((difference @ hessian) * difference).sum(1)
         assert bool((error <= before * (1 + 1e-5)).all())
         before = error
-    pull = weight @ hessian
     refit_columns(fit, pull, hessian)
     refit_rows(fit, pull, hessian)
     difference = weight - fit.dequantize()

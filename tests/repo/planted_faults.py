@@ -58,9 +58,9 @@ FAULTS = (
     ),
     Fault(
         "row scales not rounded after the refit",
-        "optimum_sab/core/solver.py",
-        "fit.row_scale = round_row_scale(row_scale, settings.row_scale)",
-        "fit.row_scale = row_scale",
+        "optimum_sab/core/refit.py",
+        "fit.row_scale = round_row_scale(found, fit.settings.row_scale)",
+        "fit.row_scale = found",
         ("tests/core/test_solver.py",),
     ),
     Fault(

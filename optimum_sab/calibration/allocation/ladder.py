@@ -37,7 +37,7 @@ def with_planes(settings: LayerSettings, **planes: Any) -> LayerSettings:
     """These settings with other planes, and without their code where it leaves no room for those."""
     plain = settings.replace(code=NO_CODE, **planes)
     code = find_code(settings.code)
-    return plain if code is None or plain.planes + len(code.taps) - 1 > MAX_PLANES else plain.replace(code=code.name)
+    return plain if code is None or code.computed(plain.planes) > MAX_PLANES else plain.replace(code=code.name)
 
 
 def expected_error(anchors: Mapping[tuple[int, float], float], step: tuple[int, float]) -> float:

@@ -85,8 +85,7 @@ def check_counts(options: argparse.Namespace, names: Iterable[str]) -> None:
         ConfigError: names the first that is below 1, or above what anybody could wait for.
     """
     for name in names:
-        given = getattr(options, name.replace("-", "_"))
-        for each in given if isinstance(given, list) else [] if given is None else [given]:
+        for each in _given(options, name):
             if each < 1:
                 raise ConfigError(f"--{name} {shown(each)} must be at least 1.")
             if each > MOST_SAMPLES:
@@ -103,8 +102,7 @@ def check_seeds(options: argparse.Namespace, name: str) -> None:
     Raises:
         ConfigError: names the first that is negative or too large.
     """
-    given = getattr(options, name.replace("-", "_"))
-    for each in given if isinstance(given, list) else [given]:
+    for each in _given(options, name):
         if not 0 <= each <= MOST_SEED:
             raise ConfigError(f"--{name} {shown(each)} must be from 0 to {MOST_SEED}.")
 
@@ -120,6 +118,12 @@ def check_amounts(options: argparse.Namespace, names: Iterable[str]) -> None:
         ConfigError: names the first that is not above 0, or not finite.
     """
     for name in names:
-        given = getattr(options, name.replace("-", "_"))
-        if not 0.0 < given < float("inf"):
-            raise ConfigError(f"--{name} {given} must be a number above 0.")
+        for each in _given(options, name):
+            if not 0.0 < each < float("inf"):
+                raise ConfigError(f"--{name} {each} must be a number above 0.")
+
+
+def _given(options: argparse.Namespace, name: str) -> list[Any]:
+    """What was given for an option: a number, several, or none."""
+    given = getattr(options, name.replace("-", "_"))
+    return given if isinstance(given, list) else [] if given is None else [given]
