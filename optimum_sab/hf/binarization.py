@@ -23,6 +23,7 @@ from optimum_sab.hf.progress import shown_progress
 from optimum_sab.hf.record import record
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
+from optimum_sab.nn.unfusing import unfuse_experts
 
 
 def stages(config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]:
@@ -91,7 +92,9 @@ def binarize_loaded(
         CalibrationError: a weight is offloaded; see also the stages.
     """
     with shown_progress(config.progress) as progress:
-        run = Run(model, select(model, config, strict=True), run_options(config), progress)
+        selection = select(model, config, strict=True)
+        unfuse_experts(model, selection.experts)
+        run = Run(model, selection, run_options(config), progress)
         report = run_stages(run, stages(config) if beginning is None else beginning)
     record(config, run.selection, report)
     return replace(report, about=about(model, config))

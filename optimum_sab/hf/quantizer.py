@@ -36,7 +36,9 @@ from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.dense_share import warn_of_dense
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.preparation import prepare_layers
-from optimum_sab.nn.selection import replace_with_skeletons, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import replace_with_skeletons
+from optimum_sab.nn.unfusing import experts_unfused, fuse_experts, unfuse_experts
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -107,13 +109,14 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import check_before_loading
 
             origin = origin_of(model)
-            with warnings_heard() as self._heard:
+            with warnings_heard() as self._heard, experts_unfused(model, selection.experts):
                 warn_of_dense(model, selection)
                 self._stages = check_before_loading(model, self.quantization_config, origin)
             self.processor = ProcessorSource(self.quantization_config.processor, origin)
             self._base = describe_base(origin)
         else:
             self.processor = ProcessorSource(None, origin_of(model))
+            unfuse_experts(model, selection.experts)
             replace_with_skeletons(model, selection)
             self._lists = selection.lists
             if not RENAMES:
@@ -250,6 +253,7 @@ class SABHfQuantizer(HfQuantizer):
                 if module.weight.device.type == "meta":
                     raise ConfigError(f"{name} is offloaded; load the model without offload to dequantize it.")
                 set_module(model, name, module.dequantize(wanted))
+        fuse_experts(model)
         if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
             del model._weight_conversions
         forget_quantized(model)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from optimum_sab.nn.decoder import BlockLists
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 
 MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
@@ -130,11 +131,15 @@ def _sparing(converter: Any, packed: frozenset[str]) -> Any:
 
 
 def _packed_tensors(model: nn.Module) -> frozenset[str]:
-    """Names of the packed layers' tensors, with and without the base model's, since checkpoints have either."""
+    """Names of the packed layers' tensors, with and without the base model's, since checkpoints have either.
+
+    Dense linears of experts among them: Transformers would fuse these, and in the model they are not.
+    """
     base = getattr(model, "base_model_prefix", "")
     names = set()
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SABExperts))
     for layer, module in model.named_modules():
-        if isinstance(module, SABLinear):
+        if isinstance(module, SABLinear) or (isinstance(module, nn.Linear) and layer.startswith(experts)):
             own = [f"{layer}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
             names.update(own)
             names.update(name.removeprefix(f"{base}.") for name in own if base)

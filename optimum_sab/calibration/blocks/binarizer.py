@@ -26,7 +26,8 @@ from optimum_sab.core.parts import part
 from optimum_sab.core.solver import solve
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import set_module
+from optimum_sab.nn.modules import set_module
+
 from optimum_sab.ops.cpu.columns import column_loops
 
 

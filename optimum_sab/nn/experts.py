@@ -1,0 +1,225 @@
+"""`SABExperts`: a mixture's experts as linears, dense or packed, in the place of the module that fuses them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.nn.experts_stack import ExpertsStack
+from optimum_sab.nn.fused_experts import FusedLayout, fuse
+from optimum_sab.nn.linear import SABLinear
+
+EAGER = "eager"
+
+
+class SABExpert(nn.Module):
+    """The linears of one expert; its `SABExperts` computes with them."""
+
+    def __init__(self, stacks: ExpertStacks) -> None:
+        super().__init__()
+        self._stacks = stacks
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            self._stacks.forget()
+        super().__setattr__(name, value)
+
+
+class SABExperts(nn.Module):
+    """Every expert of a block: expert ``e``'s linears are ``experts.e.gate_up_proj`` and ``experts.e.down_proj``.
+
+    What is between the two, what follows them and in which order gate and up stand is asked of the module this one
+    replaces: activations, biases, limits and interleaving are the model's own. Where all linears are packed, one launch
+    computes each of the two for all experts that have tokens; ``experts_implementation="eager"`` has them computed one
+    expert after the other, each by its own module, and so are dense ones.
+
+    Args:
+        own: the module that is replaced. It keeps everything but its experts' parameters.
+        layout: of its parameters.
+        linears: every expert's linears by name, in the order in which they are applied.
+    """
+
+    def __init__(self, own: nn.Module, layout: FusedLayout, linears: list[dict[str, nn.Module]]) -> None:
+        super().__init__()
+        self._own = (own,)  # in a tuple it is no submodule: what it has left is registered here, under its old name
+        self.layout = layout
+        self._stacks = ExpertStacks()
+        for index, named in enumerate(linears):
+            expert = SABExpert(self._stacks)
+            for name, linear in named.items():
+                setattr(expert, name, linear)
+            self.add_module(str(index), expert)
+        self.count = len(linears)
+        for name, child in own.named_children():
+            self.add_module(name, child)
+        self.train(own.training)
+
+    @classmethod
+    def unfused(cls, own: nn.Module, layout: FusedLayout) -> SABExperts:
+        """The experts of a fused module as `nn.Linear`s whose weights are views of its parameters, which it gives up."""
+        linears = []
+        for expert in range(getattr(own, layout.matrices[0]).shape[0]):
+            named: dict[str, nn.Module] = {}
+            for name in layout.matrices:
+                matrix, bias = layout.matrix(own, name, expert), layout.bias(own, name, expert)
+                linear = nn.Linear(matrix.shape[1], matrix.shape[0], bias is not None, device="meta")
+                linear.weight = nn.Parameter(matrix, requires_grad=False)
+                if bias is not None:
+                    linear.bias = nn.Parameter(bias, requires_grad=False)
+                named[name] = linear
+            linears.append(named)
+        found = cls(own, layout, linears)
+        for name in layout.parameters:
+            del own._parameters[name]
+        return found
+
+    def __len__(self) -> int:
+        return self.count
+
+    def experts(self) -> Iterator[SABExpert]:
+        """Every expert, in order."""
+        return (self[index] for index in range(self.count))
+
+    def __getitem__(self, index: int) -> SABExpert:
+        expert = self._modules[str(index)]
+        assert isinstance(expert, SABExpert)
+        return expert
+
+    @property
+    def own(self) -> nn.Module:
+        """The module this one stands for, without its experts' parameters."""
+        return self._own[0]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """From the bytes of every stored tensor of the packed linears, biases included."""
+        packed = [m for m in self.modules() if isinstance(m, SABLinear)]
+        weights = sum(m.in_features * m.out_features for m in packed)
+        return 8.0 * sum(sum(m.stored_bytes.values()) for m in packed) / weights if weights else 0.0
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The module that was replaced, with the weights that its experts have now, dense, in ``dtype``."""
+        dense: dict[str, list[Tensor]] = {name: [] for name in self.layout.parameters}
+        for expert in self.experts():
+            for name in self.layout.matrices:
+                linear = expert.get_submodule(name)
+                found = linear.dequantize(dtype) if isinstance(linear, SABLinear) else linear
+                assert isinstance(found, nn.Linear)
+                dense[name].append(found.weight.detach() if dtype is None else found.weight.detach().to(dtype))
+                if self.layout.biased:
+                    dense[f"{name}_bias"].append(found.bias.detach() if dtype is None else found.bias.detach().to(dtype))
+        return fuse(self.own, self.layout, dense).train(self.training)
+
+    # -- computation -----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        """As the module that is replaced: hidden states [tokens, in] (and which experts, with which weights)."""
+        hidden, *routing = (*args, *(kwargs[name] for name in self.layout.arguments[len(args) :]))
+        if not routing:
+            return self._of_sorted(hidden)
+        chosen, weights = routing
+        found = self._expert_outputs(hidden, chosen.reshape(-1), chosen.shape[-1])
+        weighted = found * weights.reshape(-1, 1)
+        return weighted.view(*chosen.shape, -1).sum(-2).to(hidden.dtype)
+
+    def _of_sorted(self, hidden: Tensor) -> Tensor:
+        """Every expert is given as many rows, and those of tokens that did not choose it are zero."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        each = torch.arange(self.count, device=rows.device).repeat_interleave(rows.shape[0] // self.count)
+        chosen = torch.where((rows != 0).any(-1), each, self.count)  # no expert's: zero comes of zero
+        return self._expert_outputs(rows, chosen, 1).view_as(hidden)
+
+    def _expert_outputs(self, hidden: Tensor, pairs: Tensor, repeats: int) -> Tensor:
+        """What every expert makes of the tokens it is given, [pairs, out]; a pair is a token and an expert."""
+        first, second = self.layout.matrices
+        own: Any = self.own
+        inner = self.product(first, hidden, pairs, repeats)
+        if not getattr(own, "has_gate", True):
+            inner = own.act_fn(inner)
+        elif hasattr(own, "_apply_gate"):
+            inner = own._apply_gate(inner)
+        else:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = own.act_fn(gate) * up
+        found = self.product(second, inner, pairs, 1)
+        return own.post_expert_norm(found) if getattr(own, "has_post_expert_norm", False) else found
+
+    def product(self, name: str, inputs: Tensor, pairs: Tensor, repeats: int) -> Tensor:
+        """``y_s = W_e x + b_e`` with the linears of one name.
+
+        Args:
+            name: of the linears.
+            inputs: x, [pairs // repeats, in].
+            pairs: e, [pairs], the expert of each; those that there are none of give zeros.
+            repeats: pair s reads row s // repeats.
+        """
+        stack = None if self._one_by_one() else self._stacks.of(self, name)
+        if stack is not None:
+            return stack.product(inputs, pairs, repeats)
+        order, outputs = [], []
+        for expert in pairs.unique().tolist():
+            if 0 <= expert < self.count:
+                [here] = torch.where(pairs == expert)
+                order.append(here)
+                outputs.append(self[expert].get_submodule(name)(inputs[here // repeats]))
+        out: Any = self[0].get_submodule(name)
+        if not outputs:
+            return inputs.new_zeros(pairs.shape[0], out.out_features)
+        found = outputs[0].new_zeros(pairs.shape[0], out.out_features)
+        return found.index_put((torch.cat(order),), torch.cat(outputs))
+
+    def _one_by_one(self) -> bool:
+        config: Any = getattr(self.own, "config", None)
+        return getattr(config, "_experts_implementation", None) == EAGER
+
+    def prepare(self, backend: str | None = None) -> None:
+        """Stack the packed linears, which then are views, for the launches that compute all experts."""
+        self._stacks.build(self, backend)
+
+
+class ExpertStacks:
+    """A module's stacks by the name of their linears; forgotten whenever one of those becomes another."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, ExpertsStack] | None = None
+        self._backend: str | None = None
+
+    def of(self, experts: SABExperts, name: str) -> ExpertsStack | None:
+        """The stack of linears of one name; None where they are not all packed and where they can be stacked."""
+        if self._of is None:
+            self.build(experts, self._backend)
+        return None if self._of is None else self._of.get(name)
+
+    def build(self, experts: SABExperts, backend: str | None) -> None:
+        """Stack what can be."""
+        self._backend = backend
+        found = {}
+        for name in experts.layout.matrices:
+            members = [expert.get_submodule(name) for expert in experts.experts()]
+            stack = ExpertsStack.of(members, self, backend)
+            if stack is not None:
+                found[name] = stack
+        self._of = found
+
+    def forget(self) -> None:
+        """A linear, or its tensors, are about to change."""
+        self._of = None
+
+    def output_of(self, member: nn.Module, inputs: Tensor) -> None:
+        """A linear that is called by itself computes alone."""
+
+    def direct_output_of(self, member: nn.Module, inputs: Tensor) -> None:
+        """A linear that is called by itself computes alone."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStacks:
+        """Copies stack their own tensors."""
+        copied = memo[id(self)] = ExpertStacks()
+        copied._backend = self._backend
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_of": None, "_backend": self._backend}
+
