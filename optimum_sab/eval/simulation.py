@@ -14,6 +14,7 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import pair_streams
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, solve_one_by_one
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.calibration.streams.visitor import Arrival
@@ -76,6 +77,10 @@ class _Simulator:
         for name, linear in members.items():
             self._quantize(name, linear, statistics)
         return {name: self._done[name] for name in names}
+
+    def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
+        solve_one_by_one(self, linears, arrivals)
+        return {name: self._done[name] for name in linears.names.values()}
 
     def miss(self, names: Sequence[str]) -> None:
         for name in names:

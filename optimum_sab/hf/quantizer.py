@@ -35,8 +35,8 @@ from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.dense_share import warn_of_dense
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons
 from optimum_sab.nn.unfusing import experts_unfused, fuse_experts, unfuse_experts
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,31 @@ from optimum_sab.nn.fused_experts import FusedLayout, fuse
 from optimum_sab.nn.linear import SABLinear
 
 EAGER = "eager"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts the tokens go to. A pair is a token and an expert.
+
+    Attributes:
+        experts: of each pair, [pairs]; those that there are none of compute nothing.
+        top_k: pairs of each token, whose pairs follow each other; 0 where they come expert by expert.
+        tokens: how many.
+    """
+
+    experts: Tensor
+    top_k: int
+    tokens: int
+
+    @property
+    def token(self) -> Tensor:
+        """The token of each pair, [pairs]."""
+        each = torch.arange(self.experts.shape[0], device=self.experts.device)
+        return each // self.top_k if self.top_k else each % self.tokens
+
+    def repeats(self, inputs: Tensor) -> int:
+        """Pair s reads row s // repeats of inputs [rows, in]: those of tokens, or of pairs."""
+        return self.experts.shape[0] // max(inputs.shape[0], 1) if self.top_k else 1
 
 
 class SABExpert(nn.Module):
@@ -110,7 +136,9 @@ class SABExperts(nn.Module):
                 assert isinstance(found, nn.Linear)
                 dense[name].append(found.weight.detach() if dtype is None else found.weight.detach().to(dtype))
                 if self.layout.biased:
-                    dense[f"{name}_bias"].append(found.bias.detach() if dtype is None else found.bias.detach().to(dtype))
+                    dense[f"{name}_bias"].append(
+                        found.bias.detach() if dtype is None else found.bias.detach().to(dtype)
+                    )
         return fuse(self.own, self.layout, dense).train(self.training)
 
     # -- computation -----------------------------------------------------------------------------------------------
@@ -121,22 +149,23 @@ class SABExperts(nn.Module):
         if not routing:
             return self._of_sorted(hidden)
         chosen, weights = routing
-        found = self._expert_outputs(hidden, chosen.reshape(-1), chosen.shape[-1])
+        found = self._expert_outputs(hidden, Routing(chosen.reshape(-1), chosen.shape[-1], hidden.shape[0]))
         weighted = found * weights.reshape(-1, 1)
         return weighted.view(*chosen.shape, -1).sum(-2).to(hidden.dtype)
 
     def _of_sorted(self, hidden: Tensor) -> Tensor:
         """Every expert is given as many rows, and those of tokens that did not choose it are zero."""
         rows = hidden.reshape(-1, hidden.shape[-1])
-        each = torch.arange(self.count, device=rows.device).repeat_interleave(rows.shape[0] // self.count)
+        tokens = rows.shape[0] // self.count
+        each = torch.arange(self.count, device=rows.device).repeat_interleave(tokens)
         chosen = torch.where((rows != 0).any(-1), each, self.count)  # no expert's: zero comes of zero
-        return self._expert_outputs(rows, chosen, 1).view_as(hidden)
+        return self._expert_outputs(rows, Routing(chosen, 0, tokens)).view_as(hidden)
 
-    def _expert_outputs(self, hidden: Tensor, pairs: Tensor, repeats: int) -> Tensor:
-        """What every expert makes of the tokens it is given, [pairs, out]; a pair is a token and an expert."""
+    def _expert_outputs(self, hidden: Tensor, routing: Routing) -> Tensor:
+        """What every expert makes of the tokens it is given, [pairs, out]."""
         first, second = self.layout.matrices
         own: Any = self.own
-        inner = self.product(first, hidden, pairs, repeats)
+        inner = self.product(first, hidden, routing)
         if not getattr(own, "has_gate", True):
             inner = own.act_fn(inner)
         elif hasattr(own, "_apply_gate"):
@@ -144,32 +173,41 @@ class SABExperts(nn.Module):
         else:
             gate, up = inner.chunk(2, dim=-1)
             inner = own.act_fn(gate) * up
-        found = self.product(second, inner, pairs, 1)
+        found = self.product(second, inner, routing)
         return own.post_expert_norm(found) if getattr(own, "has_post_expert_norm", False) else found
 
-    def product(self, name: str, inputs: Tensor, pairs: Tensor, repeats: int) -> Tensor:
+    def product(self, name: str, inputs: Tensor, routing: Routing) -> Tensor:
         """``y_s = W_e x + b_e`` with the linears of one name.
 
         Args:
             name: of the linears.
-            inputs: x, [pairs // repeats, in].
-            pairs: e, [pairs], the expert of each; those that there are none of give zeros.
-            repeats: pair s reads row s // repeats.
+            inputs: x, [tokens, in] or [pairs, in].
+            routing: the pairs s, and the expert e of each.
+
+        Returns:
+            [pairs, out]; zeros for pairs of experts that there are none of.
         """
         stack = None if self._one_by_one() else self._stacks.of(self, name)
         if stack is not None:
-            return stack.product(inputs, pairs, repeats)
+            return stack.product(inputs, routing.experts, routing.repeats(inputs))
+        return self.each(name, inputs, routing, lambda expert, rows: self.linear(expert, name)(rows))
+
+    def each(self, name: str, inputs: Tensor, routing: Routing, call: Callable[[int, Tensor], Tensor]) -> Tensor:
+        """`product` one expert after the other, each by ``call(e, x [its pairs, in])``, [its pairs, out]."""
         order, outputs = [], []
-        for expert in pairs.unique().tolist():
+        repeats = routing.repeats(inputs)
+        for expert in routing.experts.unique().tolist():
             if 0 <= expert < self.count:
-                [here] = torch.where(pairs == expert)
+                [here] = torch.where(routing.experts == expert)
                 order.append(here)
-                outputs.append(self[expert].get_submodule(name)(inputs[here // repeats]))
-        out: Any = self[0].get_submodule(name)
-        if not outputs:
-            return inputs.new_zeros(pairs.shape[0], out.out_features)
-        found = outputs[0].new_zeros(pairs.shape[0], out.out_features)
-        return found.index_put((torch.cat(order),), torch.cat(outputs))
+                outputs.append(call(expert, inputs[here // repeats]))
+        like = outputs[0] if outputs else inputs
+        found = like.new_zeros(routing.experts.shape[0], self.linear(0, name).out_features)
+        return found.index_put((torch.cat(order),), torch.cat(outputs)) if outputs else found
+
+    def linear(self, expert: int, name: str) -> Any:
+        """One expert's linear: an `nn.Linear`, a `SABLinear`, or what stands around one."""
+        return self[expert].get_submodule(name)
 
     def _one_by_one(self) -> bool:
         config: Any = getattr(self.own, "config", None)
@@ -222,4 +260,3 @@ class ExpertStacks:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_of": None, "_backend": self._backend}
-

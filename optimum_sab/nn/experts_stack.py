@@ -109,4 +109,3 @@ def _stacked(members: Sequence[SABLinear], indices: Sequence[int], count: int) -
         place = torch.full((count + 1,), -1, dtype=torch.long, device=tensors[0].device)  # -1 is its last
         place[list(indices)] = torch.arange(len(indices), device=place.device)
     return _Alike(members[0].shape, tensors, bias, place)
-

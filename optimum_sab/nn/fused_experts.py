@@ -73,7 +73,9 @@ def fused_layout(module: nn.Module) -> FusedLayout | None:
     layout = FusedLayout((first, SECOND), bool(transposed), biased, arguments)
     counts = {own[name].shape[0] for name in layout.parameters if name in own}
     known = set(layout.parameters) == set(own) and len(counts) == 1 and not list(module.buffers(recurse=False))
-    return layout if known and _fits(own, first, layout.transposed) and hasattr(module, "act_fn") | of_interface else None
+    return (
+        layout if known and _fits(own, first, layout.transposed) and hasattr(module, "act_fn") | of_interface else None
+    )
 
 
 def _fits(own: dict[str, nn.Parameter], first: str, transposed: bool) -> bool:

@@ -13,6 +13,7 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, pooled_arrivals
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.calibration.streams.visitor import Arrival
@@ -101,6 +102,20 @@ class _Probe:
             for (own, _), group in groups.items():
                 self.found.groups.append(tuple(group))
                 self._measure(own, {name: members[name].weight for name in group}, statistics)
+        return {name: linear.weight for name, linear in members.items()}
+
+    def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
+        """Each chooses for itself. Errors are measured on what all are given: few samples leave one little of its own."""
+        members = {name: self._linears[self._index][name] for name in linears.names.values()}
+        free = [name for name in members if name in self._free]
+        if free:
+            device = self._device or members[free[0]].weight.device
+            with part("statistics"):
+                pairs = self._gathering.pairs(pooled_arrivals(linears, arrivals))
+                statistics = self._gathering.statistics({linears.key: members[free[0]].weight}, pairs, (), device)
+            for name in free:
+                self.found.groups.append((name,))
+                self._measure(self._settings[name], {name: members[name].weight}, statistics)
         return {name: linear.weight for name, linear in members.items()}
 
     def _measure(self, settings: LayerSettings, weights: Mapping[str, Tensor], statistics: InputStatistics) -> None:

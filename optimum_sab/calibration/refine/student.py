@@ -19,7 +19,6 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 
 
-
 @dataclass(frozen=True)
 class TunedModule:
     """A decoder block, or a norm behind the blocks, and what is trained in it."""

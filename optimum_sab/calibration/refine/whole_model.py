@@ -17,7 +17,6 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 
 
-
 def head_to_tune_to(model: nn.Module) -> nn.Module:
     """The output embedding, whose next-token distributions the tuning is about.
 

@@ -1,0 +1,141 @@
+"""Experts in the lockstep: the linears of one name wait together, whichever tokens each is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from optimum_sab.calibration.streams.visitor import DENSE, Arrival, Visitor
+from optimum_sab.nn.experts import Routing, SABExperts
+
+
+@dataclass(frozen=True)
+class ExpertLinears:
+    """The selected linears of one name of a block's experts; what is given to one is the rows of its tokens.
+
+    Attributes:
+        key: by which it is known while coroutines wait.
+        module: all experts.
+        name: of the linears.
+        names: dotted names of the selected ones by expert.
+    """
+
+    key: str
+    module: SABExperts
+    name: str
+    names: Mapping[int, str]
+
+    @property
+    def first(self) -> bool:
+        """Whether their rows are the tokens themselves, whoever goes where."""
+        return self.name == self.module.layout.matrices[0] and len(self.module.layout.arguments) > 1
+
+
+@dataclass(frozen=True)
+class RoutedInputs:
+    """What one coroutine brings to `ExpertLinears`.
+
+    Attributes:
+        inputs: x, [tokens, in] or [pairs, in].
+        routing: which rows go where.
+    """
+
+    inputs: Tensor
+    routing: Routing
+
+
+@dataclass(frozen=True)
+class RoutedArrival:
+    """One coroutine waiting at `ExpertLinears`; otherwise as `Arrival`.
+
+    Attributes:
+        sample, stream: whose.
+        given: what it brings.
+        entered: rows of hidden states that the block was called with.
+        company: samples that came to the block.
+    """
+
+    sample: int
+    stream: str
+    given: RoutedInputs
+    entered: int
+    company: int
+
+    def at(self, expert: int, every: bool) -> Arrival:
+        """What comes to one expert.
+
+        Args:
+            expert: which.
+            every: whether all tokens do.
+        """
+        if every:
+            tokens = torch.arange(self.given.inputs.shape[0], device=self.given.inputs.device)
+            return self._arrival(self.given.inputs, tokens)
+        routing = self.given.routing
+        [here] = torch.where(routing.experts == expert)
+        return self._arrival(self.given.inputs[here // routing.repeats(self.given.inputs)], routing.token[here])
+
+    def pooled(self) -> Arrival:
+        """What comes to any expert, each row once."""
+        routing, inputs = self.given.routing, self.given.inputs
+        if inputs.shape[0] == routing.tokens and routing.top_k:
+            return self._arrival(inputs, torch.arange(inputs.shape[0], device=inputs.device))
+        return self._arrival(inputs, routing.token)
+
+    def _arrival(self, rows: Tensor, tokens: Tensor) -> Arrival:
+        return Arrival(self.sample, self.stream, rows, None, self.entered, self.company, tokens)
+
+
+def expert_linears(block: nn.Module, start: str, selected: Mapping[str, nn.Linear]) -> list[ExpertLinears]:
+    """The `ExpertLinears` of a block, in order.
+
+    Args:
+        block: the module.
+        start: its dotted name.
+        selected: its target linears by dotted name.
+    """
+    found = []
+    for path, module in block.named_modules():
+        if isinstance(module, SABExperts):
+            above = f"{start}.{path}" if path else start
+            for name in module.layout.matrices:
+                every = {expert: f"{above}.{expert}.{name}" for expert in range(len(module))}
+                names = {expert: each for expert, each in every.items() if each in selected}
+                if names:
+                    found.append(ExpertLinears(f"{above}.*.{name}", module, name, names))
+    return found
+
+
+def arrivals_by_expert(
+    linears: ExpertLinears, arrivals: Sequence[RoutedArrival]
+) -> Iterator[tuple[str, list[Arrival]]]:
+    """The selected linears by dotted name, and who comes there with rows; nobody, where no token does.
+
+    The dense stream brings all its tokens where they are the linears' rows, since it may have routed others.
+    """
+    for expert, name in linears.names.items():
+        here = [each.at(expert, linears.first and each.stream == DENSE) for each in arrivals]
+        routed = {each.sample for each in here if each.rows and each.stream != DENSE}
+        yield name, [each for each in here if each.sample in routed and each.rows]
+
+
+def pooled_arrivals(linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> list[Arrival]:
+    """What comes to any of the experts. Where rows are pairs, those of the streams are not of the same experts."""
+    return [each.pooled() for each in arrivals if linears.first or each.stream != DENSE]
+
+
+def solve_one_by_one(visitor: Visitor, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> dict[str, Tensor]:
+    """`Visitor.solve_experts` for visitors that take experts like any other linears."""
+    found: dict[str, Tensor] = {}
+    idle = []
+    for name, here in arrivals_by_expert(linears, arrivals):
+        if here:
+            found.update(visitor.solve((name,), here))
+        else:
+            idle.append(name)
+    if idle:
+        visitor.miss(idle)
+    return found
