@@ -46,7 +46,7 @@ def _packed_experts(model: nn.Module, config: SABConfig) -> list[str]:
     missing = next((name for name in recorded if name not in fused), None)
     if missing is not None:
         raise ConfigError(
-            f"{missing}: its experts are packed, and {type(model).__name__} has none there that are fused; load it with "
-            f"Transformers 5 (here: {transformers.__version__})."
+            f"{missing}: its experts are packed, and {type(model).__name__} has none there that are fused; load it "
+            f"with Transformers 5 (here: {transformers.__version__})."
         )
     return [fused[name] for name in recorded]

@@ -85,7 +85,7 @@ class SABExperts(nn.Module):
 
     @classmethod
     def unfused(cls, own: nn.Module, layout: FusedLayout) -> SABExperts:
-        """The experts of a fused module as `nn.Linear`s whose weights are views of its parameters, which it gives up."""
+        """The experts of a fused module as `nn.Linear`s, whose weights are views of the parameters that it gives up."""
         linears = []
         for expert in range(getattr(own, layout.matrices[0]).shape[0]):
             named: dict[str, nn.Module] = {}
@@ -134,11 +134,9 @@ class SABExperts(nn.Module):
                 linear = expert.get_submodule(name)
                 found = linear.dequantize(dtype) if isinstance(linear, SABLinear) else linear
                 assert isinstance(found, nn.Linear)
-                dense[name].append(found.weight.detach() if dtype is None else found.weight.detach().to(dtype))
+                dense[name].append(found.weight.detach().to(dtype or found.weight.dtype))
                 if self.layout.biased:
-                    dense[f"{name}_bias"].append(
-                        found.bias.detach() if dtype is None else found.bias.detach().to(dtype)
-                    )
+                    dense[f"{name}_bias"].append(found.bias.detach().to(dtype or found.bias.dtype))
         return fuse(self.own, self.layout, dense).train(self.training)
 
     # -- computation -----------------------------------------------------------------------------------------------

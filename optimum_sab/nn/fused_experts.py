@@ -17,6 +17,7 @@ from torch import Tensor, nn
 FIRST = ("gate_up_proj", "up_proj")
 SECOND = "down_proj"
 _INTERFACE = ("has_gate", "has_bias", "is_transposed")  # what Transformers' experts interface adds to a module
+_ROUTING = ("top_k_index", "top_k_weights")  # what modules outside of it are given, that have the same forward
 
 
 @dataclass(frozen=True)
@@ -62,20 +63,17 @@ def fused_layout(module: nn.Module) -> FusedLayout | None:
     if first is None or SECOND not in own or own[first].dim() != 3 or own[SECOND].dim() != 3:
         return None
     arguments = tuple(inspect.signature(module.forward).parameters)
-    of_interface = all(hasattr(module, name) for name in _INTERFACE)
-    transposed, biased = getattr(module, "is_transposed", True), bool(getattr(module, "has_bias", False))
-    if len(arguments) != (3 if of_interface else 1):
+    if all(hasattr(module, name) for name in _INTERFACE) and len(arguments) == 3:
+        transposed, biased = bool(module.is_transposed), bool(module.has_bias)
+    elif arguments[1:] in ((), _ROUTING) and _fits(own, first, True) != _fits(own, first, False):
+        transposed, biased = _fits(own, first, True), False  # its shapes tell which dimension is the input
+    else:
         return None
-    if not of_interface and _fits(own, first, True) == _fits(own, first, False):
-        return None  # nothing tells which dimension is the input
-    if not of_interface:
-        transposed = _fits(own, first, True)
-    layout = FusedLayout((first, SECOND), bool(transposed), biased, arguments)
-    counts = {own[name].shape[0] for name in layout.parameters if name in own}
-    known = set(layout.parameters) == set(own) and len(counts) == 1 and not list(module.buffers(recurse=False))
-    return (
-        layout if known and _fits(own, first, layout.transposed) and hasattr(module, "act_fn") | of_interface else None
-    )
+    layout = FusedLayout((first, SECOND), transposed, biased, arguments)
+    known = set(layout.parameters) == set(own) and not list(module.buffers(recurse=False))
+    alike = len({parameter.shape[0] for parameter in own.values()}) == 1
+    computes = hasattr(module, "_apply_gate") or hasattr(module, "act_fn")
+    return layout if known and alike and computes and _fits(own, first, transposed) else None
 
 
 def _fits(own: dict[str, nn.Parameter], first: str, transposed: bool) -> bool:

@@ -63,7 +63,8 @@ def select_linears(
 
     The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
     linear whose weight is shared with another module, that decides which expert a token goes to (`find_routers`), or
-    that computes more than a linear does. Experts count where they are linears, as in `SABExperts`. ``modules_to_not_convert`` adds to that, it replaces nothing.
+    that computes more than a linear does. Experts count where they are linears, as in `SABExperts`.
+    ``modules_to_not_convert`` adds to that, it replaces nothing.
 
     Args:
         model: dense, or a skeleton on meta.

@@ -105,7 +105,7 @@ class _Probe:
         return {name: linear.weight for name, linear in members.items()}
 
     def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
-        """Each chooses for itself. Errors are measured on what all are given: few samples leave one little of its own."""
+        """Each chooses for itself, by errors on what all are given: few samples leave one little of its own."""
         members = {name: self._linears[self._index][name] for name in linears.names.values()}
         free = [name for name in members if name in self._free]
         if free:
