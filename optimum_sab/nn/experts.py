@@ -38,7 +38,7 @@ class Routing:
 
     def repeats(self, inputs: Tensor) -> int:
         """Pair s reads row s // repeats of inputs [rows, in]: those of tokens, or of pairs."""
-        return self.experts.shape[0] // max(inputs.shape[0], 1) if self.top_k else 1
+        return max(1, self.experts.shape[0] // max(inputs.shape[0], 1)) if self.top_k else 1
 
 
 class SABExpert(nn.Module):
@@ -149,7 +149,7 @@ class SABExperts(nn.Module):
         chosen, weights = routing
         found = self._expert_outputs(hidden, Routing(chosen.reshape(-1), chosen.shape[-1], hidden.shape[0]))
         weighted = found * weights.reshape(-1, 1)
-        return weighted.view(*chosen.shape, -1).sum(-2).to(hidden.dtype)
+        return weighted.view(*chosen.shape, found.shape[-1]).sum(-2).to(hidden.dtype)
 
     def _of_sorted(self, hidden: Tensor) -> Tensor:
         """Every expert is given as many rows, and those of tokens that did not choose it are zero."""

@@ -10,7 +10,7 @@ from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
-from optimum_sab.nn.decoder import BlockLists, find_decoder_blocks
+from optimum_sab.nn.decoder import BlockLists, DecoderBlocks, find_decoder_blocks
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
@@ -27,7 +27,8 @@ class Selection:
         blocks: dotted names of the decoder blocks, in the order in which the model calls them as far as that is known.
         settings: per selected linear, by dotted name, in the model's order.
         left_dense: linears inside the decoder blocks that a rule, a tied weight or their place keeps dense.
-        experts: modules of experts (`SABExperts`) with a selected linear, by dotted name.
+        experts: modules of experts that are linears (`SABExperts`), by dotted name: of blocks with a selected one, or,
+            where a packed model is loaded, as they were when it was saved.
     """
 
     lists: BlockLists
@@ -109,16 +110,20 @@ def select_linears(
         raise ConfigError(
             f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
         )
-    unfused = {name: _with_any(name, settings) for name, each in model.named_modules() if isinstance(each, SABExperts)}
-    fused = tuple(f"{name}." for name, selected in unfused.items() if not selected)  # stay as the model has them
+    unfused = [name for name, module in model.named_modules() if isinstance(module, SABExperts)]
+    experts = [name for name in unfused if not strict or _beside_selected(name, decoder, unfused, settings)]
+    fused = tuple(f"{name}." for name in unfused if name not in experts)  # stay as the model has them
     rest = tuple(name for name in left_dense if not name.startswith(fused))
-    experts = tuple(name for name, selected in unfused.items() if selected)
-    return Selection(decoder.lists, tuple(decoder.named), settings, rest, experts)
+    return Selection(decoder.lists, tuple(decoder.named), settings, rest, tuple(experts))
 
 
-def _with_any(name: str, settings: Mapping[str, LayerSettings]) -> bool:
-    """Whether a linear inside of a module is selected."""
-    return any(each.startswith(f"{name}.") for each in settings)
+def _beside_selected(
+    name: str, decoder: DecoderBlocks, unfused: Sequence[str], settings: Mapping[str, LayerSettings]
+) -> bool:
+    """Whether any expert of the block is selected: Transformers may store several modules of a block as one."""
+    block = next((f"{each}." for each in decoder.named if name.startswith(f"{each}.")), f"{name}.")
+    beside = tuple(f"{each}." for each in unfused if each.startswith(block))
+    return any(each.startswith(beside) for each in settings)
 
 
 def _is_plain(module: nn.Module) -> bool:
