@@ -57,7 +57,7 @@ class ExpertsStack:
             owner: is told when their tensors change.
             backend: what computes.
         """
-        packed = [each for each in members if type(each) is SABLinear and _is_plain(each)]
+        packed = [each for each in members if isinstance(each, SABLinear) and _is_plain(each)]
         if len(packed) != len(members) or len({(each.layout, each.weight.device) for each in packed}) != 1:
             return None
         groups: dict[LayerShape, list[int]] = {}
