@@ -54,6 +54,23 @@ class SABExpert(nn.Module):
         super().__setattr__(name, value)
 
 
+def _gone(name: str) -> property:
+    """A parameter that is here no more, on meta: some models initialise it when they are built, though it is loaded."""
+
+    def stand_in(experts: SABExperts) -> Tensor:
+        if name not in experts.layout.parameters:
+            raise AttributeError(f"{type(experts.own).__name__} has no {name}")
+        linear = experts.linear(0, name.removesuffix("_bias"))
+        shape: tuple[int, ...] = (linear.out_features, linear.in_features)
+        if name.endswith("_bias"):
+            shape = shape[:1]
+        elif experts.layout.transposed:
+            shape = shape[::-1]
+        return torch.empty(experts.count, *shape, device="meta")
+
+    return property(stand_in)
+
+
 class SABExperts(nn.Module):
     """Every expert of a block: expert ``e``'s linears are ``experts.e.gate_up_proj`` and ``experts.e.down_proj``.
 
@@ -101,6 +118,10 @@ class SABExperts(nn.Module):
         for name in layout.parameters:
             del own._parameters[name]
         return found
+
+    gate_up_proj, gate_up_proj_bias = _gone("gate_up_proj"), _gone("gate_up_proj_bias")
+    up_proj, up_proj_bias = _gone("up_proj"), _gone("up_proj_bias")
+    down_proj, down_proj_bias = _gone("down_proj"), _gone("down_proj_bias")
 
     def __len__(self) -> int:
         return self.count

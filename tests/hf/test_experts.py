@@ -116,7 +116,7 @@ def test_every_expert_is_near_the_dense_one(packed, kind):
     report = packed[kind][0].hf_quantizer.report
     errors = [layer.error for block in report.blocks for layer in block.layers if ".experts." in layer.name]
     assert len(errors) == 2 * 2 * len(experts(packed[kind][0])[0])
-    assert 0.01 < min(errors) and max(errors) < 0.4  # a sign and a scale alone leave 0.36 of a normal distribution
+    assert min(errors) > 0.01 and max(errors) < 0.4  # a sign and a scale alone leave 0.36 of a normal distribution
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -109,7 +109,7 @@ def plain_inputs(model, samples):
     for index, sample in enumerate(samples):
         hooks = [
             each.register_forward_pre_hook(
-                lambda module, args, name=name: found.__setitem__((name, index), args[0].detach())
+                lambda module, args, name=name, index=index: found.__setitem__((name, index), args[0].detach())
             )
             for name, each in model.named_modules()
             if isinstance(each, nn.Linear) and ".experts." in name
@@ -158,7 +158,7 @@ def test_the_linears_of_one_name_wait_together_and_in_order():
 
 
 def test_both_streams_are_paired_by_token_and_never_else():
-    model, samples, recorder = run()
+    _model, samples, recorder = run()
     modalities = [
         TokenModalities(("text", "visual"), torch.arange(sample["x"].shape[1]) % 3 // 2) for sample in samples
     ]
@@ -199,7 +199,7 @@ def test_what_is_pooled_has_every_row_once():
 
 def test_an_expert_that_stays_dense_is_not_asked_for():
     without = {"layers.0.experts.1.gate_up_proj", "layers.0.experts.3.down_proj"}
-    model, samples, recorder = run(without=without)
+    _model, samples, recorder = run(without=without)
     assert not without & {name for linears, _ in recorder.seen.values() for name in linears.names.values()}
     with torch.no_grad():
         wanted = plain_inputs(quantized(Model().eval(), recorder.weights), samples)
