@@ -101,7 +101,7 @@ def compare_experts(
 
     Tokens go to random experts. So many routings take turns that their experts' packed weights do not stay in the
     last-level cache, unless there are no more experts. ``batched_mm`` copies the weights of every pair, so it is left
-    out where that would be more than all experts.
+    out where that would be more than half of all experts'.
 
     Args:
         shapes: of the experts.
@@ -201,7 +201,7 @@ class _Measured:
         return found
 
     def _may_copy(self, m: int) -> bool:
-        return m * self.shape.top_k <= self.shape.experts
+        return 2 * m * self.shape.top_k <= self.shape.experts
 
 
 def _check_transformers() -> None:
