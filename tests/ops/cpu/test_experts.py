@@ -1,6 +1,7 @@
 """The C kernel of routed rows: what `kernel.linear` gives for every expert's rows, whoever shares the launch."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,3 +194,22 @@ class Failing:
 
     def sab_experts(self, *arguments):
         return 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell the peak of memory")
+def test_call_takes_less_than_a_twentieth_of_the_weights_beside_its_output(random_packed):
+    tensors, shape = stacked([random_packed(512, 2048, seed) for seed in range(64)])
+    size = sum(tensor.nbytes for tensor in tensors)
+    x, chosen = random_inputs(16, 2048), torch.arange(64).repeat(2)
+    experts.experts_linear_of(x[:1], chosen[:1], tensors, shape, None, 1)
+    before = peak_bytes(reset=True)
+    y = experts.experts_linear_of(x, chosen, tensors, shape, None, 8)
+    assert size > 8e6 and peak_bytes() - before - y.nbytes < size / 20
+
+
+def peak_bytes(reset=False):
+    """The process's largest resident size, since it was reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
