@@ -98,6 +98,8 @@ def describe_stack(tensors: Sequence[Tensor], shape: LayerShape) -> Stack:
 
 def _described(tensors: Sequence[Tensor | None], shape: LayerShape, leading: tuple[int, ...]) -> Layer:
     layout = _layout(shape)
+    if len(tensors) != len(layout.specs):
+        raise FormatError(f"{len(tensors)} tensors are no layer; it has {', '.join(n for n, _ in layout.specs)}.")
     layer = Layer.from_buffer_copy(layout.layer)
     for (name, spec), tensor in zip(layout.specs, tensors, strict=True):
         if tensor is None:
