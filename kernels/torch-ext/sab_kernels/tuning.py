@@ -33,7 +33,8 @@ class Launch:
         dense_bytes: largest piece of a dense weight that is held at a time; small enough, it never leaves the cache.
         expert_single: up to so many pairs of a row and an expert for each expert, every pair is computed by itself.
         expert_decode: up to so many, pairs of an expert go through the 8-bit kernel together.
-        expert_tokens: most of them that a small-batch program takes together, a power of two from 16.
+        expert_tokens: most of them that a small-batch program takes together: 16, 32 or 64 (for 128 there are not
+            registers enough).
     """
 
     decode_tokens: int = 8
@@ -64,7 +65,7 @@ class Launch:
             "dense_bytes": range(1 << 20, 1 << 40),
             "expert_single": range(65),
             "expert_decode": range(65),
-            "expert_tokens": (16, 32, 64, 128),
+            "expert_tokens": (16, 32, 64),
         }
         for name, values in allowed.items():
             if not isinstance(getattr(self, name), int) or getattr(self, name) not in values:
@@ -180,7 +181,7 @@ def expert_candidates(pairs: int, experts: int, dtype: torch.dtype, launch: Laun
             for s, d, t, p, u in grid
         ]
     batch = replace(launch, expert_single=0, expert_decode=0)
-    sizes = [16] if dtype == torch.float32 else [t for t in (16, 32, 64, 128) if t <= max(16, 4 * each)]
+    sizes = [16] if dtype == torch.float32 else [t for t in (16, 32, 64) if t <= max(16, 4 * each)]
     grid = [(w, t, p, s) for w in (2, 4, 8) for t in sizes for p in (1, 2, 4) for s in (2, 3, 4)]
     return found + [
         replace(batch, batch_warps=w, expert_tokens=t, batch_programs=p, batch_stages=s) for w, t, p, s in grid
