@@ -57,6 +57,8 @@ SMALL_LAYER = {f"extent.{name}": 1 for name in ("column_tiles", "slot_tiles", "b
 SMALL = {**SMALL_LAYER, "bounds": [1, 1, 1], "rows": 1, "tokens": 1, "STACK": 1, "SPLIT": 1}
 SMALL_EXPERTS = {**SMALL, "row_tiles": 1, "routing.experts": 1, "routing.repeats": 1}
 SMALL_INPUTS = {f"inputs.{name}": 1 for name in ("tokens", "columns", "stride")} | {"column_tiles": 1, "counters": 1}
+SMALL_PAIRS = {**SMALL_LAYER, "routing.experts": 1, "routing.repeats": 1, "counters": 1}
+SMALL_PAIRS |= {name: 1 for name in SMALL_INPUTS if "." in name}
 FP16 = {"biases": ["*fp16"] * 4, "outputs": ["*fp16"] * 4, "x_ptr": "*fp16"}
 FP32 = {"biases": ["*fp32"] * 4, "outputs": ["*fp32"] * 4, "x_ptr": "*fp32", "PRECISION": "tf32x3"}
 
@@ -92,6 +94,9 @@ FURTHER = {
         "expert batch fp32": ("expert_batch", FP32),
         "expert decode small": ("expert_decode", {**SMALL_EXPERTS, "TILES": 1}),
         "expert batch small": ("expert_batch", SMALL_EXPERTS),
+        "prepare expert limbs small": ("prepare_expert_limbs", SMALL_PAIRS),
+        "prepare expert floats small": ("prepare_expert_floats", {**SMALL_PAIRS, "TOKENS": 16}),
+        "tile table small": ("tile_table", dict.fromkeys(("pairs", "experts", "tiles", "steps"), 1)),
     },
     90: {
         "small batch of 64": ("small_batch", {"TOKENS": 64}),

@@ -46,7 +46,7 @@ def small_batch_sums(
     scale_stride = extent.blocks * ((BASE + RESIDUAL) * 32)
     row_scale_ptr = layer.row_scale + first_tile.to(tl.int64) * scale_stride
     x_place = x_ptr + token[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x_step = padded.to(tl.int64) * 32
+    x_step = tl.cast(padded, tl.int64) * 32  # a size of 1 is a constant
     total = tl.zeros((TILES * 32, TOKENS), tl.float32)
     for tile in range(part * extent.column_tiles // SPLIT, (part + 1) * extent.column_tiles // SPLIT):
         for plane in tl.static_range(BASE):
