@@ -177,9 +177,9 @@ FAULTS = (
     ),
     Fault(
         "a wrong tail mask: the columns behind the last one read as if they were there",
-        "kernels/torch-ext/sab_kernels/prepare.py",
-        "mask=(token < inputs.tokens)[:, None] & inside[None, :],",
-        "mask=(token < inputs.tokens)[:, None],",
+        "kernels/torch-ext/sab_kernels/scaled.py",
+        "mask=(row >= 0)[:, None] & inside[None, :],",
+        "mask=(row >= 0)[:, None],",
         ("tests/kernels/test_linear.py",),
     ),
     Fault(
