@@ -205,3 +205,25 @@ def test_experts_that_compute_something_else_stay_as_they_are():
 @pytest.mark.parametrize("own", [nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Conv1d(4, 4, 3)])
 def test_what_is_no_fused_module(own):
     assert fused_layout(own) is None
+
+
+def test_compiled_whole():
+    found = packed(fused("tokens come expert by expert"))
+    prepare_layers(found)
+    compiled = torch.compile(found, fullgraph=True, backend="aot_eager")
+    for tokens in (7, 3):
+        torch.testing.assert_close(compiled(*given(found.own, tokens)), found(*given(found.own, tokens)))
+
+
+def test_triton_computes_the_same_from_its_own_layout():
+    found = packed(fused("interleaved, transposed, biased", "grouped_mm"))
+    inputs = given(found.own, 9)
+    prepare_layers(found)
+    wanted = found(*inputs)
+    prepare_layers(found, "triton")
+    assert {each.layout for each in found.modules() if isinstance(each, SABLinear)} == {"kernel"}
+    torch.testing.assert_close(found(*inputs), wanted, rtol=2e-3, atol=2e-3)
+    stored = found.state_dict()
+    prepare_layers(found, "cpu")
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in found.state_dict().items())
+    torch.testing.assert_close(found(*inputs), wanted, rtol=0, atol=0)
