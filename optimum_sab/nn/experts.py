@@ -183,17 +183,20 @@ class SABExperts(nn.Module):
     def _expert_outputs(self, hidden: Tensor, routing: Routing) -> Tensor:
         """What every expert makes of the tokens it is given, [pairs, out]."""
         first, second = self.layout.matrices
-        own: Any = self.own
-        inner = self.product(first, hidden, routing)
-        if not getattr(own, "has_gate", True):
-            inner = own.act_fn(inner)
-        elif hasattr(own, "_apply_gate"):
-            inner = own._apply_gate(inner)
-        else:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = own.act_fn(gate) * up
+        inner = self.between(self.product(first, hidden, routing))
         found = self.product(second, inner, routing)
+        own: Any = self.own
         return own.post_expert_norm(found) if getattr(own, "has_post_expert_norm", False) else found
+
+    def between(self, inner: Tensor) -> Tensor:
+        """What the second linear is given: the first one's outputs [pairs, out], activated and gated."""
+        own: Any = self.own
+        if not getattr(own, "has_gate", True):
+            return own.act_fn(inner)
+        if hasattr(own, "_apply_gate"):
+            return own._apply_gate(inner)
+        gate, up = inner.chunk(2, dim=-1)
+        return own.act_fn(gate) * up
 
     def product(self, name: str, inputs: Tensor, routing: Routing) -> Tensor:
         """``y_s = W_e x + b_e`` with the linears of one name.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,12 +54,15 @@ class BlockVisit:
     Args:
         block: which.
         coroutines: all of them; some wait at the block's entry, and the way of others leads past it.
+        every_token: experts are shown all tokens, whichever are routed to them.
     """
 
-    def __init__(self, block: LockstepBlock, coroutines: Coroutines) -> None:
+    def __init__(self, block: LockstepBlock, coroutines: Coroutines, every_token: bool = False) -> None:
         self._block = block
         self._coroutines = coroutines
         self._two_streams = any(stream == DENSE for _, stream in coroutines.workers)
+        self._every_token = every_token
+        self._hidden: dict[tuple[Worker, int], tuple[ExpertLinears, Tensor]] = {}  # what experts of a module got first
         self._weights: dict[str, Tensor] = {}
         self._groups: Groups | None = None
         self._calls: list[tuple[str, Tensor]] | None = None  # of one sample, while it shows who shares an input
@@ -115,18 +119,38 @@ class BlockVisit:
             return original(linears.name, given.inputs, given.routing)
         group = None if self._groups is None else self._groups.get(linears.key)
         if group is None or worker not in group.seen:
+            if self._every_token:
+                given = replace(given, every=self._every(linears, worker, given.inputs))
             self._coroutines.pause(Pause("linear", linears.key, given))
         if worker[1] == DENSE:
             return original(linears.name, given.inputs, given.routing)
-
-        def through(expert: int, rows: Tensor) -> Tensor:
-            linear, name = linears.module.linear(expert, linears.name), linears.names.get(expert)
-            found: Tensor = (
-                linear(rows) if name is None else nn.functional.linear(rows, self._weights[name], linear.bias)
-            )
-            return found
-
+        through = partial(self._through, linears)
         return linears.module.each(linears.name, given.inputs, given.routing, through)
+
+    def _through(self, linears: ExpertLinears, expert: int, rows: Tensor) -> Tensor:
+        """An expert's output in the quantized stream."""
+        linear, name = linears.module.linear(expert, linears.name), linears.names.get(expert)
+        found: Tensor = linear(rows) if name is None else nn.functional.linear(rows, self._weights[name], linear.bias)
+        return found
+
+    def _every(self, linears: ExpertLinears, worker: Worker, inputs: Tensor) -> Callable[[int], Tensor] | None:
+        """What experts would be given if all tokens came to them; None where it is not known what a token gives."""
+        module = linears.module
+        if linears.first:
+            self._hidden[worker, id(module)] = linears, inputs
+            return lambda expert: inputs
+        if (worker, id(module)) not in self._hidden:
+            return None
+        before, hidden = self._hidden.pop((worker, id(module)))
+
+        def rows(expert: int) -> Tensor:
+            if worker[1] == DENSE:
+                found: Tensor = module.linear(expert, before.name)(hidden)
+            else:
+                found = self._through(before, expert, hidden)
+            return module.between(found)
+
+        return rows
 
     # -- groups ----------------------------------------------------------------------------------------------------
 

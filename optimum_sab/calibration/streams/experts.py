@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,10 +41,12 @@ class RoutedInputs:
     Attributes:
         inputs: x, [tokens, in] or [pairs, in].
         routing: which rows go where.
+        every: what an expert would be given if all tokens came to it, [tokens, in]; None where only routed ones count.
     """
 
     inputs: Tensor
     routing: Routing
+    every: Callable[[int], Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ class RoutedArrival:
 
         Args:
             expert: which.
-            every: whether all tokens do.
+            every: whether all tokens do, whose rows are the inputs.
         """
-        if every:
-            tokens = torch.arange(self.given.inputs.shape[0], device=self.given.inputs.device)
-            return self._arrival(self.given.inputs, tokens)
+        if every or self.given.every is not None:
+            rows = self.given.inputs if self.given.every is None else self.given.every(expert)
+            return self._arrival(rows, torch.arange(rows.shape[0], device=rows.device))
         routing = self.given.routing
         [here] = torch.where(routing.experts == expert)
         return self._arrival(self.given.inputs[here // routing.repeats(self.given.inputs)], routing.token[here])

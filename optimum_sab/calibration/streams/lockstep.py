@@ -43,6 +43,7 @@ class Lockstep:
         samples: keyword arguments of the model's forward, one dict per sample.
         two_streams: run a dense stream beside the quantized one.
         device: where each block is moved while its samples run; None leaves everything where it is.
+        every_token: experts are shown all tokens; what the model computes stays routed.
     """
 
     model: nn.Module
@@ -51,6 +52,7 @@ class Lockstep:
     samples: Sequence[Mapping[str, Any]]
     two_streams: bool
     device: torch.device | None = None
+    every_token: bool = False
     _visit: BlockVisit | None = field(default=None, init=False)
 
     def run(
@@ -98,7 +100,7 @@ class Lockstep:
         here = {worker: pause for worker, pause in waiting.items() if pause.kind == "block" and pause.key == index}
         past = {worker: pause for worker, pause in waiting.items() if worker not in here}
         visitor.enter(index)
-        self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines)
+        self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines, self.every_token)
         with self._brought(self.blocks[index]):
             here = self._visit.run(here, visitor, finisher)
         if index + 1 < len(self.blocks):

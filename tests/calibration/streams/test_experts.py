@@ -88,7 +88,7 @@ def targets(model, without=()):
     ]
 
 
-def run(two_streams=True, scale=0.2, without=()):
+def run(two_streams=True, scale=0.2, without=(), every_token=False):
     model = Model().eval()
     samples = [{"x": torch.randn(1, n, HIDDEN, generator=torch.Generator().manual_seed(n))} for n in (9, 14)]
     linears = targets(model, without)
@@ -99,7 +99,7 @@ def run(two_streams=True, scale=0.2, without=()):
         for name, each in block.items()
     }
     recorder = Recorder(weights)
-    Lockstep(model, list(model.layers), linears, samples, two_streams).run(recorder)
+    Lockstep(model, list(model.layers), linears, samples, two_streams, every_token=every_token).run(recorder)
     return model, samples, recorder
 
 
@@ -208,3 +208,26 @@ def test_an_expert_that_stays_dense_is_not_asked_for():
         for each in here:
             if each.stream == QUANTIZED:
                 torch.testing.assert_close(each.inputs, wanted[name, each.sample], rtol=1e-4, atol=1e-5)
+
+
+def test_all_tokens_can_be_shown_to_every_expert():
+    model, samples, recorder = run(every_token=True)
+    _, _, routed = run()
+    with torch.no_grad():
+        both = {DENSE: model, QUANTIZED: quantized(Model().eval(), recorder.weights)}
+        for key, (linears, arrivals) in recorder.seen.items():
+            given = {(a.sample, a.stream): a.given.inputs for a in arrivals}
+            wanted = {(a.sample, a.stream): a.given.inputs for a in routed.seen[key][1]}
+            assert all(torch.equal(rows, wanted[who]) for who, rows in given.items())  # the model is the same
+            for expert, (_, here) in zip(linears.names, arrivals_by_expert(linears, arrivals)):
+                for each in here:
+                    assert torch.equal(each.tokens, torch.arange(samples[each.sample]["x"].shape[1]))
+                    before = f"{linears.key.partition('.*')[0]}.*.gate_up_proj"
+                    first = next(
+                        a for a in recorder.seen[before][1] if (a.sample, a.stream) == (each.sample, each.stream)
+                    )
+                    rows = first.given.inputs
+                    if not linears.first:
+                        module = both[each.stream].get_submodule(linears.key.partition(".*")[0])
+                        rows = module.between(module.linear(expert, "gate_up_proj")(rows))
+                    torch.testing.assert_close(each.inputs, rows, rtol=1e-4, atol=1e-5)
