@@ -24,7 +24,7 @@ class SweptBlock:
         gradient: ``E H`` of these columns, [out, width], contiguous; may be overwritten.
         value: Q, all columns, [out, in].
         error: ``E = T − Q``, all columns, [out, in]; those of the block are brought up to date.
-        hessian: damped H [in, in].
+        local: damped H of these columns, [width, width].
     """
 
     fit: WeightFit
@@ -32,7 +32,7 @@ class SweptBlock:
     gradient: Float[Tensor, "out width"]
     value: Float[Tensor, "out in"]
     error: Float[Tensor, "out in"]
-    hessian: Float[Tensor, "in in"]
+    local: Float[Tensor, "width width"]
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -62,7 +62,7 @@ def descend_signs(
     error = target - value
     for k, (start, end) in enumerate(block_bounds(target.shape[1], fit.settings.block_size)):
         gradient = error @ hessian[:, start:end]
-        (sweep or sweep_block)(SweptBlock(fit, k, gradient, value, error, hessian))
+        (sweep or sweep_block)(SweptBlock(fit, k, gradient, value, error, hessian[start:end, start:end]))
 
 
 def sweep_block(block: SweptBlock) -> None:
@@ -71,7 +71,7 @@ def sweep_block(block: SweptBlock) -> None:
     picker = LevelPicker(fit.row_scale[:, block.index], fit.settings.base_planes)
     gradient = block.gradient.T.contiguous()  # [width, out]
     current = block.value[:, start:end].T.contiguous()
-    local = block.hessian[start:end, start:end]
+    local = block.local
     diagonal, salient = local.diagonal().tolist(), fit.salient[start:end].tolist()
     before = current.clone()
     for j in range(end - start):
