@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,19 @@ def output_error(
     return above / below if below > 0 else 0.0
 
 
+def require_finite(error: float, name: str) -> None:
+    """Refuse what a solver found for a layer where its error is no number.
+
+    Raises:
+        NonFiniteError: it is NaN or inf.
+    """
+    if not math.isfinite(error):
+        raise NonFiniteError(
+            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
+            f"leave it dense with modules_to_not_convert={[name]!r}."
+        )
+
+
 def solve(
     weight: Float[Tensor, "out in"],
     statistics: InputStatistics,
@@ -79,11 +93,32 @@ def solve(
         SingularHessianError: see `factor_hessian`.
     """
     W = weight.detach().to(statistics.hessian.device, torch.float32)
+
+    def found(W: Tensor, power: int) -> Solution:
+        return _solve(W, with_outputs_scaled(statistics, power) if power else statistics, settings, name, loops)
+
+    return solve_rescaled(W, found, settings, name)
+
+
+def solve_rescaled(
+    W: Float[Tensor, "out in"], solver: Callable[[Tensor, int], Solution], settings: LayerSettings, name: str
+) -> Solution:
+    """Solve a weight in a scale in which fp32 holds its squares.
+
+    Args:
+        W: fp32.
+        solver: of ``W · 2^power``, given that and the power.
+        settings: see `LayerSettings`.
+        name: the module's name, for messages.
+
+    Raises:
+        NonFiniteError, ConfigError: see `check_magnitude`.
+    """
     check_magnitude(W, settings.row_scale, name)
     power = extreme_power(W)
     if not power:
-        return _solve(W, statistics, settings, name, loops)
-    found = _solve(times_power(W, -power), with_outputs_scaled(statistics, -power), settings, name, loops)
+        return solver(W, 0)
+    found = solver(times_power(W, -power), -power)
     scale = round_row_scale(times_power(found.planes.row_scale, power), settings.row_scale)
     return replace(found, planes=replace(found.planes, row_scale=scale))
 
@@ -122,11 +157,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
     planes = fit.planes()
     with part("errors"):
         error = output_error(target, planes.dequantize(), statistics.hessian)
-    if not math.isfinite(error):
-        raise NonFiniteError(
-            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
-            f"leave it dense with modules_to_not_convert={[name]!r}."
-        )
+    require_finite(error, name)
     return Solution(planes, error, significance, alpha)
 
 
