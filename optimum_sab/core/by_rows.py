@@ -121,7 +121,7 @@ def _fit(
 ) -> tuple[WeightFit, Tensor | None]:
     """Plain planes, and what their outputs miss, ``E X̂ᵀ``; None without a refit."""
     settings, loops = how
-    fit = forward_pass(target, factored, error_weight, settings, loops)
+    fit = forward_pass(target, factored, error_weight, settings, loops, loops.fit)
     if not settings.refit:
         return fit, None
     miss = outputs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from optimum_sab.core.alternating import fit_block
-from optimum_sab.core.columns import ColumnLoops
+from optimum_sab.core.columns import ColumnLoops, Fit
 from optimum_sab.core.feedback import block_feedback
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import WeightFit, block_bounds
@@ -29,7 +29,12 @@ class Factors(Protocol):
 
 
 def forward_pass(
-    target: Tensor, factored: Factors, error_weight: Tensor, settings: LayerSettings, loops: ColumnLoops
+    target: Tensor,
+    factored: Factors,
+    error_weight: Tensor,
+    settings: LayerSettings,
+    loops: ColumnLoops,
+    block_fit: Fit = fit_block,
 ) -> WeightFit:
     """Fit block after block, each on what the error feedback of the earlier ones made of it.
 
@@ -39,6 +44,7 @@ def forward_pass(
         error_weight: Λ² of the alternating fit, [in]; dead columns weigh nothing, whatever it says.
         settings: see `LayerSettings`.
         loops: what goes from column to column.
+        block_fit: the alternating fit.
 
     Returns:
         Scales as stored; the signs are chosen.
@@ -56,7 +62,7 @@ def forward_pass(
         if not bool((weight > 0).any()):
             weight = (~factored.dead[start:end]).float()
         with part("alternating fit"):
-            fit = fit_block(block, weight[None], salient, settings)
+            fit = block_fit(block, weight[None], salient, settings)
         fit.column_scale = round_column_scale(fit.column_scale.masked_fill(factored.dead[start:end], 0.0))
         fit.row_scale = round_row_scale(fit.row_scale[:, None], settings.row_scale)[:, 0]
         corner = U[start:end, start:end]

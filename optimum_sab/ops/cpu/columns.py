@@ -17,6 +17,7 @@ from optimum_sab.core.hessian import factor_hessian
 from optimum_sab.core.planes import BlockFit, WeightFit, block_bounds
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn
+from optimum_sab.ops.cpu.block_fit import fit_on_cpu
 from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_library
 from optimum_sab.ops.cpu.trellis import search_on_cpu
 
@@ -55,9 +56,9 @@ def column_loops(device: torch.device) -> ColumnLoops:
         return IN_TORCH
     build = _build()
     return (
-        replace(IN_TORCH, search=search_on_cpu)
+        replace(IN_TORCH, search=search_on_cpu, fit=fit_on_cpu)
         if build.library is None
-        else ColumnLoops(_feedback, _sweep, search_on_cpu)
+        else ColumnLoops(_feedback, _sweep, search_on_cpu, fit_on_cpu)
     )
 
 
