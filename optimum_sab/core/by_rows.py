@@ -14,7 +14,7 @@ from optimum_sab.core.factored_rows import FactoredRows, factor_rows, gram_facto
 from optimum_sab.core.forward_pass import forward_pass
 from optimum_sab.core.hessian import singular
 from optimum_sab.core.parts import part
-from optimum_sab.core.planes import WeightFit, block_bounds
+from optimum_sab.core.planes import WeightFit
 from optimum_sab.core.refit_by_rows import RowOutputs, refit_row_scale
 from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.rows import WeightedRows
@@ -125,10 +125,11 @@ def _fit(
     if not settings.refit:
         return fit, None
     miss = outputs
+    inside = [factored.local(start, end) for start, end in fit.bounds] if settings.sweeps else []
     for sweep in range(settings.sweeps + 1):
         if sweep:
             with part("descent"):
-                _descend(fit, target, miss, factored, loops)
+                _descend(fit, target, miss, factored, (inside, loops))
         with part("refit"):
             made = RowOutputs.of(fit, factored)
             found = refit_row_scale(fit, made, target, outputs, factored)
@@ -137,13 +138,16 @@ def _fit(
     return fit, miss
 
 
-def _descend(fit: WeightFit, target: Tensor, miss: Tensor, factored: FactoredRows, loops: ColumnLoops) -> None:
-    """`descend_signs`, with ``E H = (E X̂ᵀ) X̂ + λ E``; ``miss`` is E X̂ᵀ."""
-    value = fit.dequantize()
-    error = target - value
-    for k, (start, end) in enumerate(block_bounds(target.shape[1], fit.settings.block_size)):
-        X, before = factored.rows[:, start:end], error[:, start:end].clone()
-        gradient = torch.addmm(before, miss, X, beta=factored.ridge)
-        loops.sweep(SweptBlock(fit, k, gradient, value, error, factored.local(start, end)))
+def _descend(
+    fit: WeightFit, target: Tensor, miss: Tensor, factored: FactoredRows, how: tuple[list[Tensor], ColumnLoops]
+) -> None:
+    """`descend_signs`, with ``E H = (E X̂ᵀ) X̂ + λ E``; ``miss`` is E X̂ᵀ, and ``how`` begins with H of every block."""
+    inside, loops = how
+    for k, (start, end) in enumerate(fit.bounds):
+        X, value = factored.rows[:, start:end], fit.block(k)
+        error = target[:, start:end] - value
+        before = error.clone()
+        gradient = torch.addmm(error, miss, X, beta=factored.ridge)
+        loops.sweep(SweptBlock(fit, k, gradient, value, error, inside[k]))
         if end < target.shape[1]:
-            miss = torch.addmm(miss, error[:, start:end] - before, X.T)
+            miss = torch.addmm(miss, error.sub_(before), X.T)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.factored_rows import FactoredRows
-from optimum_sab.core.planes import WeightFit, block_bounds, block_sums
+from optimum_sab.core.planes import WeightFit
 from optimum_sab.core.refit import RIDGE
 
 if TYPE_CHECKING:
@@ -21,36 +21,33 @@ class RowOutputs:
     """``v X̂ᵀ`` of every basis vector v: a plane's signs times c inside one block.
 
     Attributes:
-        made: [planes · blocks, out, rows].
+        made: [out, planes · blocks, rows].
         columns: of every plane and block, the columns that it has.
     """
 
-    made: Float[Tensor, "basis out rows"]
+    made: Float[Tensor, "out basis rows"]
     columns: list[list[Tensor | slice]]
 
     @classmethod
     def of(cls, fit: WeightFit, factored: FactoredRows) -> RowOutputs:
         """Of a fit's signs and column scales."""
         X = (factored.rows * fit.column_scale).T.contiguous()  # [in, rows]
-        bounds = block_bounds(X.shape[0], fit.settings.block_size)
+        bounds = fit.bounds
         out = fit.signs[0].shape[0]
-        made = X.new_empty(len(fit.signs) * len(bounds), out, X.shape[1])
+        made = X.new_empty(out, len(fit.signs) * len(bounds), X.shape[1])
         everywhere: list[Tensor | slice] = [slice(start, end) for start, end in bounds]
         salient: list[Tensor | slice] = [start + fit.salient[start:end].nonzero()[:, 0] for start, end in bounds]
         base = fit.settings.base_planes
         columns = [everywhere if p < base else salient for p in range(len(fit.signs))]
         for p, sign in enumerate(fit.signs):
             for k, own in enumerate(columns[p]):
-                torch.mm(sign[:, own], X[own], out=made[p * len(bounds) + k])
+                torch.mm(sign[:, own], X[own], out=made[:, p * len(bounds) + k])
         return cls(made, columns)
 
     def missed(self, fit: WeightFit, outputs: Float[Tensor, "out rows"]) -> Float[Tensor, "out rows"]:
         """``E X̂ᵀ``: what the planes' outputs miss of the target's."""
-        scale = fit.row_scale.flatten(0, 1)
-        miss = outputs.clone()
-        for made, each in zip(self.made, scale, strict=True):
-            miss.addcmul_(made, each[:, None], value=-1.0)
-        return miss
+        scale = fit.row_scale.flatten(0, 1).T[:, None]  # [out, 1, K]
+        return outputs - (scale @ self.made)[:, 0]
 
 
 def refit_row_scale(
@@ -70,19 +67,18 @@ def refit_row_scale(
         factored: the damped Hessian.
     """
     planes, blocks = fit.row_scale.shape[:2]
-    by_row = outputs.made.transpose(0, 1)  # [out, K, rows]
-    gram = by_row @ by_row.mT
-    right = (by_row @ wanted[:, :, None])[:, :, 0]
+    gram = outputs.made @ outputs.made.mT
+    right = (outputs.made @ wanted[:, :, None])[:, :, 0]
     k = torch.arange(blocks, device=gram.device)
-    size = fit.settings.block_size
-    scaled = target * fit.column_scale
     for p in range(planes):
-        right[:, p * blocks + k] += factored.ridge * block_sums(fit.signs[p] * scaled, size)
+        own = outputs.columns[p]
+        pull = [(fit.signs[p][:, part] * target[:, part]) @ fit.column_scale[part] for part in own]
+        right[:, p * blocks + k] += factored.ridge * torch.stack(pull, 1)
         for q in range(p, planes):
-            own = _products(fit, outputs.columns[q], p, q).mul_(factored.ridge)
-            gram[:, p * blocks + k, q * blocks + k] += own
+            both = _products(fit, outputs.columns[q], p, q).mul_(factored.ridge)
+            gram[:, p * blocks + k, q * blocks + k] += both
             if p != q:
-                gram[:, q * blocks + k, p * blocks + k] += own
+                gram[:, q * blocks + k, p * blocks + k] += both
     diagonal = gram.diagonal(dim1=1, dim2=2)
     floor = diagonal.amax(1, keepdim=True) * 1e-8 + torch.finfo(gram.dtype).tiny
     diagonal.add_(RIDGE * diagonal + floor)

@@ -130,13 +130,14 @@ def sweep(library: ctypes.CDLL, block: SweptBlock) -> None:
     local, scale = block.local, fit.column_scale[start:end]
     described = _Described(picker, scale, fit.salient[start:end], local, local.diagonal())
     gradient = block.gradient.contiguous()
-    columns = [each[:, start:end] for each in (block.value, block.error)]
+    assert block.value.stride() == block.error.stride()
     signs = _signs([sign[:, start:end] for sign in fit.signs], fit.signs[0].stride(0))
     _check(
         library.sab_descend(
             ctypes.byref(described.block),
             gradient.data_ptr(),
-            *(each.data_ptr() for each in columns),
+            block.value.data_ptr(),
+            block.error.data_ptr(),
             block.value.stride(0),
             ctypes.byref(signs),
             torch.get_num_threads(),
@@ -213,7 +214,8 @@ def _agrees(library: ctypes.CDLL) -> bool:
             for index in range(3):
                 start, end = block_bounds(width, settings.block_size)[index]
                 H = factored.hessian[:, start:end]
-                run(SweptBlock(fit, index, error @ H, value, error, H[start:end]))
+                inside = (value[:, start:end], error[:, start:end], H[start:end])
+                run(SweptBlock(fit, index, error @ H, *inside))
             swept.append((*fit.signs, error))
         if not all(map(torch.equal, *swept)):
             return False
