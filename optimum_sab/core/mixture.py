@@ -94,11 +94,11 @@ def mixed_by(own: InputStatistics, shared: InputStatistics, share: float) -> Inp
 
 def _mixed(own: WeightedMoments | None, shared: WeightedMoments | None, share: float) -> WeightedMoments:
     """``w`` times one and ``1 − w`` times the other; what is not there counts as zero."""
-    parts = [
+    hessian, drift, residual = (
         _sum(getattr(own, name, None), getattr(shared, name, None), share) for name in ("hessian", "drift", "residual")
-    ]
-    assert parts[0] is not None
-    return WeightedMoments(*parts)
+    )
+    assert hessian is not None
+    return WeightedMoments(hessian, drift, residual)
 
 
 def _sum(own: Tensor | None, shared: Tensor | None, share: float, alone: bool = False) -> Tensor | None:

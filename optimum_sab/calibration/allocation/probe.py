@@ -112,7 +112,8 @@ class _Probe:
             device = self._device or members[free[0]].weight.device
             with part("statistics"):
                 pairs = self._gathering.pairs(pooled_arrivals(linears, arrivals))
-                statistics = self._gathering.statistics({linears.key: members[free[0]].weight}, pairs, (), device)
+                weights = {name: members[name].weight for name in free}
+                statistics = self._gathering.statistics(weights, pairs, (), device)
             for name in free:
                 self.found.groups.append((name,))
                 self._measure(self._settings[name], {name: members[name].weight}, statistics)

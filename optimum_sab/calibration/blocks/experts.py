@@ -19,13 +19,15 @@ from optimum_sab.calibration.streams.experts import (
     pooled_arrivals,
 )
 from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.many import solve_many
+from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError
 from optimum_sab.ops.cpu.columns import column_loops
 
+ENOUGH = 2  # tokens for each column, from which on an expert's own are all that counts (core/mixture.py)
 ROOM = 2**30  # bytes of statistics that wait to be solved together
 Solved = tuple[BinaryPlanes, float, ModalityRows]
 
@@ -78,6 +80,7 @@ class _Experts:
     def __init__(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival], block: ExpertsToSolve) -> None:
         self._linears, self._arrivals, self._block = linears, arrivals, block
         self._shared: InputStatistics | None = None
+        self._width = int(arrivals[0].given.inputs.shape[-1])
         self._mixed = 0
 
     def solved(self) -> SolvedExperts:
@@ -97,15 +100,18 @@ class _Experts:
         device = self._block.device
         for name, here in arrivals_by_expert(self._linears, self._arrivals):
             pairs = self._block.gathering.pairs(here)
-            own = None
+            own = InputStatistics.without_data(self._width, device)
             if any(bool((pair.quantized != 0).any()) for pair in pairs):
                 with part("statistics"):
                     own = self._of(name, pairs)
-            if own is None:
-                self._mixed += 1
-                yield name, {}, self.shared, ModalityRows({})
-            else:
-                yield name, own.tokens, own, ModalityRows.of(pairs, device)
+            yield name, own.tokens, self._with_others(own), ModalityRows.of(pairs, device)
+
+    def _with_others(self, own: InputStatistics) -> InputStatistics:
+        """With what came to the others, where there is too little to tell all columns apart by."""
+        if sum(own.tokens.values()) >= ENOUGH * self._width:
+            return own
+        self._mixed += 1
+        return mixed_statistics(own, self.shared, ENOUGH * self._width)
 
     @property
     def shared(self) -> InputStatistics:
@@ -122,17 +128,22 @@ class _Experts:
         return self._shared
 
     def _of(self, name: str, pairs: Sequence[PairedInputs]) -> InputStatistics:
-        settings, weight = self._block.settings[name], self._block.linears[name].weight
-        return self._block.gathering.statistics({self._linears.key: weight}, pairs, [settings], self._block.device)
+        weights = {each: self._block.linears[each].weight for each in self._linears.names.values()}
+        settings = [self._block.settings[name]]
+        return self._block.gathering.statistics(weights, pairs, settings, self._block.device)
 
     def _solve(self, waiting: Mapping[str, tuple[InputStatistics, ModalityRows]]) -> dict[str, Solved]:
+        """Those with the same settings together."""
         found: dict[str, Solved] = {}
         device = self._block.device
-        for name, (statistics, rows) in waiting.items():
-            weight = self._block.linears[name].weight.to(device, torch.float32)
+        for settings in dict.fromkeys(self._block.settings[name] for name in waiting):
+            names = [name for name in waiting if self._block.settings[name] == settings]
+            weights = [self._block.linears[name].weight.to(device) for name in names]
+            statistics = [waiting[name][0] for name in names]
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
-                solution = solve(weight, statistics, self._block.settings[name], name, column_loops(device))
-            found[name] = solution.planes, solution.error, rows
+                solutions = solve_many(weights, statistics, settings, names, column_loops(device))
+            for name, solution in zip(names, solutions, strict=True):
+                found[name] = solution.planes, solution.error, waiting[name][1]
         return found
 
 

@@ -51,6 +51,8 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
         arrivals: of one group of linears.
         modalities: of every sample's tokens, those of samples that did not arrive included.
     """
+    if not arrivals:
+        return []
     dense = {a.sample: a for a in arrivals if a.stream == DENSE}
     quantized = {a.sample: a for a in arrivals if a.stream != DENSE}
     if any(a.tokens is not None for a in arrivals):
@@ -86,10 +88,12 @@ def _by_token(
         return PairedInputs(rows, None, found, None, routed)
     other = rows.clone()
     if dense is not None and dense.tokens is not None:
-        last = int(torch.cat([tokens, dense.tokens]).max())
+        mine = tokens if quantized.keys is None else quantized.keys
+        theirs = dense.tokens if dense.keys is None else dense.keys
+        last = int(torch.cat([mine, theirs]).max())
         place = torch.full((last + 1,), -1, dtype=torch.long, device=rows.device)
-        place[dense.tokens] = torch.arange(dense.rows, device=rows.device)
-        at = place[tokens]
+        place[theirs] = torch.arange(dense.rows, device=rows.device)
+        at = place[mine]
         other[at >= 0] = dense.inputs[at[at >= 0]]
     return PairedInputs(rows, other, found, None, routed)
 

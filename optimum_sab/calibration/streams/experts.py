@@ -80,15 +80,18 @@ class RoutedArrival:
         [here] = torch.where(routing.experts == expert)
         return self._arrival(self.given.inputs[here // routing.repeats(self.given.inputs)], routing.token[here])
 
-    def pooled(self) -> Arrival:
-        """What comes to any expert, each row once."""
+    def pooled(self, linears: ExpertLinears) -> Arrival:
+        """What comes to any expert, each row once: a token, or a token at an expert."""
         routing, inputs = self.given.routing, self.given.inputs
-        if inputs.shape[0] == routing.tokens and routing.top_k:
+        if linears.first:
             return self._arrival(inputs, torch.arange(inputs.shape[0], device=inputs.device))
-        return self._arrival(inputs, routing.token)
+        count = len(linears.module)
+        [here] = torch.where((routing.experts >= 0) & (routing.experts < count))
+        tokens = routing.token[here]
+        return self._arrival(inputs[here], tokens, tokens * count + routing.experts[here])
 
-    def _arrival(self, rows: Tensor, tokens: Tensor) -> Arrival:
-        return Arrival(self.sample, self.stream, rows, None, self.entered, self.company, tokens)
+    def _arrival(self, rows: Tensor, tokens: Tensor, keys: Tensor | None = None) -> Arrival:
+        return Arrival(self.sample, self.stream, rows, None, self.entered, self.company, tokens, keys)
 
 
 def expert_linears(block: nn.Module, start: str, selected: Mapping[str, nn.Linear]) -> list[ExpertLinears]:
@@ -121,12 +124,12 @@ def arrivals_by_expert(
     for expert, name in linears.names.items():
         here = [each.at(expert, linears.first and each.stream == DENSE) for each in arrivals]
         routed = {each.sample for each in here if each.rows and each.stream != DENSE}
-        yield name, [each for each in here if each.sample in routed and each.rows]
+        yield name, [each for each in here if each.sample in routed and (each.rows or each.stream == DENSE)]
 
 
 def pooled_arrivals(linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> list[Arrival]:
-    """What comes to any of the experts. Where rows are pairs, those of the streams are not of the same experts."""
-    return [each.pooled() for each in arrivals if linears.first or each.stream != DENSE]
+    """What comes to any of the experts."""
+    return [each.pooled(linears) for each in arrivals]
 
 
 def solve_one_by_one(visitor: Visitor, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> dict[str, Tensor]:

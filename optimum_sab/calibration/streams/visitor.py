@@ -28,6 +28,7 @@ class Arrival:
         entered: rows of hidden states that the block was called with; an expert is given fewer.
         company: samples that came to the block; 0 where that is not known.
         tokens: which of the sample's tokens the rows are of, [rows]; None where they are all, in order.
+        keys: by which a row is known in the other stream, [rows], where that is not its token alone.
     """
 
     sample: int
@@ -37,6 +38,7 @@ class Arrival:
     entered: int = 0
     company: int = 0
     tokens: Tensor | None = None
+    keys: Tensor | None = None
 
     @property
     def rows(self) -> int:

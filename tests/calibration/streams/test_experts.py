@@ -187,14 +187,23 @@ def test_one_stream_has_no_pairs():
             assert all(pair.dense is None for pair in pair_streams(here, modalities))
 
 
-def test_what_is_pooled_has_every_row_once():
+def test_what_is_pooled_has_every_row_once_and_those_of_one_expert_side_by_side():
     _, samples, recorder = run()
+    modalities = [TokenModalities(("text",), torch.zeros(s["x"].shape[1], dtype=torch.long)) for s in samples]
     for linears, arrivals in recorder.seen.values():
-        pooled = pooled_arrivals(linears, arrivals)
-        each = [s["x"].shape[1] for s in samples]
-        rows = sum(a.rows for a in pooled if a.stream == QUANTIZED)
-        assert rows == sum(each) * (1 if linears.first else TOP_K)
-        assert any(a.stream == DENSE for a in pooled) == linears.first
+        dense = {a.sample: a.given for a in arrivals if a.stream == DENSE}
+        mine = {a.sample: a.given for a in arrivals if a.stream == QUANTIZED}
+        pairs = pair_streams(pooled_arrivals(linears, arrivals), modalities)
+        for (sample, given), pair in zip(mine.items(), pairs, strict=True):
+            assert torch.equal(pair.quantized, given.inputs)
+            if linears.first:
+                assert torch.equal(pair.dense, dense[sample].inputs)
+                continue
+            theirs = dense[sample].routing
+            for row in range(pair.quantized.shape[0]):
+                at = (theirs.token == row // TOP_K) & (theirs.experts == given.routing.experts[row])
+                wanted = dense[sample].inputs[at][0] if at.any() else pair.quantized[row]
+                assert torch.equal(pair.dense[row], wanted)
 
 
 def test_an_expert_that_stays_dense_is_not_asked_for():
