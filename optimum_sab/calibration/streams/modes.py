@@ -1,4 +1,4 @@
-"""The modes in which a model is only read."""
+"""The modes in which a model is only read, or put back as it was."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from optimum_sab.nn.linear import SABLinear
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
@@ -27,3 +29,29 @@ def reading(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(was_training)
+
+
+@contextmanager
+def modules_kept(model: nn.Module) -> Iterator[None]:
+    """Outside, modules are as they were: attributes, parameters, buffers (what is in them too) and submodules.
+
+    So are forwards, hooks and modes. What is in parameters is not looked at. Packed layers keep what they compute with,
+    which is theirs to look after.
+    """
+    modules = [module for module in model.modules() if not isinstance(module, SABLinear)]
+    kept = [(module, dict(vars(module)), [dict(vars(module)[name]) for name in _HELD]) for module in modules]
+    contents = {id(b): (b, b.clone()) for b in model.buffers() if not b.is_meta}
+    try:
+        yield
+    finally:
+        for module, attributes, held in kept:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, before in zip(_HELD, held, strict=True):
+                attributes[name].clear()
+                attributes[name].update(before)
+        for buffer, content in contents.values():
+            buffer.copy_(content)
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
