@@ -1,8 +1,8 @@
 """The rehearsal before a weight is read: the model's own forward, as far as it can be judged without its weights.
 
 The forward runs twice at most with packed layers and twice with dense ones, with different stand-ins. What fails with
-packed layers and not with dense ones is the packed layers' doing. What fails with dense ones, in the same words whatever
-stands in, is the sample's or the installation's. Everything else is left to the rehearsal of the loaded model.
+packed layers and not with dense ones is the packed layers' doing. What fails with dense ones, in the same words
+whatever stands in, is the sample's or the installation's. Everything else is left to the rehearsal of the loaded model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from optimum_sab.calibration.rehearsal import (
     Rehearsed,
@@ -22,14 +22,16 @@ from optimum_sab.calibration.rehearsal import (
     random_state_kept,
     refusal,
 )
-from optimum_sab.calibration.stand_ins import PLAIN, VARIED, standing_in
+from optimum_sab.calibration.stand_ins import PLAIN, VARIED, UnjudgedError, standing_in
 from optimum_sab.calibration.streams.modes import reading
-from optimum_sab.calibration.streams.observation import Observation
+from optimum_sab.calibration.streams.observation import Observation, told
 from optimum_sab.calibration.streams.patching import patched_forwards
+from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.errors import CalibrationError
-from optimum_sab.nn.decoder import behind_number
 from optimum_sab.nn.selection import Selection
+
+_TOKENS = 16  # that packed layers compute: a 7B block of 300 takes seconds on one core
 
 
 def rehearse_unloaded(
@@ -52,13 +54,15 @@ def rehearse_unloaded(
     Raises:
         CalibrationError: the loaded model cannot compute with packed layers, or does not read the sample.
     """
+    own = {name: each.detach().clone() if isinstance(each, Tensor) else each for name, each in sample.items()}
+    sample = map_tensors(own, torch.device("cpu"))
     refused: list[CalibrationError] = []
     with random_state_kept():
         for values in (PLAIN, VARIED):
             try:
                 with standing_in(model, values), reading(model):  # reading puts one mode back for all
                     found = _tried(model, selection, sample)
-            except _UnjudgedError:
+            except UnjudgedError:
                 return False
             if found is None:
                 return True
@@ -74,16 +78,12 @@ class _Enough(BaseException):
     """All blocks that are tried have computed. No model catches it."""
 
 
-class _UnjudgedError(Exception):
-    """It cannot be known without the weights."""
-
-
 def _tried(model: nn.Module, selection: Selection, sample: Mapping[str, Any]) -> CalibrationError | None:
     """What a dense model refuses; None where packed layers compute.
 
     Raises:
         CalibrationError: a dense model computes, and a packed one does not.
-        _UnjudgedError: they do not find room.
+        UnjudgedError: they do not find room.
     """
     refused = _packed(model, selection, sample)
     if refused is None:
@@ -93,21 +93,33 @@ def _tried(model: nn.Module, selection: Selection, sample: Mapping[str, Any]) ->
     dense = seen.forward(partial(_forward, model, blocks, sample, ()), {}, linears)
     if dense is not None:
         return dense
-    others = selection.without(_left_dense(selection, seen))
-    if others.settings:
-        if len(others.settings) < len(selection.settings):
-            refused = _packed(model, others, sample)
-        if refused is None:
-            return None
+    left = seen.unfit(list(selection.settings), selection.blocks)
+    others = selection.without({name for names in left.values() for name in names})
+    if not others.settings:
+        raise CalibrationError(f"nothing is left to binarize in {type(model).__name__}: {told(left)}")
+    if len(others.settings) < len(selection.settings):  # these stay dense, which is said when the model is loaded
+        refused = _packed(model, others, sample)
+    if refused is None:
+        return None
     if _no_room(refused.__cause__):
-        raise _UnjudgedError
+        raise UnjudgedError
     raise refused
 
 
 def _packed(model: nn.Module, selection: Selection, sample: Mapping[str, Any]) -> CalibrationError | None:
     blocks = one_of_each_kind(decoder_targets(model, selection))
     with packed_in_place(model, blocks, selection.settings, None) as packed:
-        return _forward(model, blocks, sample, packed)
+        layers = [model.get_submodule(name) for name in packed]
+        with patched_forwards({each: partial(_on_first_tokens, each.forward) for each in layers}):
+            return _forward(model, blocks, sample, packed)
+
+
+def _on_first_tokens(own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """What a packed layer gives for the first tokens; the others get zeros, as they would from a new model."""
+    rows = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    y = own(rows[:_TOKENS])
+    rest = y.new_zeros(rows.shape[0] - y.shape[0], y.shape[1])
+    return torch.cat([y, rest]).view(*x.shape[:-1], y.shape[1])
 
 
 def _forward(
@@ -137,13 +149,6 @@ def _ending_behind(blocks: Sequence[nn.Module]) -> Iterator[None]:
 
     with patched_forwards({block: ending(block, block.forward) for block in blocks}):
         yield
-
-
-def _left_dense(selection: Selection, seen: Observation) -> set[str]:
-    """Linears that a model does more with than to call them once, in all blocks."""
-    found = {*seen.read, *(name for name, count in seen.called.items() if count > 1)}
-    alike = {behind_number(name, selection.blocks) for name in found}
-    return {name for name in selection.settings if behind_number(name, selection.blocks) in alike}
 
 
 def _no_room(cause: BaseException | None) -> bool:

@@ -17,6 +17,10 @@ from optimum_sab.calibration.streams.modes import modules_kept
 _SPREAD = 0.02  # of varied values, as weights of language models have it
 
 
+class UnjudgedError(Exception):
+    """What a model does cannot be known without its weights."""
+
+
 @dataclass(frozen=True)
 class Values:
     """What stands in.
@@ -44,13 +48,19 @@ def standing_in(model: nn.Module, values: Values) -> Iterator[None]:
     Args:
         model: its class initializes buffers with ``initialize_weights``, as Transformers' do, where any is on meta.
         values: what stands in.
+
+    Raises:
+        UnjudgedError: the model does not make its buffers in this way, or there is no room.
     """
     with modules_kept(model):
-        maker = _Maker(model, values)
-        for module in model.modules():
-            maker.replace(module)
-        if maker.buffers:
-            model.initialize_weights()  # type: ignore[operator]
+        try:
+            maker = _Maker(model, values)
+            for module in model.modules():
+                maker.replace(module)
+            if maker.buffers:
+                model.initialize_weights()  # type: ignore[operator]
+        except Exception as error:  # a model's own code, written for whole models
+            raise UnjudgedError from error
         yield
 
 
@@ -61,12 +71,10 @@ class _Maker:
         waiting = [each for each in model.parameters() if each.is_meta]
         self._values = values
         self._made: dict[int, Any] = {}
-        if values.varied:
-            rows = max((each.shape[0] for each in waiting if each.dim()), default=1)
-            self._rows = torch.randn(rows, generator=torch.Generator().manual_seed(0)) * _SPREAD
-        else:
-            largest = max((each.numel() * self._dtype(each).itemsize for each in waiting), default=0)
-            self._zeros = torch.from_numpy(np.zeros(largest, np.uint8))
+        rows = max((each.shape[0] for each in waiting if each.dim()), default=0)
+        self._rows = torch.randn(rows, generator=torch.Generator().manual_seed(0)) * _SPREAD
+        largest = max((each.numel() * self._dtype(each).itemsize for each in waiting), default=0)
+        self._zeros = torch.from_numpy(np.zeros(largest, np.uint8))
         self.buffers = 0
 
     def replace(self, module: nn.Module) -> None:
@@ -80,7 +88,7 @@ class _Maker:
                 self.buffers += 1
         weight = module._parameters.get("weight")
         if type(module).forward is nn.Linear.forward and weight is not None and hasattr(weight, _MARK):
-            module.forward = partial(_row_by_row, module, module.forward)
+            module.forward = partial(_cheaply, module, module.forward, self._values.varied)
 
     def _once(self, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
         if id(tensor) not in self._made:
@@ -93,9 +101,9 @@ class _Maker:
         return stand_in
 
     def _content(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if self._values.varied and shape:
+        if self._values.varied and len(shape) in (1, 2):
             rows = self._rows[: shape[0]].to(dtype)
-            return rows.view(-1, *[1] * (len(shape) - 1)).expand(shape) if len(shape) > 1 else rows + 1
+            return rows[:, None].expand(shape) if len(shape) == 2 else rows + 1
         if len(shape) < 2:
             return torch.ones(shape, dtype=dtype)
         return self._zeros[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
@@ -110,11 +118,18 @@ class _Maker:
 _MARK = "_is_hf_initialized"  # Transformers leaves alone what bears it
 
 
-def _row_by_row(linear: nn.Linear, own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """The linear's output where every row of its weight is one value: so one sum serves all rows."""
-    weight = linear.weight
+def _cheaply(linear: nn.Linear, own: Callable[[Tensor], Tensor], varied: bool, x: Tensor) -> Tensor:
+    """The linear's output where every row of its weight is one value, so that one row stands for all."""
+    weight, bias = linear.weight, linear.bias
     try:
-        y = nn.functional.linear(x, weight.new_ones(1, linear.in_features)) * weight[:, 0]
-        return y if linear.bias is None else y + linear.bias
+        row = nn.functional.linear(x, weight.new_ones(1, linear.in_features))
+        if varied:
+            y = row * weight[:, 0]
+            return y if bias is None else y + bias
+        return row.new_zeros(*row.shape[:-1], linear.out_features) if bias is None else _repeated(bias, row.shape[:-1])
     except Exception:  # what does not fit is told by the linear itself
         return own(x)
+
+
+def _repeated(row: Tensor, shape: torch.Size) -> Tensor:
+    return row.expand(*shape, -1).contiguous()

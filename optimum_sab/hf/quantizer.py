@@ -109,7 +109,8 @@ class SABHfQuantizer(HfQuantizer):
             origin = origin_of(model)
             with warnings_heard() as self._heard:
                 warn_of_dense(model, selection)
-                self._stages = check_before_loading(model, self.quantization_config, origin)
+                device_map = kwargs.get("device_map")
+                self._stages = check_before_loading(model, self.quantization_config, origin, device_map)
             self.processor = ProcessorSource(self.quantization_config.processor, origin)
             self._base = describe_base(origin)
         else:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,25 +34,26 @@ def reading(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def modules_kept(model: nn.Module) -> Iterator[None]:
-    """Outside, modules are as they were: attributes, parameters, buffers (what is in them too) and submodules.
+    """Outside, modules are as they were: attributes, parameters, buffers (what is in them too), submodules and hooks.
 
-    So are forwards, hooks and modes. What is in parameters is not looked at. Packed layers keep what they compute with,
-    which is theirs to look after.
+    What is in parameters is not looked at. Packed layers keep what they compute with, which is theirs to look after.
     """
     modules = [module for module in model.modules() if not isinstance(module, SABLinear)]
-    kept = [(module, dict(vars(module)), [dict(vars(module)[name]) for name in _HELD]) for module in modules]
-    contents = {id(b): (b, b.clone()) for b in model.buffers() if not b.is_meta}
+    kept = [(module, dict(vars(module)), _contents(vars(module))) for module in modules]
+    buffers = {id(each): (each, each.clone()) for each in model.buffers() if not each.is_meta}
     try:
         yield
     finally:
-        for module, attributes, held in kept:
+        for module, attributes, contents in kept:
             vars(module).clear()
             vars(module).update(attributes)
-            for name, before in zip(_HELD, held, strict=True):
-                attributes[name].clear()
-                attributes[name].update(before)
-        for buffer, content in contents.values():
+            for held, before in contents:
+                held.clear()
+                held.update(before)
+        for buffer, content in buffers.values():
             buffer.copy_(content)
 
 
-_HELD = ("_parameters", "_buffers", "_modules")
+def _contents(attributes: Mapping[str, Any]) -> list[tuple[Any, Any]]:
+    """Dictionaries and sets among a module's attributes, which hold its tensors, submodules and hooks."""
+    return [(each, each.copy()) for each in attributes.values() if isinstance(each, (dict, set))]
