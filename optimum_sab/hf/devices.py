@@ -68,4 +68,5 @@ def computes_elsewhere(device_map: Any) -> bool:
     if isinstance(device_map, str) and device_map in _SPREADS:
         return torch.accelerator.is_available()
     places = device_map.values() if isinstance(device_map, dict) else [] if device_map is None else [device_map]
-    return any(torch.device(place).type != "cpu" for place in places if place not in _NO_DEVICES)
+    there = [place for place in places if place not in _NO_DEVICES]
+    return any(isinstance(place, int) or torch.device(place).type != "cpu" for place in there)  # a number is no CPU's

@@ -89,9 +89,7 @@ def _by_block(keys: Collection[str], model: nn.Module, lists: BlockLists) -> dic
     return found
 
 
-def _loaded(
-    key: str, transforms: Sequence[Any], base: str | None = None, wanted: Any = None
-) -> tuple[str, str | None]:
+def _loaded(key: str, transforms: Sequence[Any], base: str | None = None, wanted: Any = None) -> tuple[str, str | None]:
     """The name in the model of what is stored as ``key``, and what of it a converter is for, if one is."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
