@@ -87,7 +87,8 @@ class _Maker:
                 module._buffers[name] = self._once(buffer, self._buffer)
                 self.buffers += 1
         weight = module._parameters.get("weight")
-        if type(module).forward is nn.Linear.forward and weight is not None and hasattr(weight, _MARK):
+        plain = type(module).forward is nn.Linear.forward
+        if plain and weight is not None and hasattr(weight, _MARK):
             module.forward = partial(_cheaply, module, module.forward, self._values.varied)
 
     def _once(self, tensor: Tensor, make: Callable[[Tensor], Tensor]) -> Any:
@@ -118,11 +119,11 @@ class _Maker:
 _MARK = "_is_hf_initialized"  # Transformers leaves alone what bears it
 
 
-def _cheaply(linear: nn.Linear, own: Callable[[Tensor], Tensor], varied: bool, x: Tensor) -> Tensor:
+def _cheaply(linear: Any, own: Callable[[Tensor], Tensor], varied: bool, x: Tensor) -> Tensor:
     """The linear's output where every row of its weight is one value, so that one row stands for all."""
     weight, bias = linear.weight, linear.bias
     try:
-        row = nn.functional.linear(x, weight.new_ones(1, linear.in_features))
+        row: Tensor = nn.functional.linear(x, weight.new_ones(1, linear.in_features))
         if varied:
             y = row * weight[:, 0]
             return y if bias is None else y + bias

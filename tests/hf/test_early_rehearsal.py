@@ -8,6 +8,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.errors import CalibrationError
+from optimum_sab.hf.compat import RENAMES
 from optimum_sab.hf.devices import computes_elsewhere
 
 pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
@@ -82,7 +83,7 @@ def test_a_forward_that_lacks_a_package(monkeypatch, refused, texts):
 def test_a_sample_that_does_not_fit(refused):
     told = refused([{"input_ids": torch.arange(9)[None], "position_ids": torch.arange(4)[None]}])
     assert "LlamaForCausalLM does not read a calibration sample: " in told
-    assert "RuntimeError: The size of tensor" in told
+    assert "raises RuntimeError" in told or "raises IndexError" in told  # 4.57 masks by positions
 
 
 def test_a_picture_that_is_not_what_its_tokens_say(unread, small_example, quick_config):
@@ -93,8 +94,9 @@ def test_a_picture_that_is_not_what_its_tokens_say(unread, small_example, quick_
         "input_ids": ids,
         "pixel_values": torch.randn(16, 1176),
         "image_grid_thw": torch.tensor([[1, 4, 4]]),
-        "mm_token_type_ids": torch.zeros(1, 12, dtype=torch.long),
     }
+    if RENAMES:  # Transformers 5, which wants them
+        sample["mm_token_type_ids"] = torch.zeros(1, 12, dtype=torch.long)
     with pytest.raises(CalibrationError, match=r"does not read a calibration sample: .*(features|tokens)"):
         model.from_pretrained(small_example, quantization_config=quick_config(calibration=[sample]))
 
