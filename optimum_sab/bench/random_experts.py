@@ -13,7 +13,7 @@ from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.shapes import ExpertsShape
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.random_weight import SCALE, random_packed
-from optimum_sab.ops.experts import experts_linear
+from optimum_sab.ops.experts import ExpertWeights, experts_linear
 from optimum_sab.ops.shape import LayerShape
 
 
@@ -45,7 +45,7 @@ class PackedExperts:
             tensors, layout = [torch.stack([layer[name] for layer in turned]) for name in shape.names], "kernel"
 
         def multiply(x: Tensor, chosen: Tensor, repeats: int) -> Tensor:
-            return experts_linear(x, chosen, tensors, shape, None, repeats, layout, self.backend)
+            return experts_linear(x, chosen, ExpertWeights(tensors, shape, None, layout, self.backend), repeats)
 
         return multiply
 

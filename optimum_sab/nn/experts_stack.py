@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from optimum_sab.nn.layer_group import LayerGroup
 from optimum_sab.nn.linear import SABLinear, offloaded
-from optimum_sab.ops.experts import experts_linear
+from optimum_sab.ops.experts import ExpertWeights, experts_linear
 from optimum_sab.ops.shape import LayerShape
 
 
@@ -19,15 +19,11 @@ class _Alike:
     """Experts whose linears have the same settings.
 
     Attributes:
-        shape: of each.
-        tensors: [experts, ...], in the order of the shape's names; the linears' own are views of them.
-        bias: [experts, out], or None.
+        weights: of these; the linears' own tensors are views of them.
         place: [all experts + 1], where each stands among these, -1 where it does not; None where these are all.
     """
 
-    shape: LayerShape
-    tensors: list[Tensor]
-    bias: Tensor | None
+    weights: ExpertWeights
     place: Tensor | None
 
 
@@ -38,14 +34,10 @@ class ExpertsStack:
     Attributes:
         count: of the experts.
         parts: those with the same settings together: rarely used experts may have fewer bits.
-        layout: of the tensors.
-        backend: what computes; None leaves it to the device.
     """
 
     count: int
     parts: tuple[_Alike, ...]
-    layout: str
-    backend: str | None
 
     @classmethod
     @torch.no_grad()
@@ -63,19 +55,20 @@ class ExpertsStack:
         groups: dict[LayerShape, list[int]] = {}
         for index, each in enumerate(packed):
             groups.setdefault(each.shape, []).append(index)
-        parts = [_stacked([packed[i] for i in indices], indices, len(packed)) for indices in groups.values()]
+        parts = []
+        for indices in groups.values():
+            weights = _stacked([packed[index] for index in indices], backend)
+            parts.append(_Alike(weights, _places(indices, len(packed), weights.tensors[0].device)))
         for each in packed:
             each.group = owner
-        return cls(len(packed), tuple(parts), packed[0].layout, backend)
+        return cls(len(packed), tuple(parts))
 
     def product(self, inputs: Tensor, pairs: Tensor, repeats: int) -> Tensor:
         """See `SABExperts.product`."""
         found = None
         for part in self.parts:
             chosen = pairs if part.place is None else part.place[pairs.clamp(-1, self.count)]
-            output = experts_linear(
-                inputs, chosen, part.tensors, part.shape, part.bias, repeats, self.layout, self.backend
-            )
+            output = experts_linear(inputs, chosen, part.weights, repeats)
             found = output if found is None else found + output  # a pair is in one part, and zero in the others
         assert found is not None
         return found
@@ -88,13 +81,14 @@ def _is_plain(member: SABLinear) -> bool:
     return not (patched or trained or offloaded(member) or member.weight.device.type == "meta")
 
 
-def _stacked(members: Sequence[SABLinear], indices: Sequence[int], count: int) -> _Alike:
-    from torch._dynamo import mark_static_address  # takes a second to import
-
+def _stacked(members: Sequence[SABLinear], backend: str | None) -> ExpertWeights:
+    """Their tensors and biases in one, of which theirs become views."""
     tensors = []
     for name in members[0].shape.names:
         whole = torch.stack([getattr(each, name).detach() for each in members])
         if whole.is_cuda:
+            from torch._dynamo import mark_static_address  # takes a second to import
+
             mark_static_address(whole)  # compiled CUDA graphs would copy it at every call otherwise
         tensors.append(whole)
         for member, view in zip(members, whole):
@@ -104,8 +98,12 @@ def _stacked(members: Sequence[SABLinear], indices: Sequence[int], count: int) -
         bias = torch.stack([each.get_parameter("bias").detach() for each in members])
         for member, own in zip(members, bias):
             member.bias = nn.Parameter(own, requires_grad=False)
-    place = None
-    if len(indices) < count:
-        place = torch.full((count + 1,), -1, dtype=torch.long, device=tensors[0].device)  # -1 is its last
-        place[list(indices)] = torch.arange(len(indices), device=place.device)
-    return _Alike(members[0].shape, tensors, bias, place)
+    return ExpertWeights(tensors, members[0].shape, bias, members[0].layout, backend)
+
+
+def _places(indices: Sequence[int], count: int, device: torch.device) -> Tensor | None:
+    if len(indices) == count:
+        return None
+    place = torch.full((count + 1,), -1, dtype=torch.long, device=device)  # what is no expert finds the last
+    place[list(indices)] = torch.arange(len(indices), device=device)
+    return place

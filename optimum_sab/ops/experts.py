@@ -7,6 +7,7 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,27 +35,33 @@ library.define(f"experts_linear(Tensor x, Tensor experts, Tensor? bias, int repe
 library.define(f"experts_linear_transposed(Tensor grad, Tensor experts, int repeats, {WEIGHT}) -> Tensor")
 
 
-def experts_linear(
-    x: Tensor,
-    experts: Tensor,
-    tensors: Sequence[Tensor],
-    shape: LayerShape,
-    bias: Tensor | None = None,
-    repeats: int = 1,
-    layout: str = "stored",
-    backend: str | None = None,
-) -> Tensor:
+@dataclass(frozen=True)
+class ExpertWeights:
+    """Packed layers of one shape, stacked.
+
+    Attributes:
+        tensors: those of all experts, [E, ...] each, in the order of ``shape.names``.
+        shape: of one expert.
+        bias: [E, out] or None.
+        layout: of the tensors, ``"stored"`` or ``"kernel"``.
+        backend: what computes (ops/backends.py); None or "auto" leaves it to the device.
+    """
+
+    tensors: Sequence[Tensor]
+    shape: LayerShape
+    bias: Tensor | None = None
+    layout: str = "stored"
+    backend: str | None = None
+
+
+def experts_linear(x: Tensor, experts: Tensor, weights: ExpertWeights, repeats: int = 1) -> Tensor:
     """``y[s] = x[s // repeats] Ŵ[e]ᵀ + b[e]`` with ``e = experts[s]``, through the operator.
 
     Args:
         x: [pairs // repeats, in], floating.
         experts: [pairs], int64 or int32, in any order; where it is none of 0 .. E − 1, the row of y is 0.
-        tensors: those of all experts, [E, ...] each, in the order of ``shape.names``.
-        shape: of one expert.
-        bias: [E, out] or None.
+        weights: Ŵ and b.
         repeats: pairs that read the same row of x: the experts of a token for its first matrix, 1 for the second.
-        layout: of the tensors, ``"stored"`` or ``"kernel"``.
-        backend: what computes (ops/backends.py); None or "auto" leaves it to the device.
 
     Returns:
         [pairs, out] in x's dtype (under autocast, in its dtype).
@@ -65,11 +72,13 @@ def experts_linear(
         FormatError: a stored tensor is not as the format says (on the CPU).
         NotImplementedError: x carries a forward-mode derivative.
     """
-    if layout == "stored" and backend in (None, "auto", "cpu") and only_values(x):
+    tensors, shape, bias = weights.tensors, weights.shape, weights.bias
+    if weights.layout == "stored" and weights.backend in (None, "auto", "cpu") and only_values(x):
         found = direct_experts(x, experts, tensors, shape, bias, repeats)
         if found is not None:
             return found
     refuse_forward_mode(x)
+    layout, backend = weights.layout, weights.backend
     return torch.ops.optimum_sab.experts_linear(x, experts, bias, repeats, tensors, layout, backend, *shape)
 
 

@@ -11,7 +11,7 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.ops import force_backend
 from optimum_sab.ops.backends import why_not
-from optimum_sab.ops.experts import experts_linear
+from optimum_sab.ops.experts import ExpertWeights, experts_linear
 from optimum_sab.ops.operator import binary_linear
 from optimum_sab.ops.shape import LayerShape
 
@@ -63,7 +63,9 @@ class Experts:
         return chosen.to(self.device)
 
     def __call__(self, x, experts, bias=None, repeats=1):
-        return experts_linear(x, experts, self.tensors, self.shape, bias, repeats, self.layout, self.backend)
+        return experts_linear(
+            x, experts, ExpertWeights(self.tensors, self.shape, bias, self.layout, self.backend), repeats
+        )
 
     def alone(self, x, expert, bias=None):
         """One expert's own product by the operator for linears."""
@@ -311,7 +313,9 @@ def call(**changes):
         "bias": torch.zeros(EXPERTS, ROWS),
         "repeats": 2,
     }
-    return experts_linear(**{**given, **{name: make(given) for name, make in changes.items()}})
+    given |= {name: make(given) for name, make in changes.items()}
+    weights = ExpertWeights(given["tensors"], given["shape"], given["bias"])
+    return experts_linear(given["x"], given["experts"], weights, given["repeats"])
 
 
 @pytest.mark.parametrize(

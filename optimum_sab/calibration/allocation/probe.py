@@ -13,10 +13,10 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.streams.arrival import Arrival
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, pooled_arrivals
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
 from optimum_sab.core.settings import LayerSettings

@@ -19,10 +19,10 @@ from optimum_sab.calibration.refine.reconstruction import reconstruct
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.passes import calibration_pass
+from optimum_sab.calibration.streams.arrival import Arrival
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival
 from optimum_sab.calibration.streams.passage import BlockPassage
 from optimum_sab.calibration.streams.targets import DecoderTargets
-from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes

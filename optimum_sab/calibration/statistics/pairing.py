@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from optimum_sab.calibration.samples.modality import TokenModalities
-from optimum_sab.calibration.streams.visitor import DENSE, Arrival
+from optimum_sab.calibration.streams.arrival import DENSE, Arrival
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival, Worker, row_count
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
@@ -18,7 +19,7 @@ from optimum_sab.calibration.streams.groups import Group, Groups
 from optimum_sab.calibration.streams.passage import BlockPassage, Finisher, call_with, hidden_states
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.residual import ResidualSource, ResidualWatch, read_arguments
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Arrival, Visitor, Worker, row_count
+from optimum_sab.calibration.streams.visitor import Visitor
 
 Waiting = dict[Worker, Pause]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.streams.visitor import DENSE, Arrival, Visitor
+from optimum_sab.calibration.streams.arrival import DENSE, Arrival
 from optimum_sab.nn.experts import Routing, SABExperts
 
 
@@ -130,17 +130,3 @@ def arrivals_by_expert(
 def pooled_arrivals(linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> list[Arrival]:
     """What comes to any of the experts."""
     return [each.pooled(linears) for each in arrivals]
-
-
-def solve_one_by_one(visitor: Visitor, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> dict[str, Tensor]:
-    """`Visitor.solve_experts` for visitors that take experts like any other linears."""
-    found: dict[str, Tensor] = {}
-    idle = []
-    for name, here in arrivals_by_expert(linears, arrivals):
-        if here:
-            found.update(visitor.solve((name,), here))
-        else:
-            idle.append(name)
-    if idle:
-        visitor.miss(idle)
-    return found

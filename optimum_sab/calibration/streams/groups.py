@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from optimum_sab.calibration.streams.arrival import Worker
 from optimum_sab.calibration.streams.coroutines import Pause
 from optimum_sab.calibration.streams.experts import ExpertLinears
-from optimum_sab.calibration.streams.visitor import Worker
 from optimum_sab.errors import LockstepError
 
 

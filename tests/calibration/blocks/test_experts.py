@@ -9,8 +9,8 @@ from optimum_sab.calibration.blocks.experts import ENOUGH, ExpertsToSolve, solve
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED
 from optimum_sab.core.hessian import InputMoments
 from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.core.settings import LayerSettings

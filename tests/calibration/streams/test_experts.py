@@ -10,9 +10,9 @@ from torch import nn
 
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.pairing import pair_streams
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED
 from optimum_sab.calibration.streams.experts import arrivals_by_expert, pooled_arrivals
 from optimum_sab.calibration.streams.lockstep import Lockstep
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.fused_experts import fused_layout
 from tests.nn.fused import EXPERTS, HIDDEN, fused
