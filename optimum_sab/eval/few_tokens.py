@@ -1,8 +1,8 @@
 """How an expert of few tokens is solved best: `python -m optimum_sab.eval.few_tokens FOLDER`, of a language model.
 
-Tokens at a projection of a layer are told apart by k-means, as a router does. For every cluster and number of
-its tokens a projection is solved on mixtures of the cluster's Hessian and that of all tokens, and judged by other tokens
-of the cluster: relative output error, over that on the mixture that is best for so many tokens.
+Tokens at a projection of a layer are told apart by k-means, as a router does. For every cluster and number of its
+tokens the projection is solved on mixtures of the cluster's Hessian and that of all tokens, and judged by other tokens of
+the cluster: relative output error, over that on the mixture that is best for so many tokens.
 """
 
 from __future__ import annotations
