@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from optimum_sab.core.by_rows import solvable_by_rows, solve_rows
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.hessian import InputStatistics
-from optimum_sab.core.rows import InputRows
+from optimum_sab.core.rows import InputRows, WeightedRows
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import Solution, solve, solve_rescaled
 from optimum_sab.errors import CalibrationError, ConfigError
@@ -23,16 +23,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+Inputs: TypeAlias = InputStatistics | InputRows | WeightedRows
+"""What is known of a weight's inputs."""
+
+
 def solve_many(
     weights: Float[Tensor, "experts out in"] | Sequence[Float[Tensor, "out in"]],
-    statistics: Sequence[InputStatistics | InputRows],
+    statistics: Sequence[Inputs],
     settings: LayerSettings,
     names: Sequence[str],
     loops: ColumnLoops = IN_TORCH,
 ) -> list[Solution]:
     """Binarize weights of one shape, such as the experts of a block.
 
-    A weight with `InputStatistics` gets what `solve` finds on one thread, bit for bit. One with `InputRows` gets what
+    A weight with `InputStatistics` gets what `solve` finds on one thread, bit for bit. One with rows gets what
     `solve` finds from their second moments but for rounding, in a fraction of the time while there are fewer rows than
     columns; from as many on, and where the settings need Hessians of modalities, second moments are made for it.
 
@@ -77,25 +81,33 @@ def solve_many(
     return [one(i) for i in range(len(names))] if workers == 1 else _at_once(one, len(names), workers)
 
 
-def _device(given: InputStatistics | InputRows) -> torch.device:
+def _device(given: Inputs) -> torch.device:
+    if isinstance(given, WeightedRows):
+        return given.quantized.device
     return given.device if isinstance(given, InputRows) else given.hessian.device
 
 
-def _solve_one(
-    weight: Tensor, given: InputStatistics | InputRows, settings: LayerSettings, name: str, loops: ColumnLoops
-) -> Solution:
+def _width(given: Inputs) -> int:
+    if isinstance(given, WeightedRows):
+        return given.quantized.shape[1]
+    return given.in_features if isinstance(given, InputRows) else given.hessian.shape[0]
+
+
+def _solve_one(weight: Tensor, given: Inputs, settings: LayerSettings, name: str, loops: ColumnLoops) -> Solution:
     width = weight.shape[1]
-    has = given.in_features if isinstance(given, InputRows) else given.hessian.shape[0]
+    has = _width(given)
     if has != width:
         raise CalibrationError(f"{name} has {width} inputs and was given the statistics of {has}.")
     if isinstance(given, InputStatistics):
         return solve(weight, given, settings, name, loops)
-    if not 0 < given.count < width or not solvable_by_rows(settings):
-        moments = given.statistics(by_modality=settings.significance == "modality")
+    count = given.count if isinstance(given, InputRows) else len(given.quantized)
+    if not 0 < count < width or not solvable_by_rows(settings):
+        modalities = settings.significance == "modality"
+        moments = given.statistics(by_modality=modalities) if isinstance(given, InputRows) else given.statistics()
         return solve(weight, moments, settings, name, loops)
-    rows = given.weighted()
+    rows = given.weighted() if isinstance(given, InputRows) else given
     return solve_rescaled(
-        weight.detach().to(given.device, torch.float32),
+        weight.detach().to(rows.quantized.device, torch.float32),
         lambda W, power: solve_rows(W, rows.with_outputs_scaled(power), settings, name, loops),
         settings,
         name,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from optimum_sab.core.bounds import check_integer
 from optimum_sab.core.hessian import InputStatistics, WeightedMoments
+from optimum_sab.core.rows import WeightedRows
 from optimum_sab.errors import CalibrationError
 
 if TYPE_CHECKING:
@@ -92,13 +95,47 @@ def mixed_by(own: InputStatistics, shared: InputStatistics, share: float) -> Inp
     )
 
 
+def mixed_rows(own: WeightedRows, shared: WeightedRows, share: float) -> WeightedRows:
+    """`mixed_by` of rows, whose second moments it has; ``shared`` may be a sample of all rows, so that they stay few.
+
+    A side without halves is all in the second. A residual that one side does not know counts as zero there.
+
+    Raises:
+        CalibrationError: one side alone has two streams.
+    """
+    if (own.apart is None) != (shared.apart is None):
+        raise CalibrationError(
+            "an expert's rows and the shared ones differ in whether they have two streams; gather both in one pass."
+        )
+    roots = (share**0.5, (1.0 - share) ** 0.5)
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(each, name) for each in (own, shared)]
+        known = next((part for part in parts if part is not None), None)
+        if known is None:
+            return None
+        filled = [
+            known.new_zeros(len(each.quantized), known.shape[1]) if part is None else part * root
+            for each, part, root in zip((own, shared), parts, roots, strict=True)
+        ]
+        cut = [each.half for each in (own, shared)]
+        return torch.cat(
+            [part[:half] for part, half in zip(filled, cut, strict=True)]
+            + [part[half:] for part, half in zip(filled, cut, strict=True)]
+        )
+
+    x = joined("quantized")
+    assert x is not None
+    return WeightedRows(x, joined("apart"), joined("residual"), own.half + shared.half)
+
+
 def _mixed(own: WeightedMoments | None, shared: WeightedMoments | None, share: float) -> WeightedMoments:
     """``w`` times one and ``1 − w`` times the other; what is not there counts as zero."""
-    parts = [
+    hessian, drift, residual = (
         _sum(getattr(own, name, None), getattr(shared, name, None), share) for name in ("hessian", "drift", "residual")
-    ]
-    assert parts[0] is not None
-    return WeightedMoments(*parts)
+    )
+    assert hessian is not None
+    return WeightedMoments(hessian, drift, residual)
 
 
 def _sum(own: Tensor | None, shared: Tensor | None, share: float, alone: bool = False) -> Tensor | None:

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import InputMoments, InputStatistics, modality_weights
+from optimum_sab.core.hessian import (
+    InputMoments,
+    InputStatistics,
+    WeightedMoments,
+    accumulate_hessian,
+    modality_weights,
+)
 from optimum_sab.core.magnitude import times_power
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -47,6 +53,19 @@ class WeightedRows:
     apart: Float[Tensor, "rows in"] | None
     residual: Float[Tensor, "rows out"] | None
     half: int
+
+    def statistics(self) -> InputStatistics:
+        """Their second moments, of no modality and without a count of tokens."""
+        whole = self._moments(slice(None))
+        half = self._moments(slice(0, self.half)) if self.half else None
+        return InputStatistics(whole.hessian, {}, whole.drift, {}, whole.residual, half)
+
+    def _moments(self, some: slice) -> WeightedMoments:
+        X = self.quantized[some]
+        H = X.new_zeros(X.shape[1], X.shape[1])
+        accumulate_hessian(H, X)
+        drift, residual = (None if each is None else each[some].T @ X for each in (self.apart, self.residual))
+        return WeightedMoments(H, drift, residual)
 
     def with_outputs_scaled(self, power: int) -> WeightedRows:
         """Of a linear whose weight, and whatever its output is added to, is multiplied by ``2^power``."""

@@ -178,3 +178,12 @@ def test_a_watch_hears_of_its_own_thread_alone(expert, threads):
     with watched_by(watch):
         solve_many([w for w, _ in made], [rows for _, rows in made], DEFAULT, NAMES)
     assert watch.depth == 0
+
+
+def test_rows_in_one_scale_are_solved_like_those_that_were_gathered(expert):
+    weight, rows = expert(0)
+    found = solve_many([weight] * 2, [rows, rows.weighted()], DEFAULT, NAMES[:2])
+    assert same(*found)
+    wide = expert(0, tokens=2 * WIDTH)[1].weighted()
+    [moments] = solve_many([weight], [wide], DEFAULT, ["one"])
+    assert same(moments, solve(weight, wide.statistics(), DEFAULT))

@@ -1,8 +1,11 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from optimum_sab.core.hessian import InputMoments, InputStatistics
-from optimum_sab.core.mixture import mixed_by, mixed_statistics, own_share
+from optimum_sab.core.mixture import mixed_by, mixed_rows, mixed_statistics, own_share
+from optimum_sab.core.rows import WeightedRows
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, ConfigError
@@ -97,3 +100,26 @@ def test_what_does_not_go_together_is_refused():
         mixed_statistics(own, gathered(300, 1, streams=False, halves=False), 100)
     with pytest.raises(ConfigError, match="full=-1"):
         mixed_statistics(own, shared, -1)
+
+
+def rows(tokens, seed, half, residual=True):
+    generator = torch.Generator().manual_seed(seed)
+    x, apart, r = (torch.randn(tokens, width, generator=generator) for width in (16, 16, 4))
+    return WeightedRows(x, apart, r if residual else None, half)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("half", [0, 2])
+def test_mixed_rows_have_the_mixed_moments(half, residual):
+    own, shared = rows(5, 0, half), rows(9, 1, 4, residual)
+    expected = mixed_by(own.statistics(), shared.statistics(), 0.25)
+    found = mixed_rows(own, shared, 0.25).statistics()
+    for name in ("hessian", "drift", "residual"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+    torch.testing.assert_close(found.half.hessian, expected.half.hessian)
+    torch.testing.assert_close(found.half.drift, expected.half.drift)
+
+
+def test_rows_of_one_stream_and_two_are_not_mixed():
+    with pytest.raises(CalibrationError, match="two streams"):
+        mixed_rows(replace(rows(5, 0, 0), apart=None), rows(9, 1, 4), 0.5)
