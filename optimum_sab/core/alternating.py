@@ -36,7 +36,7 @@ def fit_block(
         salient: the columns that carry the residual planes.
         settings: planes and iterations.
     """
-    fit = start_fit(weight, significance, salient, settings)
+    fit = _start(weight, significance, salient, settings)
     columns = salient.nonzero()[:, 0]
     narrow = _Narrow(columns, weight.index_select(1, columns), fit.sign.index_select(2, columns), settings.base_planes)
     scratch = torch.empty_like(weight), torch.empty_like(weight)
@@ -44,18 +44,13 @@ def fit_block(
         _update_row_scale(weight, significance, fit, narrow, scratch)
         _update_column_scale(weight, significance, fit, scratch)
         _update_sign(weight, fit, narrow, scratch)
-    return with_scale_means(fit)
-
-
-def with_scale_means(fit: BlockFit) -> BlockFit:
-    """The same with column scales of a mean magnitude of 1; in place."""
     norm = fit.column_scale.abs().mean().clamp_min(torch.finfo(torch.float32).tiny)
     fit.column_scale = fit.column_scale / norm
     fit.row_scale = fit.row_scale * norm
     return fit
 
 
-def start_fit(weight: Tensor, significance: Tensor, salient: Tensor, settings: LayerSettings) -> BlockFit:
+def _start(weight: Tensor, significance: Tensor, salient: Tensor, settings: LayerSettings) -> BlockFit:
     """Column scales from the mean magnitude, then plane after plane by the sign of what is left."""
     column = weight.abs().mean(0)
     column = column / column.mean().clamp_min(torch.finfo(torch.float32).tiny)

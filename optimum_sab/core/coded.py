@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from optimum_sab.core.code import Code, find_code
+from optimum_sab.core.hessian import FactoredHessian
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import WeightFit
 from optimum_sab.core.refit import refit_columns, refit_rows
@@ -29,21 +30,11 @@ ALONE, RESIDUAL_ALONE = 1.0, 0.9
 BEHIND, FURTHER, RESIDUAL_BEHIND = 0.5, 0.25, 0.6
 
 
-class WholeFactors(Protocol):
-    """What a coded fit reads of a factored Hessian; see `FactoredHessian`."""
-
-    @property
-    def hessian(self) -> Float[Tensor, "in in"]: ...
-
-    @property
-    def inverse_factor(self) -> Float[Tensor, "in in"]: ...
-
-
 def coded_fit(
     plain: WeightFit,
     target: Float[Tensor, "out in"],
     pull: Float[Tensor, "out in"],
-    factored: WholeFactors,
+    factored: FactoredHessian,
     settings: LayerSettings,
     search: Search,
 ) -> WeightFit:

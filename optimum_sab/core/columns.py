@@ -6,17 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from optimum_sab.core.alternating import fit_block
 from optimum_sab.core.descent import SweptBlock, sweep_block
 from optimum_sab.core.feedback import column_feedback
 from optimum_sab.core.trellis import Search, search_bits
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Float
     from torch import Tensor
 
     from optimum_sab.core.planes import BlockFit
-    from optimum_sab.core.settings import LayerSettings
 
 
 class Feedback(Protocol):
@@ -31,18 +29,6 @@ class Feedback(Protocol):
     ) -> Float[Tensor, "out width"]: ...
 
 
-class Fit(Protocol):
-    """`fit_block`, or what gives the same but for rounding."""
-
-    def __call__(
-        self,
-        weight: Float[Tensor, "out width"],
-        significance: Float[Tensor, "rows width"],
-        salient: Bool[Tensor, " width"],
-        settings: LayerSettings,
-    ) -> BlockFit: ...
-
-
 @dataclass(frozen=True)
 class ColumnLoops:
     """The loops of the solver whose steps need those before.
@@ -50,14 +36,12 @@ class ColumnLoops:
     Attributes:
         feedback: of one block.
         sweep: of the sign descent, of one block.
-        search: of the bits of a coded plane, of any columns; may round otherwise.
-        fit: of one block, for those whose results are only held to rounding; may round otherwise.
+        search: of the bits of a coded plane, of any columns; only this one may round otherwise.
     """
 
     feedback: Feedback
     sweep: Callable[[SweptBlock], None]
     search: Search
-    fit: Fit = fit_block
 
 
 IN_TORCH = ColumnLoops(column_feedback, sweep_block, search_bits)

@@ -22,24 +22,22 @@ class SweptBlock:
         fit: the weight's; ``fit.signs`` is changed in place.
         index: which of its blocks.
         gradient: ``E H`` of these columns, [out, width], contiguous; may be overwritten.
-        value: Q of these columns, [out, width].
-        error: ``E = T − Q`` of these columns, [out, width], in rows as far apart as those of ``value``; brought up to
-            date.
-        local: damped H of these columns, [width, width].
+        value: Q, all columns, [out, in].
+        error: ``E = T − Q``, all columns, [out, in]; those of the block are brought up to date.
+        hessian: damped H [in, in].
     """
 
     fit: WeightFit
     index: int
     gradient: Float[Tensor, "out width"]
-    value: Float[Tensor, "out width"]
-    error: Float[Tensor, "out width"]
-    local: Float[Tensor, "width width"]
+    value: Float[Tensor, "out in"]
+    error: Float[Tensor, "out in"]
+    hessian: Float[Tensor, "in in"]
 
     @property
     def bounds(self) -> tuple[int, int]:
         """``[start, end)`` of its columns."""
-        start = self.index * self.fit.settings.block_size
-        return start, start + self.value.shape[1]
+        return block_bounds(self.value.shape[1], self.fit.settings.block_size)[self.index]
 
 
 def descend_signs(
@@ -64,8 +62,7 @@ def descend_signs(
     error = target - value
     for k, (start, end) in enumerate(block_bounds(target.shape[1], fit.settings.block_size)):
         gradient = error @ hessian[:, start:end]
-        inside = (value[:, start:end], error[:, start:end], hessian[start:end, start:end])
-        (sweep or sweep_block)(SweptBlock(fit, k, gradient, *inside))
+        (sweep or sweep_block)(SweptBlock(fit, k, gradient, value, error, hessian))
 
 
 def sweep_block(block: SweptBlock) -> None:
@@ -73,8 +70,8 @@ def sweep_block(block: SweptBlock) -> None:
     fit, (start, end) = block.fit, block.bounds
     picker = LevelPicker(fit.row_scale[:, block.index], fit.settings.base_planes)
     gradient = block.gradient.T.contiguous()  # [width, out]
-    current = block.value.T.contiguous()
-    local = block.local
+    current = block.value[:, start:end].T.contiguous()
+    local = block.hessian[start:end, start:end]
     diagonal, salient = local.diagonal().tolist(), fit.salient[start:end].tolist()
     before = current.clone()
     for j in range(end - start):
@@ -86,4 +83,4 @@ def sweep_block(block: SweptBlock) -> None:
         current[j] = new
         if j + 1 < end - start:
             gradient[j + 1 :].addr_(local[j, j + 1 :], change)
-    block.error.add_((before - current).T)
+    block.error[:, start:end] += (before - current).T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -181,8 +180,7 @@ class InputMoments:
                 f"no calibration token with a non-zero input reached {self.name}; give more samples, or leave the "
                 "module dense with modules_to_not_convert."
             )
-        mean = {name: float((m.hessian.diagonal() * (2.0 / m.tokens)).mean()) for name, m in live.items()}
-        weights = modality_weights(mean, tokens, weighting)
+        weights = _modality_weights(live, weighting)
         scales = {name: 2.0 / m.tokens * weights[name] for name, m in live.items()}
         hessians = {name: m.hessian * (2.0 / m.tokens) for name, m in live.items()} if by_modality else {}
         half = {name: m for name, m in halves.items() if name in scales}
@@ -270,19 +268,14 @@ class InputStatistics:
         return WeightedMoments(self.hessian, self.drift, self.residual)
 
 
-def modality_weights(mean: Mapping[str, float], tokens: Mapping[str, int], weighting: str) -> dict[str, float]:
-    """What each ``H_μ`` is multiplied with before they are added up, see `InputMoments.statistics`.
-
-    Args:
-        mean: of its diagonal, of the modalities that have tokens.
-        tokens: of every modality.
-        weighting: "balanced", "tokens" or "text".
-    """
+def _modality_weights(moments: dict[str, ModalityMoments], weighting: str) -> dict[str, float]:
+    """What each ``H_μ`` is multiplied with before they are added up."""
+    mean = {name: float((m.hessian.diagonal() * (2.0 / m.tokens)).mean()) for name, m in moments.items()}
     if weighting == "balanced":
         return {name: 1.0 / (mean[name] * len(mean)) for name in mean}
     chosen = ["text"] if weighting == "text" and "text" in mean else list(mean)
-    total = sum(mean[name] * tokens[name] for name in chosen)
-    return {name: tokens[name] / total if name in chosen else 0.0 for name in mean}
+    total = sum(mean[name] * moments[name].tokens for name in chosen)
+    return {name: moments[name].tokens / total if name in chosen else 0.0 for name in mean}
 
 
 def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
@@ -316,45 +309,45 @@ def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = 
         NonFiniteError: the Hessian holds NaN or inf.
         SingularHessianError: no Cholesky factor at a hundred times the damping.
     """
-    check_finite(hessian, name)
+    _check_finite(hessian, name)
     dead = hessian.diagonal() == 0
     for raised in RAISED:
         H = damped(hessian, damping * raised)
-        factor = cholesky_or_none(H)
+        factor = _cholesky(H)
         if factor is None:
             continue
         inverse = torch.cholesky_inverse(factor)
         del factor  # they are large
-        upper = cholesky_or_none(inverse, upper=True)
+        upper = _cholesky(inverse, upper=True)
         if upper is not None:
             return FactoredHessian(H, inverse, upper, dead)
-    raise singular(damping, name)
+    raise _singular(damping, name)
 
 
 def solve_damped(
     right: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer"
 ) -> Float[Tensor, "out in"]:
     """``B H⁻¹`` with H damped as in `factor_hessian`, which raises the same errors; needs less memory than H⁻¹."""
-    check_finite(hessian, name)
+    _check_finite(hessian, name)
     for raised in RAISED:
-        factor = cholesky_or_none(damped(hessian, damping * raised))
+        factor = _cholesky(damped(hessian, damping * raised))
         if factor is not None:
             return torch.cholesky_solve(right.T, factor).T
-    raise singular(damping, name)
+    raise _singular(damping, name)
 
 
-def check_finite(hessian: Tensor, name: str) -> None:
+def _check_finite(hessian: Tensor, name: str) -> None:
     if not bool(torch.isfinite(hessian).all()):
         raise NonFiniteError(f"the Hessian of {name} holds NaN or inf; its inputs overflow, try dtype=torch.float32.")
 
 
-def cholesky_or_none(matrix: Tensor, upper: bool = False) -> Tensor | None:
+def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
     """The Cholesky factor; None where there is none."""
     factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
     return None if int(failed) else factor
 
 
-def singular(damping: float, name: str) -> SingularHessianError:
+def _singular(damping: float, name: str) -> SingularHessianError:
     return SingularHessianError(
         f"the Hessian of {name} is still singular with damping={100 * damping:g}; give more calibration samples or "
         "raise damping."

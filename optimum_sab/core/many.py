@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.by_rows import solvable_by_rows, solve_rows
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.hessian import InputStatistics
-from optimum_sab.core.rows import InputRows
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.solver import Solution, solve, solve_rescaled
+from optimum_sab.core.solver import Solution, solve
 from optimum_sab.errors import CalibrationError, ConfigError
 
 if TYPE_CHECKING:
@@ -25,16 +23,14 @@ if TYPE_CHECKING:
 
 def solve_many(
     weights: Float[Tensor, "experts out in"] | Sequence[Float[Tensor, "out in"]],
-    statistics: Sequence[InputStatistics | InputRows],
+    statistics: Sequence[InputStatistics],
     settings: LayerSettings,
     names: Sequence[str],
     loops: ColumnLoops = IN_TORCH,
 ) -> list[Solution]:
     """Binarize weights of one shape, such as the experts of a block.
 
-    A weight with `InputStatistics` gets what `solve` finds on one thread, bit for bit. One with `InputRows` gets what
-    `solve` finds from their second moments but for rounding, in a fraction of the time while there are fewer rows than
-    columns; from as many on, and where the settings need Hessians of modalities, second moments are made for it.
+    Each gets what `solve` finds on one thread, bit for bit.
 
     On a CPU as many weights are solved at once as torch has threads, each on one thread, so that no thread waits for
     another in the middle of a product and the results do not depend on the number of threads. A weight and its
@@ -43,7 +39,7 @@ def solve_many(
 
     Args:
         weights: W of every expert, of one shape, any float dtypes.
-        statistics: of the same number of inputs; may be made as they are asked for.
+        statistics: of their inputs; may be made as they are asked for.
         settings: of all of them.
         names: the modules' names, for messages.
         loops: what goes from column to column.
@@ -72,34 +68,18 @@ def solve_many(
         given = held.pop(index) if index in held else statistics[index]
         return _solve_one(weights[index], given, settings, names[index], loops)
 
-    on_cpu = _device(held[0]).type == "cpu"
+    on_cpu = held[0].hessian.device.type == "cpu"
     workers = min(torch.get_num_threads(), len(names)) if on_cpu else 1
     return [one(i) for i in range(len(names))] if workers == 1 else _at_once(one, len(names), workers)
 
 
-def _device(given: InputStatistics | InputRows) -> torch.device:
-    return given.device if isinstance(given, InputRows) else given.hessian.device
-
-
 def _solve_one(
-    weight: Tensor, given: InputStatistics | InputRows, settings: LayerSettings, name: str, loops: ColumnLoops
+    weight: Tensor, given: InputStatistics, settings: LayerSettings, name: str, loops: ColumnLoops
 ) -> Solution:
-    width = weight.shape[1]
-    has = given.in_features if isinstance(given, InputRows) else given.hessian.shape[0]
+    width, has = weight.shape[1], given.hessian.shape[0]
     if has != width:
         raise CalibrationError(f"{name} has {width} inputs and was given the statistics of {has}.")
-    if isinstance(given, InputStatistics):
-        return solve(weight, given, settings, name, loops)
-    if not 0 < given.count < width or not solvable_by_rows(settings):
-        moments = given.statistics(by_modality=settings.significance == "modality")
-        return solve(weight, moments, settings, name, loops)
-    rows = given.weighted()
-    return solve_rescaled(
-        weight.detach().to(given.device, torch.float32),
-        lambda W, power: solve_rows(W, rows.with_outputs_scaled(power), settings, name, loops),
-        settings,
-        name,
-    )
+    return solve(weight, given, settings, name, loops)
 
 
 def _at_once(one: Callable[[int], Solution], total: int, workers: int) -> list[Solution]:

@@ -165,19 +165,6 @@ class WeightFit:
             settings,
         )
 
-    @property
-    def bounds(self) -> list[tuple[int, int]]:
-        """``[start, end)`` of every block."""
-        return block_bounds(self.signs[0].shape[1], self.settings.block_size)
-
-    def block(self, index: int) -> Float[Tensor, "out width"]:
-        """The weight they stand for in one block."""
-        start, end = self.bounds[index]
-        total = self.signs[0].new_zeros(self.signs[0].shape[0], end - start)
-        for sign, scale in zip(self.signs, self.row_scale[:, index], strict=True):
-            total.addcmul_(sign[:, start:end], scale[:, None])
-        return total.mul_(self.column_scale[start:end])
-
     def values(self) -> Float[Tensor, "out in"]:
         """The weight they stand for, without column scales."""
         total = torch.zeros_like(self.signs[0])

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.alternating import fit_block
 from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.coded import START_ITERATIONS, coded_fit
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
-from optimum_sab.core.forward_pass import forward_pass
+from optimum_sab.core.feedback import block_feedback
 from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
 from optimum_sab.core.parts import part
-from optimum_sab.core.planes import BinaryPlanes, WeightFit
+from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds
 from optimum_sab.core.refit import refit_rows
-from optimum_sab.core.row_scale import round_row_scale
+from optimum_sab.core.row_scale import round_column_scale, round_row_scale
+from optimum_sab.core.saliency import saliency, salient_mask
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.significance import Significance, significance_map
 from optimum_sab.core.target import cross_validated_alpha, target_of
@@ -57,19 +58,6 @@ def output_error(
     return above / below if below > 0 else 0.0
 
 
-def require_finite(error: float, name: str) -> None:
-    """Refuse what a solver found for a layer where its error is no number.
-
-    Raises:
-        NonFiniteError: it is NaN or inf.
-    """
-    if not math.isfinite(error):
-        raise NonFiniteError(
-            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
-            f"leave it dense with modules_to_not_convert={[name]!r}."
-        )
-
-
 def solve(
     weight: Float[Tensor, "out in"],
     statistics: InputStatistics,
@@ -93,32 +81,11 @@ def solve(
         SingularHessianError: see `factor_hessian`.
     """
     W = weight.detach().to(statistics.hessian.device, torch.float32)
-
-    def found(W: Tensor, power: int) -> Solution:
-        return _solve(W, with_outputs_scaled(statistics, power) if power else statistics, settings, name, loops)
-
-    return solve_rescaled(W, found, settings, name)
-
-
-def solve_rescaled(
-    W: Float[Tensor, "out in"], solver: Callable[[Tensor, int], Solution], settings: LayerSettings, name: str
-) -> Solution:
-    """Solve a weight in a scale in which fp32 holds its squares.
-
-    Args:
-        W: fp32.
-        solver: of ``W · 2^power``, given that and the power.
-        settings: see `LayerSettings`.
-        name: the module's name, for messages.
-
-    Raises:
-        NonFiniteError, ConfigError: see `check_magnitude`.
-    """
     check_magnitude(W, settings.row_scale, name)
     power = extreme_power(W)
     if not power:
-        return solver(W, 0)
-    found = solver(times_power(W, -power), -power)
+        return _solve(W, statistics, settings, name, loops)
+    found = _solve(times_power(W, -power), with_outputs_scaled(statistics, -power), settings, name, loops)
     scale = round_row_scale(times_power(found.planes.row_scale, power), settings.row_scale)
     return replace(found, planes=replace(found.planes, row_scale=scale))
 
@@ -157,7 +124,11 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
     planes = fit.planes()
     with part("errors"):
         error = output_error(target, planes.dequantize(), statistics.hessian)
-    require_finite(error, name)
+    if not math.isfinite(error):
+        raise NonFiniteError(
+            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
+            f"leave it dense with modules_to_not_convert={[name]!r}."
+        )
     return Solution(planes, error, significance, alpha)
 
 
@@ -170,7 +141,7 @@ def _fit(
     loops: ColumnLoops,
 ) -> WeightFit:
     """Plain planes; ``pull`` is ``T H``, None without a refit."""
-    fit = forward_pass(target, factored, error_weight, settings, loops)
+    fit = _forward_pass(target, factored, error_weight, settings, loops)
     if pull is not None:
         for sweep in range(settings.sweeps + 1):
             if sweep:
@@ -191,8 +162,45 @@ def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSet
 
 
 def _error_weight(settings: LayerSettings, factored: FactoredHessian, significance: Significance | None) -> Tensor:
-    """Error weight Λ² of the alternating fit, [in]."""
+    """Error weight Λ² of the alternating fit, [in]; dead columns weigh nothing."""
     if significance is not None:
-        return significance.map.square()
-    diagonal = factored.hessian.diagonal()
-    return diagonal if settings.significance == "hessian" else torch.ones_like(diagonal)
+        weight = significance.map.square()
+    elif settings.significance == "hessian":
+        weight = factored.hessian.diagonal().clone()
+    else:
+        weight = torch.ones_like(factored.hessian.diagonal())
+    return weight.masked_fill(factored.dead, 0.0)
+
+
+def _forward_pass(
+    target: Tensor, factored: FactoredHessian, error_weight: Tensor, settings: LayerSettings, loops: ColumnLoops
+) -> WeightFit:
+    """Fit block after block, each on what the error feedback of the earlier ones made of it."""
+    found = WeightFit.empty(target, settings)
+    width = target.shape[1]
+    U = factored.inverse_factor
+    rest = target.clone()
+    for k, (start, end) in enumerate(block_bounds(width, settings.block_size)):
+        block = rest[:, start:end].masked_fill(factored.dead[start:end], 0.0)
+        score = saliency(block, U.diagonal()[start:end]).sum(0)
+        salient = salient_mask(score, settings.salient_columns(end - start))
+        weight = error_weight[start:end]
+        if not bool((weight > 0).any()):
+            weight = (~factored.dead[start:end]).float()
+        with part("alternating fit"):
+            fit = fit_block(block, weight[None], salient, settings)
+        fit.column_scale = round_column_scale(fit.column_scale.masked_fill(factored.dead[start:end], 0.0))
+        fit.row_scale = round_row_scale(fit.row_scale[:, None], settings.row_scale)[:, 0]
+        corner = U[start:end, start:end]
+        with part("feedback"):
+            if settings.feedback == "column":
+                errors = loops.feedback(block, fit, corner, settings.base_planes)
+            else:
+                errors = block_feedback(block, fit, corner)
+            if end < width:
+                rest[:, end:] -= errors @ U[start:end, end:]
+        for p in range(settings.planes):
+            found.signs[p][:, start:end] = fit.sign[p]
+        found.salient[start:end] = salient
+        found.row_scale[:, k], found.column_scale[start:end] = fit.row_scale, fit.column_scale
+    return found

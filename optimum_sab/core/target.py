@@ -69,11 +69,6 @@ def cross_validated_alpha(
         above = float((D * corrections[there]).sum(dtype=torch.float64))
         below = float((D @ halves[there].hessian * D).sum(dtype=torch.float64))
         found.append(above / below if below > 0 else 0.0)
-    return shrunk_alpha(found)
-
-
-def shrunk_alpha(found: list[float]) -> float:
-    """α of all samples, from those that were found either way round between their halves."""
     h = min(1.0, max(0.0, sum(found) / 2))
     return 2 * h / (1 + h)
 

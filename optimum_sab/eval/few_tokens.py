@@ -1,8 +1,8 @@
 """How an expert of few tokens is solved best: `python -m optimum_sab.eval.few_tokens FOLDER`, of a language model.
 
 Tokens at a projection of a layer are told apart by k-means, as a router does. For every cluster and number of its
-tokens a projection is solved on mixtures of the cluster's Hessian and that of all tokens, and judged by other tokens of
-the cluster: relative output error, over that on the mixture that is best for so many tokens.
+tokens the projection is solved on mixtures of the cluster's Hessian and that of all tokens, and judged by other tokens
+of the cluster: relative output error, over that on the mixture that is best for so many tokens.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table[count].append(errors)
     say(f"{len(inputs)} tokens of width {inputs.shape[1]}; error over the best share's; mean ± deviation over clusters")
     say("tokens  clusters  " + "  ".join(f"   w={share:4.2f}   " for share in SHARES))
-    for count, rows in table.items():
-        if rows:
-            found = torch.tensor(rows)
+    for count, measured in table.items():
+        if measured:
+            found = torch.tensor(measured)
             relative = found / found.mean(0).min()
             mean, apart = relative.mean(0), (relative / relative.mean(1, keepdim=True)).std(0)
-            say(f"{count:6d}  {len(rows):8d}  " + "  ".join(f"{m:6.3f}±{s:5.3f}" for m, s in zip(mean, apart)))
+            say(f"{count:6d}  {len(measured):8d}  " + "  ".join(f"{m:6.3f}±{s:5.3f}" for m, s in zip(mean, apart)))
     return 0
 
 

@@ -14,10 +14,9 @@ from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import SweptBlock
 from optimum_sab.core.feedback import LevelPicker
 from optimum_sab.core.hessian import factor_hessian
-from optimum_sab.core.planes import BlockFit, WeightFit, block_bounds
+from optimum_sab.core.planes import BlockFit, WeightFit
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn
-from optimum_sab.ops.cpu.block_fit import fit_on_cpu
 from optimum_sab.ops.cpu.compiler import Build, Library, attempted, compile_library
 from optimum_sab.ops.cpu.trellis import search_on_cpu
 
@@ -56,9 +55,9 @@ def column_loops(device: torch.device) -> ColumnLoops:
         return IN_TORCH
     build = _build()
     return (
-        replace(IN_TORCH, search=search_on_cpu, fit=fit_on_cpu)
+        replace(IN_TORCH, search=search_on_cpu)
         if build.library is None
-        else ColumnLoops(_feedback, _sweep, search_on_cpu, fit_on_cpu)
+        else ColumnLoops(_feedback, _sweep, search_on_cpu)
     )
 
 
@@ -127,17 +126,16 @@ def sweep(library: ctypes.CDLL, block: SweptBlock) -> None:
     """`sweep_block` of float32 on the CPU, with a library of `build_columns`."""
     fit, (start, end) = block.fit, block.bounds
     picker = LevelPicker(fit.row_scale[:, block.index], fit.settings.base_planes)
-    local, scale = block.local, fit.column_scale[start:end]
-    described = _Described(picker, scale, fit.salient[start:end], local, local.diagonal())
+    local = block.hessian[start:end, start:end]
+    described = _Described(picker, fit.column_scale[start:end], fit.salient[start:end], local, local.diagonal())
     gradient = block.gradient.contiguous()
-    assert block.value.stride() == block.error.stride()
+    columns = [each[:, start:end] for each in (block.value, block.error)]
     signs = _signs([sign[:, start:end] for sign in fit.signs], fit.signs[0].stride(0))
     _check(
         library.sab_descend(
             ctypes.byref(described.block),
             gradient.data_ptr(),
-            block.value.data_ptr(),
-            block.error.data_ptr(),
+            *(each.data_ptr() for each in columns),
             block.value.stride(0),
             ctypes.byref(signs),
             torch.get_num_threads(),
@@ -212,10 +210,9 @@ def _agrees(library: ctypes.CDLL) -> bool:
             fit = WeightFit([torch.zeros(rows, width) for _ in range(planes)], salient, scale, column, settings)
             error = weight - value
             for index in range(3):
-                start, end = block_bounds(width, settings.block_size)[index]
-                H = factored.hessian[:, start:end]
-                inside = (value[:, start:end], error[:, start:end], H[start:end])
-                run(SweptBlock(fit, index, error @ H, *inside))
+                block = SweptBlock(fit, index, torch.empty(0), value, error, factored.hessian)
+                start, end = block.bounds
+                run(SweptBlock(fit, index, error @ factored.hessian[:, start:end], value, error, factored.hessian))
             swept.append((*fit.signs, error))
         if not all(map(torch.equal, *swept)):
             return False
