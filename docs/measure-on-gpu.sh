@@ -83,13 +83,20 @@ installed() { # importing either would start compilers, or ask for a GPU
   python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" 2>/dev/null
 }
 
+help="$(python -m optimum_sab.cli.main bench kernels --help 2>/dev/null)"
+known() { # whether the benchmark of kernels knows an option or a shape
+  grep -q -e "$1" <<<"$help"
+}
+
 gate7=18944x3584 down7=3584x18944 gate72=29568x8192 down72=8192x29568
 model7=qwen2.5-vl-7b model72=qwen2.5-vl-72b size7=7b size8=8b size32=32b block=7b-block
 quantized=(--samples 64 --length 2048 --dtype bfloat16)
+experts30=qwen3-30b-a3b experts235=qwen3-235b-a22b
 decode=(1 4 16 64) many=(256 1024 4096) repeats=20 new=64 prompt=512
 if [ -n "${SMALL:-}" ]; then
   gate7=256x128 down7=128x256 gate72=384x128 down72=128x384
   model7=256x256 model72=256x384 size7=tiny size8=tiny-qwen3 size32=tiny-qwen3 block=tiny
+  experts30=4x2x128x64 experts235=8x2x256x96
   quantized=(--samples 4 --length 32 --dtype bfloat16)
   decode=(1 4) many=(16) repeats=2 new=4 prompt=16
 fi
@@ -99,7 +106,7 @@ tests=(python -m pytest -q -m gpu -p no:cacheprovider)
 
 # Are the kernels right?
 sab env 3 60 env --json
-step tests-kernels.txt 20 100 "${tests[@]}" tests/kernels
+step tests-kernels.txt 20 100 "${tests[@]}" tests/kernels --ignore tests/kernels/test_experts.py
 
 # Decode: ours against cuBLAS, then against other packages, then coded
 sab decode-7b 15 60 bench kernels --shapes "$gate7" "$down7" --tokens "${decode[@]}" "${timed[@]}"
@@ -116,9 +123,16 @@ if installed gemlite; then # it tunes every number of tokens for long, so the li
 else
   say gemlite "not installed, left out"
 fi
-if python -m optimum_sab.cli.main bench kernels --help 2>/dev/null | grep -q -e '--code'; then
+if known --code; then
   sab coded-7b 15 60 bench kernels --shapes "$gate7" "$down7" --tokens "${decode[@]}" --code trellis16 "${timed[@]}"
   sab coded-72b 15 60 bench kernels --shapes "$gate72" "$down72" --tokens "${decode[@]}" --code trellis16 "${timed[@]}"
+fi
+
+# Experts: right, then decode and many tokens against the fastest dense implementation in Transformers
+if known qwen3-30b-a3b; then
+  step tests-experts.txt 20 70 "${tests[@]}" tests/kernels/test_experts.py
+  sab experts-30b 25 70 bench kernels --shapes "$experts30" --tokens "${decode[@]}" "${timed[@]}"
+  sab experts-30b-many 25 70 bench kernels --shapes "$experts30" --tokens "${many[@]}" "${timed[@]}"
 fi
 
 # Whole models: 1.9 times dense at 8B and 2.6 times at 32B are to be beaten
@@ -132,12 +146,19 @@ sab quantize-7b-block 45 150 bench quantize --size "$block" "${quantized[@]}" --
 # The rest: all linears at many tokens, the paper's settings, steps without a graph, other tests, tuning
 sab many-7b 20 60 bench kernels --shapes "$model7" --tokens "${many[@]}" "${timed[@]}"
 sab many-72b 20 60 bench kernels --shapes "$model72" --tokens "${many[@]}" "${timed[@]}"
+if known qwen3-30b-a3b; then
+  sab experts-235b 25 70 bench kernels --shapes "$experts235" --tokens "${decode[@]}" "${many[@]}" "${timed[@]}"
+  sab experts-30b-coded 25 70 bench kernels --shapes "$experts30" --tokens "${decode[@]}" --code trellis16 "${timed[@]}"
+fi
 sab paper-7b 20 60 bench kernels --shapes "$model7" --preset paper --tokens 1 16 256 "${timed[@]}"
 sab generate-7b-eager 30 60 bench generate --size "$size7" --no-cuda-graphs --new-tokens 4 --json
 step tests-rest.txt 30 120 "${tests[@]}" tests/ops tests/nn tests/bench
 export SAB_KERNELS_AUTOTUNE=1
 sab tuned-7b 45 150 bench kernels --shapes "$gate7" "$down7" --tokens "${decode[@]}" "${timed[@]}"
 sab tuned-72b 45 150 bench kernels --shapes "$gate72" "$down72" --tokens "${decode[@]}" "${timed[@]}"
+if known qwen3-30b-a3b; then
+  sab tuned-experts 45 150 bench kernels --shapes "$experts30" --tokens "${decode[@]}" "${many[@]}" "${timed[@]}"
+fi
 
 printf '%s\n' "" "${summary[@]}" | tee "$out/summary.txt"
 echo "$SECONDS s of $budget"

@@ -19,6 +19,7 @@ ALLOCATION = ("sensitivity", "uniform")
 MOST_SAMPLES = 1_000_000_000
 MOST_TOKENS = 2**24  # of a text; the longest context of a model is ten millions
 MOST_SEED = 2**64 - 1  # of torch's generators
+EXPERT_TOKENS = ("routed", "all")
 BACKENDS = ("triton", "cpu", "reference")  # `optimum_sab.ops.backends` chooses among them
 
 
@@ -37,6 +38,7 @@ class RunSettings:
     sequence_length: int = 256
     seed: int = 0
     calibration_pass: str = "hessian"
+    expert_tokens: str = "routed"
     calibration_device: str | None = None
     refine: bool = False
     refine_epochs: int = RefineSettings.epochs
@@ -58,6 +60,11 @@ class RunSettings:
         if bits is not None and self.allocation == "uniform":
             raise ConfigError(
                 f"target_bits={bits!r} needs allocation='sensitivity'; with 'uniform' the planes decide the bits."
+            )
+        if self.expert_tokens not in EXPERT_TOKENS:
+            raise ConfigError(
+                f"expert_tokens={self.expert_tokens!r} must be one of {', '.join(EXPERT_TOKENS)}: the tokens that "
+                "experts are calibrated on."
             )
         check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
         check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)

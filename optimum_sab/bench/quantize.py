@@ -25,6 +25,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.load import auto_class, model_config
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
+from optimum_sab.nn.unfusing import unfuse_experts
 
 _SMOLLM2 = {
     "vocab_size": 49152,
@@ -191,7 +192,9 @@ def measure_random(size: str, samples: int, length: int, conditions: QuantizingC
     generator = torch.Generator().manual_seed(conditions.seed)
     inputs = [{"input_ids": torch.randint(0, vocabulary, (1, length), generator=generator)} for _ in range(samples)]
     config = conditions.config
-    run = Run(model, select(model, config, strict=True), run_options(config))
+    selection = select(model, config, strict=True)
+    unfuse_experts(model, selection.experts)
+    run = Run(model, selection, run_options(config))
     needless = (RememberAnswers, WriteBefore, WriteAfter)
     stages = (GivenSamples(inputs), *(each for each in STAGES if not isinstance(each, needless)))
     with watched_by(watch):

@@ -24,7 +24,8 @@ from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.format.random_weight import SCALE
-from optimum_sab.nn.selection import select_linears, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import select_linears
 
 _TEXT: dict[str, dict[str, Any]] = {
     "7b": {

@@ -19,6 +19,25 @@ class LinearShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """The experts of one block, each a gated MLP.
+
+    Attributes:
+        name: where the shape comes from.
+        experts: how many there are.
+        top_k: how many a token goes to.
+        hidden: features that go in and come out.
+        intermediate: features between the two matrices.
+    """
+
+    name: str
+    experts: int
+    top_k: int
+    hidden: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
 class _Decoder:
     hidden: int
     intermediate: int
@@ -30,6 +49,10 @@ _DECODERS = {
     "qwen2.5-vl-72b": _Decoder(8192, 29568, 1024),
 }
 MODELS = tuple(_DECODERS)
+_EXPERTS = {
+    "qwen3-30b-a3b": ExpertsShape("qwen3-30b-a3b", 128, 8, 2048, 768),
+    "qwen3-235b-a22b": ExpertsShape("qwen3-235b-a22b", 128, 8, 4096, 1536),
+}
 
 
 def model_shapes(model: str) -> list[LinearShape]:
@@ -40,13 +63,39 @@ def model_shapes(model: str) -> list[LinearShape]:
     """
     decoder = _DECODERS.get(model)
     if decoder is None:
-        raise ConfigError(f"{model!r} is not a known model; use {', '.join(MODELS)}, or a shape as OUTxIN.")
+        raise ConfigError(
+            f"{model!r} is not a known model; use {', '.join((*MODELS, *_EXPERTS))}, or a shape as OUTxIN."
+        )
     return [
         LinearShape(f"{model} q/o", decoder.hidden, decoder.hidden),
         LinearShape(f"{model} k/v", decoder.keys, decoder.hidden),
         LinearShape(f"{model} gate/up", decoder.intermediate, decoder.hidden),
         LinearShape(f"{model} down", decoder.hidden, decoder.intermediate),
     ]
+
+
+def parse_experts(words: Sequence[str]) -> tuple[list[ExpertsShape], list[str]]:
+    """Names of models with experts, and explicit ``EXPERTSxTOPxHIDDENxINTERMEDIATE``, in order; and the other words.
+
+    Raises:
+        ConfigError: a size is 0, or a token would go to more experts than there are.
+    """
+    found, others = [], []
+    for word in words:
+        explicit = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", word)
+        if explicit is not None:
+            shape = ExpertsShape(word, *map(int, explicit.groups()))
+            if not shape.hidden or not shape.intermediate or not 1 <= shape.top_k <= shape.experts:
+                raise ConfigError(
+                    f"the shape {word!r} is EXPERTSxTOPxHIDDENxINTERMEDIATE: sizes are at least 1, and TOP is at most "
+                    "EXPERTS."
+                )
+            found.append(shape)
+        elif word in _EXPERTS:
+            found.append(_EXPERTS[word])
+        else:
+            others.append(word)
+    return found, others
 
 
 def parse_shapes(words: Sequence[str]) -> list[LinearShape]:

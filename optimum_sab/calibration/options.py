@@ -46,6 +46,7 @@ class RunOptions:
     Args:
         source: where the calibration data comes from.
         calibration_pass: a registered calibration pass.
+        expert_tokens: "routed": experts are calibrated on the tokens that come to them; "all": on all.
         device: where blocks are moved while they are worked on; None leaves them where they are.
         allocation: how bits are given to linears; None leaves every linear its settings.
         refine: how long to refine scales, norms and biases; None leaves them as solved.
@@ -57,6 +58,7 @@ class RunOptions:
 
     source: SampleSource = field(default_factory=SampleSource)
     calibration_pass: str = "hessian"
+    expert_tokens: str = "routed"
     device: torch.device | None = None
     allocation: AllocationSettings | None = None
     refine: RefineSettings | None = None

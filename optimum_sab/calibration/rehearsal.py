@@ -18,8 +18,8 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.preparation import prepare_layers
-from optimum_sab.nn.selection import set_module
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from optimum_sab.calibration.blocks.report import BlockReport
+from optimum_sab.calibration.blocks.report import BlockReport, ExpertsReport
 from optimum_sab.calibration.sizes import LinearSizes, Sizes
 
 
@@ -20,7 +20,19 @@ def block_entry(block: BlockReport) -> dict[str, Any]:
         "seconds": block.seconds,
         "significance": None if block.significance is None else asdict(block.significance),
         "reconstruction": None if block.reconstruction is None else asdict(block.reconstruction),
+        "experts": [_experts_entry(each) for each in block.experts],
         "layers": [{**asdict(layer), "by_modality": dict(layer.by_modality)} for layer in block.layers],
+    }
+
+
+def _experts_entry(experts: ExpertsReport) -> dict[str, Any]:
+    modalities = dict.fromkeys(name for own in experts.tokens for name in own)
+    return {
+        "name": experts.name,
+        "experts": len(experts.tokens),
+        "mixed": experts.mixed,
+        "tokens": experts.counts,
+        "by_modality": {name: [own.get(name, 0) for own in experts.tokens] for name in modalities},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -16,13 +17,14 @@ class Watch(Protocol):
 
 
 _watch: Watch | None = None
+_watched = 0  # the thread that is watched: parts of several do not lie inside each other
 
 
 @contextmanager
 def part(name: str) -> Iterator[None]:
     """What is done inside is a part of this name; costs next to nothing while nobody watches."""
     watch = _watch
-    if watch is None:
+    if watch is None or threading.get_ident() != _watched:
         yield
         return
     watch.enter(name)
@@ -34,10 +36,11 @@ def part(name: str) -> Iterator[None]:
 
 @contextmanager
 def watched_by(watch: Watch) -> Iterator[None]:
-    """Inside, ``watch`` is told of every part, of the whole process."""
-    global _watch
-    before, _watch = _watch, watch
+    """Inside, ``watch`` is told of every part of this thread."""
+    global _watch, _watched
+    before = _watch, _watched
+    _watch, _watched = watch, threading.get_ident()
     try:
         yield
     finally:
-        _watch = before
+        _watch, _watched = before

@@ -14,9 +14,10 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import pair_streams
+from optimum_sab.calibration.streams.arrival import Arrival
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, arrivals_by_expert
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.eval.baselines import Baseline
@@ -76,6 +77,16 @@ class _Simulator:
         for name, linear in members.items():
             self._quantize(name, linear, statistics)
         return {name: self._done[name] for name in names}
+
+    def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
+        idle = []
+        for name, here in arrivals_by_expert(linears, arrivals):
+            if here:
+                self.solve((name,), here)
+            else:
+                idle.append(name)
+        self.miss(idle)
+        return {name: self._done[name] for name in linears.names.values()}
 
     def miss(self, names: Sequence[str]) -> None:
         for name in names:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,25 +18,31 @@ from optimum_sab.calibration.stages.forward import LookAtForwards
 from optimum_sab.calibration.stages.rehearsal import RehearseForward
 from optimum_sab.hf.about import about
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.devices import computes_elsewhere
+from optimum_sab.hf.early_rehearsal import RehearseUnloaded
 from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.progress import shown_progress
 from optimum_sab.hf.record import record
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
+from optimum_sab.nn.unfusing import unfuse_experts
 
 
-def stages(config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]:
+def stages(config: SABConfig, origin: Origin | None = None, device_map: Any = None) -> tuple[Stage, ...]:
     """What is done to a dense model, in order. They remember what they find in `check`, so a run has its own.
 
     Args:
         config: the configuration.
         origin: where the model comes from; None to ask it.
+        device_map: see `check_before_loading`.
     """
     processor = FindProcessor(config.processor, origin)
+    unseen, reader = ReadUnseen(processor), ReadSamplesEarly(processor)
     written = run_options(config).source.written
-    tried: tuple[Stage, ...] = (ReadUnseen(), LookAtForwards(), RehearseForward()) if written else ()
-    return (processor, *tried, ReadSamplesEarly(processor), *STAGES)
+    early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
+    tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
+    return (processor, *tried, reader, early, *STAGES)
 
 
 def check_settings(model: nn.Module, config: SABConfig) -> None:
@@ -52,25 +59,28 @@ def check_settings(model: nn.Module, config: SABConfig) -> None:
         check_stages(STAGES, model, run_options(config))
 
 
-def check_before_loading(model: nn.Module, config: SABConfig, origin: Origin | None = None) -> tuple[Stage, ...]:
+def check_before_loading(
+    model: nn.Module, config: SABConfig, origin: Origin | None = None, device_map: Any = None
+) -> tuple[Stage, ...]:
     """Refuse what can be seen to fail before a weight is read, calibration samples and their processor included.
 
     Args:
         model: its weights may be on meta.
         config: the configuration.
         origin: where the model comes from; None to ask it.
+        device_map: where the weights will be, as `from_pretrained` takes it.
 
     Returns:
         The stages, for `binarize_loaded`: what was read is not read again.
 
     Raises:
         ConfigError: the calibration pass is not registered, or the calibration device cannot be used here.
-        CalibrationError: see `head_to_tune_to`.
+        CalibrationError: see `head_to_tune_to` and `rehearse_unloaded`.
         SampleError: no processor is found, or a sample cannot be read or encoded.
         MissingDependencyError: see `import_greenlet`; or a package is missing that reads samples.
     """
     check_settings(model, config)
-    beginning = stages(config, origin)
+    beginning = stages(config, origin, device_map)
     with _on_cpu():
         check_stages([each for each in beginning if each not in STAGES], model, run_options(config))
     return beginning
@@ -91,7 +101,9 @@ def binarize_loaded(
         CalibrationError: a weight is offloaded; see also the stages.
     """
     with shown_progress(config.progress) as progress:
-        run = Run(model, select(model, config, strict=True), run_options(config), progress)
+        selection = select(model, config, strict=True)
+        unfuse_experts(model, selection.experts)
+        run = Run(model, selection, run_options(config), progress)
         report = run_stages(run, stages(config) if beginning is None else beginning)
     record(config, run.selection, report)
     return replace(report, about=about(model, config))

@@ -59,6 +59,27 @@ def check_layers(
     return names
 
 
+def check_dense(model: nn.Module, files: Sequence[StoredFile], names: StoredNames) -> None:
+    """What is not packed must have the shapes that the model has; Transformers names the tensor in its log alone.
+
+    Args:
+        model: the skeleton.
+        files: the checkpoint's.
+        names: what `check_layers` gave.
+
+    Raises:
+        FormatError: a tensor has another shape.
+    """
+    stored = {name: tensor for file in files for name, tensor in file.tensors.items()}
+    for name, wanted in model.state_dict().items():
+        key = names.keys.get(name)
+        if key is not None and name not in names.changed and stored[key].shape != tuple(wanted.shape):
+            raise FormatError(
+                f"tensor {key!r} is {stored[key].dtype} {stored[key].shape}, and the model's is {tuple(wanted.shape)}; "
+                "the checkpoint is damaged or its config.json is another's: fetch both again."
+            )
+
+
 def _tensors_of(
     name: str, layer: SABLinear, keys: Mapping[str, str], stored: Mapping[str, StoredTensor]
 ) -> dict[str, StoredTensor]:

@@ -63,6 +63,8 @@ class SABConfig(QuantizationConfigMixin):
         sequence_length: calibration texts are cut to this many tokens.
         seed: seed of the built-in set, of what the model writes for itself, and of a dataset's order.
         calibration_pass: a registered calibration pass.
+        expert_tokens: "routed" calibrates fused experts on the tokens that come to them; "all" on all tokens, while
+            what the model computes stays routed.
         calibration_device: device on which blocks are worked on, e.g. "cuda"; None leaves each where it is.
         refine: after solving, train scales, norms and biases with the signs frozen: block by block to the dense
             model's hidden states, then all together to its next-token distributions.
@@ -113,6 +115,7 @@ class SABConfig(QuantizationConfigMixin):
         sequence_length: int = RunSettings.sequence_length,
         seed: int = RunSettings.seed,
         calibration_pass: str = RunSettings.calibration_pass,
+        expert_tokens: str = RunSettings.expert_tokens,
         calibration_device: str | None = RunSettings.calibration_device,
         refine: bool = RunSettings.refine,
         refine_epochs: int = RunSettings.refine_epochs,
@@ -170,6 +173,7 @@ class SABConfig(QuantizationConfigMixin):
         self.sequence_length = sequence_length
         self.seed = seed
         self.calibration_pass = calibration_pass
+        self.expert_tokens = expert_tokens
         self.calibration_device = calibration_device
         self.refine = refine
         self.refine_epochs = refine_epochs
@@ -307,7 +311,8 @@ class SABConfig(QuantizationConfigMixin):
         self.measured = {**(self.measured or {}), _SAVE: save}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but what belongs to one call (processor, progress, ...), and a code only if it is one.
+        """JSON-ready: everything but what belongs to one call (processor, progress, ...), and ``code`` and
+        ``expert_tokens`` only if they are no defaults.
 
         Calibration samples given as objects are stored as their number only.
         """
@@ -316,6 +321,8 @@ class SABConfig(QuantizationConfigMixin):
         state["format_version"] = self.format_version
         if self.code == NO_CODE:  # which a reader of version 1 does not know
             del state["code"]
+        if self.expert_tokens == RunSettings.expert_tokens:  # nor earlier releases this
+            del state["expert_tokens"]
         state["calibration"] = describe_calibration(self.calibration)
         if list(self.dynamic) != sorted(self.dynamic):
             state["measured"] = {**(state["measured"] or {}), _ORDER: list(self.dynamic)}

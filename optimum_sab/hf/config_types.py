@@ -87,6 +87,7 @@ _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
 }
 _MEASURED: dict[str, tuple[Callable[[object], bool], str]] = {
     "left_dense": (_texts, "a list of module names"),
+    "experts": (_texts, "a list of module names"),
     "dynamic_order": (_texts, "a list of rules"),
     "weights": (_text, "the name of a save"),
     "base": (_named_texts, "a mapping of texts: model, revision, license"),

@@ -57,3 +57,16 @@ def check_device_map(device_map: Any) -> None:
         places = [] if device_map in _SPREADS else [device_map]
     for place in places:
         usable_device("device_map", place)
+
+
+def computes_elsewhere(device_map: Any) -> bool:
+    """Whether weights go to another device than the CPU.
+
+    Args:
+        device_map: as `from_pretrained` takes it, checked.
+    """
+    if isinstance(device_map, str) and device_map in _SPREADS:
+        return torch.accelerator.is_available()
+    places = device_map.values() if isinstance(device_map, dict) else [] if device_map is None else [device_map]
+    there = [place for place in places if place not in _NO_DEVICES]
+    return any(isinstance(place, int) or torch.device(place).type != "cpu" for place in there)  # a number is no CPU's

@@ -14,6 +14,7 @@ from optimum_sab.hf.binarization import check_settings
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.selection import select
 from optimum_sab.nn.selection import Selection
+from optimum_sab.nn.unfusing import unfuse_experts
 
 
 def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dtype | str) -> int:
@@ -34,6 +35,7 @@ def expected_bytes(factory: Any, source: Any, config: SABConfig, dtype: torch.dt
         warnings.simplefilter("ignore", SABWarning)  # they come again with the weights
         selection = select(model, config, strict=True)
         check_settings(model, config)
+    unfuse_experts(model, selection.experts)
     kept = dtype if isinstance(dtype, torch.dtype) else getattr(source, "dtype", None) or torch.float32
     return checkpoint_bytes(model, selection, kept, config.target_bits)
 

@@ -54,17 +54,34 @@ class ReadUnseen(Stage):
     """Before a model spends its time on writing samples, others go through it, to see that it bears packed layers.
 
     A model that does not read them is tried on what it has written.
+
+    Args:
+        processor: the stage that finds it.
     """
 
     name: ClassVar[str] = "unseen"
 
+    def __init__(self, processor: FindProcessor) -> None:
+        self._processor = processor
+        self._inputs: list[Mapping[str, Any]] | None = None
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        self.early(model)
+
     def apply(self, run: Run, on_step: OnStep) -> None:
-        try:
-            kinds = unseen_inputs(run.model, run.processor)
-        except SABError:  # said where the finished model is to be compared by them
-            return
-        inputs = [map_tensors(each, run.home) for some in kinds.values() for each in some]
-        run.keep(CalibrationSamples.of(inputs, getattr(run.model, "config", None)))
+        inputs = [map_tensors(each, run.home) for each in self.early(run.model)]
+        if inputs:
+            run.keep(CalibrationSamples.of(inputs, getattr(run.model, "config", None)))
+
+    def early(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:
+        """Forward arguments; none where they cannot be prepared."""
+        if self._inputs is None:
+            try:
+                kinds = unseen_inputs(model, self._processor.processor_of(model))
+            except SABError:  # said where the finished model is to be compared by them
+                kinds = {}
+            self._inputs = [each for some in kinds.values() for each in some]
+        return self._inputs
 
 
 class ReadSamplesEarly(ReadSamples):
@@ -82,6 +99,10 @@ class ReadSamplesEarly(ReadSamples):
         super().check(model, options)
         if not options.source.written:
             self._inputs = given_inputs(model, self._processor.processor_of(model), options.source)
+
+    def early(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:
+        """Forward arguments that were read by `check`; none where the model is to write them."""
+        return self._inputs or ()
 
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
         early, self._inputs = self._inputs, None  # the run keeps them from here on

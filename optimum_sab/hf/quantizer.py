@@ -13,7 +13,7 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError, warn, warnings_heard
-from optimum_sab.hf.checkpoint import check_layers
+from optimum_sab.hf.checkpoint import check_dense, check_layers
 from optimum_sab.hf.compat import OFFLOADS_INTEGERS, RENAMES, TAKES_LOAD_OPTIONS
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import check_device_map
@@ -35,8 +35,10 @@ from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.dense_share import warn_of_dense
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.preparation import prepare_layers
-from optimum_sab.nn.selection import replace_with_skeletons, set_module
+from optimum_sab.nn.selection import replace_with_skeletons
+from optimum_sab.nn.unfusing import experts_unfused, fuse_experts, unfuse_experts
 
 
 class SABHfQuantizer(HfQuantizer):
@@ -107,13 +109,15 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import check_before_loading
 
             origin = origin_of(model)
-            with warnings_heard() as self._heard:
+            with warnings_heard() as self._heard, experts_unfused(model, selection.experts):
                 warn_of_dense(model, selection)
-                self._stages = check_before_loading(model, self.quantization_config, origin)
+                device_map = kwargs.get("device_map")
+                self._stages = check_before_loading(model, self.quantization_config, origin, device_map)
             self.processor = ProcessorSource(self.quantization_config.processor, origin)
             self._base = describe_base(origin)
         else:
             self.processor = ProcessorSource(None, origin_of(model))
+            unfuse_experts(model, selection.experts)
             replace_with_skeletons(model, selection)
             self._lists = selection.lists
             if not RENAMES:
@@ -133,7 +137,7 @@ class SABHfQuantizer(HfQuantizer):
         """Everything that can be seen before a tensor is loaded; see the functions for what they raise."""
         given = (loading_call() or {}).get("state_dict")
         if given is not None:  # in the place of files
-            self._names = check_layers(model, self._lists, [described(given)], transforms)
+            self._check_headers(model, [described(given)], transforms)
             return
         origin = origin_of(model)
         found = origin.files
@@ -149,7 +153,12 @@ class SABHfQuantizer(HfQuantizer):
             )
         self._files = read_headers(files)
         check_one_save(self._files, self.quantization_config.saved_as)
-        self._names = check_layers(model, self._lists, self._files, transforms)
+        self._check_headers(model, self._files, transforms)
+
+    def _check_headers(self, model: nn.Module, files: list[StoredFile], transforms: list[Any] | None) -> None:
+        self._names = check_layers(model, self._lists, files, transforms)
+        if not (loading_call() or {}).get("ignore_mismatched_sizes"):
+            check_dense(model, files, self._names)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         self._refuse_disk(getattr(model, "hf_device_map", {}))  # "auto" is only resolved by now
@@ -250,6 +259,7 @@ class SABHfQuantizer(HfQuantizer):
                 if module.weight.device.type == "meta":
                     raise ConfigError(f"{name} is offloaded; load the model without offload to dequantize it.")
                 set_module(model, name, module.dequantize(wanted))
+        fuse_experts(model)
         if hasattr(model, "_weight_conversions"):  # which spare packed layers; 5.24 forgets them here by itself
             del model._weight_conversions
         forget_quantized(model)

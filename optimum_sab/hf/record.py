@@ -6,6 +6,7 @@ from typing import Any
 
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.hf.config import SABConfig, describe_calibration
+from optimum_sab.hf.selection import EXPERTS
 from optimum_sab.json_values import finite
 from optimum_sab.nn.selection import Selection
 
@@ -35,6 +36,8 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
         "calibration_tokens": report.tokens,
         "left_dense": [selection.lists.short(name) for name in selection.left_dense],
     }
+    if selection.experts:
+        measured[EXPERTS] = [selection.lists.short(name) for name in selection.experts]
     samples = report.section("samples")
     if samples is not None:
         measured["calibration_samples"] = {"samples": samples.count, "with_pictures": samples.with_pictures}

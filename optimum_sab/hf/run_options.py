@@ -19,6 +19,7 @@ def run_options(config: SABConfig) -> RunOptions:
     return RunOptions(
         source=SampleSource(config.calibration, config.calibration_samples, config.sequence_length, config.seed),
         calibration_pass=config.calibration_pass,
+        expert_tokens=config.expert_tokens,
         device=None if named is None else usable_device("calibration_device", named),
         allocation=AllocationSettings.of(config.target_bits, config.dynamic) if by_sensitivity else None,
         refine=config.refine_settings,

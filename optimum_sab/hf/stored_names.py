@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from optimum_sab.nn.decoder import BlockLists
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 
 MARKS = ("row_scale", "col_scale", "residual_sign")  # tensors that only a packed layer has
@@ -27,10 +28,12 @@ class StoredNames:
     Attributes:
         keys: by name in the model's state dict: the name on disk. What the model has no place for is left out.
         corrections: what is to be added to the mapping that the model is loaded with.
+        changed: names in the model of tensors that are merged, split or otherwise made others on their way.
     """
 
     keys: dict[str, str]
     corrections: tuple[Any, ...] = ()
+    changed: frozenset[str] = frozenset()
 
 
 def names_in_model(
@@ -56,20 +59,23 @@ def names_in_model(
     transforms = copy.deepcopy(list(transforms))  # they remember whether they were used
     base: Any = getattr(model, "base_model_prefix", None)
     found: dict[str, str] = {}
+    changed = set()
     for key in keys:
-        name = _loaded(key, transforms, base, wanted)
+        name, converter = _loaded(key, transforms, base, wanted)
         if name not in wanted and key in wanted:
-            name = key
+            name, converter = key, None
         if name in wanted:
             found[name] = key
+            if converter is not None:
+                changed.add(name)
     used = [each for each in transforms if each.was_used()]
     corrections = []
     for name in sorted(_packed_tensors(model) & wanted.keys() - found.keys()):
         key = _saved(name, used)
         if key in keys:
             found[name] = key
-            corrections.append(WeightRenaming("^" + _loaded(key, transforms).replace(".", r"\."), name))
-    return StoredNames(found, tuple(corrections))
+            corrections.append(WeightRenaming("^" + _loaded(key, transforms)[0].replace(".", r"\."), name))
+    return StoredNames(found, tuple(corrections), frozenset(changed))
 
 
 def _by_block(keys: Collection[str], model: nn.Module, lists: BlockLists) -> dict[str, str]:
@@ -84,13 +90,14 @@ def _by_block(keys: Collection[str], model: nn.Module, lists: BlockLists) -> dic
     return found
 
 
-def _loaded(key: str, transforms: Sequence[Any], base: str | None = None, wanted: Any = None) -> str:
-    """The name in the model of what is stored as ``key``."""
+def _loaded(key: str, transforms: Sequence[Any], base: str | None = None, wanted: Any = None) -> tuple[str, str | None]:
+    """The name in the model of what is stored as ``key``, and what of it a converter is for, if one is."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
-    return str(rename_source_key(key, renamings, converters, base, wanted)[0])
+    name, converter = rename_source_key(key, renamings, converters, base, wanted)
+    return name, converter
 
 
 def _saved(name: str, transforms: Sequence[Any]) -> str:
@@ -130,11 +137,15 @@ def _sparing(converter: Any, packed: frozenset[str]) -> Any:
 
 
 def _packed_tensors(model: nn.Module) -> frozenset[str]:
-    """Names of the packed layers' tensors, with and without the base model's, since checkpoints have either."""
+    """Names of the packed layers' tensors, with and without the base model's, since checkpoints have either.
+
+    Dense linears of experts among them: Transformers would fuse these, and in the model they are not.
+    """
     base = getattr(model, "base_model_prefix", "")
     names = set()
+    experts = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SABExperts))
     for layer, module in model.named_modules():
-        if isinstance(module, SABLinear):
+        if isinstance(module, SABLinear) or (isinstance(module, nn.Linear) and layer.startswith(experts)):
             own = [f"{layer}.{tensor}" for tensor, _ in module.named_parameters(recurse=False)]
             names.update(own)
             names.update(name.removeprefix(f"{base}.") for name in own if base)

@@ -64,8 +64,7 @@ def warn_of_dense(model: nn.Module, selection: Selection) -> None:
     """Say what stays dense where it is more than `WORTH_A_WARNING`."""
     found = dense_share(model, selection)
     if found.share > WORTH_A_WARNING:
-        fused = any(p.ndim == 3 for p in model.get_submodule(selection.lists.above).parameters())
-        warn(f"{found}. " + ("Mixture-of-experts models gain little yet." if fused else "See docs/models.md."))
+        warn(f"{found}. See docs/models.md.")
 
 
 def _without_numbers(name: str) -> str:

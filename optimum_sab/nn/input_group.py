@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.nn.experts import SABExpert
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.ops.cpu.direct import direct_linears
 from optimum_sab.ops.operator import stacked_linear
@@ -190,6 +191,8 @@ def group_linears(model: nn.Module) -> list[InputGroup]:
             module.group = None
     groups = []
     for parent in model.modules():
+        if isinstance(parent, SABExpert):
+            continue  # its linears follow each other
         siblings = [child for child in parent.children() if isinstance(child, SABLinear)]
         while siblings:
             first = siblings.pop(0)

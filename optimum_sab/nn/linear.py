@@ -146,7 +146,7 @@ class SABLinear(nn.Module):
 
     def prepare(self) -> SABLinear:
         """Convert to the layout of what computes on the layer's device, unless its tensors are only lent to it."""
-        if self.weight.device.type != "meta" and not _offloaded(self):
+        if self.weight.device.type != "meta" and not offloaded(self):
             kernel = backend_name(self.weight.device, self.backend) == "triton"
             self.to_layout("kernel" if kernel else "stored")
         return self
@@ -239,7 +239,7 @@ def _keeping_integers(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tens
     return apply
 
 
-def _offloaded(module: nn.Module) -> bool:
+def offloaded(module: nn.Module) -> bool:
     """Whether an accelerate hook brings the module's tensors for every call and takes them away again."""
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(h, "offload", False) for h in (hook, *getattr(hook, "hooks", ())) if h is not None)

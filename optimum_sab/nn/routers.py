@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 
 _NAMES = ("router", "gate")  # for experts that do not show how many they are
@@ -45,7 +46,7 @@ def _expert_counts(children: dict[str, nn.Module]) -> set[int] | None:
     """How many experts stand among the children, by each tensor that shows it; None where there are no experts."""
     if "experts" in children:
         experts = children["experts"]
-        counts = {len(experts)} if isinstance(experts, nn.ModuleList) else set()
+        counts = {len(experts)} if isinstance(experts, (nn.ModuleList, SABExperts)) else set()
         return counts | {p.shape[0] for p in experts.parameters() if _stacked(p)}
     stacks = [{p.shape[0] for p in each.parameters(recurse=False) if _stacked(p)} for each in children.values()]
     counts = {count for count in set().union(*stacks) if sum(count in each for each in stacks) > 1}

@@ -10,8 +10,10 @@ from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
-from optimum_sab.nn.decoder import BlockLists, find_decoder_blocks
+from optimum_sab.nn.decoder import BlockLists, DecoderBlocks, find_decoder_blocks
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.routers import find_routers
 from optimum_sab.nn.rules import covered_by, overridden
 
@@ -25,12 +27,15 @@ class Selection:
         blocks: dotted names of the decoder blocks, in the order in which the model calls them as far as that is known.
         settings: per selected linear, by dotted name, in the model's order.
         left_dense: linears inside the decoder blocks that a rule, a tied weight or their place keeps dense.
+        experts: modules of experts that are linears (`SABExperts`), by dotted name: of blocks with a selected one, or,
+            where a packed model is loaded, as they were when it was saved.
     """
 
     lists: BlockLists
     blocks: tuple[str, ...]
     settings: dict[str, LayerSettings]
     left_dense: tuple[str, ...]
+    experts: tuple[str, ...] = ()
 
     def with_rules(self, dynamic: Mapping[str, Mapping[str, Any]]) -> Selection:
         """The same linears with the settings that more rules of ``dynamic`` give them."""
@@ -59,7 +64,8 @@ def select_linears(
 
     The vision tower, projector, embeddings and lm_head lie outside the decoder blocks and stay dense, and so does a
     linear whose weight is shared with another module, that decides which expert a token goes to (`find_routers`), or
-    that computes more than a linear does. ``modules_to_not_convert`` adds to that, it replaces nothing.
+    that computes more than a linear does. Experts count where they are linears, as in `SABExperts`.
+    ``modules_to_not_convert`` adds to that, it replaces nothing.
 
     Args:
         model: dense, or a skeleton on meta.
@@ -104,7 +110,20 @@ def select_linears(
         raise ConfigError(
             f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
         )
-    return Selection(decoder.lists, tuple(decoder.named), settings, tuple(left_dense))
+    unfused = [name for name, module in model.named_modules() if isinstance(module, SABExperts)]
+    experts = [name for name in unfused if not strict or _beside_selected(name, decoder, unfused, settings)]
+    fused = tuple(f"{name}." for name in unfused if name not in experts)  # stay as the model has them
+    rest = tuple(name for name in left_dense if not name.startswith(fused))
+    return Selection(decoder.lists, tuple(decoder.named), settings, rest, tuple(experts))
+
+
+def _beside_selected(
+    name: str, decoder: DecoderBlocks, unfused: Sequence[str], settings: Mapping[str, LayerSettings]
+) -> bool:
+    """Whether any expert of the block is selected: Transformers may store several modules of a block as one."""
+    block = next((f"{each}." for each in decoder.named if name.startswith(f"{each}.")), f"{name}.")
+    beside = tuple(f"{each}." for each in unfused if each.startswith(block))
+    return any(each.startswith(beside) for each in settings)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -125,12 +144,6 @@ def shared_parameters(model: nn.Module) -> set[int]:
         for parameter in module.parameters(recurse=False):
             seen[id(parameter)] = seen.get(id(parameter), 0) + 1
     return announced | {key for key, count in seen.items() if count > 1}
-
-
-def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule at a dotted name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def replace_with_skeletons(model: nn.Module, selection: Selection) -> None:

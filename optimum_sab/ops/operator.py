@@ -8,29 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from optimum_sab.errors import ConfigError
-from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.backends import backend_name
 from optimum_sab.ops.cpu.kernel import dequantize as cpu_dequantize
 from optimum_sab.ops.cpu.kernel import linear_of as cpu_linear
+from optimum_sab.ops.operands import (
+    WEIGHT,
+    Weight,
+    cast_under_autocast,
+    kernel_dtype,
+    library,
+    no_gradients,
+    refuse_forward_mode,
+)
 from optimum_sab.ops.reference import binary_linear as reference_linear
-from optimum_sab.ops.reference import check_input
 from optimum_sab.ops.shape import LayerShape
 
-_WEIGHT = (
-    "Tensor[] tensors, str layout, str? backend, int out_features, int in_features, int block_size, int base_planes, "
-    "int residual_planes, float salient_fraction, str row_scale, str code"
-)
-_library = torch.library.Library("optimum_sab", "DEF")
-_library.define(f"binary_linear(Tensor x, Tensor? bias, {_WEIGHT}) -> Tensor")
-_library.define(f"stacked_linear(Tensor x, Tensor[] biases, int[] sizes, {_WEIGHT}) -> Tensor[]")
-_library.define(f"binary_linear_transposed(Tensor grad, {_WEIGHT}) -> Tensor")
+library.define(f"binary_linear(Tensor x, Tensor? bias, {WEIGHT}) -> Tensor")
+library.define(f"stacked_linear(Tensor x, Tensor[] biases, int[] sizes, {WEIGHT}) -> Tensor[]")
+library.define(f"binary_linear_transposed(Tensor grad, {WEIGHT}) -> Tensor")
 
 
 def binary_linear(
@@ -59,7 +59,7 @@ def binary_linear(
             the weight is on meta; or the backend cannot be used.
         NotImplementedError: x carries a forward-mode derivative.
     """
-    _refuse_forward_mode(x)
+    refuse_forward_mode(x)
     return torch.ops.optimum_sab.binary_linear(x, bias, tensors, layout, backend, *shape)
 
 
@@ -75,69 +75,15 @@ def stacked_linear(
 
     Biases get no gradient here.
     """
-    _refuse_forward_mode(x)
+    refuse_forward_mode(x)
     return torch.ops.optimum_sab.stacked_linear(x, biases, sizes, tensors, "kernel", backend, *shape)
-
-
-def _refuse_forward_mode(x: Tensor) -> None:
-    """PyTorch drops forward-mode derivatives of operators that have none, without a word."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if forward_ad.unpack_dual(x).tangent is not None:
-        raise NotImplementedError(
-            "packed layers have no forward-mode derivative (jvp); use reverse mode (backward, vjp)."
-        )
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
-class _Weight(NamedTuple):
-    """What operators are given of a weight, flat as `_WEIGHT` says, together again."""
-
-    tensors: Sequence[Tensor]
-    layout: str
-    backend: str | None
-    shape: LayerShape
-
-    @classmethod
-    def of(cls, tensors: Sequence[Tensor], layout: str, backend: str | None, *numbers: Any) -> _Weight:
-        return cls(tensors, layout, backend, LayerShape(*numbers))
-
-    def for_kernels(self) -> dict[str, Tensor]:
-        named = dict(zip(self.shape.names, self.tensors))
-        if self.layout == "kernel":
-            return named
-        from sab_kernels import to_kernel_layout  # an offloaded layer, whose tensors come and go: at every call
-
-        return to_kernel_layout(named, self.shape.geometry)
-
-    def stored(self) -> Sequence[Tensor]:
-        if self.layout == "stored":
-            return self.tensors
-        from sab_kernels import from_kernel_layout
-
-        named = from_kernel_layout(dict(zip(self.shape.names, self.tensors)), self.shape.geometry)
-        return [named[name] for name in self.shape.names]
-
-    def packed(self) -> PackedWeight:
-        named = dict(zip(self.shape.names, self.stored()))
-        return PackedWeight(named, self.shape.out_features, self.shape.in_features, self.shape.settings)
-
-    def check(self, x: Tensor) -> None:
-        """Refuse an input that does not fit."""
-        check_input(x, self.shape.in_features)
-        device = self.tensors[0].device
-        if device != x.device:
-            if device.type == "meta":
-                raise ConfigError(
-                    "the layer's tensors are on meta: it was never loaded, or is offloaded without a hook."
-                )
-            raise ConfigError(f"the input is on {x.device}, the layer on {device}; move one of them.")
-
-
 def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    weight = _Weight.of(*arguments)
+    weight = Weight.of(*arguments)
     weight.check(x)
     shape = weight.shape
     name = backend_name(x.device, weight.backend)
@@ -145,9 +91,9 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     if name == "triton":
         from sab_kernels import binary_linear as triton_linear
 
-        out = triton_linear(rows.to(_kernel_dtype(x)), weight.for_kernels(), shape.geometry, bias)
+        out = triton_linear(rows.to(kernel_dtype(x)), weight.for_kernels(), shape.geometry, bias)
     elif name == "cpu":
-        dtype = _kernel_dtype(x)
+        dtype = kernel_dtype(x)
         out = cpu_linear(rows if x.dtype is dtype else rows.to(dtype), weight.stored(), shape, bias)
     else:
         out = reference_linear(rows, weight.packed(), bias)
@@ -157,26 +103,26 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
 
 
 def _stacked(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:
-    weight = _Weight.of(*arguments)
+    weight = Weight.of(*arguments)
     weight.check(x)
     if backend_name(x.device, weight.backend) != "triton":
         whole = _forward(x, torch.cat(biases) if biases else None, *arguments)
         return [part.clone(memory_format=torch.contiguous_format) for part in whole.split(sizes, -1)]
     from sab_kernels import stacked_linear as triton_linear
 
-    rows = x.reshape(-1, weight.shape.in_features).to(_kernel_dtype(x))
+    rows = x.reshape(-1, weight.shape.in_features).to(kernel_dtype(x))
     parts = triton_linear(rows, weight.for_kernels(), weight.shape.geometry, tuple(sizes), biases)
     return [_shaped(part.to(x.dtype), x) for part in parts]
 
 
 def _transposed(grad: Tensor, *arguments: Any) -> Tensor:
-    weight = _Weight.of(*arguments)
+    weight = Weight.of(*arguments)
     rows = grad.reshape(-1, weight.shape.out_features)
     name = backend_name(grad.device, weight.backend)
     if name == "triton":
         from sab_kernels import dequantize as triton_dequantize
 
-        dense = triton_dequantize(weight.for_kernels(), weight.shape.geometry, _kernel_dtype(grad))
+        dense = triton_dequantize(weight.for_kernels(), weight.shape.geometry, kernel_dtype(grad))
     elif name == "cpu":
         dense = cpu_dequantize(weight.packed(), torch.float32)
     else:
@@ -190,16 +136,12 @@ def _shaped(rows: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(rows, [*like.shape[:-1], rows.shape[-1]])
 
 
-def _kernel_dtype(x: Tensor) -> torch.dtype:
-    return x.dtype if x.dtype in (torch.bfloat16, torch.float16) else torch.float32
-
-
 for _name, _function in (
     ("binary_linear", _forward),
     ("stacked_linear", _stacked),
     ("binary_linear_transposed", _transposed),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -207,20 +149,20 @@ for _name, _function in (
 
 @torch.library.register_fake("optimum_sab::binary_linear")
 def _(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
-    weight = _Weight.of(*arguments)
+    weight = Weight.of(*arguments)
     weight.check(x)
     return x.new_empty(*x.shape[:-1], weight.shape.out_features)
 
 
 @torch.library.register_fake("optimum_sab::stacked_linear")
 def _(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:
-    _Weight.of(*arguments).check(x)
+    Weight.of(*arguments).check(x)
     return [x.new_empty(*x.shape[:-1], size) for size in sizes]
 
 
 @torch.library.register_fake("optimum_sab::binary_linear_transposed")
 def _(grad: Tensor, *arguments: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], _Weight.of(*arguments).shape.in_features)
+    return grad.new_empty(*grad.shape[:-1], Weight.of(*arguments).shape.in_features)
 
 
 # -- gradients ---------------------------------------------------------------------------------------------------------
@@ -237,7 +179,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     bias_grad = None
     if ctx.bias_dtype is not None:
         bias_grad = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return x_grad, bias_grad, *_no_gradients(ctx.arguments)
+    return x_grad, bias_grad, *no_gradients(ctx.arguments)
 
 
 def _keep_stacked(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -251,48 +193,17 @@ def _stacked_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         like = next(g for g in grads if g is not None)
         filled = [like.new_zeros(*like.shape[:-1], n) if g is None else g for g, n in zip(grads, sizes)]
         x_grad = torch.ops.optimum_sab.binary_linear_transposed(torch.cat(filled, -1), *arguments)
-    return x_grad, *_no_gradients((ctx.biases, *ctx.arguments))
+    return x_grad, *no_gradients((ctx.biases, *ctx.arguments))
 
 
-def _no_gradients(arguments: Sequence[Any]) -> list[Any]:
-    """None for every argument, and a list of them for a list of tensors."""
-    return [[None] * len(a) if _is_tensor_list(a) else None for a in arguments]
-
-
-def _is_tensor_list(argument: Any) -> bool:
-    return isinstance(argument, (list, tuple)) and all(isinstance(a, Tensor) for a in argument)
-
-
-torch.library.register_autograd("optimum_sab::binary_linear", _backward, setup_context=_keep, lib=_library)
+torch.library.register_autograd("optimum_sab::binary_linear", _backward, setup_context=_keep, lib=library)
 torch.library.register_autograd(
-    "optimum_sab::stacked_linear", _stacked_backward, setup_context=_keep_stacked, lib=_library
+    "optimum_sab::stacked_linear", _stacked_backward, setup_context=_keep_stacked, lib=library
 )
 
 
-# -- autocast ----------------------------------------------------------------------------------------------------------
-
-
-def _autocast(name: str, device_type: str) -> Any:
-    """As `torch.nn.functional.linear` under autocast: the input is cast to autocast's dtype."""
-    operator = getattr(torch.ops.optimum_sab, name)
-    keys = torch._C.DispatchKeySet(_AUTOCAST_KEYS[device_type])
-
-    def cast(x: Tensor, *arguments: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            eligible = x.is_floating_point() and x.dtype != torch.float64
-            return operator(x.to(torch.get_autocast_dtype(device_type)) if eligible else x, *arguments)
-
-    return cast
-
-
-_AUTOCAST_KEYS = {
-    "cpu": torch._C.DispatchKey.AutocastCPU,
-    "cuda": torch._C.DispatchKey.AutocastCUDA,
-    "xpu": torch._C.DispatchKey.AutocastXPU,
-}
 for _name in ("binary_linear", "stacked_linear"):
-    for _type, _key in _AUTOCAST_KEYS.items():
-        _library.impl(_name, _autocast(_name, _type), _key.name)
+    cast_under_autocast(_name)
 
 
 def operator_names() -> tuple[str, ...]:

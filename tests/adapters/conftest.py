@@ -10,7 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_sab import SABConfig
 from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.hf.quantizer import SABHfQuantizer
-from optimum_sab.nn.selection import select_linears, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import select_linears
 
 FOLDER = Path(__file__).parent
 

@@ -10,7 +10,8 @@ from optimum_sab.calibration.stages.sizes import MeasureSizes
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import select_linears, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import select_linears
 
 PLAIN = LayerSettings(block_size=32)
 MORE = {"down_proj": {"base_planes": 2, "residual_planes": 0}}

@@ -9,7 +9,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, modeling_utils
+from transformers import AutoConfig, AutoModel, modeling_utils
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig, SABLinear
 from optimum_sab.errors import ConfigError, FormatError, SABWarning
@@ -342,6 +342,30 @@ def test_a_misshapen_bias_is_named(copy):
 
     with pytest.raises(FormatError, match="tensor 'bias' is F32"):
         load(rewrite(copy, shorten, fresh=True))
+
+
+@pytest.mark.skipif(not FIVE, reason="4.57 names the tensor itself")
+@pytest.mark.parametrize("end", ["embed_tokens.weight", "norm.weight", "qkv.weight", "patch_embed.proj.weight"])
+def test_a_misshapen_dense_tensor_is_named(copy, end):
+    def flatten(tensors):
+        name = next(name for name in sorted(tensors) if name.endswith(end))
+        tensors[name] = tensors[name].flatten()[:-1].clone()
+
+    rewrite(copy, flatten, fresh=True)
+    with pytest.raises(FormatError, match=rf"tensor '\S*{end}' is F32 \(\d+,\), and the model's is \(\d.*fetch both"):
+        load(copy)
+
+
+@pytest.mark.skipif(not FIVE, reason="4.57 names the tensor itself")
+def test_a_misshapen_dense_tensor_in_a_state_dict_is_named_and_left_to_transformers_where_that_is_asked_for(saved):
+    model, folder = saved
+    state = model.state_dict()
+    state["lm_head.weight"] = state["lm_head.weight"][:-1]
+    settings = {"config": AutoConfig.from_pretrained(folder), "state_dict": state}
+    with pytest.raises(FormatError, match=r"tensor 'lm_head\.weight' is F32"):
+        type(model).from_pretrained(None, **settings)
+    loaded = type(model).from_pretrained(None, **settings, ignore_mismatched_sizes=True)
+    assert loaded.lm_head.weight.shape == model.lm_head.weight.shape
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

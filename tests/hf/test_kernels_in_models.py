@@ -17,7 +17,8 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.compat import CACHE_ARGUMENT
 from optimum_sab.nn.input_group import SHARED
-from optimum_sab.nn.selection import select_linears, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import select_linears
 from optimum_sab.ops import force_backend
 from optimum_sab.ops.shape import LayerShape
 from optimum_sab.ops.verification import sample_weight

@@ -5,24 +5,15 @@ every variant, by name.
 """
 
 import json
-import re
-import subprocess
 import sys
-import tempfile
-from collections import Counter
-from dataclasses import replace
-from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from compiling import changed, compiled, describe
 
 from sab_kernels import Geometry
 from sab_kernels.arguments import (
     Activations,
     ByteTables,
     Extent,
-    LayerKind,
     LimbOperand,
     PackedRows,
     Parts,
@@ -32,14 +23,18 @@ from sab_kernels.arguments import (
 from sab_kernels.decode import decode_kernel
 from sab_kernels.dequantize import dequantize_kernel
 from sab_kernels.device import DeviceTraits
-from sab_kernels.prepare import prepare_floats_kernel, prepare_limbs_kernel
+from sab_kernels.expert_batch import expert_batch_kernel, prepare_expert_floats_kernel
+from sab_kernels.expert_decode import expert_decode_kernel, prepare_expert_limbs_kernel
+from sab_kernels.expert_tiles import Routing, tile_table_kernel
+from sab_kernels.prepare import prepare_limbs_kernel
+from sab_kernels.prepare_floats import prepare_floats_kernel
 from sab_kernels.small_batch import small_batch_kernel
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 EXTENT = Extent("i32", "i32", "i32")
 INPUTS = Activations("*bf16", "*i16", "*i32", "i32", "i32", "i32")
 LIMBS = LimbOperand("*i8", "*i32", "*fp32")
 ZEROING = {"counter_ptr": "*i32", "counters": "i32", "COUNTERS_EACH": 1}
+ROUTING = Routing("*i64", "*i64", "*i32", "i32", "i32")
 ROWS = PackedRows("*i32", "*i32", "*u8", "*i8")
 
 
@@ -91,6 +86,46 @@ def small_batch(capability, warps=4, **changes):
     return compiled(small_batch_kernel, capability, changed(arguments, changes), num_warps=warps, num_stages=3)
 
 
+def expert_decode(capability, **changes):
+    """Of one pair by itself; ``TILED`` with up to ``TOKENS`` pairs of one expert."""
+    arguments = {
+        **product(capability),
+        "columns": LIMBS,
+        "slots": LIMBS,
+        "parts": Parts("*fp32", "*i32"),
+        "routing": ROUTING,
+        "row_tiles": "i32",
+        "tables": ByteTables("i32", "i32", "i32"),
+        "SCALE_COLUMNS": 128,
+        "STACK": 1,
+        "TILED": False,
+        "TILES": 2,
+        "TOKENS": 4,
+        "SLOT_TOKENS": 2,
+        "SPLIT": 4,
+        "UNROLL": 1,
+        "CLASSES": 1,
+    }
+    return compiled(expert_decode_kernel, capability, changed(arguments, changes), num_warps=1, num_stages=1)
+
+
+def expert_batch(capability, warps=4, **changes):
+    arguments = {
+        **product(capability),
+        "x_ptr": "*bf16",
+        "parts": Parts("*fp32", "*i32"),
+        "routing": ROUTING,
+        "row_tiles": "i32",
+        "STACK": 1,
+        "TILES": warps,
+        "TOKENS": 16,
+        "SPLIT": 4,
+        "WIDE_LANES": not (capability // 10 == 9 and warps % 4 == 0),
+        "PRECISION": "ieee",
+    }
+    return compiled(expert_batch_kernel, capability, changed(arguments, changes), num_warps=warps, num_stages=3)
+
+
 def dequantize(capability, **changes):
     arguments = {
         "layer": ROWS,
@@ -135,85 +170,53 @@ def prepare_floats(capability, **changes):
     return compiled(prepare_floats_kernel, capability, changed(arguments, changes))
 
 
-def changed(arguments, changes):
-    """Arguments with other values: by name, or by ``group.member``."""
-    arguments = dict(arguments)
-    for key, value in changes.items():
-        name, _, member = key.partition(".")
-        if isinstance(value, list):  # JSON has no tuples
-            value = tuple(value)
-        if member:
-            group = arguments[name]
-            change = replace if isinstance(group, LayerKind) else type(group)._replace
-            value = change(group, **{member: value})
-        arguments[name] = value
-    return arguments
-
-
-def compiled(kernel, capability, arguments, **options):
-    """Compile with pointers and sizes as they are on a device: aligned pointers, 32-bit sizes.
-
-    Args:
-        arguments: of the kernel, with a type for every tensor and number. A number is passed as a constant, which is
-            what the launcher does with a size of 1.
-    """
-    constants, aligned = {}, {}
-
-    def signature(value, path):
-        if isinstance(value, tuple):
-            members = [signature(member, (*path, place)) for place, member in enumerate(value)]
-            return type(value)(*members) if hasattr(value, "_fields") else tuple(members)
-        if kernel.params[path[0]].is_constexpr or not isinstance(value, str):
-            constants[path] = value
-            return "constexpr"
-        if value.startswith("*"):
-            aligned[path] = [["tt.divisibility", 16]]
-        return value
-
-    types = {name: signature(arguments[name], (place,)) for place, name in enumerate(kernel.arg_names)}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-
-
-def dump(cubin):
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [CUOBJDUMP, "--dump-resource-usage", "--dump-sass", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-def loops(sass):
-    """Operations of every innermost loop, in the order of the program.
-
-    A loop is what lies between a branch backwards and its target; the compiler's last instruction, which branches to
-    itself, is none.
-    """
-    line = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*)")
-    code = [(int(m[1], 16), m[2], m[3]) for m in map(line.match, sass.splitlines()) if m]
-    spans = []
-    for address, name, arguments in code:
-        target = re.search(r"0x([0-9a-f]+)", arguments) if name.split(".")[0] == "BRA" else None
-        if target and int(target[1], 16) < address:
-            spans.append((int(target[1], 16), address))
-    inner = [s for s in spans if not any(s != t and s[0] <= t[0] and t[1] <= s[1] for t in spans)]
-    return [Counter(name.split(".")[0] for at, name, _ in code if a <= at <= b) for a, b in sorted(inner)]
-
-
-def describe(kernel):
-    said = dump(kernel.asm["cubin"])
-    resources = dict(re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", said))
-    offsets = re.findall(r"%(\w+_ptr)\w* = tt\.addptr %\w+, %\S+ : !tt\.ptr<\w+>, (i\d+)", kernel.asm["ttir"])
-    return {
-        "registers": int(resources["REG"]),
-        "stack": int(resources["STACK"]),
-        "local": int(resources["LOCAL"]),
-        "loops": loops(said),
-        "offsets": offsets,
+def prepare_expert_limbs(capability, **changes):
+    arguments = {
+        "inputs": INPUTS,
+        "columns": LIMBS,
+        "slots": LIMBS,
+        "routing": ROUTING,
+        **ZEROING,
+        "extent": EXTENT,
+        "TILED": True,
+        "TOKENS": 4,
+        "SLOT_TOKENS": 4,
+        "SCALE_COLUMNS": 128,
+        "CLASSES": 0,
     }
+    return compiled(prepare_expert_limbs_kernel, capability, changed(arguments, changes))
 
 
-KERNELS = {f.__name__: f for f in (decode, small_batch, dequantize, prepare_limbs, prepare_floats)}
+def prepare_expert_floats(capability, **changes):
+    arguments = {
+        "inputs": INPUTS,
+        "out_ptr": "*bf16",
+        "routing": ROUTING,
+        **ZEROING,
+        "extent": EXTENT,
+        "TOKENS": 64,
+        "EACH": 16,
+        "WIDE_LANES": capability < 90,
+        "CODED": False,
+    }
+    return compiled(prepare_expert_floats_kernel, capability, changed(arguments, changes))
+
+
+def tile_table(capability, **changes):
+    arguments = {
+        "sorted_ptr": "*i64",
+        "table_ptr": "*i32",
+        **dict.fromkeys(("pairs", "experts", "tiles", "steps"), "i32"),
+        "PAIRS": 64,
+        "GROUPS": 256,
+        "EACH": 32,
+    }
+    return compiled(tile_table_kernel, capability, changed(arguments, changes))
+
+
+DENSE = (decode, small_batch, dequantize, prepare_limbs, prepare_floats)
+EXPERTS = (expert_decode, expert_batch, prepare_expert_limbs, prepare_expert_floats, tile_table)
+KERNELS = {f.__name__: f for f in (*DENSE, *EXPERTS)}
 
 if __name__ == "__main__":
     # argument: JSON {name: [kernel, capability, changes]}

@@ -34,6 +34,19 @@ CODED_DECODE = {
     "decode coded 4 tokens": {**CODE, "SLOT_TOKENS": 4},
     "decode coded 8 tokens": {**CODE, "TILES": 1, "TOKENS": 8, "SLOT_TOKENS": 8},
 }
+EXPERT_DECODE = {
+    "expert decode": {},
+    "expert decode coded": {**CODE, "CLASSES": 4},
+    "expert decode of 4": {"TILED": True, "SLOT_TOKENS": 4},
+    "expert decode of 8": {"TILED": True, "TILES": 1, "TOKENS": 8, "SLOT_TOKENS": 8},
+    "expert decode of 4 coded": {**CODE, "TILED": True, "SLOT_TOKENS": 4},
+}
+DENSE_OF_EXPERT = {
+    "expert decode": "decode 2 tiles",
+    "expert decode coded": "decode coded 1 token",
+    "expert decode of 4": "decode 4 tokens 2 tiles",
+    "expert decode of 4 coded": "decode coded 4 tokens",
+}
 PLAIN = {"KIND.residual_planes": 0, "KIND.slots_per_block": 0, "KIND.block_size": 512}
 PLAIN |= {"HAS_BIAS": False, "STACK": 1, "SPLIT": 1}
 FP16_SCALES = {"KIND.fp8": False, "layer.row_scale": "*i16", "layer.row_exponent": "*i32"}
@@ -42,13 +55,23 @@ FINE = {**FP16_SCALES, "KIND.base_planes": 2, "KIND.residual_planes": 2, "KIND.b
 # sizes of 1, which the launcher makes constants
 SMALL_LAYER = {f"extent.{name}": 1 for name in ("column_tiles", "slot_tiles", "blocks")}
 SMALL = {**SMALL_LAYER, "bounds": [1, 1, 1], "rows": 1, "tokens": 1, "STACK": 1, "SPLIT": 1}
+SMALL_EXPERTS = {**SMALL, "row_tiles": 1, "routing.experts": 1, "routing.repeats": 1}
 SMALL_INPUTS = {f"inputs.{name}": 1 for name in ("tokens", "columns", "stride")} | {"column_tiles": 1, "counters": 1}
+SMALL_PAIRS = {**SMALL_LAYER, "routing.experts": 1, "routing.repeats": 1, "counters": 1}
+SMALL_PAIRS |= {name: 1 for name in SMALL_INPUTS if "." in name}
 FP16 = {"biases": ["*fp16"] * 4, "outputs": ["*fp16"] * 4, "x_ptr": "*fp16"}
 FP32 = {"biases": ["*fp32"] * 4, "outputs": ["*fp32"] * 4, "x_ptr": "*fp32", "PRECISION": "tf32x3"}
 
 VARIANTS = {
     **{name: ("decode", changes) for name, changes in DECODE.items()},
     **{name: ("decode", changes) for name, changes in CODED_DECODE.items()},
+    **{name: ("expert_decode", changes) for name, changes in EXPERT_DECODE.items()},
+    "expert batch of 16": ("expert_batch", {}),
+    "expert batch of 64": ("expert_batch", {"TOKENS": 64}),  # the most there may be
+    "expert batch of 64 coded": ("expert_batch", {**CODE, "TOKENS": 64}),
+    "prepare expert limbs": ("prepare_expert_limbs", {}),
+    "prepare expert floats": ("prepare_expert_floats", {}),
+    "tile table": ("tile_table", {}),
     "small batch of 16": ("small_batch", {}),
     "small batch coded": ("small_batch", CODE),
     "dequantize coded": ("dequantize", CODE),
@@ -68,6 +91,12 @@ FURTHER = {
         "prepare limbs small": ("prepare_limbs", SMALL_INPUTS),
         "prepare floats small": ("prepare_floats", {**SMALL_INPUTS, "COUNTERS_EACH": 4}),
         "small batch fp32": ("small_batch", FP32),
+        "expert batch fp32": ("expert_batch", FP32),
+        "expert decode small": ("expert_decode", {**SMALL_EXPERTS, "TILES": 1}),
+        "expert batch small": ("expert_batch", SMALL_EXPERTS),
+        "prepare expert limbs small": ("prepare_expert_limbs", SMALL_PAIRS),
+        "prepare expert floats small": ("prepare_expert_floats", {**SMALL_PAIRS, "TOKENS": 16}),
+        "tile table small": ("tile_table", dict.fromkeys(("pairs", "experts", "tiles", "steps"), 1)),
     },
     90: {
         "small batch of 64": ("small_batch", {"TOKENS": 64}),
@@ -90,7 +119,10 @@ COMPILED = {capability: {**VARIANTS, **FURTHER[capability]} for capability in CA
 # A variant takes seconds to compile. The ordinary run has of each kernel, for one capability, the one that needs the
 # most registers, and for the other the ordinary ones too.
 SAMPLE = {
-    80: {"decode 2 tiles", "small batch of 32", "dequantize fine", "prepare limbs of 8 tokens", "prepare floats"},
+    80: {
+        *("decode 2 tiles", "small batch of 32", "dequantize fine", "prepare limbs of 8 tokens", "prepare floats"),
+        "expert batch of 64",
+    },
     90: {
         *(
             "decode coded 1 token",
@@ -102,6 +134,7 @@ SAMPLE = {
         *("decode 1 tile", "decode 2 tiles", "decode 4 tokens 2 tiles", "decode 8 tokens 1 tile", "decode fine"),
         *("small batch of 16", "small batch of 64", "dequantize", "dequantize fine"),
         *("prepare limbs", "prepare limbs of 8 tokens", "prepare floats"),
+        *("expert decode", "expert decode coded", "expert batch of 64", "prepare expert floats", "tile table"),
     },
 }
 
@@ -175,45 +208,60 @@ def test_kernel_does_not_spill(compiled, name, capability):
     assert found["stack"] == 0 and found["local"] == 0, f"{found['registers']} registers were not enough"
 
 
-@each(*DECODE, *CODED_DECODE)
+@each(*DECODE, *CODED_DECODE, *EXPERT_DECODE)
 def test_decode_loop_over_base_tiles_moves_nothing_between_lanes(compiled, name, capability):
     base, _ = matrix_loops(compiled[name, capability])
     assert not SHARED_MEMORY & base.keys()
 
 
-@each(*DECODE, *CODED_DECODE)
+@each(*DECODE, *CODED_DECODE, *EXPERT_DECODE)
 def test_decode_loop_over_residual_tiles_moves_nothing_between_lanes(compiled, name, capability):
     _, residual = matrix_loops(compiled[name, capability])
     assert not SHARED_MEMORY & residual.keys()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_decode_takes_at_most_one_instruction_per_stored_bit(compiled, capability):
-    """For one or two tokens."""
-    assert per_stored_bit(compiled["decode 2 tiles", capability], tiles=2) <= 1.0
+@each("decode 2 tiles", "expert decode")
+def test_decode_takes_at_most_one_instruction_per_stored_bit(compiled, name, capability):
+    """For one or two tokens, and for one pair."""
+    assert per_stored_bit(compiled[name, capability], tiles=2) <= 1.0
 
 
-@each("decode coded 1 token", "decode coded 2 tokens")
+@each("decode coded 1 token", "decode coded 2 tokens", "expert decode coded")
 def test_decode_of_a_coded_layer_takes_about_one_instruction_per_stored_bit(compiled, name, capability):
     """At most one on Hopper."""
     assert per_stored_bit(compiled[name, capability], tiles=2) <= {80: 1.1, 90: 1.0}[capability]
 
 
-@each(*CODED_DECODE, capabilities=[90])
+@each(*CODED_DECODE, "expert decode coded", capabilities=[90])
 def test_decode_of_a_coded_layer_loads_four_words_at_once(compiled, name, capability):
     """Of two row tiles the words, those before them and scales; activations, and what is added to sums."""
     base, _ = matrix_loops(compiled[name, capability])
     assert base["LDG"] <= 12
 
 
-@each(*DECODE, capabilities=[90])
+@each(*DENSE_OF_EXPERT, capabilities=[90])
+def test_decode_of_experts_takes_no_more_instructions_than_that_of_one_layer(compiled, name, capability):
+    """Up to what the compiler makes of other addresses: a twentieth."""
+    most = per_stored_bit(compiled[DENSE_OF_EXPERT[name], capability], tiles=2) * 1.05
+    assert per_stored_bit(compiled[name, capability], tiles=2) <= most
+
+
+@each("expert batch of 16", "expert batch of 64")
+def test_small_batch_of_experts_stores_no_operand_of_weights(compiled, name, capability):
+    """Activations come from shared memory, copied there past the registers."""
+    loops = [loop for loop in compiled[name, capability]["loops"] if {"HGMMA", "HMMA"} & loop.keys()]
+    assert len(loops) == 2
+    assert not any({"STS", "SHFL"} & loop.keys() for loop in loops)
+
+
+@each(*DECODE, "expert decode", "expert decode of 4", "expert decode of 8", capabilities=[90])
 def test_decode_unpacks_four_weights_by_one_instruction(compiled, name, capability):
     """32 permutations make the 128 weights that a lane has of a tile; Hopper converts fp8 without further ones."""
     base, _ = matrix_loops(compiled[name, capability])
-    assert base["PRMT"] <= 36 * DECODE[name].get("TILES", 2)
+    assert base["PRMT"] <= 36 * {**DECODE, **EXPERT_DECODE}[name].get("TILES", 2)
 
 
-@each("decode 2 tiles", "small batch of 16", "dequantize", capabilities=[90])
+@each("decode 2 tiles", "small batch of 16", "dequantize", "expert decode", "expert batch of 64", capabilities=[90])
 @pytest.mark.parametrize("pointer", ["weight_ptr", "residual_ptr", "row_scale_ptr"])
 def test_row_tiles_are_addressed_with_64_bits(compiled, name, pointer, capability):
     offsets = [bits for found, bits in compiled[name, capability]["offsets"] if found == pointer]

@@ -9,7 +9,17 @@ import torch
 
 pytest.importorskip("triton")
 from sab_kernels import Launch
-from sab_kernels.tuning import CACHE, CONFIGS, LaunchCache, candidates, default_launch, launch_cache
+from sab_kernels.geometry import Geometry
+from sab_kernels.tuning import (
+    CACHE,
+    CONFIGS,
+    LaunchCache,
+    candidates,
+    default_launch,
+    expert_candidates,
+    launch_cache,
+    settings_key,
+)
 
 TABLE = json.loads((CONFIGS / "devices.json").read_text(encoding="utf-8"))
 NAMES = {field.name for field in fields(Launch)}
@@ -49,6 +59,9 @@ def gpu(monkeypatch):
         ("dense_tokens", 0),
         ("dense_bytes", (1 << 20) - 1),
         ("batch_warps", "4"),
+        ("expert_single", -1),
+        ("expert_decode", 65),
+        ("expert_tokens", 128),
     ],
 )
 def test_launch_refuses_a_value_out_of_range(name, value):
@@ -180,3 +193,28 @@ def test_candidates_run_for_the_tokens_they_are_tried_for(tokens, launch):
         assert set(kinds) == {"small_batch"}
     else:
         assert set(kinds) == {"small_batch", "dense"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("pairs", "most"), [(8, 1), (128, 1), (129, 4), (256, 4), (512, 8), (1025, 16), (20000, 64)])
+def test_expert_candidates_are_of_every_way_that_is_sensible(dtype, pairs, most):
+    from sab_kernels.experts import expert_way
+
+    found = expert_candidates(pairs, 128, dtype, Launch())
+    assert len(set(found)) == len(found) > 1
+    ways = {expert_way(pairs, 128, dtype, candidate) for candidate in found}
+    assert any(way == "batch" for way, _ in ways)
+    if dtype == torch.float32:
+        assert ways == {("batch", 16)}
+    else:
+        assert max(size for _, size in ways) >= most
+        assert (("decode", 1) in ways) == (pairs <= 512) and any(w == "decode" for w, _ in ways) == (pairs <= 1024)
+
+
+def test_settings_key_tells_shapes_codes_and_numbers_of_tokens_apart():
+    geometry = Geometry(32, 64, 128, 1, 1, 8, 8, True)
+    coded = Geometry(32, 64, 128, 1, 1, 8, 8, True, (0b11, 0b1))
+    keys = [settings_key(tokens, geometry, torch.float16) for tokens in (1, 7, 8, 9, 17)]
+    keys += [settings_key(1, coded, torch.float16), settings_key(1, geometry, torch.float32)]
+    assert len(set(keys)) == len(keys)
+    assert settings_key(16, geometry, torch.float16) == settings_key(9, geometry, torch.float16)

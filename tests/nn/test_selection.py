@@ -5,7 +5,8 @@ from torch import nn
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import replace_with_skeletons, select_linears, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import replace_with_skeletons, select_linears
 
 SMALL = LayerSettings(block_size=32)
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]

@@ -9,6 +9,7 @@ from optimum_sab.ops.verification import (
     CODE,
     CODED_TOKENS,
     COLUMNS,
+    PAIRS,
     ROWS,
     TOKENS,
     TOLERANCE,
@@ -80,6 +81,19 @@ def test_disagreement_at_one_number_of_tokens_is_seen(kernel, tokens):
 def test_disagreement_on_a_coded_layer_is_seen(kernel, tokens):
     kernel(lambda out, coded: out * 1.01 if len(out) == tokens and coded else out)
     assert f"with {tokens} tokens" in disagreement(CPU, torch.float16)
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_disagreement_on_experts_is_seen(kernel, monkeypatch, pairs):
+    kernel(lambda out, coded: out)
+    right = sab_kernels.experts_linear
+
+    def one_percent_off(rows, experts, *arguments):
+        found = right(rows, experts, *arguments)
+        return found * 1.01 if len(experts) == pairs else found
+
+    monkeypatch.setattr(sab_kernels, "experts_linear", one_percent_off)
+    assert f"with {pairs} pairs" in disagreement(CPU, torch.float16)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

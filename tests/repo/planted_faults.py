@@ -127,6 +127,20 @@ FAULTS = (
         ("tests/nn/test_direct_group.py",),
     ),
     Fault(
+        "column scales of the first expert for all",
+        "optimum_sab/ops/cpu/experts.h",
+        "expert * stack->stride.col_scale",
+        "0 * stack->stride.col_scale",
+        ("tests/ops/cpu/test_experts.py",),
+    ),
+    Fault(
+        "a pair that reads another row",
+        "optimum_sab/ops/cpu/experts.h",
+        "pair / of->repeats",
+        "pair % of->repeats",
+        ("tests/ops/cpu/test_experts.py",),
+    ),
+    Fault(
         "a coded plane's shifts that carry nothing into the next panel",
         "optimum_sab/ops/cpu/coded.h",
         "before[g] = words[(WORDS - 1) * GROUPS + g];",
@@ -163,9 +177,9 @@ FAULTS = (
     ),
     Fault(
         "a wrong tail mask: the columns behind the last one read as if they were there",
-        "kernels/torch-ext/sab_kernels/prepare.py",
-        "mask=(token < inputs.tokens)[:, None] & inside[None, :],",
-        "mask=(token < inputs.tokens)[:, None],",
+        "kernels/torch-ext/sab_kernels/scaled.py",
+        "mask=(row >= 0)[:, None] & inside[None, :],",
+        "mask=(row >= 0)[:, None],",
         ("tests/kernels/test_linear.py",),
     ),
     Fault(

@@ -53,7 +53,7 @@ def script(tmp_path):
             "FAILS": NOTHING,
             "SLEEPS": NOTHING,
             "MISSING": NOTHING,
-            "HELP": "--code NAME",
+            "HELP": "--code NAME, qwen3-30b-a3b",
             "GPU": "H0",
         }
         path = f"{stand_in.parent}{os.pathsep}{os.environ['PATH']}"
@@ -94,7 +94,18 @@ def test_steps_come_in_the_order_of_their_worth(script):
     calls = script()[3]
     first = {
         word: next(i for i, call in enumerate(calls) if word in call)
-        for word in ("env", "tests/kernels", "18944x3584", "--humming", "--gemlite", "--code", "generate", "quantize")
+        for word in (
+            "env",
+            "tests/kernels",
+            "18944x3584",
+            "--humming",
+            "--gemlite",
+            "--code",
+            "no:cacheprovider tests/kernels/test_experts.py",
+            "qwen3-30b-a3b --tokens 1 ",
+            "generate",
+            "quantize",
+        )
     }
     assert list(first.values()) == sorted(first.values())
     tuned = [call.startswith("1 ") for call in calls]

@@ -1,6 +1,7 @@
 """Triton kernels for weights packed as binary planes."""
 
 from .dequantize import dequantize as dequantize
+from .experts import experts_linear as experts_linear
 from .geometry import Geometry as Geometry
 from .layout import from_kernel_layout as from_kernel_layout
 from .layout import kernel_bytes as kernel_bytes

@@ -44,31 +44,25 @@ def _coded_sums(accumulator, start, unit, PAIRS: tl.constexpr, CLASSES: tl.const
 
 
 @triton.jit
-def decode_kernel(
+def decode_sums(
     layer,  # PackedRows
-    biases,  # as in Stack
     columns,  # LimbOperand
     slots,  # LimbOperand, without residual planes not read
-    parts,  # Parts
-    outputs,  # as in Stack
-    tokens,
-    bounds,  # as in Stack
-    rows,
     extent,  # Extent
     tables,  # ByteTables
+    row_program,
+    part,
     KIND: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STACK: tl.constexpr,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOT_TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
     UNROLL: tl.constexpr,
-    CLASSES: tl.constexpr = 1,  # runs of steps with sums of their own, of a coded layer (coded.py)
+    CLASSES: tl.constexpr,  # runs of steps with sums of their own, of a coded layer (coded.py)
 ):
-    row_program = tl.program_id(0)
-    part = tl.program_id(1)
+    """Sums over one of SPLIT parts of the columns, fp32 [32 · TILES rows, SLOT_TOKENS]: without the power of two of a
+    row, and without its bias."""
     BASE: tl.constexpr = KIND.base_planes
     RESIDUAL: tl.constexpr = KIND.residual_planes
     CODED: tl.constexpr = len(KIND.code) > 0
@@ -142,6 +136,53 @@ def decode_kernel(
                     scale = load_row_scale(scales, entry * 2, KIND.slots_per_block, SLOT_TOKENS, TILES, PAIRS, KIND)
                     rest += _signed_sums(acc, start, unit, PAIRS) * scale
         total += tl.sum(rest.reshape(ROWS, 2, SLOT_TOKENS), axis=1)
+    return total
+
+
+@triton.jit
+def decode_kernel(
+    layer,  # PackedRows
+    biases,  # as in Stack
+    columns,  # LimbOperand
+    slots,  # LimbOperand, without residual planes not read
+    parts,  # Parts
+    outputs,  # as in Stack
+    tokens,
+    bounds,  # as in Stack
+    rows,
+    extent,  # Extent
+    tables,  # ByteTables
+    KIND: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STACK: tl.constexpr,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SLOT_TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    UNROLL: tl.constexpr,
+    CLASSES: tl.constexpr = 1,
+):
+    row_program = tl.program_id(0)
+    part = tl.program_id(1)
+    ROWS: tl.constexpr = TILES * 32
+    total = decode_sums(
+        layer,
+        columns,
+        slots,
+        extent,
+        tables,
+        row_program,
+        part,
+        KIND,
+        SCALE_COLUMNS,
+        TILES,
+        TOKENS,
+        SLOT_TOKENS,
+        SPLIT,
+        UNROLL,
+        CLASSES,
+    )
     finish(
         total,
         row_program * ROWS + tl.arange(0, ROWS),

@@ -9,8 +9,8 @@ from .arguments import Extent, PackedRows, layer_kind
 from .coded import derived_word, place_before, word_before_is_there
 from .device import computing_dtype, device_traits, on_device
 from .geometry import TILE_COLUMNS, TILE_ROWS, Geometry, ceil_div
-from .operand import RowScales, float_operand, load_tile_scale, operand_column, scale_exponent_offset
-from .prepare import load_half
+from .operand import RowScales, float_operand, load_tile_scale, operand_column, operand_row, scale_exponent_offset
+from .scaled import load_half
 
 WARPS = 4  # and row tiles of a program
 
@@ -149,9 +149,7 @@ def dequantize_kernel(
                 block, next_block = entry * 2 // SLOTS_PER_BLOCK, (entry * 2 + 1) // SLOTS_PER_BLOCK
                 slot_scale = load_tile_scale(scales, tiles, block, next_block, TILES, KIND)
                 value = tl.dot(_slot_operand(slot_words, slot_scale, entry % 4, TILES, WIDE_LANES), sends, value)
-    # operand row 16 TILES m + 16 w + 8 z + g is row 32 w + 16 m + 8 z + g of the program
-    row_place = tl.arange(0, TILES * 32)
-    row = first * 32 + row_place // 16 % TILES * 32 + row_place // (16 * TILES) * 16 + row_place % 16
+    row = operand_row(first * 32, TILES)
     if KIND.fp8:
         exponent = tl.load(layer.row_exponent + row, mask=row < rows, other=0).to(tl.int32)
         power = (exponent + (127 + scale_exponent_offset(KIND))) << 23

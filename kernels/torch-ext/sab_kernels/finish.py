@@ -57,6 +57,13 @@ def finish(
 
 
 @triton.jit
+def write_zeros(out_ptr, row, token, rows, tokens, there):
+    """Write zeros instead, unless ``there`` is False: to the output [tokens, rows] of one layer."""
+    value = tl.zeros((row.shape[0], token.shape[0]), out_ptr.dtype.element_ty)
+    _write(out_ptr, value, row, token, 0, rows, tokens, there & (row < rows))
+
+
+@triton.jit
 def _load_bias(bias_ptr, row, start, stop, there):
     """The bias of the rows from start to stop, which are one layer's; 0 elsewhere."""
     inside = there & (row >= start) & (row < stop)

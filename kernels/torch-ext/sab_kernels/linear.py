@@ -1,10 +1,8 @@
 """``y = x Ŵᵀ + b`` with a packed weight, and which kernel computes it for how many tokens."""
 
-import os
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from .arguments import MAX_STACK
@@ -14,7 +12,7 @@ from .device import computing_dtype, on_device
 from .geometry import TILE_ROWS, Geometry
 from .product import Product
 from .small_batch import multiply_small_batch
-from .tuning import AUTOTUNE, Launch, candidates, default_launch, launch_cache
+from .tuning import Launch, candidates, device_launch, fastest, settings_key, tunes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,21 +108,9 @@ _WAYS = {"decode": multiply_decode, "small_batch": multiply_small_batch, "dense"
 
 
 def _launch(product: Product) -> Launch:
-    device = product.x.device
-    if device.type != "cuda":
-        return Launch()
-    launch = default_launch(device)
-    if os.environ.get(AUTOTUNE) != "1" or torch.cuda.is_current_stream_capturing():
+    device, tokens = product.x.device, product.tokens
+    launch = device_launch(device)
+    if not tunes(device):
         return launch
-    from triton.testing import do_bench
-
-    tokens, geometry = product.tokens, product.geometry
-    bucket = tokens if tokens <= 8 else triton.next_power_of_2(tokens)
-    planes = f"{geometry.base_planes}+{geometry.residual_planes}"
-    planes += "".join(f" {taps:b}" for taps in geometry.code)
-    key = f"{bucket}x{geometry.rows}x{geometry.columns} {planes} {geometry.block_size} {product.x.dtype}"
-
-    def time(candidate: Launch) -> float:
-        return do_bench(lambda: _run(product, candidate), warmup=5, rep=20, return_mode="median")
-
-    return launch_cache(device).measured(key, candidates(tokens, launch), time)
+    key = settings_key(tokens, product.geometry, product.x.dtype)
+    return fastest(device, key, candidates(tokens, launch), lambda option: _run(product, option))

@@ -234,6 +234,14 @@ def float_operand(values, TILES: tl.constexpr, WIDE_LANES: tl.constexpr):
 
 
 @triton.jit
+def operand_row(first, TILES: tl.constexpr):
+    """Which row of the layer stands at each place of a float operand, from the row ``first`` on: at 16 TILES m + 16 w +
+    8 z + g row 32 w + 16 m + 8 z + g."""
+    place = tl.arange(0, TILES * 32)
+    return first + place // 16 % TILES * 32 + place // (16 * TILES) * 16 + place % 16
+
+
+@triton.jit
 def operand_column(kappa, WIDE_LANES: tl.constexpr):
     """Which of a step's 32 columns stands at place kappa of a float operand.
 

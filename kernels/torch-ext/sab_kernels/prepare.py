@@ -1,7 +1,4 @@
-"""What a product does to its activations first: multiply by the column scales, gather the salient columns, and put
-everything into the order of the packed signs. Layers that share an input and its scales share this."""
-
-from typing import Any
+"""Activations as 8-bit integers, in the order of the packed signs: what a product of a few tokens does first."""
 
 import torch
 import triton
@@ -10,18 +7,11 @@ from torch import Tensor
 
 from .arguments import LimbOperand
 from .coded import coded_column
-from .geometry import ceil_div
-from .operand import operand_column
 from .product import Product
+from .scaled import dense_rows, load_scaled, zero_counters, zeroing
 
 # 2²³ + 2²² as an int32 bit pattern: an integer below 2²² added to it is, read as fp32, 12582912 plus that integer.
 FLOAT_OFFSET_BITS = tl.constexpr(0x4B400000)
-
-
-@triton.jit
-def load_half(ptr, mask):
-    """fp16 values whose bits are stored as int16, as fp32; 0 outside the mask."""
-    return tl.load(ptr, mask=mask, other=0).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -52,24 +42,6 @@ def integer_limbs(x, TOKENS: tl.constexpr, GROUPS: tl.constexpr, SPAN: tl.conste
 
 
 @triton.jit
-def _zero_counters(counter_ptr, program, counters, EACH: tl.constexpr):
-    mine = program * EACH + tl.arange(0, EACH)
-    tl.store(counter_ptr + mine, tl.zeros((EACH,), tl.int32), mask=mine < counters)
-
-
-@triton.jit
-def _load_scaled(inputs, column, token):
-    """x c [tokens, columns] in fp32; 0 where the column is negative or the token is not there."""
-    inside = column >= 0
-    x = tl.load(
-        inputs.x + token.to(tl.int64)[:, None] * inputs.stride + column[None, :],
-        mask=(token < inputs.tokens)[:, None] & inside[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    return x * load_half(inputs.col_scale + column, inside)[None, :]
-
-
-@triton.jit
 def _store_limbs(limb_ptr, tile, column, high, low, COLUMNS: tl.constexpr):
     """Two columns of the operand [32, 2 · COLUMNS] of every step, in lane order: lanes (n % 8, q) hold 16 bytes
     (n // 8 % 2, h, i) of two groups of 8 columns, or 8 bytes where there is one; then come the next two groups.
@@ -90,12 +62,12 @@ def _store_limbs(limb_ptr, tile, column, high, low, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _prepare_columns(inputs, operand, tile, TOKENS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
+def _prepare_columns(inputs, operand, row, tile, TOKENS: tl.constexpr, SCALE_COLUMNS: tl.constexpr):
     GROUPS: tl.constexpr = 128 // SCALE_COLUMNS
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, 128)
     column = tile * 128 + place
-    x = _load_scaled(inputs, tl.where(column < inputs.columns, column, -1), token)
+    x = load_scaled(inputs, tl.where(column < inputs.columns, column, -1), row)
     high, low, total, unit = integer_limbs(x, TOKENS, GROUPS, SCALE_COLUMNS)
     # operands hold −b for the bits of steps 0 to 2 and 1 − b for those of step 3 (operand.py): take that back
     last = tl.where((place // 32 == 3)[None, :], 128 * high + low, 0).reshape(TOKENS, GROUPS, SCALE_COLUMNS)
@@ -107,7 +79,7 @@ def _prepare_columns(inputs, operand, tile, TOKENS: tl.constexpr, SCALE_COLUMNS:
 
 
 @triton.jit
-def _prepare_coded_columns(inputs, operand, tile, TOKENS: tl.constexpr, CLASSES: tl.constexpr):
+def _prepare_coded_columns(inputs, operand, row, tile, TOKENS: tl.constexpr, CLASSES: tl.constexpr):
     """The steps are CLASSES runs, each of which has places of its own: run c of token t is place
     ``TOKENS / CLASSES · c + t``, and zero in the columns of other runs."""
     EACH: tl.constexpr = TOKENS // CLASSES
@@ -115,7 +87,7 @@ def _prepare_coded_columns(inputs, operand, tile, TOKENS: tl.constexpr, CLASSES:
     token = tl.arange(0, EACH)
     place = tl.arange(0, 128)
     column = tile * 128 + coded_column(place)
-    x = _load_scaled(inputs, tl.where(column < inputs.columns, column, -1), token)
+    x = load_scaled(inputs, tl.where(column < inputs.columns, column, -1), row)
     high, low, total, unit = integer_limbs(x, EACH, CLASSES, SPAN)
     half = total >> 1
     run = tl.arange(0, CLASSES)[None, :]
@@ -135,12 +107,12 @@ def _prepare_coded_columns(inputs, operand, tile, TOKENS: tl.constexpr, CLASSES:
 
 
 @triton.jit
-def _prepare_slots(inputs, operand, tile, TOKENS: tl.constexpr):
+def _prepare_slots(inputs, operand, row, tile, TOKENS: tl.constexpr):
     PAIRS: tl.constexpr = 2 * TOKENS
     SLOTS: tl.constexpr = 8 * TOKENS
     token = tl.arange(0, TOKENS)
     place = tl.arange(0, 128)
-    x = _load_scaled(inputs, tl.load(inputs.residual_index + tile * 128 + place), token)
+    x = load_scaled(inputs, tl.load(inputs.residual_index + tile * 128 + place), row)
     # every slot has a unit of its own
     high, low, total, unit = integer_limbs(x.reshape(SLOTS, 16), SLOTS, 1, 16)
     total = total.reshape(TOKENS, 8)
@@ -159,6 +131,30 @@ def _prepare_slots(inputs, operand, tile, TOKENS: tl.constexpr):
 
 
 @triton.jit
+def prepare_tile(
+    inputs,  # Activations
+    columns,  # LimbOperand
+    slots,  # LimbOperand
+    row,  # int [TOKENS, of a coded layer TOKENS / CLASSES]: of x, or −1
+    slot_row,  # int [SLOT_TOKENS]
+    tile,  # of the columns, then of the slots
+    column_tiles,
+    TOKENS: tl.constexpr,
+    SLOT_TOKENS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    CLASSES: tl.constexpr,
+):
+    """Write what decode.py reads of one tile."""
+    if tile < column_tiles:
+        if CLASSES == 0:
+            _prepare_columns(inputs, columns, row, tile, TOKENS, SCALE_COLUMNS)
+        else:
+            _prepare_coded_columns(inputs, columns, row, tile, TOKENS, CLASSES)
+    else:
+        _prepare_slots(inputs, slots, slot_row, tile - column_tiles, SLOT_TOKENS)
+
+
+@triton.jit
 def prepare_limbs_kernel(
     inputs,  # Activations
     columns,  # LimbOperand
@@ -174,45 +170,20 @@ def prepare_limbs_kernel(
 ):
     """For decode.py. One program for each tile of columns, then one for each tile of slots."""
     tile = tl.program_id(0)
-    _zero_counters(counter_ptr, tile, counters, COUNTERS_EACH)
-    if tile < column_tiles:
-        if CLASSES == 0:
-            _prepare_columns(inputs, columns, tile, TOKENS, SCALE_COLUMNS)
-        else:
-            _prepare_coded_columns(inputs, columns, tile, TOKENS, CLASSES)
-    else:
-        _prepare_slots(inputs, slots, tile - column_tiles, SLOT_TOKENS)
-
-
-@triton.jit
-def prepare_floats_kernel(
-    inputs,  # Activations
-    out_ptr,  # float [column tiles + slot tiles, 4 steps, padded tokens, 32]
-    counter_ptr,  # int32 [counters], zeroed
-    counters,
-    padded,
-    column_tiles,
-    COUNTERS_EACH: tl.constexpr,
-    TOKENS: tl.constexpr,  # tokens of one program
-    WIDE_LANES: tl.constexpr,
-    CODED: tl.constexpr = False,
-):
-    """For small_batch.py. One program for each tile of columns, then of slots, and each group of tokens."""
-    tile = tl.program_id(0)
-    _zero_counters(counter_ptr, tile * tl.num_programs(1) + tl.program_id(1), counters, COUNTERS_EACH)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    place = tl.arange(0, 128)
-    step = place // 32
-    kappa = place % 32
-    within = step * 32 + operand_column(kappa, WIDE_LANES)
-    if tile < column_tiles:
-        column = tile * 128 + (coded_column(within) if CODED else within)
-        column = tl.where(column < inputs.columns, column, -1)
-    else:
-        column = tl.load(inputs.residual_index + (tile - column_tiles) * 128 + within)
-    x = _load_scaled(inputs, column, token)
-    at = out_ptr + ((tile * 4 + step).to(tl.int64)[None, :] * padded + token[:, None]) * 32 + kappa[None, :]
-    tl.store(at, x.to(out_ptr.dtype.element_ty), mask=(token < padded)[:, None])
+    zero_counters(counter_ptr, tile, counters, COUNTERS_EACH)
+    prepare_tile(
+        inputs,
+        columns,
+        slots,
+        dense_rows(inputs, 0, TOKENS if CLASSES == 0 else TOKENS // CLASSES),
+        dense_rows(inputs, 0, SLOT_TOKENS),
+        tile,
+        column_tiles,
+        TOKENS,
+        SLOT_TOKENS,
+        SCALE_COLUMNS,
+        CLASSES,
+    )
 
 
 def prepare_limbs(
@@ -236,7 +207,7 @@ def prepare_limbs(
         product.inputs,
         columns,
         slots,
-        **_zeroing(counter, tiles + slot_tiles),
+        **zeroing(counter, tiles + slot_tiles),
         column_tiles=tiles,
         TOKENS=tokens,
         SLOT_TOKENS=slot_tokens,
@@ -244,28 +215,3 @@ def prepare_limbs(
         CLASSES=classes if geometry.code else 0,
     )
     return columns, slots
-
-
-def prepare_floats(product: Product, counter: Tensor, padded: int, wide_lanes: bool) -> Tensor:
-    """The activations in x's dtype, [column tiles + slot tiles, 4 steps, ``padded`` tokens, 32]; zeroes ``counter``."""
-    tiles = product.geometry.column_tiles + product.geometry.slot_tiles
-    prepared = product.space(tiles, 4, padded, 32, dtype=product.x.dtype)
-    grid = (tiles, padded // 16)
-    prepare_floats_kernel[grid](
-        product.inputs,
-        prepared,
-        **_zeroing(counter, grid[0] * grid[1]),
-        padded=padded,
-        column_tiles=product.geometry.column_tiles,
-        TOKENS=16,
-        WIDE_LANES=wide_lanes,
-        CODED=bool(product.geometry.code),
-    )
-    return prepared
-
-
-def _zeroing(counter: Tensor, programs: int) -> dict[str, Any]:
-    """What a kernel of so many programs takes to zero the counters on its way."""
-    counters = counter.numel()
-    each = triton.next_power_of_2(max(1, ceil_div(counters, programs)))
-    return {"counter_ptr": counter, "counters": counters, "COUNTERS_EACH": each}

@@ -9,37 +9,31 @@ from .arguments import Stack
 from .coded import load_coded_float_operands
 from .finish import finish
 from .geometry import ceil_div
-from .operand import RowScales, load_float_operands, load_tile_scale
-from .prepare import prepare_floats
+from .operand import RowScales, load_float_operands, load_tile_scale, operand_row
+from .prepare_floats import prepare_floats
 from .product import Product
 from .tuning import Launch
 
 
 @triton.jit
-def small_batch_kernel(
+def small_batch_sums(
     layer,  # PackedRows
-    biases,  # as in Stack
-    x_ptr,  # float [column tiles + slot tiles, 4 steps, padded tokens, 32] (prepare.py)
-    parts,  # Parts
-    outputs,  # as in Stack
-    tokens,
+    x_ptr,  # float [column tiles + slot tiles, 4 steps, padded tokens, 32] (prepare_floats.py)
+    token,  # int32 [TOKENS]: which of them
     padded,
-    bounds,  # as in Stack
-    rows,
     row_tiles,
     extent,  # Extent
+    row_program,
+    part,
     KIND: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    STACK: tl.constexpr,
     TILES: tl.constexpr,  # row tiles of a program: one for each warp
     TOKENS: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE_LANES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    row_program = tl.program_id(0)
-    token_program = tl.program_id(1)
-    part = tl.program_id(2)
+    """Sums over one of SPLIT parts of the columns, fp32 [32 · TILES rows, TOKENS] (`operand_row`): without the power of
+    two of a row, and without its bias."""
     BASE: tl.constexpr = KIND.base_planes
     RESIDUAL: tl.constexpr = KIND.residual_planes
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
@@ -51,9 +45,8 @@ def small_batch_kernel(
     weight_ptr = layer.weight + first_tile.to(tl.int64) * weight_stride
     scale_stride = extent.blocks * ((BASE + RESIDUAL) * 32)
     row_scale_ptr = layer.row_scale + first_tile.to(tl.int64) * scale_stride
-    token = token_program * TOKENS + tl.arange(0, TOKENS)
     x_place = x_ptr + token[:, None] * 32 + tl.arange(0, 32)[None, :]
-    x_step = padded.to(tl.int64) * 32
+    x_step = tl.cast(padded, tl.int64) * 32  # a size of 1 is a constant
     total = tl.zeros((TILES * 32, TOKENS), tl.float32)
     for tile in range(part * extent.column_tiles // SPLIT, (part + 1) * extent.column_tiles // SPLIT):
         for plane in tl.static_range(BASE):
@@ -100,12 +93,54 @@ def small_batch_kernel(
                     )
                     x = tl.load(x_place + ((extent.column_tiles + tile) * 4 + step) * x_step)
                     total = tl.dot(w, tl.trans(x), total, input_precision=PRECISION)
-    # operand row 16 TILES m + 16 w + 8 z + g is row 32 w + 16 m + 8 z + g of the program
-    place = tl.arange(0, TILES * 32)
-    row = row_program * (TILES * 32) + place // 16 % TILES * 32 + place // (16 * TILES) * 16 + place % 16
+    return total
+
+
+@triton.jit
+def small_batch_kernel(
+    layer,  # PackedRows
+    biases,  # as in Stack
+    x_ptr,  # float [column tiles + slot tiles, 4 steps, padded tokens, 32] (prepare_floats.py)
+    parts,  # Parts
+    outputs,  # as in Stack
+    tokens,
+    padded,
+    bounds,  # as in Stack
+    rows,
+    row_tiles,
+    extent,  # Extent
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STACK: tl.constexpr,
+    TILES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE_LANES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row_program = tl.program_id(0)
+    token_program = tl.program_id(1)
+    part = tl.program_id(2)
+    token = token_program * TOKENS + tl.arange(0, TOKENS)
+    total = small_batch_sums(
+        layer,
+        x_ptr,
+        token,
+        padded,
+        row_tiles,
+        extent,
+        row_program,
+        part,
+        KIND,
+        TILES,
+        TOKENS,
+        SPLIT,
+        WIDE_LANES,
+        PRECISION,
+    )
     finish(
         total,
-        row,
+        operand_row(row_program * (TILES * 32), TILES),
         token,
         row_program,
         token_program,

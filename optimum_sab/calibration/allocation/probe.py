@@ -13,9 +13,10 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.streams.arrival import Arrival
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, pooled_arrivals
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
 from optimum_sab.core.settings import LayerSettings
@@ -101,6 +102,21 @@ class _Probe:
             for (own, _), group in groups.items():
                 self.found.groups.append(tuple(group))
                 self._measure(own, {name: members[name].weight for name in group}, statistics)
+        return {name: linear.weight for name, linear in members.items()}
+
+    def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
+        """Each chooses for itself, by errors on what all are given: few samples leave one little of its own."""
+        members = {name: self._linears[self._index][name] for name in linears.names.values()}
+        free = [name for name in members if name in self._free]
+        if free:
+            device = self._device or members[free[0]].weight.device
+            with part("statistics"):
+                pairs = self._gathering.pairs(pooled_arrivals(linears, arrivals))
+                weights = {name: members[name].weight for name in free}
+                statistics = self._gathering.statistics(weights, pairs, (), device)
+            for name in free:
+                self.found.groups.append((name,))
+                self._measure(self._settings[name], {name: members[name].weight}, statistics)
         return {name: linear.weight for name, linear in members.items()}
 
     def _measure(self, settings: LayerSettings, weights: Mapping[str, Tensor], statistics: InputStatistics) -> None:

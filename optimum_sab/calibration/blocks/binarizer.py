@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.blocks.experts import ExpertsToSolve, solve_experts
 from optimum_sab.calibration.blocks.finished import FinishedBlock, is_finished
 from optimum_sab.calibration.blocks.idle_experts import allow_idle_experts
 from optimum_sab.calibration.blocks.measured import ModalityRows, block_significance
@@ -18,15 +19,17 @@ from optimum_sab.calibration.refine.reconstruction import reconstruct
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.passes import calibration_pass
+from optimum_sab.calibration.streams.arrival import Arrival
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival
 from optimum_sab.calibration.streams.passage import BlockPassage
 from optimum_sab.calibration.streams.targets import DecoderTargets
-from optimum_sab.calibration.streams.visitor import Arrival
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
+from optimum_sab.core.planes import BinaryPlanes
 from optimum_sab.core.solver import solve
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import set_module
+from optimum_sab.nn.modules import set_module
 from optimum_sab.ops.cpu.columns import column_loops
 
 
@@ -70,6 +73,13 @@ class BlockBinarizer:
                 self._look_at_significance(names, statistics)
         return self._solve(names, statistics, ModalityRows.of(pairs, device))
 
+    def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
+        device = self._device or self._linears[next(iter(linears.names.values()))].weight.device
+        found = solve_experts(linears, arrivals, ExpertsToSolve(self._linears, self._settings, self._gathering, device))
+        weights = {name: self._keep(name, *solved) for name, solved in found.solved.items()}
+        self._block = replace(self._block, experts=(*self._block.experts, found.report))
+        return weights
+
     def miss(self, names: Sequence[str]) -> None:
         allow_idle_experts(names, self._linears, self._block.packed)
         for name in names:
@@ -94,16 +104,21 @@ class BlockBinarizer:
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
                 solution = solve(weight, statistics, settings, next(iter(stack)), column_loops(device))
             parts = solution.planes.split([m.out_features for m in stack.values()])
-            for (name, dense), planes in zip(stack.items(), parts, strict=True):
-                with part("packing"):
-                    packed = PackedWeight.pack(planes, settings)
-                    found = packed.dequantize()
-                self._block.packed[name] = packed
-                self._block.errors[name] = solution.error
-                with torch.autocast(device.type, enabled=False), part("errors"):
-                    self._block.by_modality[name] = rows.errors(dense.weight.to(device, torch.float32), found.float())
-                weights[name] = found.to(dense.weight.device, dense.weight.dtype)
+            for name, planes in zip(stack, parts, strict=True):
+                weights[name] = self._keep(name, planes, solution.error, rows)
         return weights
+
+    def _keep(self, name: str, planes: BinaryPlanes, error: float, rows: ModalityRows) -> Tensor:
+        """A linear is solved; returns its weight."""
+        dense, device = self._linears[name], planes.column_scale.device
+        with part("packing"):
+            packed = PackedWeight.pack(planes, self._settings[name])
+            found = packed.dequantize()
+        self._block.packed[name] = packed
+        self._block.errors[name] = error
+        with torch.autocast(device.type, enabled=False), part("errors"):
+            self._block.by_modality[name] = rows.errors(dense.weight.to(device, torch.float32), found.float())
+        return found.to(dense.weight.device, dense.weight.dtype)
 
     # -- ends of blocks --------------------------------------------------------------------------------------------
 
@@ -160,7 +175,8 @@ class BlockBinarizer:
         layers = tuple(self._swap(name, dense) for name, dense in self._linears.items())
         seconds = time.perf_counter() - self._started
         position = self._run.selection.blocks.index(self._targets.names[index])
-        report = BlockReport(position, layers, drift, seconds, self._block.reconstruction, self._block.significance)
+        found = self._block
+        report = BlockReport(position, layers, drift, seconds, found.reconstruction, found.significance, found.experts)
         self.reports.append(report)
         self._run.progress.on_block(report, len(self._targets.linears))
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from optimum_sab.calibration.blocks.measured import BlockSignificance
+from optimum_sab.calibration.blocks.report import ExpertsReport
 from optimum_sab.calibration.refine.reconstruction import Reconstruction
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.core.settings import LayerSettings
@@ -27,6 +28,7 @@ class FinishedBlock:
         reconstruction: what the refinement made of it; None without it.
         by_modality: its linears' errors of each modality.
         significance: of its first linears; None where it was not told.
+        experts: what came to its experts.
     """
 
     packed: dict[str, PackedWeight]
@@ -35,6 +37,7 @@ class FinishedBlock:
     reconstruction: Reconstruction | None
     by_modality: dict[str, dict[str, float]]
     significance: BlockSignificance | None
+    experts: tuple[ExpertsReport, ...] = ()
 
     def write(self, folder: ResumeFolder, index: int) -> None:
         """Keep it."""
@@ -45,6 +48,7 @@ class FinishedBlock:
             "reconstruction": None if self.reconstruction is None else asdict(self.reconstruction),
             "by_modality": self.by_modality,
             "significance": None if self.significance is None else asdict(self.significance),
+            "experts": [asdict(each) for each in self.experts],
         }
         folder.write_tensors(_name(index), tensors, about)
 
@@ -86,6 +90,7 @@ class FinishedBlock:
                 None if found is None else Reconstruction(**found),
                 by_modality,
                 None if shown is None else BlockSignificance(**shown),
+                tuple(ExpertsReport(e["name"], tuple(e["tokens"]), e["mixed"]) for e in about["experts"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise folder.refusal(_name(index), f"it is not what this block needs: {error}") from error

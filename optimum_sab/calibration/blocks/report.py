@@ -31,6 +31,27 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class ExpertsReport:
+    """The experts' linears of one name in a block.
+
+    Attributes:
+        name: of them all, with a star in the place of the expert.
+        tokens: calibration tokens of each modality that came to each.
+        mixed: how many had so few that they were solved with what came to the others, too; those without any among
+            them.
+    """
+
+    name: str
+    tokens: tuple[Mapping[str, int], ...]
+    mixed: int
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that came to each expert."""
+        return [sum(own.values()) for own in self.tokens]
+
+
+@dataclass(frozen=True)
 class BlockReport:
     """One decoder block.
 
@@ -41,6 +62,7 @@ class BlockReport:
         seconds: wall time of the block.
         reconstruction: what the refinement made of the block; None without it.
         significance: r and ρ of the linears that read its input first; None with one modality.
+        experts: what came to its experts, where it has any.
     """
 
     index: int
@@ -49,6 +71,7 @@ class BlockReport:
     seconds: float
     reconstruction: Reconstruction | None = None
     significance: BlockSignificance | None = None
+    experts: tuple[ExpertsReport, ...] = ()
 
     @property
     def error(self) -> float:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from optimum_sab.calibration.samples.modality import TokenModalities
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Worker
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Worker
 from optimum_sab.errors import CalibrationError
 
 

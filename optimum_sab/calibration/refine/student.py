@@ -16,7 +16,7 @@ from optimum_sab.calibration.streams.passage import call_with, recomputed
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import set_module
+from optimum_sab.nn.modules import set_module
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from optimum_sab.calibration.streams.placement import device_of
 from optimum_sab.errors import CalibrationError
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.selection import set_module
+from optimum_sab.nn.modules import set_module
 
 
 def head_to_tune_to(model: nn.Module) -> nn.Module:

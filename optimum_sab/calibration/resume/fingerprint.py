@@ -44,6 +44,7 @@ def fingerprint(
         "model": weights.hexdigest(),
         "samples": data.hexdigest(),
         "calibration_pass": options.calibration_pass,
+        "expert_tokens": options.expert_tokens,
         "refine": None if options.refine is None else asdict(options.refine),
         "layers": {name: asdict(settings) for name, settings in selection.settings.items()},
         "allocation": "uniform" if allocation is None else "sensitivity",

@@ -47,7 +47,13 @@ class SolveBlocks(Stage):
         head = run.kept(Head)
         embedding, awaited = (None, ()) if head is None else (head.embedding, head.awaited)
         lockstep = Lockstep(
-            run.model, targets.blocks, targets.linears, run.samples.inputs, run.two_streams, run.options.device
+            run.model,
+            targets.blocks,
+            targets.linears,
+            run.samples.inputs,
+            run.two_streams,
+            run.options.device,
+            run.options.expert_tokens == "all",
         )
         run.keep(AtHead(lockstep.run(binarizer, finisher, embedding, awaited)))
         return tuple(binarizer.reports)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
-
-from torch import nn
 
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.rehearsal import random_state_kept
@@ -18,8 +15,8 @@ from optimum_sab.calibration.samples.continuation import Prompt, continue_prompt
 from optimum_sab.calibration.samples.prompts import ExamplePrompt, example_prompts
 from optimum_sab.calibration.samples.vocabulary import read_vocabulary
 from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.streams.modes import modules_kept
 from optimum_sab.errors import warn
-from optimum_sab.nn.linear import SABLinear
 
 NEW_TOKENS = 32
 
@@ -120,31 +117,10 @@ def _written(run: Run, prompts: Sequence[ExamplePrompt], on_step: OnStep) -> lis
     vocabulary = read_vocabulary(run.model, run.processor)
     tokenizer = getattr(run.processor, "tokenizer", run.processor)
     asked = [Prompt(each.inputs, NEW_TOKENS, None) for each in prompts]
-    with random_state_kept(), _as_before(run.model):
+    with random_state_kept(), modules_kept(run.model):
         answers = continue_prompts(run.model, asked, vocabulary, on_step)
     words = [[token for token in each.tokens if token not in vocabulary.ends] for each in answers]
     return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in words]
-
-
-@contextmanager
-def _as_before(model: nn.Module) -> Iterator[None]:
-    """What modules keep between calls (positions of the last prompt, buffers made longer) is put back.
-
-    Packed layers keep what they compute with, which is theirs to look after.
-    """
-    modules = [module for module in model.modules() if not isinstance(module, SABLinear)]
-    kept = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    contents = {id(b): (b, b.clone()) for _, _, buffers in kept for b in buffers.values() if b is not None}
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in kept:
-            vars(module).clear()
-            vars(module).update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
-        for buffer, content in contents.values():
-            buffer.copy_(content)
 
 
 def _png(picture: Any) -> str:

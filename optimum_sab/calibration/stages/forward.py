@@ -16,10 +16,9 @@ from optimum_sab.calibration.rehearsal import random_state_kept, refusal
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.calibration.streams.observation import Observation
+from optimum_sab.calibration.streams.observation import Observation, told
 from optimum_sab.calibration.streams.targets import decoder_targets, target_linear
 from optimum_sab.errors import CalibrationError, ConfigError, warn
-from optimum_sab.nn.decoder import behind_number
 
 _PASSES = ("loop_num_passes", "total_ut_steps")  # what models that use their blocks repeatedly call the number
 _NOT_TWICE = "a block's weights are found by what it is given once, so such a model cannot be binarized."
@@ -66,10 +65,10 @@ class LookAtForwards(Stage):
         left = {reason: names for reason, names in _left_dense(run, seen).items() if names}
         selection = run.selection.without({name for names in left.values() for name in names})
         if not selection.settings:
-            raise CalibrationError(f"nothing is left to binarize in {type(run.model).__name__}: {_told(left)}")
+            raise CalibrationError(f"nothing is left to binarize in {type(run.model).__name__}: {told(left)}")
         run.selection = selection.in_order((*order, *rest))
         if left:
-            warn(f"{_share(run, left):.1%} of the weights that were to be binarized stay dense. {_told(left)}")
+            warn(f"{_share(run, left):.1%} of the weights that were to be binarized stay dense. {told(left)}")
         return left or None
 
 
@@ -93,30 +92,21 @@ def _observe(run: Run) -> Observation:
 
 def _left_dense(run: Run, seen: Observation) -> dict[str, list[str]]:
     """Linears by the reason for which they stay dense."""
-    names, blocks = list(run.selection.settings), run.selection.blocks
-    read = {behind_number(name, blocks) for name in seen.read}
-    twice = {behind_number(name, blocks) for name, count in seen.called.items() if count > 1}
-    found: dict[str, list[str]] = {_READ: [], _TWICE: [], _MISSED: []}
+    blocks = run.selection.blocks
+    names = [name for block in blocks for name in run.selection.settings if name.startswith(f"{block}.")]
+    found = seen.unfit(names, blocks)
+    unfit = {name for some in found.values() for name in some}
+    found[_MISSED] = []
     for block in blocks:
         own = [name for name in names if name.startswith(f"{block}.")]
         reached = [name for name in own if name in seen.called]
-        for name in own:
-            if behind_number(name, blocks) in read:
-                found[_READ].append(name)
-            elif behind_number(name, blocks) in twice:
-                found[_TWICE].append(name)
-            elif name not in seen.called and idle_expert(name, reached) is None:
-                found[_MISSED].append(name)
+        found[_MISSED] += [
+            name for name in own if name not in unfit and name not in seen.called and idle_expert(name, reached) is None
+        ]
     return found
 
 
-_READ = "the model reads their weight (its dtype, say) instead of only calling them"
-_TWICE = "the model calls them more than once in one forward"
 _MISSED = "no calibration sample comes to them"
-
-
-def _told(left: Mapping[str, list[str]]) -> str:
-    return " ".join(f"{len(names)} linears, such as {names[0]}: {reason}." for reason, names in left.items())
 
 
 def _share(run: Run, left: Mapping[str, list[str]]) -> float:

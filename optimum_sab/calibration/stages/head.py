@@ -17,7 +17,7 @@ from optimum_sab.calibration.refine.whole_model import head_to_tune_to
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Worker
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Worker
 from optimum_sab.core.spread import spread
 from optimum_sab.errors import CalibrationError, warn
 

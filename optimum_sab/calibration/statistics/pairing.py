@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from optimum_sab.calibration.samples.modality import TokenModalities
-from optimum_sab.calibration.streams.visitor import DENSE, Arrival
+from optimum_sab.calibration.streams.arrival import DENSE, Arrival
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,12 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
         arrivals: of one group of linears.
         modalities: of every sample's tokens, those of samples that did not arrive included.
     """
+    if not arrivals:
+        return []
     dense = {a.sample: a for a in arrivals if a.stream == DENSE}
     quantized = {a.sample: a for a in arrivals if a.stream != DENSE}
+    if any(a.tokens is not None for a in arrivals):
+        return [_by_token(a, dense.get(i), bool(dense), modalities[i]) for i, a in quantized.items()]
     routed = _are_routed(arrivals, modalities)
     paired = not routed and all(i in dense and dense[i].inputs.shape == a.inputs.shape for i, a in quantized.items())
     if not paired:
@@ -64,6 +69,33 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
         )
         for i, a in quantized.items()
     ]
+
+
+def _by_token(
+    quantized: Arrival, dense: Arrival | None, two_streams: bool, modalities: TokenModalities
+) -> PairedInputs:
+    """Rows that are known to be of certain tokens: those of one token side by side.
+
+    Where the dense stream has no row of a token, the streams are taken not to differ.
+    """
+    rows, tokens = quantized.inputs, quantized.tokens
+    assert tokens is not None
+    labels, routed = modalities.labels, True
+    if labels.numel() == quantized.entered:
+        labels, routed = labels[tokens.to(labels.device)], False
+    found = TokenModalities(modalities.names, labels)
+    if not two_streams:
+        return PairedInputs(rows, None, found, None, routed)
+    other = rows.clone()
+    if dense is not None and dense.tokens is not None:
+        mine = tokens if quantized.keys is None else quantized.keys
+        theirs = dense.tokens if dense.keys is None else dense.keys
+        last = int(torch.cat([mine, theirs]).max())
+        place = torch.full((last + 1,), -1, dtype=torch.long, device=rows.device)
+        place[theirs] = torch.arange(dense.rows, device=rows.device)
+        at = place[mine]
+        other[at >= 0] = dense.inputs[at[at >= 0]]
+    return PairedInputs(rows, other, found, None, routed)
 
 
 def _are_routed(arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> bool:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival, Worker, row_count
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
-from optimum_sab.calibration.streams.groups import Groups
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
+from optimum_sab.calibration.streams.groups import Group, Groups
 from optimum_sab.calibration.streams.passage import BlockPassage, Finisher, call_with, hidden_states
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.residual import ResidualSource, ResidualWatch, read_arguments
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Arrival, Visitor, Worker, row_count
+from optimum_sab.calibration.streams.visitor import Visitor
 
 Waiting = dict[Worker, Pause]
 
@@ -30,6 +33,7 @@ class LockstepBlock:
         module: itself.
         forward: its own, before it was wrapped.
         linears: its target linears by dotted name.
+        experts: those of them that are experts'.
         device: where its inputs are brought; None leaves them.
     """
 
@@ -37,6 +41,7 @@ class LockstepBlock:
     module: nn.Module
     forward: Callable[..., Any]
     linears: Mapping[str, nn.Linear]
+    experts: Sequence[ExpertLinears]
     device: torch.device | None
 
     def brought(self, call: Any) -> Any:
@@ -50,12 +55,15 @@ class BlockVisit:
     Args:
         block: which.
         coroutines: all of them; some wait at the block's entry, and the way of others leads past it.
+        every_token: experts are shown all tokens, whichever are routed to them.
     """
 
-    def __init__(self, block: LockstepBlock, coroutines: Coroutines) -> None:
+    def __init__(self, block: LockstepBlock, coroutines: Coroutines, every_token: bool = False) -> None:
         self._block = block
         self._coroutines = coroutines
         self._two_streams = any(stream == DENSE for _, stream in coroutines.workers)
+        self._every_token = every_token
+        self._hidden: dict[tuple[Worker, int], tuple[ExpertLinears, Tensor]] = {}  # what experts of a module got first
         self._weights: dict[str, Tensor] = {}
         self._groups: Groups | None = None
         self._calls: list[tuple[str, Tensor]] | None = None  # of one sample, while it shows who shares an input
@@ -105,6 +113,46 @@ class BlockVisit:
             return original(inputs)
         return nn.functional.linear(inputs, self._weights[name], linear.bias)
 
+    def call_experts(self, linears: ExpertLinears, original: Callable[..., Tensor], given: RoutedInputs) -> Tensor:
+        """`SABExperts.product` in the stream that calls it, after the weights were found."""
+        worker = self._coroutines.current
+        if self._calls is not None or self._unstopped or worker is None:
+            return original(linears.name, given.inputs, given.routing)
+        group = None if self._groups is None else self._groups.get(linears.key)
+        if group is None or worker not in group.seen:
+            if self._every_token:
+                given = replace(given, every=self._every(linears, worker, given.inputs))
+            self._coroutines.pause(Pause("linear", linears.key, given))
+        if worker[1] == DENSE:
+            return original(linears.name, given.inputs, given.routing)
+        through = partial(self._through, linears)
+        return linears.module.each(linears.name, given.inputs, given.routing, through)
+
+    def _through(self, linears: ExpertLinears, expert: int, rows: Tensor) -> Tensor:
+        """An expert's output in the quantized stream."""
+        linear, name = linears.module.linear(expert, linears.name), linears.names.get(expert)
+        found: Tensor = linear(rows) if name is None else nn.functional.linear(rows, self._weights[name], linear.bias)
+        return found
+
+    def _every(self, linears: ExpertLinears, worker: Worker, inputs: Tensor) -> Callable[[int], Tensor] | None:
+        """What experts would be given if all tokens came to them; None where it is not known what a token gives."""
+        module = linears.module
+        if linears.first:
+            self._hidden[worker, id(module)] = linears, inputs
+            return lambda expert: inputs
+        if (worker, id(module)) not in self._hidden:
+            return None
+        before, hidden = self._hidden.pop((worker, id(module)))
+
+        def rows(expert: int) -> Tensor:
+            if worker[1] == DENSE:
+                found: Tensor = module.linear(expert, before.name)(hidden)
+            else:
+                found = self._through(before, expert, hidden)
+            return module.between(found)
+
+        return rows
+
     # -- groups ----------------------------------------------------------------------------------------------------
 
     def _solve_groups(self, waiting: Waiting, visitor: Visitor) -> Waiting:
@@ -119,18 +167,15 @@ class BlockVisit:
             waiting = self._coroutines.resume(waiting)
             while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
                 group, here = self._groups.next(at_linear)
-                source = sources.get(group.names[0]) if len(group.names) == 1 else None
-                arrivals = [
-                    Arrival(*w, p.payload, self._residual(w, source), entered[w], company) for w, p in here.items()
-                ]
-                if any(arrival.rows for arrival in arrivals if arrival.stream == QUANTIZED):
-                    self._weights.update(visitor.solve(group.names, arrivals))
+                if group.experts is not None:
+                    routed = [RoutedArrival(*w, p.payload, entered[w], company) for w, p in here.items()]
+                    self._weights.update(visitor.solve_experts(group.experts, routed))
                     reached.update(group.names)
-                else:  # the dense stream's alone, or nothing: some models call experts that no token chose all the same
-                    self._weights.update({name: linears[name].weight for name in group.names})
+                    del routed
+                else:
+                    self._solve_group(group, here, sources, (entered, company), visitor, reached)
                 group.solved = True
                 group.seen.update(here)
-                del arrivals
                 for pause in here.values():
                     pause.payload = None  # frees the inputs of this group
                 waiting.update(self._coroutines.resume(here))
@@ -140,13 +185,32 @@ class BlockVisit:
             visitor.miss(missed)
         return waiting
 
+    def _solve_group(
+        self,
+        group: Group,
+        here: Waiting,
+        sources: Mapping[str, ResidualSource],
+        came: tuple[Mapping[Worker, int], int],
+        visitor: Visitor,
+        reached: set[str],
+    ) -> None:
+        """Linears that share an input."""
+        entered, company = came
+        source = sources.get(group.names[0]) if len(group.names) == 1 else None
+        arrivals = [Arrival(*w, p.payload, self._residual(w, source), entered[w], company) for w, p in here.items()]
+        if any(arrival.rows for arrival in arrivals if arrival.stream == QUANTIZED):
+            self._weights.update(visitor.solve(group.names, arrivals))
+            reached.update(group.names)
+        else:  # the dense stream's alone, or nothing: some models call experts that no token chose all the same
+            self._weights.update({name: self._block.linears[name].weight for name in group.names})
+
     def _probe(self, pause: Pause | None) -> dict[str, ResidualSource]:
         """Run the block once on one sample, if any comes here; returns what the outputs of its linears are added to.
 
         That also shows which linears are given the same tensor, in which order.
         """
         if pause is None:
-            self._groups = Groups(self._block.index, list(self._block.linears), [])
+            self._groups = Groups(self._block.index, list(self._block.linears), [], self._block.experts)
             return {}
         self._calls, self._watch = [], ResidualWatch(self._block.module)
         args, kwargs = self._block.brought(with_own_caches(pause.payload))
@@ -155,7 +219,7 @@ class BlockVisit:
                 pause.state.restore()
             with self._watch.watching():
                 self._block.forward(*args, **kwargs)
-            self._groups = Groups(self._block.index, list(self._block.linears), self._calls)
+            self._groups = Groups(self._block.index, list(self._block.linears), self._calls, self._block.experts)
             sources = self._watch.sources()
         finally:
             self._calls = self._watch = None

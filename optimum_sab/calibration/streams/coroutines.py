@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from optimum_sab.calibration.streams.visitor import Worker
+from optimum_sab.calibration.streams.arrival import Worker
 from optimum_sab.core.parts import part
 from optimum_sab.errors import MissingDependencyError
 

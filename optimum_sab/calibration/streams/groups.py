@@ -7,16 +7,18 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from optimum_sab.calibration.streams.arrival import Worker
 from optimum_sab.calibration.streams.coroutines import Pause
-from optimum_sab.calibration.streams.visitor import Worker
+from optimum_sab.calibration.streams.experts import ExpertLinears
 from optimum_sab.errors import LockstepError
 
 
 @dataclass
 class Group:
-    """Linears that share one input, in calling order."""
+    """Linears that share one input, in calling order; or those of experts."""
 
     names: tuple[str, ...]
+    experts: ExpertLinears | None = None  # whose linears these are, which share no input
     solved: bool = False
     seen: set[Worker] = field(default_factory=set)  # coroutines that waited here
 
@@ -28,15 +30,25 @@ class Groups:
         index: the block's, for messages.
         names: its linears, in the order in which they are defined.
         calls: every linear one sample called, in calling order, and the input it was given.
+        experts: of the block.
 
     Raises:
         LockstepError: a linear was called twice.
     """
 
-    def __init__(self, index: int, names: Sequence[str], calls: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(
+        self,
+        index: int,
+        names: Sequence[str],
+        calls: Sequence[tuple[str, Tensor]],
+        experts: Sequence[ExpertLinears] = (),
+    ) -> None:
         self._index = index
         self._order = {name: place for place, name in enumerate(names)}
         self._of = {name: group for group in _by_input(calls) for name in group.names}
+        for each in experts:
+            self._of[each.key] = Group(tuple(each.names.values()), each)
+            self._order[each.key] = self._order[next(iter(each.names.values()))]
 
     def get(self, name: str) -> Group | None:
         """The group of a linear; None for one that was not called."""

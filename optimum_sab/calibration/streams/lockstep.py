@@ -17,15 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Worker
 from optimum_sab.calibration.streams.block_visit import BlockVisit, LockstepBlock, Waiting
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedInputs, expert_linears
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import device_of, first_device, map_tensors
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Visitor, Worker
+from optimum_sab.calibration.streams.visitor import Visitor
 from optimum_sab.errors import LockstepError
+from optimum_sab.nn.experts import Routing, SABExperts
 
 _END = "end of the forward"
 
@@ -41,6 +44,7 @@ class Lockstep:
         samples: keyword arguments of the model's forward, one dict per sample.
         two_streams: run a dense stream beside the quantized one.
         device: where each block is moved while its samples run; None leaves everything where it is.
+        every_token: experts are shown all tokens; what the model computes stays routed.
     """
 
     model: nn.Module
@@ -49,6 +53,7 @@ class Lockstep:
     samples: Sequence[Mapping[str, Any]]
     two_streams: bool
     device: torch.device | None = None
+    every_token: bool = False
     _visit: BlockVisit | None = field(default=None, init=False)
 
     def run(
@@ -96,7 +101,7 @@ class Lockstep:
         here = {worker: pause for worker, pause in waiting.items() if pause.kind == "block" and pause.key == index}
         past = {worker: pause for worker, pause in waiting.items() if worker not in here}
         visitor.enter(index)
-        self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines)
+        self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines, self.every_token)
         with self._brought(self.blocks[index]):
             here = self._visit.run(here, visitor, finisher)
         if index + 1 < len(self.blocks):
@@ -140,15 +145,23 @@ class Lockstep:
 
     @contextmanager
     def _patched(self, head: nn.Module | None) -> Iterator[None]:
+        names = {id(module): name for name, module in self.model.named_modules()}
         self._lockstep_blocks = [
-            LockstepBlock(i, block, block.forward, self.linears[i], self.device) for i, block in enumerate(self.blocks)
+            LockstepBlock(
+                i, block, block.forward, linears, expert_linears(block, names[id(block)], linears), self.device
+            )
+            for i, (block, linears) in enumerate(zip(self.blocks, self.linears, strict=True))
         ]
         forwards: dict[nn.Module, Callable[..., Any]] = {b.module: self._wrap_block(b) for b in self._lockstep_blocks}
-        for linears in self.linears:
-            forwards |= {linear: self._wrap_linear(name, linear, linear.forward) for name, linear in linears.items()}
+        products: dict[nn.Module, Callable[..., Any]] = {}
+        for block in self._lockstep_blocks:
+            waiting = {name for each in block.experts for name in each.names.values()}
+            own = {name: linear for name, linear in block.linears.items() if name not in waiting}
+            forwards |= {linear: self._wrap_linear(name, linear, linear.forward) for name, linear in own.items()}
+            products |= {each.module: self._wrap_experts(each.module, block.experts) for each in block.experts}
         if head is not None:
             forwards[head] = self._wrap_head(head.forward)
-        with patched_forwards(forwards):
+        with patched_forwards(forwards), patched_forwards(products, "product"):
             yield
 
     def _wrap_block(self, block: LockstepBlock) -> Callable[..., Any]:
@@ -172,6 +185,20 @@ class Lockstep:
             return self._visit.call_linear(name, linear, original, input)
 
         return forward
+
+    def _wrap_experts(self, module: SABExperts, experts: Sequence[ExpertLinears]) -> Callable[..., Any]:
+        original = module.product
+        of = {each.name: each for each in experts if each.module is module}
+
+        def product(name: str, inputs: Tensor, routing: Routing) -> Tensor:
+            if name not in of:
+                return original(name, inputs, routing)
+            if self._visit is None:  # before the first block
+                self._coroutines.pause(Pause("linear", of[name].key, inputs))
+            assert self._visit is not None
+            return self._visit.call_experts(of[name], original, RoutedInputs(inputs, routing))
+
+        return product
 
     def _wrap_head(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def forward(input: Tensor) -> Any:

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.streams.patching import patched_forwards
+from optimum_sab.nn.decoder import behind_number
 
 T = TypeVar("T")
 # what may be asked of a weight because a packed layer's answers the same
 _HARMLESS = ("device", "is_meta", "is_cuda", "requires_grad", "grad", "is_leaf", "layout", "is_sparse", "is_quantized")
 _GETTER = re.compile(r"__get__|__set__")
+_READ = "the model reads their weight (its dtype, say) instead of only calling them"
+_TWICE = "the model calls them more than once in one forward"
 
 
 @dataclass
@@ -58,6 +61,20 @@ class Observation:
                 seen[name] = max(count, seen.get(name, 0))
         return result
 
+    def unfit(self, names: Sequence[str], blocks: Sequence[str]) -> dict[str, list[str]]:
+        """Linears that no packed layer can stand for, by the reason: those that were seen so, in all blocks.
+
+        Args:
+            names: of linears.
+            blocks: of the decoder blocks.
+        """
+        read = {behind_number(name, blocks) for name in self.read}
+        twice = {behind_number(name, blocks) for name, count in self.called.items() if count > 1} - read
+        return {
+            reason: [name for name in names if behind_number(name, blocks) in found]
+            for reason, found in ((_READ, read), (_TWICE, twice))
+        }
+
     def _inside(
         self, original: Callable[..., Any], called: dict[str, int], name: str, inside: set[str]
     ) -> Callable[..., Any]:
@@ -89,6 +106,11 @@ class Observation:
         if asked not in _HARMLESS:
             self.read.setdefault(name, asked)
         return True
+
+
+def told(left: Mapping[str, Sequence[str]]) -> str:
+    """Linears that stay dense by the reason, in words."""
+    return " ".join(f"{len(names)} linears, such as {names[0]}: {reason}." for reason, names in left.items() if names)
 
 
 class _WatchedWeight(nn.Parameter):

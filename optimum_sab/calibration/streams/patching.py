@@ -10,15 +10,20 @@ from torch import nn
 
 
 @contextmanager
-def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
-    """Inside, these modules have other forwards; outside, their own, those that someone had patched in before too."""
-    own = {module: vars(module).get("forward") for module in forwards}  # accelerate's hooks put one there
+def patched_forwards(forwards: Mapping[nn.Module, Callable[..., Any]], method: str = "forward") -> Iterator[None]:
+    """Inside, these modules have other forwards; outside, their own, those that someone had patched in before too.
+
+    Args:
+        forwards: by module.
+        method: which of its methods it is instead.
+    """
+    own = {module: vars(module).get(method) for module in forwards}  # accelerate's hooks put one there
     try:
         for module, forward in forwards.items():
-            module.forward = forward
+            setattr(module, method, forward)
         yield
     finally:
         for module, before in own.items():
-            vars(module).pop("forward", None)
+            vars(module).pop(method, None)
             if before is not None:
-                module.forward = before
+                setattr(module, method, before)

@@ -27,14 +27,15 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         "--shapes",
         nargs="+",
         metavar="SHAPE",
-        help="qwen2.5-vl-7b, qwen2.5-vl-72b or OUTxIN (default: both models on CUDA, 4096x4096 on the CPU)",
+        help="qwen2.5-vl-7b, qwen2.5-vl-72b or OUTxIN (default: both models on CUDA, 4096x4096 on the CPU); the "
+        "experts of qwen3-30b-a3b, qwen3-235b-a22b or EXPERTSxTOPxHIDDENxINTERMEDIATE",
     )
     kernels.add_argument(
         "--tokens",
         type=int,
         nargs="+",
         metavar="M",
-        help="rows of the input (default: 1 4 16 64 256 on the CPU; on CUDA also 1024 4096)",
+        help="rows of the input (default: 1 4 16 64 256 on the CPU; on CUDA also 1024 4096; for experts 1 16 256)",
     )
     kernels.add_argument(
         "--int4", action="store_true", help="time torch's int4 kernel too, base plane alone (CPU, bf16)"

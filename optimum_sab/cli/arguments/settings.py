@@ -12,7 +12,7 @@ from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
 from optimum_sab.data.named_source import BUILTIN, SELF, named_source
 from optimum_sab.errors import ConfigError
-from optimum_sab.presets import ALLOCATION, PRESETS, check_values, preset_settings
+from optimum_sab.presets import ALLOCATION, EXPERT_TOKENS, PRESETS, check_values, preset_settings
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,7 @@ SETTINGS = {
     "sequence_length": Setting("calibration texts are cut to this many tokens", "TOKENS"),
     "seed": Setting("of the built-in set and of a dataset's order"),
     "calibration_pass": Setting("a registered calibration pass", "NAME", str),
+    "expert_tokens": Setting("what fused experts are calibrated on", choices=EXPERT_TOKENS),
     "calibration_device": Setting("where blocks are worked on, e.g. cuda", "DEVICE", str),
     "refine": Setting("train scales, norms and biases after solving", type=bool),
     "refine_epochs": Setting("rounds over the samples per block"),

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from optimum_sab.cli.arguments.common import FoundWrong
+from optimum_sab.cli.commands.bench_experts import run_experts
 from optimum_sab.core.code import NO_CODE
 from optimum_sab.errors import ConfigError
 from optimum_sab.json_values import json_line
 
 if TYPE_CHECKING:
     from optimum_sab.bench.conditions import Conditions
-    from optimum_sab.bench.kernels import KernelTiming
+    from optimum_sab.bench.kernels import KernelReport, KernelTiming
 
 
 def _conditions(options: argparse.Namespace) -> Conditions:
@@ -32,13 +33,36 @@ def _conditions(options: argparse.Namespace) -> Conditions:
 
 
 def run_kernels(options: argparse.Namespace) -> None:
-    """Print one row per shape and number of tokens, as soon as it is measured."""
-    from optimum_sab.bench.kernels import SHAPES, TOKENS, compare_kernels
-    from optimum_sab.bench.other_linears import OTHERS, chosen_linears
-    from optimum_sab.bench.shapes import parse_shapes
+    """Print one row per shape and number of tokens, as soon as it is measured: linears first, then experts."""
+    from optimum_sab.bench.kernels import SHAPES
+    from optimum_sab.bench.other_linears import OTHERS
+    from optimum_sab.bench.shapes import parse_experts, parse_shapes
 
     conditions = _conditions(options)
+    experts, words = parse_experts(options.shapes or SHAPES[conditions.device.type])
+    parse_shapes(words)
     others = [name for name in OTHERS if getattr(options, name)]
+    if experts and (others or options.busy):
+        asked = "--busy" if options.busy else f"--{others[0]}"
+        raise ConfigError(f"{asked} is for linears, and {experts[0].name} are experts; measure them by themselves.")
+    conditions = replace(conditions, busy=options.busy, code=options.code)
+    found: dict[str, Any] = {}
+    if words:
+        found |= asdict(_run_linears(words, conditions, others, options))
+    if experts:
+        routed = asdict(run_experts(experts, conditions, options))
+        found |= {"environment": routed["environment"], "experts": routed["rows"]}
+    if options.json:
+        print(json_line(found))
+
+
+def _run_linears(
+    words: list[str], conditions: Conditions, others: list[str], options: argparse.Namespace
+) -> KernelReport:
+    from optimum_sab.bench.kernels import TOKENS, compare_kernels
+    from optimum_sab.bench.other_linears import chosen_linears
+    from optimum_sab.bench.shapes import parse_shapes
+
     shown: list[KernelTiming] = []
     coded = options.code != NO_CODE
 
@@ -70,15 +94,14 @@ def run_kernels(options: argparse.Namespace) -> None:
         )
 
     report = compare_kernels(
-        shapes=parse_shapes(options.shapes or SHAPES[conditions.device.type]),
+        shapes=parse_shapes(words),
         tokens=options.tokens or TOKENS[conditions.device.type],
-        conditions=replace(conditions, busy=options.busy, code=options.code),
+        conditions=conditions,
         others=others,
         on_row=None if options.json else show,
     )
     if options.json:
-        print(json_line(asdict(report)))
-        return
+        return report
     where = report.environment
     if report.busy:
         print(f"quiet, busy: calls one after the other, alone and beside {report.busy} processes that never rest")
@@ -87,6 +110,7 @@ def run_kernels(options: argparse.Namespace) -> None:
         f"triton {where.triton or 'none'}, {where.threads} threads; copies move "
         f"{where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
     )
+    return report
 
 
 def _busy_columns(row: KernelTiming) -> str:

@@ -361,13 +361,12 @@ INLINE void build_table(float *table, const float *x) {
 #endif
 }
 
-/* The tables of one piece for `tokens` tokens: `tables` [nibble, token, TABLE]. */
-static void build_tables(float *tables, const layer_t *layer, const piece_t *piece, int residual, const void *x,
-                         int dtype, int64_t tokens) {
+/* The tables of one piece for `tokens` tokens, x[token] [columns]: `tables` [nibble, token, TABLE]. */
+static void build_tables(float *tables, const layer_t *layer, const piece_t *piece, int residual,
+                         const void *const *x, int dtype, int64_t tokens) {
     int64_t count = piece->end - piece->bit, lead = piece->bit % 4;
     int64_t column[PANEL_BITS];
     float c[PANEL_BITS], padded[PANEL_BITS + 8], gathered[PANEL_BITS];
-    int64_t size = dtype == F32 ? 4 : 2;
     if (residual) {
         for (int64_t j = 0; j < count; j++) {
             int64_t offset = layer->wide_index ? ((const uint16_t *)layer->residual_index)[piece->bit + j]
@@ -382,13 +381,12 @@ static void build_tables(float *tables, const layer_t *layer, const piece_t *pie
     }
     memset(padded, 0, sizeof padded);
     for (int64_t t = 0; t < tokens; t++) {
-        const char *row = (const char *)x + t * layer->columns * size;
         if (residual) {
             for (int64_t j = 0; j < count; j++)
-                scale_inputs(gathered + j, row, dtype, column[j], 1, c + j);
+                scale_inputs(gathered + j, x[t], dtype, column[j], 1, c + j);
             memcpy(padded + lead, gathered, (size_t)count * 4);
         } else {
-            scale_inputs(padded + lead, row, dtype, piece->bit, count, c);
+            scale_inputs(padded + lead, x[t], dtype, piece->bit, count, c);
         }
         for (int64_t n = 0; n < piece->last - piece->first; n++)
             build_table(tables + ((piece->table + n) * tokens + t) * TABLE, padded + 4 * n);
@@ -586,12 +584,90 @@ static void *scratch(int64_t floats) {
     return posix_memalign(&memory, 64, (size_t)(floats > 0 ? floats : 1) * 4) ? NULL : memory;
 }
 
+/* What is added to a strip one after the other: each has its own tables. */
+enum { CODED, BASE, RESIDUAL, CUTS };
+
+/* How layers of one shape are cut, and how much room the tables of a tile take. */
+typedef struct {
+    cut_t cut[CUTS];
+    int dtype; /* of inputs, outputs and biases */
+    int64_t table_floats;
+} plan_t;
+
+/* Tokens that are multiplied together: pointers to the input and the output of each. */
+typedef struct {
+    const layer_t *layer;
+    const void *bias; /* NULL where there is none */
+    int64_t tokens;
+    const void *x[TILE];
+    void *y[TILE];
+} tile_t;
+
+INLINE int64_t value_bytes(int dtype) { return dtype == F32 ? 4 : 2; }
+
+static void free_plan(plan_t *plan) {
+    for (int i = 0; i < CUTS; i++)
+        free_cut(&plan->cut[i]);
+}
+
+/* `plan` is to be freed whatever this returns. */
+static int make_plan(plan_t *plan, const layer_t *layer, int dtype, int64_t most) {
+    int64_t blocks = block_count(layer), salient = salient_total(layer), coded = layer->coded ? 1 : 0;
+    int64_t row_bytes = (layer->columns + 31) / 32 * 4;
+    memset(plan, 0, sizeof *plan);
+    plan->dtype = dtype;
+    int status = make_cut(&plan->cut[CODED], layer->columns, layer->block_size, blocks, row_bytes, coded, 0);
+    if (status == OK)
+        status = make_cut(&plan->cut[BASE], layer->columns, layer->block_size, blocks, row_bytes,
+                          layer->base_planes - coded, coded);
+    if (status == OK)
+        status = make_cut(&plan->cut[RESIDUAL], salient, layer->salient, blocks, (salient + 7) / 8,
+                          layer->residual_planes, layer->base_planes);
+    plan->table_floats = coded_floats(&plan->cut[CODED], most) +
+                         (int64_t)(plan->cut[BASE].table_count + plan->cut[RESIDUAL].table_count) * most * TABLE;
+    return status;
+}
+
+static void build_tile(float *tables, const plan_t *plan, const tile_t *tile) {
+    build_coded_tables(tables, tile->layer, &plan->cut[CODED], tile->x, plan->dtype, tile->tokens);
+    tables += coded_floats(&plan->cut[CODED], tile->tokens);
+    for (int i = BASE; i <= RESIDUAL; i++) {
+        for (int32_t k = 0; k < plan->cut[i].piece_count; k++)
+            build_tables(tables, tile->layer, &plan->cut[i].pieces[k], i == RESIDUAL, tile->x, plan->dtype,
+                         tile->tokens);
+        tables += plan->cut[i].table_count * tile->tokens * TABLE;
+    }
+}
+
+/* STRIP rows of y, from `row` on, for the tokens of one tile. */
+static void multiply_strip(const plan_t *plan, const tile_t *tile, const float *tables, int64_t row) {
+    const layer_t *layer = tile->layer;
+    int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP, count = tile->tokens;
+    float sum[TILE * STRIP] __attribute__((aligned(64)));
+    memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
+    const cut_t *base = &plan->cut[BASE];
+    add_coded_plane(sum, layer, &plan->cut[CODED], tables, count, row, valid);
+    tables += coded_floats(&plan->cut[CODED], count);
+    add_planes(sum, layer, base, layer->weight + base->first_plane * layer->rows * base->row_bytes, tables, count, row,
+               valid);
+    tables += base->table_count * count * TABLE;
+    add_planes(sum, layer, &plan->cut[RESIDUAL], layer->residual_sign, tables, count, row, valid);
+    if (layer->row_exponent)
+        for (int64_t r = 0; r < valid; r++) {
+            float unit = ldexpf(1.0f, layer->row_exponent[row + r]);
+            for (int64_t t = 0; t < count; t++)
+                sum[t * STRIP + r] *= unit;
+        }
+    for (int64_t t = 0; t < count; t++) {
+        if (tile->bias)
+            add_bias(sum + t * STRIP, tile->bias, plan->dtype, row, valid);
+        store_values(tile->y[t], plan->dtype, row, sum + t * STRIP, valid);
+    }
+}
+
 /* Layers of one input that are multiplied together: of the same columns and settings. Where they have the same column
  * scales and salient columns too, as the solver gives to siblings, they read the same tables. */
 enum { MEMBERS = 4 };
-
-/* What is added to a strip one after the other: each has its own tables. */
-enum { CODED, BASE, RESIDUAL, CUTS };
 
 /* What threads that multiply share. A piece is one strip of one member for the tokens of one tile; pieces are numbered
  * tile by tile. */
@@ -601,70 +677,45 @@ typedef struct {
     void *y[MEMBERS];
     int64_t strips[MEMBERS + 1]; /* of the members before */
     int members, tables_of[MEMBERS]; /* the first member that has the same tables */
-    cut_t cut[CUTS];
+    plan_t plan;
     const void *x;
-    int dtype;
-    int64_t tokens, table_floats;
+    int64_t tokens;
     pieces_t *pieces;
 } product_t;
 
-static void build_tile(float *tables, const product_t *of, const layer_t *layer, int64_t first, int64_t count) {
-    const char *x = (const char *)of->x + first * layer->columns * (of->dtype == F32 ? 4 : 2);
-    build_coded_tables(tables, layer, &of->cut[CODED], x, of->dtype, count);
-    tables += coded_floats(&of->cut[CODED], count);
-    for (int i = BASE; i <= RESIDUAL; i++) {
-        for (int32_t k = 0; k < of->cut[i].piece_count; k++)
-            build_tables(tables, layer, &of->cut[i].pieces[k], i == RESIDUAL, x, of->dtype, count);
-        tables += of->cut[i].table_count * count * TABLE;
-    }
-}
-
-/* One strip of y for the tokens of one tile. */
-static void multiply_strip(const product_t *of, int member, const float *tables, int64_t first, int64_t count,
-                           int64_t row) {
+static tile_t tile_of(const product_t *of, int member, int64_t first) {
     const layer_t *layer = of->layer[member];
-    int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP;
-    float sum[TILE * STRIP] __attribute__((aligned(64)));
-    memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
-    const cut_t *base = &of->cut[BASE];
-    add_coded_plane(sum, layer, &of->cut[CODED], tables, count, row, valid);
-    tables += coded_floats(&of->cut[CODED], count);
-    add_planes(sum, layer, base, layer->weight + base->first_plane * layer->rows * base->row_bytes, tables, count, row,
-               valid);
-    tables += base->table_count * count * TABLE;
-    add_planes(sum, layer, &of->cut[RESIDUAL], layer->residual_sign, tables, count, row, valid);
-    if (layer->row_exponent)
-        for (int64_t r = 0; r < valid; r++) {
-            float unit = ldexpf(1.0f, layer->row_exponent[row + r]);
-            for (int64_t t = 0; t < count; t++)
-                sum[t * STRIP + r] *= unit;
-        }
-    for (int64_t t = 0; t < count; t++) {
-        if (of->bias[member])
-            add_bias(sum + t * STRIP, of->bias[member], of->dtype, row, valid);
-        store_values(of->y[member], of->dtype, (first + t) * layer->rows + row, sum + t * STRIP, valid);
+    int64_t left = of->tokens - first, size = value_bytes(of->plan.dtype);
+    tile_t tile = {.layer = layer, .bias = of->bias[member], .tokens = left < TILE ? left : TILE};
+    for (int64_t t = 0; t < tile.tokens; t++) {
+        tile.x[t] = (const char *)of->x + (first + t) * layer->columns * size;
+        tile.y[t] = (char *)of->y[member] + (first + t) * layer->rows * size;
     }
+    return tile;
 }
 
 /* Every thread builds the tables that it reads: that takes a hundredth of the time, and nobody waits for anybody. */
 static void multiply(void *job) {
     product_t *of = job;
     const int64_t strips = of->strips[of->members];
-    int64_t built_tile = -1, piece;
-    int built_of = -1, share = first_share(of->pieces);
-    float *tables = all_taken(of->pieces) ? NULL : scratch(of->table_floats);
+    int64_t tile_number = -1, piece;
+    int tile_member = -1, built_of = -1, share = first_share(of->pieces);
+    tile_t tile;
+    float *tables = all_taken(of->pieces) ? NULL : scratch(of->plan.table_floats);
     while (tables && (piece = take_piece(of->pieces, &share)) >= 0) {
-        int64_t tile = piece / strips, strip = piece % strips, first = tile * TILE;
-        int64_t count = of->tokens - first < TILE ? of->tokens - first : TILE;
+        int64_t number = piece / strips, strip = piece % strips;
         int member = 0;
         while (strip >= of->strips[member + 1])
             member++;
-        if (tile != built_tile || of->tables_of[member] != built_of) {
-            built_tile = tile;
-            built_of = of->tables_of[member];
-            build_tile(tables, of, of->layer[member], first, count);
-        }
-        multiply_strip(of, member, tables, first, count, (strip - of->strips[member]) * STRIP);
+        int built = number == tile_number && of->tables_of[member] == built_of;
+        if (number != tile_number || member != tile_member)
+            tile = tile_of(of, member, number * TILE);
+        if (!built)
+            build_tile(tables, &of->plan, &tile);
+        tile_number = number;
+        tile_member = member;
+        built_of = of->tables_of[member];
+        multiply_strip(&of->plan, &tile, tables, (strip - of->strips[member]) * STRIP);
     }
     free(tables);
 }
@@ -681,9 +732,8 @@ static int same_tables(const layer_t *one, const layer_t *other) {
 EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y, const void *const *bias, const void *x,
                        int64_t tokens, int dtype, int threads) {
     pieces_t pieces;
-    product_t of = {.members = members, .x = x, .dtype = dtype, .tokens = tokens, .pieces = &pieces};
+    product_t of = {.members = members, .x = x, .tokens = tokens, .pieces = &pieces};
     const layer_t *first = layer[0];
-    int64_t blocks = block_count(first), salient = salient_total(first), tile = tokens < TILE ? tokens : TILE;
     for (int m = 0; m < members; m++) {
         of.layer[m] = layer[m];
         of.y[m] = y[m];
@@ -691,16 +741,7 @@ EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y,
         of.strips[m + 1] = of.strips[m] + (layer[m]->rows + STRIP - 1) / STRIP;
         of.tables_of[m] = m && same_tables(layer[m - 1], layer[m]) ? of.tables_of[m - 1] : m;
     }
-    int64_t row_bytes = (first->columns + 31) / 32 * 4, coded = first->coded ? 1 : 0;
-    int status = make_cut(&of.cut[CODED], first->columns, first->block_size, blocks, row_bytes, coded, 0);
-    if (status == OK)
-        status = make_cut(&of.cut[BASE], first->columns, first->block_size, blocks, row_bytes,
-                          first->base_planes - coded, coded);
-    if (status == OK)
-        status = make_cut(&of.cut[RESIDUAL], salient, first->salient, blocks, (salient + 7) / 8, first->residual_planes,
-                          first->base_planes);
-    of.table_floats = coded_floats(&of.cut[CODED], tile) +
-                      (int64_t)(of.cut[BASE].table_count + of.cut[RESIDUAL].table_count) * tile * TABLE;
+    int status = make_plan(&of.plan, first, dtype, tokens < TILE ? tokens : TILE);
     if (status == OK) {
         int64_t tiles = (tokens + TILE - 1) / TILE;
         if (of.strips[members] * STRIP * first->columns * tokens < SMALL)
@@ -708,8 +749,7 @@ EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y,
         run_together(multiply, &of, cut_pieces(&pieces, tiles * of.strips[members], threads));
         status = all_taken(&pieces) ? OK : NO_MEMORY;
     }
-    for (int i = 0; i < CUTS; i++)
-        free_cut(&of.cut[i]);
+    free_plan(&of.plan);
     return status;
 }
 
@@ -718,6 +758,8 @@ EXPORT int sab_linear(const layer_t *layer, void *y, const void *bias, const voi
                       int threads) {
     return sab_linears(1, &layer, &y, &bias, x, tokens, dtype, threads);
 }
+
+#include "experts.h"
 
 /* ---- the dense weight ---- */
 

@@ -90,8 +90,8 @@ INLINE void build_coded_table(uint8_t *table, const int32_t *x) {
     _mm256_storeu_si256((__m256i *)(table + 32), limbs23);
 }
 
-static void build_coded_tables(float *tables, const layer_t *layer, const cut_t *cut, const void *x, int dtype,
-                               int64_t tokens) {
+static void build_coded_tables(float *tables, const layer_t *layer, const cut_t *cut, const void *const *x,
+                               int dtype, int64_t tokens) {
     float *unit = coded_units(tables, cut, tokens), c[PANEL_BITS], scaled[PANEL_BITS];
     int32_t integers[PANEL_BITS];
     for (int32_t k = 0; k < cut->piece_count; k++) {
@@ -100,7 +100,7 @@ static void build_coded_tables(float *tables, const layer_t *layer, const cut_t 
         floats_of_f16(c, layer->col_scale + piece->bit, count);
         memset(scaled, 0, sizeof scaled);
         for (int64_t t = 0; t < tokens; t++) {
-            scale_inputs(scaled, x, dtype, t * layer->columns + piece->bit, count, c);
+            scale_inputs(scaled, x[t], dtype, piece->bit, count, c);
             float size = 0.0f;
             int finite = 1, exponent = SMALLEST;
             for (int j = 0; j < PANEL_BITS; j++) {
@@ -201,8 +201,8 @@ INLINE void add_coded(float *y, const veci *first, const veci *second, const cut
 /* Tables as of plain planes. */
 static int64_t coded_floats(const cut_t *cut, int64_t tokens) { return (int64_t)cut->table_count * tokens * TABLE; }
 
-static void build_coded_tables(float *tables, const layer_t *layer, const cut_t *cut, const void *x, int dtype,
-                               int64_t tokens) {
+static void build_coded_tables(float *tables, const layer_t *layer, const cut_t *cut, const void *const *x,
+                               int dtype, int64_t tokens) {
     for (int32_t k = 0; k < cut->piece_count; k++)
         build_tables(tables, layer, &cut->pieces[k], 0, x, dtype, tokens);
 }

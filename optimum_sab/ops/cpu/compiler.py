@@ -23,7 +23,7 @@ import torch
 from optimum_sab.errors import MissingDependencyError
 from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "pool.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "experts.h", "pool.h"))
 THREADS = ("-pthread",)
 FLAGS = (
     *("-O3", "-std=gnu11", *THREADS, "-fPIC", "-fvisibility=hidden"),
@@ -141,6 +141,7 @@ def declare_linears(library: Library) -> None:
     pointer, integer, wide = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.sab_linear.argtypes = [pointer, pointer, pointer, pointer, wide, integer, integer]
     library.sab_linears.argtypes = [integer, pointer, pointer, pointer, pointer, wide, integer, integer]
+    library.sab_experts.argtypes = [pointer, pointer, pointer, pointer, pointer, wide, wide, integer, integer]
     library.sab_dequantize.argtypes = [pointer, wide, wide, pointer, integer, integer]
     library.kind = library.sab_path(), library.sab_matrix_unit()
 

@@ -86,7 +86,7 @@ def linear_of(inputs: Tensor, tensors: Sequence[Tensor], shape: LayerShape, bias
     if added is not None and not (added.dtype is dtype and added.shape == (rows,) and added.is_contiguous()):
         added = added.detach().to(dtype).expand(rows).contiguous()
     if tokens >= dense_from(library, dtype):
-        y = _multiply_dense(library, layer, x)
+        y = multiply_dense(library, layer, x)
         return y if added is None else y.add_(added.detach())
     y = torch.empty((tokens, rows), dtype=dtype)
     status = library.sab_linear(
@@ -135,7 +135,7 @@ def check_status(status: int, out_features: int, in_features: int) -> None:
         raise MemoryError(f"no memory for the scratch of a packed linear of {out_features} × {in_features}; free some.")
 
 
-def _multiply_dense(library: Library, layer: Layer, x: Tensor) -> Tensor:
+def multiply_dense(library: Library, layer: Layer, x: Tensor) -> Tensor:
     """`linear` through dense chunks of rows that stay in the cache between being written and being multiplied."""
     # A matmul in fp16 took three times as long as one in fp32 here (no fp16 arithmetic).
     dtype = torch.bfloat16 if x.dtype is torch.bfloat16 else torch.float32

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -26,6 +27,19 @@ class Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("row_scale", "row_exponent", "col_scale")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "block_size", "base_planes", "residual_planes")),
         *((name, ctypes.c_int64) for name in ("salient", "salient_last", "wide_index", "coded")),
+    ]
+
+
+_POINTERS = tuple(field[0] for field in Layer._fields_[:6])
+
+
+class Stack(ctypes.Structure):
+    """`experts_t` of experts.h: the first of its layers, how many there are, and bytes from each to the next."""
+
+    _fields_ = [
+        ("first", Layer),
+        ("experts", ctypes.c_int64),
+        ("stride", ctypes.c_int64 * len(_POINTERS)),
     ]
 
 
@@ -69,14 +83,31 @@ def describe(tensors: Sequence[Tensor | None], shape: LayerShape) -> Layer:
     Raises:
         FormatError: a tensor is missing or not as `tensor_specs` says, or not contiguous in CPU memory.
     """
+    return _described(tensors, shape, ())
+
+
+def describe_stack(tensors: Sequence[Tensor], shape: LayerShape) -> Stack:
+    """The same of tensors [experts, ...], each of which holds those of all experts."""
+    experts = tensors[0].shape[0] if tensors[0].dim() else 0
+    first = _described(tensors, shape, (experts,))
+    stack = Stack(first=first, experts=experts)
+    for (name, _), tensor in zip(_layout(shape).specs, tensors, strict=True):
+        stack.stride[_POINTERS.index(name)] = tensor.nbytes // max(1, experts)
+    return stack
+
+
+def _described(tensors: Sequence[Tensor | None], shape: LayerShape, leading: tuple[int, ...]) -> Layer:
     layout = _layout(shape)
+    if len(tensors) != len(layout.specs):
+        raise FormatError(f"{len(tensors)} tensors are no layer; it has {', '.join(n for n, _ in layout.specs)}.")
     layer = Layer.from_buffer_copy(layout.layer)
     for (name, spec), tensor in zip(layout.specs, tensors, strict=True):
         if tensor is None:
             raise FormatError(f"tensor {name!r} is missing; the layer needs {', '.join(n for n, _ in layout.specs)}.")
-        if tensor.dtype is not spec.dtype or tensor.shape != spec.shape:
+        expected = (*leading, *spec.shape)
+        if tensor.dtype is not spec.dtype or tensor.shape != expected:
             raise FormatError(
-                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {spec.shape}."
+                f"tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {spec.dtype} {expected}."
             )
         if not tensor.is_cpu or not tensor.is_contiguous():
             raise FormatError(
@@ -90,7 +121,9 @@ def describe(tensors: Sequence[Tensor | None], shape: LayerShape) -> Layer:
 _ADDRESS, _IN_ORDER = Tensor.data_ptr, Tensor.is_contiguous
 _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")  # through `map` they cost a third of what expressions do
 _MOST_KNOWN = 4096
-_known: dict[int, tuple[list[object], Layer]] = {}  # by the address of the first tensor: less to hash than all of them
+_Seen = list[object]  # what is compared of tensors that were described before
+_known: dict[int, tuple[_Seen, Layer]] = {}  # by the address of the first tensor: less to hash than all of them
+_known_stacks: dict[int, tuple[_Seen, Stack]] = {}
 
 
 def known_layer(tensors: Sequence[Tensor], shape: LayerShape) -> Layer:
@@ -103,12 +136,33 @@ def known_layer(tensors: Sequence[Tensor], shape: LayerShape) -> Layer:
     Raises:
         FormatError: see `describe`.
     """
+    return _remembered(_known, describe, tensors, shape)
+
+
+def known_stack(tensors: Sequence[Tensor], shape: LayerShape) -> Stack:
+    """`describe_stack` in the same way.
+
+    Raises:
+        FormatError: see `describe`.
+    """
+    return _remembered(_known_stacks, describe_stack, tensors, shape)
+
+
+_Described = TypeVar("_Described", Layer, Stack)
+
+
+def _remembered(
+    known: dict[int, tuple[_Seen, _Described]],
+    describing: Callable[[Sequence[Tensor], LayerShape], _Described],
+    tensors: Sequence[Tensor],
+    shape: LayerShape,
+) -> _Described:
     seen = [shape, *map(_ADDRESS, tensors), *map(_DTYPE, tensors), *map(_SHAPE, tensors), *map(_IN_ORDER, tensors)]
     first = seen[1]
-    found = _known.get(first)
+    found = known.get(first)
     if found is None or found[0] != seen:
-        found = seen, describe(tensors, shape)
-        if len(_known) >= _MOST_KNOWN:
-            _known.clear()
-        _known[first] = found
+        found = seen, describing(tensors, shape)
+        if len(known) >= _MOST_KNOWN:
+            known.clear()
+        known[first] = found
     return found[1]

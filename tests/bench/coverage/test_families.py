@@ -15,6 +15,8 @@ SAMPLE = (
     "smolvlm",  # pictures cut into tiles
     "gemma4",  # inputs of each block's own, sound
     "mllama",  # cross-attention blocks, which a text passes by
+    "qwen3_vl_moe",  # fused experts
+    "ernie4_5_vl_moe",  # fused experts of two kinds in a block, which are stored as one
     "blip-2",  # a decoder whose linears have biases, behind a Q-Former
 )
 FAMILIES = {family.name: family for family in all_families()}

@@ -4,7 +4,7 @@ import torch
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import pair_streams
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED, Arrival
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival
 
 CPU = torch.device("cpu")
 WIDTH = 6

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED
 from optimum_sab.calibration.streams.lockstep import Lockstep
-from optimum_sab.calibration.streams.visitor import DENSE, QUANTIZED
 from optimum_sab.errors import LockstepError, MissingDependencyError
 
 

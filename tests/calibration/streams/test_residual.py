@@ -5,9 +5,9 @@ from torch import nn
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import pair_streams
+from optimum_sab.calibration.streams.arrival import DENSE
 from optimum_sab.calibration.streams.lockstep import Lockstep
 from optimum_sab.calibration.streams.residual import ResidualWatch, read_arguments
-from optimum_sab.calibration.streams.visitor import DENSE
 
 
 class Block(nn.Module):

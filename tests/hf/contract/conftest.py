@@ -11,7 +11,8 @@ from optimum_sab import SABConfig
 from optimum_sab.bench.random_layers import random_linear
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.quantizer import SABHfQuantizer
-from optimum_sab.nn.selection import select_linears, set_module
+from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import select_linears
 
 
 @dataclass(frozen=True)
