@@ -62,7 +62,7 @@ def test_fused_experts_are_counted_and_named():
     model.layers[1].experts.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 128))
     found = dense_share(model, select_linears(model, SETTINGS))
     assert found.share == 32768 / 65536
-    with pytest.warns(SABWarning, match=r"layers\.experts\.gate_up_proj \(50%\)\. Mixture-of-experts"):
+    with pytest.warns(SABWarning, match=r"layers\.experts\.gate_up_proj \(50%\)\. See docs"):
         warn_of_dense(model, select_linears(model, SETTINGS))
 
 
