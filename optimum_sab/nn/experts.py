@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.nn.experts_stack import ExpertsStack
+from optimum_sab.nn.experts_stack import ExpertStacks
 from optimum_sab.nn.fused_experts import FusedLayout, fuse
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.routing import Routing
 
 EAGER = "eager"
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Which experts the tokens go to. A pair is a token and an expert.
-
-    Attributes:
-        experts: of each pair, [pairs]; those that there are none of compute nothing.
-        top_k: pairs of each token, whose pairs follow each other; 0 where they come expert by expert.
-        tokens: how many.
-    """
-
-    experts: Tensor
-    top_k: int
-    tokens: int
-
-    @property
-    def token(self) -> Tensor:
-        """The token of each pair, [pairs]."""
-        each = torch.arange(self.experts.shape[0], device=self.experts.device)
-        return each // self.top_k if self.top_k else each % self.tokens
-
-    def repeats(self, inputs: Tensor) -> int:
-        """Pair s reads row s // repeats of inputs [rows, in]: those of tokens, or of pairs."""
-        return max(1, self.experts.shape[0] // max(inputs.shape[0], 1)) if self.top_k else 1
 
 
 class SABExpert(nn.Module):
@@ -209,7 +184,7 @@ class SABExperts(nn.Module):
         Returns:
             [pairs, out]; zeros for pairs of experts that there are none of.
         """
-        stack = None if self._one_by_one() else self._stacks.of(self, name)
+        stack = None if self._one_by_one() else self._stacks.of(name, self._members)
         if stack is not None:
             return stack.product(inputs, routing.experts, routing.repeats(inputs))
         return self.each(name, inputs, routing, lambda expert, rows: self.linear(expert, name)(rows))
@@ -231,54 +206,14 @@ class SABExperts(nn.Module):
         """One expert's linear: an `nn.Linear`, a `SABLinear`, or what stands around one."""
         return self[expert].get_submodule(name)
 
+    def _members(self) -> dict[str, list[nn.Module]]:
+        """Linears of all experts by their name."""
+        return {name: [each.get_submodule(name) for each in self.experts()] for name in self.layout.matrices}
+
     def _one_by_one(self) -> bool:
         config: Any = getattr(self.own, "config", None)
         return getattr(config, "_experts_implementation", None) == EAGER
 
     def prepare(self, backend: str | None = None) -> None:
         """Stack the packed linears, which then are views, for the launches that compute all experts."""
-        self._stacks.build(self, backend)
-
-
-class ExpertStacks:
-    """A module's stacks by the name of their linears; forgotten whenever one of those becomes another."""
-
-    def __init__(self) -> None:
-        self._of: dict[str, ExpertsStack] | None = None
-        self._backend: str | None = None
-
-    def of(self, experts: SABExperts, name: str) -> ExpertsStack | None:
-        """The stack of linears of one name; None where they are not all packed and where they can be stacked."""
-        if self._of is None:
-            self.build(experts, self._backend)
-        return None if self._of is None else self._of.get(name)
-
-    def build(self, experts: SABExperts, backend: str | None) -> None:
-        """Stack what can be."""
-        self._backend = backend
-        found = {}
-        for name in experts.layout.matrices:
-            members = [expert.get_submodule(name) for expert in experts.experts()]
-            stack = ExpertsStack.of(members, self, backend)
-            if stack is not None:
-                found[name] = stack
-        self._of = found
-
-    def forget(self) -> None:
-        """A linear, or its tensors, are about to change."""
-        self._of = None
-
-    def output_of(self, member: nn.Module, inputs: Tensor) -> None:
-        """A linear that is called by itself computes alone."""
-
-    def direct_output_of(self, member: nn.Module, inputs: Tensor) -> None:
-        """A linear that is called by itself computes alone."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStacks:
-        """Copies stack their own tensors."""
-        copied = memo[id(self)] = ExpertStacks()
-        copied._backend = self._backend
-        return copied
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_of": None, "_backend": self._backend}
+        self._stacks.build(self._members(), backend)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,50 @@ class ExpertsStack:
             found = output if found is None else found + output  # a pair is in one part, and zero in the others
         assert found is not None
         return found
+
+
+class ExpertStacks:
+    """A module's stacks by the name of their linears; forgotten whenever one of those becomes another."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, ExpertsStack] | None = None
+        self._backend: str | None = None
+
+    def of(self, name: str, members: Callable[[], Mapping[str, Sequence[nn.Module]]]) -> ExpertsStack | None:
+        """The stack of linears of one name; None where they are not all packed and where they can be stacked.
+
+        Args:
+            name: of the linears.
+            members: gives those of all experts by name; asked where the stacks have to be made.
+        """
+        if self._of is None:
+            self.build(members(), self._backend)
+        return None if self._of is None else self._of.get(name)
+
+    def build(self, members: Mapping[str, Sequence[nn.Module]], backend: str | None) -> None:
+        """Stack what can be."""
+        self._backend = backend
+        found = {name: ExpertsStack.of(each, self, backend) for name, each in members.items()}
+        self._of = {name: stack for name, stack in found.items() if stack is not None}
+
+    def forget(self) -> None:
+        """A linear, or its tensors, are about to change."""
+        self._of = None
+
+    def output_of(self, member: nn.Module, inputs: Tensor) -> None:
+        """A linear that is called by itself computes alone."""
+
+    def direct_output_of(self, member: nn.Module, inputs: Tensor) -> None:
+        """A linear that is called by itself computes alone."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertStacks:
+        """Copies stack their own tensors."""
+        copied = memo[id(self)] = ExpertStacks()
+        copied._backend = self._backend
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_of": None, "_backend": self._backend}
 
 
 def _is_plain(member: SABLinear) -> bool:

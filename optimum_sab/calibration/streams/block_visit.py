@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,39 +12,15 @@ from torch import Tensor, nn
 from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival, Worker, row_count
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.expert_calls import ExpertCalls
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
 from optimum_sab.calibration.streams.groups import Group, Groups
+from optimum_sab.calibration.streams.lockstep_block import LockstepBlock
 from optimum_sab.calibration.streams.passage import BlockPassage, Finisher, call_with, hidden_states
-from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.residual import ResidualSource, ResidualWatch, read_arguments
 from optimum_sab.calibration.streams.visitor import Visitor
 
 Waiting = dict[Worker, Pause]
-
-
-@dataclass(frozen=True)
-class LockstepBlock:
-    """A decoder block as the lockstep has it.
-
-    Attributes:
-        index: its place among the blocks that are visited.
-        module: itself.
-        forward: its own, before it was wrapped.
-        linears: its target linears by dotted name.
-        experts: those of them that are experts'.
-        device: where its inputs are brought; None leaves them.
-    """
-
-    index: int
-    module: nn.Module
-    forward: Callable[..., Any]
-    linears: Mapping[str, nn.Linear]
-    experts: Sequence[ExpertLinears]
-    device: torch.device | None
-
-    def brought(self, call: Any) -> Any:
-        """Arguments where the block computes."""
-        return call if self.device is None else map_tensors(call, self.device)
 
 
 class BlockVisit:
@@ -62,9 +36,8 @@ class BlockVisit:
         self._block = block
         self._coroutines = coroutines
         self._two_streams = any(stream == DENSE for _, stream in coroutines.workers)
-        self._every_token = every_token
-        self._hidden: dict[tuple[Worker, int], tuple[ExpertLinears, Tensor]] = {}  # what experts of a module got first
         self._weights: dict[str, Tensor] = {}
+        self._experts = ExpertCalls(self._weights, every_token)
         self._groups: Groups | None = None
         self._calls: list[tuple[str, Tensor]] | None = None  # of one sample, while it shows who shares an input
         self._watch: ResidualWatch | None = None
@@ -120,38 +93,10 @@ class BlockVisit:
             return original(linears.name, given.inputs, given.routing)
         group = None if self._groups is None else self._groups.get(linears.key)
         if group is None or worker not in group.seen:
-            if self._every_token:
-                given = replace(given, every=self._every(linears, worker, given.inputs))
-            self._coroutines.pause(Pause("linear", linears.key, given))
+            self._coroutines.pause(Pause("linear", linears.key, self._experts.shown(linears, worker, given)))
         if worker[1] == DENSE:
             return original(linears.name, given.inputs, given.routing)
-        through = partial(self._through, linears)
-        return linears.module.each(linears.name, given.inputs, given.routing, through)
-
-    def _through(self, linears: ExpertLinears, expert: int, rows: Tensor) -> Tensor:
-        """An expert's output in the quantized stream."""
-        linear, name = linears.module.linear(expert, linears.name), linears.names.get(expert)
-        found: Tensor = linear(rows) if name is None else nn.functional.linear(rows, self._weights[name], linear.bias)
-        return found
-
-    def _every(self, linears: ExpertLinears, worker: Worker, inputs: Tensor) -> Callable[[int], Tensor] | None:
-        """What experts would be given if all tokens came to them; None where it is not known what a token gives."""
-        module = linears.module
-        if linears.first:
-            self._hidden[worker, id(module)] = linears, inputs
-            return lambda expert: inputs
-        if (worker, id(module)) not in self._hidden:
-            return None
-        before, hidden = self._hidden.pop((worker, id(module)))
-
-        def rows(expert: int) -> Tensor:
-            if worker[1] == DENSE:
-                found: Tensor = module.linear(expert, before.name)(hidden)
-            else:
-                found = self._through(before, expert, hidden)
-            return module.between(found)
-
-        return rows
+        return self._experts.output(linears, given)
 
     # -- groups ----------------------------------------------------------------------------------------------------
 

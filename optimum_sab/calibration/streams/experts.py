@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.streams.arrival import DENSE, Arrival
-from optimum_sab.nn.experts import Routing, SABExperts
+from optimum_sab.nn.experts import SABExperts
+from optimum_sab.nn.routing import Routing
 
 
 @dataclass(frozen=True)

@@ -18,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Worker
-from optimum_sab.calibration.streams.block_visit import BlockVisit, LockstepBlock, Waiting
+from optimum_sab.calibration.streams.block_visit import BlockVisit, Waiting
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedInputs, expert_linears
+from optimum_sab.calibration.streams.lockstep_block import LockstepBlock
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import device_of, first_device, map_tensors
 from optimum_sab.calibration.streams.visitor import Visitor
 from optimum_sab.errors import LockstepError
-from optimum_sab.nn.experts import Routing, SABExperts
+from optimum_sab.nn.experts import SABExperts
+from optimum_sab.nn.routing import Routing
 
 _END = "end of the forward"
 

@@ -56,8 +56,8 @@ def begin(
     theirs: Callable[..., Any], tuner: Any, model: nn.Module, config: Any, adapter_name: str, *more: Any, **options: Any
 ) -> None:
     """A tuner's `__init__`, which may look for linears, and read them, before it replaces any."""
-    show_packed_layers(model, BaseTunerLayer)
     own = config[adapter_name] if isinstance(config, dict) else config
+    show_packed_layers(model, BaseTunerLayer, experts=not _every(own))
     if getattr(own, "target_modules", None) is not None:  # else `inject` knows them
         _refuse(tuner, own, packed_layers(model))
     theirs(tuner, model, config, adapter_name, *more, **options)
@@ -67,7 +67,7 @@ def inject(
     theirs: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *more: Any, **options: Any
 ) -> None:
     """An adapter for a model, the first or a further one: refused before a layer is replaced."""
-    show_packed_layers(model, BaseTunerLayer)
+    show_packed_layers(model, BaseTunerLayer, experts=not _every(tuner.peft_config[adapter_name]))
     packed = packed_layers(model)
     if packed:
         config = tuner._prepare_adapter_config(tuner.peft_config[adapter_name], tuner.get_model_config(model))
@@ -76,10 +76,15 @@ def inject(
 
 
 def _refuse(tuner: Any, config: Any, packed: dict[str, SABLinear]) -> None:
-    targets = config.target_modules
-    every = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    every = _every(config)
     check_adapter(config, [name for name in packed if every or tuner._check_target_module_exists(config, name)])
     _refuse_trained(config, packed)
+
+
+def _every(config: Any) -> bool:
+    """Whether all linears are to be adapted."""
+    targets = getattr(config, "target_modules", None)
+    return isinstance(targets, str) and targets.lower() == ALL_LINEAR
 
 
 def _refuse_trained(config: Any, packed: dict[str, SABLinear]) -> None:

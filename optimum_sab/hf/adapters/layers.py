@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from optimum_sab.nn.adapted import adapted
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 
 
@@ -24,16 +25,18 @@ def packed_layers(model: nn.Module) -> dict[str, SABLinear]:
     }
 
 
-def show_packed_layers(model: nn.Module, is_adapter: type[Any]) -> None:
+def show_packed_layers(model: nn.Module, is_adapter: type[Any], experts: bool = True) -> None:
     """Let adapters find the packed layers as linears, with the dtype of the activations around them.
 
     Args:
         model: with or without adapters.
         is_adapter: class of what wraps an adapted layer, whose parameters say nothing of activations.
+        experts: those of experts too. In a dense model these are no linears.
     """
     modules = dict(model.named_modules())
+    hidden = () if experts else tuple(f"{name}." for name, each in modules.items() if isinstance(each, SABExperts))
     for name, module in modules.items():
-        if isinstance(module, SABLinear):
+        if isinstance(module, SABLinear) and not name.startswith(hidden):
             adapted(module, _activation_dtype(modules, name, is_adapter))
 
 

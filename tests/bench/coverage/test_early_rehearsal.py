@@ -14,6 +14,7 @@ from optimum_sab.calibration.stages.rehearsal import telling_sample
 from optimum_sab.errors import CalibrationError, ConfigError
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.selection import select
+from optimum_sab.nn.unfusing import unfuse_experts
 
 SAMPLE = ("qwen2_5_vl", "llava", "mllama", "qwen3_vl_moe", "blip-2", "mamba2")
 FAMILIES = {family.name: family for family in all_families()}
@@ -53,6 +54,7 @@ def tried(family):
         selection = select(unread, SABConfig(), strict=True)
     except ConfigError as error:
         pytest.skip(str(error))
+    unfuse_experts(unread, selection.experts)
     assert taken(unread, selection, sample) is True
     for other in damaged(sample):
         wrong = refusal(model, {name: each.clone() for name, each in other.items()}, ())

@@ -16,8 +16,9 @@ from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError
-from optimum_sab.nn.experts import Routing, SABExperts
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.fused_experts import fused_layout
+from optimum_sab.nn.routing import Routing
 from tests.nn.fused import EXPERTS, HIDDEN, fused
 
 pytestmark = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="experts are no one module")
