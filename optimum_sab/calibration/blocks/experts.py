@@ -100,10 +100,11 @@ class _Experts:
         device = self._block.device
         for name, here in arrivals_by_expert(self._linears, self._arrivals):
             pairs = self._block.gathering.pairs(here)
-            own = InputStatistics.without_data(self._width, device)
             if any(bool((pair.quantized != 0).any()) for pair in pairs):
                 with part("statistics"):
                     own = self._of(name, pairs)
+            else:
+                own = InputStatistics.without_data(self._width, device)
             yield name, own.tokens, self._with_others(own), ModalityRows.of(pairs, device)
 
     def _with_others(self, own: InputStatistics) -> InputStatistics:

@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 SETTINGS = LayerSettings(iterations=2, sweeps=0, residual_planes=0)
 
 
-def block(share=None):
+def block():
     own = fused("plain")
     experts = SABExperts.unfused(own, fused_layout(own))
     names = {index: f"experts.{index}.gate_up_proj" for index in range(EXPERTS)}
