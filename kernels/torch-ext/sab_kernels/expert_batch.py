@@ -9,6 +9,7 @@ from .expert_product import ExpertProduct
 from .expert_tiles import (
     Routing,
     columns_of_expert,
+    finish_expert,
     most_tiles,
     pairs_of,
     route,
@@ -16,7 +17,7 @@ from .expert_tiles import (
     rows_of_expert,
     tile_of,
 )
-from .finish import finish, write_zeros
+from .finish import write_zeros
 from .geometry import ceil_div
 from .operand import operand_row
 from .prepare_floats import prepare_float_tile
@@ -115,17 +116,18 @@ def expert_batch_kernel(
         WIDE_LANES,
         PRECISION,
     )
-    finish(
+    finish_expert(
         total,
         row,
         pairs_of(routing, first, place, count, tokens, True),
+        expert,
         program,
-        0,
         part,
         parts,
-        layer.row_exponent + expert.to(tl.int64) * (row_tiles * 32),
-        Stack((biases[0] + expert.to(tl.int64) * rows,), outputs, bounds, rows),
+        layer,
+        Stack(biases, outputs, bounds, rows),
         tokens,
+        row_tiles,
         KIND,
         HAS_BIAS,
         STACK,

@@ -9,6 +9,7 @@ from .decode import BYTE_TABLES, decode_sums
 from .expert_product import ExpertProduct
 from .expert_tiles import (
     columns_of_expert,
+    finish_expert,
     limbs_of_tile,
     most_tiles,
     pairs_of,
@@ -18,7 +19,7 @@ from .expert_tiles import (
     slots_of_tile,
     tile_of,
 )
-from .finish import finish, write_zeros
+from .finish import write_zeros
 from .prepare import prepare_tile
 from .scaled import zero_counters, zeroing
 from .tuning import Launch
@@ -132,17 +133,18 @@ def expert_decode_kernel(
         UNROLL,
         CLASSES,
     )
-    finish(
+    finish_expert(
         total,
         row,
         pairs_of(routing, first, place, count, tokens, TILED),
+        expert,
         program,
-        0,
         part,
         parts,
-        layer.row_exponent + expert.to(tl.int64) * (row_tiles * 32),
-        Stack((biases[0] + expert.to(tl.int64) * rows,), outputs, bounds, rows),
+        layer,
+        Stack(biases, outputs, bounds, rows),
         tokens,
+        row_tiles,
         KIND,
         HAS_BIAS,
         STACK,

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .arguments import Activations, LimbOperand, PackedRows
+from .arguments import Activations, LimbOperand, PackedRows, Stack
+from .finish import finish
 from .geometry import ceil_div
 
 TABLE_ENTRIES = 8192  # comparisons of one program of the table's kernel
@@ -171,3 +172,40 @@ def route(ids: Tensor, experts: int, repeats: int, size: int) -> Routing:
         in_order, table, pairs, experts, tiles, pairs.bit_length(), PAIRS=size, GROUPS=groups, EACH=each
     )
     return Routing(ids, order, table, experts, repeats)
+
+
+@triton.jit
+def finish_expert(
+    total,
+    row,
+    pair,
+    expert,
+    program,
+    part,
+    parts,
+    layer,  # PackedRows of all experts
+    stack,  # Stack, biases of all experts
+    tokens,
+    row_tiles,
+    KIND: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STACK: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """`finish` for a tile of pairs of one expert, with the row exponents and the bias of that one."""
+    finish(
+        total,
+        row,
+        pair,
+        program,
+        0,
+        part,
+        parts,
+        layer.row_exponent + expert.to(tl.int64) * (row_tiles * 32),
+        Stack((stack.biases[0] + expert.to(tl.int64) * stack.rows,), stack.outputs, stack.bounds, stack.rows),
+        tokens,
+        KIND,
+        HAS_BIAS,
+        STACK,
+        SPLIT,
+    )
