@@ -6,11 +6,13 @@ import gc
 import inspect
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from transformers import StaticCache
 
 from optimum_sab.bench.conditions import Conditions
@@ -20,11 +22,16 @@ from optimum_sab.bench.room import check_room
 from optimum_sab.bench.timing import capture
 from optimum_sab.bench.verification import WrongResultError
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, SABError
 from optimum_sab.hf.compat import CACHE_ARGUMENT
 
 WARM_STEPS = 3
+COMPILER = "inductor"  # of `torch.compile`
 CACHE_MULTIPLE = 64  # cache lengths are rounded up to it, which attention kernels like
+
+
+class CompilationError(SABError, RuntimeError):
+    """A decode step that was to be timed cannot be compiled."""
 
 
 @dataclass(frozen=True)
@@ -68,25 +75,27 @@ class GenerationReport:
 class GreedyDecoder:
     """Greedy decoding over a static cache, with one forward for the prompt and one per token.
 
-    Everything a step reads and writes keeps its address, so that a step can be replayed as a CUDA graph.
+    Everything a step reads and writes keeps its address, so that a step can be replayed as a CUDA graph. A compiled
+    step's forward is one graph of `torch.compile`, or an error.
 
     Args:
         model: one of `bench.qwen`.
         prompt: ids [batch, tokens], text only.
         new_tokens: steps that `decode` makes.
         cuda_graphs: replay one captured step; needs CUDA.
+        compiled: compile the forward of a step.
 
     Attributes:
         generated: ids [batch, 1 + new_tokens] of the last run: the prompt's successor, and one per step.
     """
 
-    def __init__(self, model: Any, prompt: Tensor, new_tokens: int, cuda_graphs: bool) -> None:
+    def __init__(self, model: Any, prompt: Tensor, new_tokens: int, cuda_graphs: bool, compiled: bool = False) -> None:
         batch, length = prompt.shape
         self.model = model
         self.prompt = prompt
         self.new_tokens = new_tokens
         self.cuda_graphs = cuda_graphs
-        slots = _slots(length + new_tokens)
+        slots = cache_slots(length + new_tokens)
         self._cache = StaticCache(config=model.config, max_cache_len=slots)
         self._slots = torch.arange(slots, device=prompt.device)
         self._position = torch.zeros(1, dtype=torch.int64, device=prompt.device)
@@ -94,6 +103,9 @@ class GreedyDecoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         # Transformers 4 is told where in the cache to write; 5 counts itself
         self._tell_position = "cache_position" in inspect.signature(model.forward).parameters
+        self._next: Callable[[Tensor, Tensor], Tensor] = self._forward
+        if compiled:
+            self._next = torch.compile(self._forward, fullgraph=True, dynamic=False, backend=COMPILER)
         self.generated = torch.zeros(batch, 1 + new_tokens, dtype=torch.int64, device=prompt.device)
 
     @torch.no_grad()
@@ -103,6 +115,7 @@ class GreedyDecoder:
         Raises:
             WrongResultError: the model computes NaN or inf.
             CaptureError: the step cannot be captured.
+            CompilationError: it cannot be compiled.
         """
         logits = self._start()
         if not bool(torch.isfinite(logits).all()):
@@ -110,8 +123,14 @@ class GreedyDecoder:
                 f"the logits of the {'x'.join(map(str, self.prompt.shape))} prompt are not finite; choose another "
                 "--backend, or --dtype bfloat16 where it is float16."
             )
-        for _ in range(min(WARM_STEPS, self.new_tokens)):
-            self._step()
+        try:
+            for _ in range(min(WARM_STEPS, self.new_tokens)):
+                self._step()
+        except TorchDynamoException as error:
+            raise CompilationError(
+                f"the decode step cannot be compiled: {str(error).strip().splitlines()[0]}. torch.compile needs a C++ "
+                "compiler ($CXX, g++ or clang++); without --compile nothing is compiled."
+            ) from error
         if self.cuda_graphs:
             self._start()
             with torch.cuda.device(self.prompt.device):
@@ -141,7 +160,7 @@ class GreedyDecoder:
         return logits
 
     def _step(self) -> None:
-        logits = self._forward(self._token, self._position)
+        logits = self._next(self._token, self._position)
         self._token.copy_(logits.argmax(-1, keepdim=True))
         self._position.add_(1)
         self.generated.index_copy_(1, self._position - self.prompt.shape[1], self._token)
@@ -188,23 +207,18 @@ def compare_generation(
         CaptureError: the decode step cannot be captured.
     """
     device, repeats = conditions.device, conditions.repeats
-    numbers = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens, "--batch": batch, "--repeats": repeats}
-    for name, value in numbers.items():
-        if value < 1:
-            raise ConfigError(f"{name} {value} must be at least 1.")
+    check_numbers(prompt_tokens, new_tokens, batch, repeats)
     if cuda_graphs is None:
         cuda_graphs = device.type == "cuda"
     if cuda_graphs and device.type != "cuda":
         raise ConfigError(f"--cuda-graphs needs a CUDA device, not {str(device)!r}; use --no-cuda-graphs.")
-    check_room(size, conditions, batch * _slots(prompt_tokens + new_tokens))
+    check_room(size, conditions, batch * cache_slots(prompt_tokens + new_tokens))
 
     def measure(name: str, settings: LayerSettings | None) -> GenerationTiming:
         _reset_memory(device)
         model = random_model(size, settings, device, conditions.dtype, conditions.seed)
         stored = weight_bytes(model)  # before the first forward, which may convert the packed weights
-        generator = torch.Generator().manual_seed(conditions.seed)
-        vocabulary = model.config.get_text_config().vocab_size
-        prompt = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).to(device)
+        prompt = random_prompt(model, batch, prompt_tokens, conditions)
         decoder = GreedyDecoder(model, prompt, new_tokens, cuda_graphs)
         decoder.warm_up()
         prefill, decode = zip(
@@ -225,7 +239,26 @@ def compare_generation(
     return GenerationReport(environment, chosen, cuda_graphs, rows, _ratios(*rows))
 
 
-def _slots(tokens: int) -> int:
+def check_numbers(prompt_tokens: int, new_tokens: int, batch: int, repeats: int) -> None:
+    """Refuse what cannot be generated.
+
+    Raises:
+        ConfigError: names the first number below 1.
+    """
+    numbers = {"--prompt-tokens": prompt_tokens, "--new-tokens": new_tokens, "--batch": batch, "--repeats": repeats}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"{name} {value} must be at least 1.")
+
+
+def random_prompt(model: Any, batch: int, tokens: int, conditions: Conditions) -> Tensor:
+    """Ids [batch, tokens] of the model's vocabulary on the device."""
+    generator = torch.Generator().manual_seed(conditions.seed)
+    vocabulary = model.config.get_text_config().vocab_size
+    return torch.randint(0, vocabulary, (batch, tokens), generator=generator).to(conditions.device)
+
+
+def cache_slots(tokens: int) -> int:
     """Tokens that the cache of a sequence has room for."""
     return -(-tokens // CACHE_MULTIPLE) * CACHE_MULTIPLE
 

@@ -40,8 +40,8 @@ def test_enough_tokens_leave_the_experts_own_and_none_the_shared():
 
 def test_everything_is_mixed_in_one_share():
     own, shared = gathered(10, 0, residual=True), gathered(300, 1, residual=True)
-    found = mixed_statistics(own, shared, 80)
-    w = 20 / (20 + 20)
+    found = mixed_statistics(own, shared, 240)
+    w = 20 / (20 + 60)  # not a half, which would hide one in the place of the other
     for name in ("hessian", "drift", "residual"):
         for part in (lambda s: s, lambda s: s.half):
             expected = w * getattr(part(own), name) + (1 - w) * getattr(part(shared), name)

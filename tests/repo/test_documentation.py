@@ -2,9 +2,9 @@
 
 A document is one story: its `python` and `bash` blocks run in order in one empty folder, the python blocks in one
 namespace, offline. `./example-vlm` there, and what the commands know as the embedded example, is the example checkpoint
-with one of its decoder blocks, or with two where a block is named. The commands' process has imported everything before,
-and takes 64 built-in samples where a block asks for more (tests/speed/server.py). A comment directly above a block says
-so where a block is not run:
+with one of its decoder blocks, or with two where a block is named. The commands' process has imported everything
+before, and takes 64 built-in samples where a block asks for more (tests/speed/server.py). A comment directly above a
+block says so where it is not run:
 `<!-- not executed: REASON -->`, or `<!-- ci: NAME -->` where .ci/run runs it.
 """
 

@@ -78,6 +78,11 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         action=argparse.BooleanOptionalAction,
         help="replay the decode step as a CUDA graph (default: on CUDA)",
     )
+    generate.add_argument(
+        "--compile",
+        action="store_true",
+        help="on the CPU: decode with steps that torch.compile compiled, in turns with eager ones",
+    )
     _add_speed_options(generate, repeats=3)
     add_common(generate, quiet=False)
     counts = ("prompt-tokens", "new-tokens", "batch", "repeats")

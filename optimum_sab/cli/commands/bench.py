@@ -125,6 +125,9 @@ def run_generate(options: argparse.Namespace) -> None:
 
     conditions = _conditions(options)
     size = options.size or ("7b" if conditions.device.type == "cuda" else "tiny")
+    if options.compile:
+        _run_compiled(options, size, conditions)
+        return
     report = compare_generation(
         size=size,
         conditions=conditions,
@@ -154,6 +157,32 @@ def run_generate(options: argparse.Namespace) -> None:
     print(
         f"{report.environment.device}, size {size}, backend {report.backend}, {options.dtype}, batch "
         f"{options.batch}, {options.prompt_tokens}+{options.new_tokens} tokens, {graphs}"
+    )
+
+
+def _run_compiled(options: argparse.Namespace, size: str, conditions: Conditions) -> None:
+    """Print one row per model and way."""
+    from optimum_sab.bench.compiled_generation import compare_compiled
+
+    if options.cuda_graphs:
+        raise ConfigError("--compile and --cuda-graphs are two ways to make a step one call; give one of them.")
+    report = compare_compiled(size, conditions, options.prompt_tokens, options.new_tokens, options.batch)
+    if options.json:
+        asked = {name: getattr(options, name) for name in ("dtype", "prompt_tokens", "new_tokens", "batch")}
+        print(json_line({"size": size, **asked, **asdict(report)}))
+        return
+    print(f"{'model':<8} {'steps':<9} {'decode tok/s':>13} {'first s':>9} {'Python us per linear':>21}")
+    for row in report.rows:
+        python = row.python_seconds_per_linear
+        print(
+            f"{row.model:<8} {'compiled' if row.compiled else 'eager':<9} {row.decode_tokens_per_second:>13.1f} "
+            f"{row.first_seconds:>9.1f} {'-' if python is None else f'{1e6 * python:.1f}':>21}"
+        )
+    for steps, ratio in report.ratios.items():
+        print(f"{'ratio':<8} {steps:<9} {ratio:>13.2f}")
+    print(
+        f"{report.environment.device}, size {size}, backend {report.backend}, {options.dtype}, batch {options.batch}, "
+        f"{options.prompt_tokens}+{options.new_tokens} tokens, {report.environment.threads} threads"
     )
 
 
