@@ -127,9 +127,10 @@ class GreedyDecoder:
             for _ in range(min(WARM_STEPS, self.new_tokens)):
                 self._step()
         except TorchDynamoException as error:
+            said = " ".join(str(error).strip().splitlines()[:2])  # "backend='inductor' raised:" and what
             raise CompilationError(
-                f"the decode step cannot be compiled: {str(error).strip().splitlines()[0]}. torch.compile needs a C++ "
-                "compiler ($CXX, g++ or clang++); without --compile nothing is compiled."
+                f"the decode step cannot be compiled: {said}. torch.compile needs a C++ compiler ($CXX, g++ or "
+                "clang++); without --compile nothing is compiled."
             ) from error
         if self.cuda_graphs:
             self._start()

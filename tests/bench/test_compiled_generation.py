@@ -25,7 +25,7 @@ needs_kernel = pytest.mark.skipif(usable_library() is None, reason="needs a C co
 
 @pytest.fixture(autouse=True)
 def quick_compiler(monkeypatch, request):
-    """Traced and captured as ever, and then run as it stands: inductor takes a minute for what is not looked at here."""
+    """Traced and captured as ever, and then run as it stands: what inductor takes long for is not looked at here."""
     if not request.node.get_closest_marker("full"):
         monkeypatch.setattr(generate, "COMPILER", "aot_eager")
     torch._dynamo.reset()
@@ -48,7 +48,7 @@ def test_compiled_steps_give_the_tokens_of_eager_ones(settings):
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     expected, found = generated(settings, False), generated(settings, True)
     assert torch.equal(found, expected)
-    assert len(set(found.flatten().tolist())) > 6
+    assert len(set(found.flatten().tolist())) > 4  # not one token over and over in each of the two sequences
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before + 1  # for all steps
 
 
@@ -109,7 +109,7 @@ def test_a_step_that_cannot_be_compiled_says_what_to_do(monkeypatch):
         raise RuntimeError("no g++")
 
     monkeypatch.setattr(generate, "COMPILER", broken)
-    with pytest.raises(CompilationError, match="no g\\+\\+.*--compile"):
+    with pytest.raises(CompilationError, match=r"no g\+\+.*--compile"):
         generated(None, True)
 
 

@@ -264,7 +264,7 @@ FAULTS = (
         "optimum_sab/nn/routing.py",
         "return each // self.top_k if self.top_k else each % self.tokens",
         "return each % self.tokens",
-        ("tests/nn/test_experts.py",),
+        ("tests/calibration/streams/test_experts.py", "tests/calibration/blocks/test_experts.py"),
     ),
     Fault(
         "a family's converter applied to packed tensors",
