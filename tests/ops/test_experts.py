@@ -383,9 +383,8 @@ def test_operators_pass_opcheck(backend):
     torch.library.opcheck(operators.experts_linear_transposed.default, (stack.random(8, ROWS), experts, 2, *weight))
 
 
-@pytest.mark.parametrize(
-    ("backend", "layout", "compiler"), [(*way, c) for way in WAYS for c in ("aot_eager", "inductor")]
-)
+@ways
+@pytest.mark.parametrize("compiler", [pytest.param("aot_eager", marks=pytest.mark.full), "inductor"])
 def test_compiled_experts_are_one_graph_for_every_number_of_tokens(backend, layout, compiler):
     stack = Experts(backend, layout)
     counter = CompileCounterWithBackend(compiler)

@@ -433,7 +433,7 @@ def test_stacked_refuses_what_linear_refuses():
 
 
 @eager
-@pytest.mark.parametrize("leading", [(1,), (2, 3)])
+@pytest.mark.parametrize("leading", [pytest.param((1,), marks=pytest.mark.full), (2, 3)])
 def test_operators_pass_opcheck(backend, layout, leading):
     """All of opcheck: schema, registration of gradients, fakes, and dynamic shapes under AOT autograd."""
     layer = Layer(backend, layout)
@@ -449,7 +449,7 @@ def test_operators_pass_opcheck(backend, layout, leading):
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("leading", [(1,), (2, 3)])
+@pytest.mark.parametrize("leading", [pytest.param((1,), marks=pytest.mark.full), (2, 3)])
 def test_stacked_operator_passes_opcheck_without_the_kernels(backend, leading):
     layer = Layer(backend, "kernel")
     x, bias = layer.random(*leading, COLUMNS).requires_grad_(), layer.random(ROWS).requires_grad_()
@@ -491,10 +491,8 @@ def test_autocast_gradient_has_the_input_s_dtype():
         assert_near(x.grad.bfloat16(), layer.dense.sum(0).expand(3, -1), torch.bfloat16, times=2)
 
 
-@pytest.mark.parametrize(
-    ("backend", "layout", "compiler"),
-    [(b, layout, c) for b, layout in EAGER for c in ("aot_eager", "inductor")],
-)
+@eager
+@pytest.mark.parametrize("compiler", [pytest.param("aot_eager", marks=pytest.mark.full), "inductor"])
 def test_compiled_linear_is_one_graph_for_every_number_of_tokens(backend, layout, compiler):
     layer = Layer(backend, layout)
     counter = CompileCounterWithBackend(compiler)
