@@ -12,9 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from optimum_sab.bench.timing import Call, call_seconds
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, SABError
 
-_ENDLESS = "print('busy', flush=True)\nwhile True: pass"
+_BEGUN = "busy"
+_ENDLESS = f"print({_BEGUN!r}, flush=True)\nwhile True: pass"
+
+
+class BusyError(SABError, RuntimeError):
+    """A process that was to keep the machine busy does not run."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,11 @@ def check_busy(processes: int, device: torch.device) -> None:
 
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
-    """That many processes compute without end inside the ``with`` block, at this process's own priority."""
+    """That many processes compute without end inside the ``with`` block, at this process's own priority.
+
+    Raises:
+        BusyError: one does not begin.
+    """
     with ExitStack() as ends:
         for _ in range(count):
             process = subprocess.Popen([sys.executable, "-IS", "-c", _ENDLESS], stdout=subprocess.PIPE)
@@ -54,7 +63,8 @@ def busy_processes(count: int) -> Iterator[None]:
             ends.callback(process.kill)
             assert process.stdout is not None
             ends.callback(process.stdout.close)
-            process.stdout.readline()  # it has begun
+            if process.stdout.readline() != _BEGUN.encode() + b"\n":
+                raise BusyError(f"{sys.executable} ended instead of computing without end; times beside it mean nothing.")
         yield
 
 

@@ -305,6 +305,14 @@ def test_busy_processes_compute_and_end():
     assert children() == before
 
 
+def test_busy_processes_that_do_not_begin_are_an_error(monkeypatch):
+    from optimum_sab.bench import busy
+
+    monkeypatch.setattr(busy, "_ENDLESS", "print('something else')")
+    with pytest.raises(busy.BusyError, match="ended instead of computing"), busy.busy_processes(1):
+        pass
+
+
 def test_rows_without_busy_processes_have_no_such_times(small_machine, capsys):
     assert main([*QUICK, "--shapes", "64x256", "--tokens", "1", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -7,6 +7,8 @@ import socket
 import sys
 
 called = os.path.abspath(sys.argv[0])
+if os.path.basename(called) == "python" and sys.argv[1:2] not in (["-c"], ["-m"]):  # which alone are served
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
 connection.connect(os.path.join(os.path.dirname(called), "socket"))
 command = {"called": called, "arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(os.environ)}
