@@ -64,7 +64,9 @@ def busy_processes(count: int) -> Iterator[None]:
             assert process.stdout is not None
             ends.callback(process.stdout.close)
             if process.stdout.readline() != _BEGUN.encode() + b"\n":
-                raise BusyError(f"{sys.executable} ended instead of computing without end; times beside it mean nothing.")
+                raise BusyError(
+                    f"{sys.executable} ended instead of computing without end; there is nothing to time beside."
+                )
         yield
 
 
