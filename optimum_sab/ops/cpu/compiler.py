@@ -23,7 +23,7 @@ import torch
 from optimum_sab.errors import MissingDependencyError
 from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "experts.h", "pool.h"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "experts.h", "integers.h", "pool.h"))
 THREADS = ("-pthread",)
 FLAGS = (
     *("-O3", "-std=gnu11", *THREADS, "-fPIC", "-fvisibility=hidden"),
