@@ -159,55 +159,102 @@ INLINE __m512i add_halves(__m512i sum, __m512i halves, __m512i factor) {
 #endif
 }
 
-/* Four steps of a piece of whole words. */
-INLINE void add_word(__m512i sum[TOKENS][GROUPS], const veci *words, const int16_t *table, int64_t stride,
-                     const int factor, const int tokens) {
-    const __m512i factors = _mm512_set1_epi16((short)factor);
-    UNROLL for (int k = 0; k < 4; k += 2) {
-        __m512i one[GROUPS], other[GROUPS];
+/* Keeps the compiler from loading a value again for every use, and from moving its uses apart. */
+INLINE __m512i in_register(__m512i value) {
+    __asm__("" : "+v"(value));
+    return value;
+}
+
+/* Two steps of a piece of whole words. */
+INLINE void add_steps(__m512i sum[TOKENS][GROUPS], const __m512i *one, const __m512i *other, const int16_t *table,
+                      __m512i factors, const int tokens) {
+    UNROLL for (int t = 0; t < tokens; t++) {
+        __m512i first = in_register(_mm512_load_si512(table + t * ENTRIES));
+        __m512i second = in_register(_mm512_load_si512(table + (tokens + t) * ENTRIES));
         UNROLL for (int g = 0; g < GROUPS; g++) {
-            __m512i word = (__m512i)words[g];
-            one[g] = entry_of(k ? _mm512_srli_epi16(word, 8) : word);
-            other[g] = entry_of(_mm512_srli_epi16(word, k ? 12 : 4));
-        }
-        UNROLL for (int t = 0; t < tokens; t++) {
-            __m512i first = _mm512_load_si512(table + k * stride + t * ENTRIES);
-            __m512i second = _mm512_load_si512(table + (k + 1) * stride + t * ENTRIES);
-            UNROLL for (int g = 0; g < GROUPS; g++)
-                sum[t][g] = add_halves(sum[t][g], _mm512_add_epi16(_mm512_permutexvar_epi16(one[g], first),
-                                                                   _mm512_permutexvar_epi16(other[g], second)),
-                                       factors);
+            __m512i found = _mm512_add_epi16(_mm512_permutexvar_epi16(one[g], first),
+                                             _mm512_permutexvar_epi16(other[g], second));
+            sum[t][g] = in_register(add_halves(sum[t][g], found, factors));
         }
     }
 }
 
-/* y[t][row] += a[row] · unit[t] · Σ of the piece's integers; `more` are the words of a coded plane's second, or NULL. */
-INLINE void add_integer_piece(float *y, const veci *words, const veci *more, const piece_t *piece, const int16_t *table,
-                              const float *unit, const vecf *scale, const int tokens) {
+/* Steps k and k + 1 of a word. */
+INLINE void add_half_word(__m512i sum[TOKENS][GROUPS], const veci *words, const int k, const int16_t *table,
+                          __m512i factors, const int tokens) {
+    __m512i one[GROUPS], other[GROUPS];
+    UNROLL for (int g = 0; g < GROUPS; g++) {
+        __m512i word = (__m512i)words[g];
+        one[g] = in_register(entry_of(k ? _mm512_srli_epi16(word, 8) : word));
+        other[g] = in_register(entry_of(_mm512_srli_epi16(word, k ? 12 : 4)));
+    }
+    add_steps(sum, one, other, table, factors, tokens);
+}
+
+/* What the rows of a strip look up in each step of a piece: `entry` [step, group]. */
+INLINE void find_entries(__m512i *entry, const veci *words, const piece_t *piece) {
+    int word = piece->first >> 3, byte = piece->first >> 1;
+    if (piece->bytes)
+        for (int step = 0; step < piece->steps; step++, byte++)
+            UNROLL for (int g = 0; g < GROUPS; g++)
+                entry[step * GROUPS + g] =
+                    entry_of(_mm512_srl_epi16(part_nibbles((__m512i)words[(byte >> 2) * GROUPS + g]),
+                                              _mm_cvtsi32_si128((byte & 3) * 4)));
+    else
+        for (int step = 0; step < piece->steps; step += 4, word++)
+            UNROLL for (int k = 0; k < 4; k++)
+                UNROLL for (int g = 0; g < GROUPS; g++)
+                    entry[(step + k) * GROUPS + g] =
+                        entry_of(_mm512_srli_epi16((__m512i)words[word * GROUPS + g], 4 * k));
+}
+
+/* A piece of a plane, or of a coded plane's two, of which the first counts twice. */
+typedef struct {
+    const piece_t *piece;
+    const veci *words[2];       /* of the panel; the second NULL where there is none */
+    const __m512i *entry[2];    /* of the piece; NULL where they are not found in advance */
+} looked_up_t;
+
+/* y[t][row] += a[row] · unit[t] · Σ of the piece's integers. */
+INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *table, const float *unit,
+                              const vecf *scale, const int tokens) {
     const int64_t stride = tokens * ENTRIES;
+    const int two = of->words[1] != NULL;
+    const __m512i once = _mm512_set1_epi16(1), factors = _mm512_set1_epi16(two ? 2 : 1);
     __m512i sum[TOKENS][GROUPS];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int g = 0; g < GROUPS; g++) sum[t][g] = _mm512_setzero_si512();
-    if (!piece->bytes) {
-        int word = piece->first >> 3, last = word + piece->steps / 4;
-        ROLL for (; word < last; word++) {
-            add_word(sum, words + word * GROUPS, table, stride, more ? 2 : 1, tokens);
-            if (more)
-                add_word(sum, more + word * GROUPS, table, stride, 1, tokens);
-            table += 4 * stride;
+    if (of->piece->bytes) {
+        const __m512i *entry = of->entry[0];
+        ROLL for (int step = 0; step < of->piece->steps; step++) {
+            UNROLL for (int t = 0; t < tokens; t++) {
+                __m512i sums = in_register(_mm512_load_si512(table + t * ENTRIES));
+                UNROLL for (int g = 0; g < GROUPS; g++)
+                    sum[t][g] = add_halves(sum[t][g], _mm512_permutexvar_epi16(entry[g], sums), once);
+            }
+            entry += GROUPS;
+            table += stride;
+        }
+    } else if (of->entry[0]) {
+        const __m512i *first = of->entry[0], *second = of->entry[1];
+        ROLL for (int step = 0; step < of->piece->steps; step += 2) {
+            add_steps(sum, first, first + GROUPS, table, factors, tokens);
+            if (two) {
+                add_steps(sum, second, second + GROUPS, table, once, tokens);
+                second += 2 * GROUPS;
+            }
+            first += 2 * GROUPS;
+            table += 2 * stride;
         }
     } else {
-        int byte = piece->first >> 1, last = byte + piece->steps;
-        ROLL for (; byte < last; byte++) {
-            __m512i entry[GROUPS];
-            UNROLL for (int g = 0; g < GROUPS; g++)
-                entry[g] = entry_of(_mm512_srl_epi16(part_nibbles((__m512i)words[(byte >> 2) * GROUPS + g]),
-                                                     _mm_cvtsi32_si128((byte & 3) * 4)));
-            UNROLL for (int t = 0; t < tokens; t++)
-                UNROLL for (int g = 0; g < GROUPS; g++)
-                    sum[t][g] = add_halves(sum[t][g], _mm512_permutexvar_epi16(entry[g], _mm512_load_si512(table + t * ENTRIES)),
-                                           _mm512_set1_epi16(1));
-            table += stride;
+        int word = of->piece->first >> 3, last = word + of->piece->steps / 4;
+        ROLL for (; word < last; word++) {
+            UNROLL for (int k = 0; k < 4; k += 2) {
+                add_half_word(sum, of->words[0] + word * GROUPS, k, table, factors, tokens);
+                if (two)
+                    add_half_word(sum, of->words[1] + word * GROUPS, k, table, once, tokens);
+                table += 2 * stride;
+            }
         }
     }
     UNROLL for (int t = 0; t < tokens; t++)
@@ -218,20 +265,30 @@ INLINE void add_integer_piece(float *y, const veci *words, const veci *more, con
         }
 }
 
+/* `words` and `more` are of a panel, `more` those of a coded plane's second, or NULL. */
 INLINE void add_integers(float *y, const veci *words, const veci *more, const cut_t *cut, const piece_t *piece,
                          const float *tables, const vecf *scale, int64_t tokens) {
     const float *unit = units_of(tables, cut, tokens) + (piece - cut->pieces) * tokens;
+    __m512i first[(PANEL_BITS / 8) * GROUPS], second[(PANEL_BITS / 8) * GROUPS];
+    looked_up_t of = {piece, {words, more}, {NULL, NULL}};
     int64_t t = 0;
+    if (tokens > TOKENS || piece->bytes) {
+        find_entries(first, words, piece);
+        of.entry[0] = first;
+        if (more) {
+            find_entries(second, more, piece);
+            of.entry[1] = second;
+        }
+    }
     for (; t + TOKENS <= tokens; t += TOKENS)
-        add_integer_piece(y + t * STRIP, words, more, piece, tables_of(tables, cut, piece, t, TOKENS), unit + t, scale,
-                          TOKENS);
+        add_integer_piece(y + t * STRIP, &of, tables_of(tables, cut, piece, t, TOKENS), unit + t, scale, TOKENS);
     const int16_t *rest = tables_of(tables, cut, piece, t, tokens - t);
     if (tokens - t == 3)
-        add_integer_piece(y + t * STRIP, words, more, piece, rest, unit + t, scale, 3);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 3);
     else if (tokens - t == 2)
-        add_integer_piece(y + t * STRIP, words, more, piece, rest, unit + t, scale, 2);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 2);
     else if (tokens - t == 1)
-        add_integer_piece(y + t * STRIP, words, more, piece, rest, unit + t, scale, 1);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 1);
 }
 
 /* A plane's panels `first` .. `last` for the rows of one strip. */
