@@ -53,7 +53,7 @@ enum {
     STRIP = LANES * GROUPS, /* rows that are computed together */
     PANEL_BITS = 128,       /* columns of one transposition */
     WORDS = PANEL_BITS / 32,
-    TILE = 16,              /* most tokens per pass over the weight */
+    TILE = 32,              /* most tokens per pass over the weight */
     FLOAT_TILE = 8,         /* with tables of floats, where 4 and 16 are slower */
     TOKENS = 4,             /* tokens in registers */
     PLANES = 4,             /* MAX_PLANES of core/settings.py */

@@ -11,7 +11,8 @@
  * so a step takes eight columns of 16 rows. In a piece of whole words, step k has nibbles k and k + 4, and the word needs
  * nothing but a shift; else nibbles of a byte, which `part_nibbles` puts there first.
  *
- * Tables of a cut are [4 tokens, step, token, 32], and after them units [piece, token].
+ * Tables of a cut are [piece, 4 tokens, step, token, 32], so that those of a panel are one stretch of memory, and after
+ * them units [piece, token].
  */
 enum {
     ENTRIES = 32,          /* of a table: two of 16 */
@@ -31,8 +32,8 @@ INLINE float *units_of(const float *tables, const cut_t *cut, int64_t tokens) {
 }
 
 /* The table of a piece's first step for the first of up to TOKENS tokens, from token `t` on. */
-INLINE int16_t *tables_of(const float *tables, const cut_t *cut, const piece_t *piece, int64_t t, int64_t width) {
-    return (int16_t *)tables + (cut->table_count * t + piece->table * width) * ENTRIES;
+INLINE int16_t *tables_of(const float *tables, const piece_t *piece, int64_t tokens, int64_t t) {
+    return (int16_t *)tables + (piece->table * tokens + piece->steps * t) * ENTRIES;
 }
 
 /* ---- tables ---- */
@@ -110,7 +111,7 @@ static void build_integer_piece(float *tables, const layer_t *layer, const cut_t
     for (int64_t t = 0; t < tokens; t++) {
         const uint16_t *own = (const uint16_t *)x[t] + piece->bit;
         int64_t first = t / TOKENS * TOKENS, width = tokens - first < TOKENS ? tokens - first : TOKENS;
-        int16_t *table = tables_of(tables, cut, piece, first, width) + (t - first) * ENTRIES;
+        int16_t *table = tables_of(tables, piece, tokens, first) + (t - first) * ENTRIES;
         __m512 scaled[BLOCKS];
         if (residual)
             for (int64_t j = 0; j < count; j++)
@@ -281,8 +282,8 @@ INLINE void add_integers(float *y, const veci *words, const veci *more, const cu
         }
     }
     for (; t + TOKENS <= tokens; t += TOKENS)
-        add_integer_piece(y + t * STRIP, &of, tables_of(tables, cut, piece, t, TOKENS), unit + t, scale, TOKENS);
-    const int16_t *rest = tables_of(tables, cut, piece, t, tokens - t);
+        add_integer_piece(y + t * STRIP, &of, tables_of(tables, piece, tokens, t), unit + t, scale, TOKENS);
+    const int16_t *rest = tables_of(tables, piece, tokens, t);
     if (tokens - t == 3)
         add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 3);
     else if (tokens - t == 2)
