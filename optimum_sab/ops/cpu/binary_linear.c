@@ -52,6 +52,7 @@ enum { LANES = 8, GROUPS = 2, TABLE = 4 };
 enum {
     STRIP = LANES * GROUPS, /* rows that are computed together */
     PANEL_BITS = 128,       /* columns of one transposition */
+    LINE_BITS = 512,        /* and with tables of integers */
     WORDS = PANEL_BITS / 32,
     TILE = 32,              /* most tokens per pass over the weight */
     FLOAT_TILE = 8,         /* with tables of floats, where 4 and 16 are slower */
@@ -82,7 +83,7 @@ typedef struct {
     int64_t coded;                 /* the first base plane stands for two (coded.h) */
 } layer_t;
 
-/* Bits of one block inside one panel. A table is built from exactly these bits; its other columns count as 0. */
+/* Bits of one block inside one panel, with tables of integers half a line at most. A table is built from exactly these bits; its other columns count as 0. */
 typedef struct {
     int32_t block;
     int32_t first, last; /* nibbles of the panel */
@@ -91,7 +92,7 @@ typedef struct {
     int64_t bit, end;    /* bits of the plane */
 } piece_t;
 
-/* PANEL_BITS columns of a plane, at 16 bytes from the row's start and on. */
+/* PANEL_BITS or LINE_BITS columns of a plane, at a multiple of as many from the row's start and on. */
 typedef struct {
     int64_t byte, bytes;
     int32_t first, last; /* pieces */
@@ -313,19 +314,21 @@ static int make_cut(cut_t *cut, int64_t bits, int64_t per_block, int64_t blocks,
         memset(cut, 0, sizeof *cut);
         return OK;
     }
-    int64_t panels = (bits + PANEL_BITS - 1) / PANEL_BITS;
+    const int64_t width = integers ? LINE_BITS : PANEL_BITS, most = integers ? LINE_BITS / 2 : PANEL_BITS;
+    int64_t panels = (bits + width - 1) / width;
     cut->panels = malloc((size_t)panels * sizeof(panel_t));
-    cut->pieces = malloc((size_t)(panels + blocks) * sizeof(piece_t));
+    cut->pieces = malloc((size_t)(panels * (width / most) + blocks) * sizeof(piece_t));
     if (!cut->panels || !cut->pieces)
         return NO_MEMORY; /* free_plan frees what there is */
-    for (int64_t start = 0; start < bits; start += PANEL_BITS) {
-        int64_t stop = start + PANEL_BITS < bits ? start + PANEL_BITS : bits;
+    for (int64_t start = 0; start < bits; start += width) {
+        int64_t stop = start + width < bits ? start + width : bits;
         panel_t *panel = &cut->panels[cut->panel_count++];
         panel->byte = start / 8;
-        panel->bytes = cut->row_bytes - panel->byte < PANEL_BITS / 8 ? cut->row_bytes - panel->byte : PANEL_BITS / 8;
+        panel->bytes = cut->row_bytes - panel->byte < width / 8 ? cut->row_bytes - panel->byte : width / 8;
         panel->first = cut->piece_count;
         for (int64_t bit = start; bit < stop;) {
             int64_t block = bit / per_block, end = (block + 1) * per_block;
+            end = end < bit + most ? end : bit + most;
             piece_t *piece = &cut->pieces[cut->piece_count++];
             piece->block = (int32_t)block;
             piece->bit = bit;

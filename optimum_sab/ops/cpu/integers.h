@@ -15,9 +15,11 @@
  * them units [piece, token].
  */
 enum {
-    ENTRIES = 32,          /* of a table: two of 16 */
+    ENTRIES = 32,           /* of a table: two of 16 */
     STEP_FLOATS = ENTRIES / 2,
-    TOGETHER = 8,          /* strips that read a part of the tables while it is in the cache */
+    LINE_WORDS = LINE_BITS / 32,
+    PIECE_BITS = LINE_BITS / 2,
+    TOGETHER = 8,           /* strips that read a part of the tables while it is in the cache */
     PART_BYTES = 512 << 10, /* of tables */
 };
 #define LARGEST 4095.25f   /* 32,762 / 8; eight roundings of 1/2 come to it */
@@ -95,13 +97,13 @@ INLINE void build_four(int16_t *table, int64_t stride, const int16_t *integer, i
 
 static void build_integer_piece(float *tables, const layer_t *layer, const cut_t *cut, int32_t k, int residual,
                                 const void *const *x, int64_t tokens) {
-    enum { BLOCKS = PANEL_BITS / 16 + 1 }; /* a piece may begin inside of a byte */
+    enum { BLOCKS = PIECE_BITS / 16 + 1 }; /* a piece may begin inside of a byte */
     const piece_t *piece = &cut->pieces[k];
     const int64_t count = piece->end - piece->bit, lead = piece->bytes ? piece->bit % 8 : 0;
     const int blocks = (int)((lead + count + 15) / 16);
     int16_t integer[BLOCKS * 16 + 16] __attribute__((aligned(64)));
     float c[BLOCKS * 16] = {0}, *unit = units_of(tables, cut, tokens) + k * tokens;
-    int64_t column[PANEL_BITS];
+    int64_t column[PIECE_BITS];
     uint16_t gathered[BLOCKS * 16] = {0};
     memset(integer, 0, sizeof integer);
     if (residual)
@@ -136,6 +138,36 @@ static void build_integers(float *tables, const plan_t *plan, const tile_t *tile
 }
 
 /* ---- the product ---- */
+
+/* words[word][row] of LINE_BITS columns of STRIP rows, of which there are `valid`; as `transpose_rows`. */
+INLINE void transpose_line(veci *words, const uint8_t *bits, int64_t row_bytes, int64_t bytes, int64_t valid) {
+    const int64_t last = valid < STRIP ? valid - 1 : STRIP - 1;
+    const __mmask64 inside = bytes < 64 ? ((__mmask64)1 << bytes) - 1 : ~(__mmask64)0;
+    for (int g = 0; g < GROUPS; g++) {
+        __m512i part[4][4]; /* 128 columns of rows i, 4 + i, 8 + i, 12 + i */
+        UNROLL for (int i = 0; i < 4; i++) {
+            __m512i row[4];
+            UNROLL for (int q = 0; q < 4; q++) {
+                int64_t r = g * LANES + 4 * q + i;
+                row[q] = _mm512_maskz_loadu_epi8(inside, bits + (r < last ? r : last) * row_bytes);
+            }
+            __m512i low01 = _mm512_shuffle_i32x4(row[0], row[1], 0x44), high01 = _mm512_shuffle_i32x4(row[0], row[1], 0xee);
+            __m512i low23 = _mm512_shuffle_i32x4(row[2], row[3], 0x44), high23 = _mm512_shuffle_i32x4(row[2], row[3], 0xee);
+            part[0][i] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+            part[1][i] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
+            part[2][i] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+            part[3][i] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
+        }
+        UNROLL for (int p = 0; p < 4; p++) {
+            __m512i low01 = _mm512_unpacklo_epi32(part[p][0], part[p][1]), low23 = _mm512_unpacklo_epi32(part[p][2], part[p][3]);
+            __m512i high01 = _mm512_unpackhi_epi32(part[p][0], part[p][1]), high23 = _mm512_unpackhi_epi32(part[p][2], part[p][3]);
+            words[(4 * p + 0) * GROUPS + g] = (veci)_mm512_unpacklo_epi64(low01, low23);
+            words[(4 * p + 1) * GROUPS + g] = (veci)_mm512_unpackhi_epi64(low01, low23);
+            words[(4 * p + 2) * GROUPS + g] = (veci)_mm512_unpacklo_epi64(high01, high23);
+            words[(4 * p + 3) * GROUPS + g] = (veci)_mm512_unpackhi_epi64(high01, high23);
+        }
+    }
+}
 
 /* Nibbles 0 2 4 6 1 3 5 7, from the lowest. */
 INLINE __m512i part_nibbles(__m512i word) {
@@ -270,7 +302,7 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
 INLINE void add_integers(float *y, const veci *words, const veci *more, const cut_t *cut, const piece_t *piece,
                          const float *tables, const vecf *scale, int64_t tokens) {
     const float *unit = units_of(tables, cut, tokens) + (piece - cut->pieces) * tokens;
-    __m512i first[(PANEL_BITS / 8) * GROUPS], second[(PANEL_BITS / 8) * GROUPS];
+    __m512i first[(PIECE_BITS / 8 + 1) * GROUPS], second[PIECE_BITS / 8 * GROUPS];
     looked_up_t of = {piece, {words, more}, {NULL, NULL}};
     int64_t t = 0;
     if (tokens > TOKENS || piece->bytes) {
@@ -309,15 +341,16 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
     int64_t ahead = layer->rows - next < STRIP ? layer->rows - next : STRIP;
     for (int32_t i = part->first; i < part->last; i++) {
         const panel_t *panel = &cut->panels[i];
-        if (part->last - part->first == cut->panel_count)
+        if (part->last - part->first == cut->panel_count) /* the next rows' signs are one stretch */
             prefetch(part->bits + next * cut->row_bytes + ahead * panel->byte, ahead * panel->bytes);
-        else /* a line of a row has four panels */
-            for (int64_t r = i % 4; r < ahead; r += 4)
+        else
+            for (int64_t r = 0; r < ahead; r++)
                 __builtin_prefetch(part->bits + (next + r) * cut->row_bytes + panel->byte, 0, 2);
-        veci words[WORDS * GROUPS], first[WORDS * GROUPS], second[WORDS * GROUPS];
-        transpose(words, part->bits + row * cut->row_bytes + panel->byte, cut->row_bytes, panel->bytes, valid);
+        veci words[LINE_WORDS * GROUPS], first[LINE_WORDS * GROUPS], second[LINE_WORDS * GROUPS];
+        transpose_line(words, part->bits + row * cut->row_bytes + panel->byte, cut->row_bytes, panel->bytes, valid);
         if (part->coded)
-            derive_words(first, second, before, words);
+            for (int w = 0; w < LINE_WORDS * GROUPS; w += WORDS * GROUPS)
+                derive_words(first + w, second + w, before, words + w);
         for (int32_t k = panel->first; k < panel->last; k++) {
             const piece_t *piece = &cut->pieces[k];
             int64_t scales = part->plane * blocks + piece->block;
@@ -341,7 +374,7 @@ static void multiply_integers(const plan_t *plan, const tile_t *tile, const floa
     const int64_t count = tile->tokens, strips = (end - row + STRIP - 1) / STRIP;
     float sum[TOGETHER][TILE * STRIP] __attribute__((aligned(64)));
     veci before[TOGETHER][GROUPS];
-    int32_t panels = (int32_t)(PART_BYTES / (count * STEP_FLOATS * 4 * PANEL_BITS / 8));
+    int32_t panels = (int32_t)(PART_BYTES / (count * STEP_FLOATS * 4 * LINE_BITS / 8));
     for (int64_t s = 0; s < strips; s++)
         memset(sum[s], 0, sizeof(float) * (size_t)(count * STRIP));
     for (int i = CODED; i < CUTS; i++) {
