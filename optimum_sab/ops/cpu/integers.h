@@ -22,6 +22,7 @@ enum {
     TOGETHER = 8,           /* strips that read a part of the tables while it is in the cache */
     PART_BYTES = 512 << 10, /* of tables */
 };
+enum { STORED, FIRST, SECOND }; /* planes */
 #define LARGEST 4095.25f   /* 32,762 / 8; eight roundings of 1/2 come to it */
 #define SMALLEST 0x1p-100f /* sum of eight, / 8; smaller inputs lose bits as they do at the end of fp32 */
 
@@ -139,32 +140,30 @@ static void build_integers(float *tables, const plan_t *plan, const tile_t *tile
 
 /* ---- the product ---- */
 
-/* words[word][row] of LINE_BITS columns of STRIP rows, of which there are `valid`; as `transpose_rows`. */
-INLINE void transpose_line(veci *words, const uint8_t *bits, int64_t row_bytes, int64_t bytes, int64_t valid) {
-    const int64_t last = valid < STRIP ? valid - 1 : STRIP - 1;
-    const __mmask64 inside = bytes < 64 ? ((__mmask64)1 << bytes) - 1 : ~(__mmask64)0;
-    for (int g = 0; g < GROUPS; g++) {
-        __m512i part[4][4]; /* 128 columns of rows i, 4 + i, 8 + i, 12 + i */
-        UNROLL for (int i = 0; i < 4; i++) {
-            __m512i row[4];
-            UNROLL for (int q = 0; q < 4; q++) {
-                int64_t r = g * LANES + 4 * q + i;
-                row[q] = _mm512_maskz_loadu_epi8(inside, bits + (r < last ? r : last) * row_bytes);
+/* words[word][row] of LINE_BITS columns of rows 0 .. `last` of a strip, after which the last is repeated. */
+INLINE void transpose_line(veci *words, const uint8_t *bits, int64_t row_bytes, int64_t bytes, int64_t last) {
+    UNROLL for (int p = 0; p < LINE_BITS / PANEL_BITS; p++) {
+        const int64_t left = bytes - 16 * p;
+        const __mmask16 inside = (__mmask16)(left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1u);
+        ROLL for (int g = 0; g < GROUPS; g++) {
+            __m512i part[4]; /* PANEL_BITS columns of rows i, 4 + i, 8 + i, 12 + i */
+            UNROLL for (int i = 0; i < 4; i++) {
+                part[i] = _mm512_setzero_si512();
+                UNROLL for (int q = 0; q < 4; q++) {
+                    int64_t r = g * LANES + 4 * q + i;
+                    const uint8_t *from = bits + (r < last ? r : last) * row_bytes + 16 * p;
+                    __m128i row = left >= 16 ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8(inside, from);
+                    /* A load that blends: shuffles would keep the lookups from their units. */
+                    part[i] = _mm512_mask_broadcast_i32x4(part[i], (__mmask16)(0xf << 4 * q), row);
+                }
             }
-            __m512i low01 = _mm512_shuffle_i32x4(row[0], row[1], 0x44), high01 = _mm512_shuffle_i32x4(row[0], row[1], 0xee);
-            __m512i low23 = _mm512_shuffle_i32x4(row[2], row[3], 0x44), high23 = _mm512_shuffle_i32x4(row[2], row[3], 0xee);
-            part[0][i] = _mm512_shuffle_i32x4(low01, low23, 0x88);
-            part[1][i] = _mm512_shuffle_i32x4(low01, low23, 0xdd);
-            part[2][i] = _mm512_shuffle_i32x4(high01, high23, 0x88);
-            part[3][i] = _mm512_shuffle_i32x4(high01, high23, 0xdd);
-        }
-        UNROLL for (int p = 0; p < 4; p++) {
-            __m512i low01 = _mm512_unpacklo_epi32(part[p][0], part[p][1]), low23 = _mm512_unpacklo_epi32(part[p][2], part[p][3]);
-            __m512i high01 = _mm512_unpackhi_epi32(part[p][0], part[p][1]), high23 = _mm512_unpackhi_epi32(part[p][2], part[p][3]);
-            words[(4 * p + 0) * GROUPS + g] = (veci)_mm512_unpacklo_epi64(low01, low23);
-            words[(4 * p + 1) * GROUPS + g] = (veci)_mm512_unpackhi_epi64(low01, low23);
-            words[(4 * p + 2) * GROUPS + g] = (veci)_mm512_unpacklo_epi64(high01, high23);
-            words[(4 * p + 3) * GROUPS + g] = (veci)_mm512_unpackhi_epi64(high01, high23);
+            __m512i low01 = _mm512_unpacklo_epi32(part[0], part[1]), low23 = _mm512_unpacklo_epi32(part[2], part[3]);
+            __m512i high01 = _mm512_unpackhi_epi32(part[0], part[1]), high23 = _mm512_unpackhi_epi32(part[2], part[3]);
+            veci *to = words + 4 * p * GROUPS + g;
+            to[0 * GROUPS] = (veci)_mm512_unpacklo_epi64(low01, low23);
+            to[1 * GROUPS] = (veci)_mm512_unpackhi_epi64(low01, low23);
+            to[2 * GROUPS] = (veci)_mm512_unpacklo_epi64(high01, high23);
+            to[3 * GROUPS] = (veci)_mm512_unpackhi_epi64(high01, high23);
         }
     }
 }
@@ -177,10 +176,34 @@ INLINE __m512i part_nibbles(__m512i word) {
     return _mm512_xor_si512(word, _mm512_xor_si512(moved, _mm512_slli_epi32(moved, 8)));
 }
 
-/* The lowest nibble of either half; in the upper half, of the upper table. */
-INLINE __m512i entry_of(__m512i word) {
-    return _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(0x000f000f), _mm512_set1_epi32(0x00100000),
+/* The lower nibbles of bytes; in the upper half, of the upper table. A lookup sees the five lowest bits of each half. */
+INLINE __m512i entries_of(__m512i word) {
+    return _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(0x0f0f0f0f), _mm512_set1_epi32(0x10100000),
                                      0xea /* a & b | c */);
+}
+
+/* Where the four steps of a word look up. */
+INLINE void four_entries(__m512i *entry, __m512i word, int64_t stride) {
+    __m512i even = entries_of(word), odd = entries_of(_mm512_srli_epi16(word, 4));
+    entry[0] = even;
+    entry[stride] = odd;
+    entry[2 * stride] = _mm512_srli_epi16(even, 8);
+    entry[3 * stride] = _mm512_srli_epi16(odd, 8);
+}
+
+/* The word of one of a coded plane's two (coded.h), or the stored one; `stored` has the word before, GROUPS behind. */
+INLINE __m512i derived_word(const veci *stored, int plane) {
+    __m512i word = (__m512i)stored[0], before = (__m512i)stored[-GROUPS];
+#ifdef __AVX512VBMI2__
+    if (plane == FIRST)
+        return _mm512_ternarylogic_epi32(word, _mm512_shldi_epi32(word, before, 1), _mm512_shldi_epi32(word, before, 4),
+                                         0x96 /* a ^ b ^ c */);
+    return plane == SECOND ? _mm512_shldi_epi32(word, before, 2) : word;
+#else
+    if (plane == FIRST)
+        return (__m512i)FIRST_DERIVED((vecu)word, (vecu)before);
+    return plane == SECOND ? (__m512i)SECOND_DERIVED((vecu)word, (vecu)before) : word;
+#endif
 }
 
 /* sum + factor · (lower half + upper half). */
@@ -212,52 +235,54 @@ INLINE void add_steps(__m512i sum[TOKENS][GROUPS], const __m512i *one, const __m
     }
 }
 
-/* Steps k and k + 1 of a word. */
-INLINE void add_half_word(__m512i sum[TOKENS][GROUPS], const veci *words, const int k, const int16_t *table,
-                          __m512i factors, const int tokens) {
-    __m512i one[GROUPS], other[GROUPS];
+/* The four steps of a word. */
+INLINE void add_word(__m512i sum[TOKENS][GROUPS], const veci *words, int plane, const int16_t *table, __m512i factors,
+                     const int tokens) {
+    __m512i even[GROUPS], odd[GROUPS];
     UNROLL for (int g = 0; g < GROUPS; g++) {
-        __m512i word = (__m512i)words[g];
-        one[g] = in_register(entry_of(k ? _mm512_srli_epi16(word, 8) : word));
-        other[g] = in_register(entry_of(_mm512_srli_epi16(word, k ? 12 : 4)));
+        __m512i word = derived_word(words + g, plane);
+        even[g] = in_register(entries_of(word));
+        odd[g] = in_register(entries_of(_mm512_srli_epi16(word, 4)));
     }
-    add_steps(sum, one, other, table, factors, tokens);
+    add_steps(sum, even, odd, table, factors, tokens);
+    UNROLL for (int g = 0; g < GROUPS; g++) {
+        even[g] = in_register(_mm512_srli_epi16(even[g], 8));
+        odd[g] = in_register(_mm512_srli_epi16(odd[g], 8));
+    }
+    add_steps(sum, even, odd, table + 2 * tokens * ENTRIES, factors, tokens);
 }
 
 /* What the rows of a strip look up in each step of a piece: `entry` [step, group]. */
-INLINE void find_entries(__m512i *entry, const veci *words, const piece_t *piece) {
+INLINE void find_entries(__m512i *entry, const veci *words, const piece_t *piece, int plane) {
     int word = piece->first >> 3, byte = piece->first >> 1;
     if (piece->bytes)
         for (int step = 0; step < piece->steps; step++, byte++)
-            UNROLL for (int g = 0; g < GROUPS; g++)
-                entry[step * GROUPS + g] =
-                    entry_of(_mm512_srl_epi16(part_nibbles((__m512i)words[(byte >> 2) * GROUPS + g]),
-                                              _mm_cvtsi32_si128((byte & 3) * 4)));
+            UNROLL for (int g = 0; g < GROUPS; g++) {
+                __m512i parted = part_nibbles((__m512i)words[(byte >> 2) * GROUPS + g]);
+                entry[step * GROUPS + g] = entries_of(_mm512_srl_epi16(parted, _mm_cvtsi32_si128((byte & 3) * 4)));
+            }
     else
         for (int step = 0; step < piece->steps; step += 4, word++)
-            UNROLL for (int k = 0; k < 4; k++)
-                UNROLL for (int g = 0; g < GROUPS; g++)
-                    entry[(step + k) * GROUPS + g] =
-                        entry_of(_mm512_srli_epi16((__m512i)words[word * GROUPS + g], 4 * k));
+            UNROLL for (int g = 0; g < GROUPS; g++)
+                four_entries(entry + step * GROUPS + g, derived_word(words + word * GROUPS + g, plane), GROUPS);
 }
 
 /* A piece of a plane, or of a coded plane's two, of which the first counts twice. */
 typedef struct {
     const piece_t *piece;
-    const veci *words[2];       /* of the panel; the second NULL where there is none */
-    const __m512i *entry[2];    /* of the piece; NULL where they are not found in advance */
+    const veci *words;       /* of the panel, and before them the last of the panel before */
+    const __m512i *entry[2]; /* of the piece; NULL where they are not found in advance */
 } looked_up_t;
 
 /* y[t][row] += a[row] · unit[t] · Σ of the piece's integers. */
 INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *table, const float *unit,
-                              const vecf *scale, const int tokens) {
+                              const vecf *scale, const int coded, const int tokens) {
     const int64_t stride = tokens * ENTRIES;
-    const int two = of->words[1] != NULL;
-    const __m512i once = _mm512_set1_epi16(1), factors = _mm512_set1_epi16(two ? 2 : 1);
+    const __m512i once = _mm512_set1_epi16(1), factors = _mm512_set1_epi16(coded ? 2 : 1);
     __m512i sum[TOKENS][GROUPS];
     UNROLL for (int t = 0; t < tokens; t++)
         UNROLL for (int g = 0; g < GROUPS; g++) sum[t][g] = _mm512_setzero_si512();
-    if (of->piece->bytes) {
+    if (!coded && of->piece->bytes) {
         const __m512i *entry = of->entry[0];
         ROLL for (int step = 0; step < of->piece->steps; step++) {
             UNROLL for (int t = 0; t < tokens; t++) {
@@ -272,7 +297,7 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
         const __m512i *first = of->entry[0], *second = of->entry[1];
         ROLL for (int step = 0; step < of->piece->steps; step += 2) {
             add_steps(sum, first, first + GROUPS, table, factors, tokens);
-            if (two) {
+            if (coded) {
                 add_steps(sum, second, second + GROUPS, table, once, tokens);
                 second += 2 * GROUPS;
             }
@@ -280,14 +305,13 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
             table += 2 * stride;
         }
     } else {
-        int word = of->piece->first >> 3, last = word + of->piece->steps / 4;
-        ROLL for (; word < last; word++) {
-            UNROLL for (int k = 0; k < 4; k += 2) {
-                add_half_word(sum, of->words[0] + word * GROUPS, k, table, factors, tokens);
-                if (two)
-                    add_half_word(sum, of->words[1] + word * GROUPS, k, table, once, tokens);
-                table += 2 * stride;
-            }
+        const veci *words = of->words + (of->piece->first >> 3) * GROUPS;
+        ROLL for (int step = 0; step < of->piece->steps; step += 4) {
+            add_word(sum, words, coded ? FIRST : STORED, table, factors, tokens);
+            if (coded)
+                add_word(sum, words, SECOND, table, once, tokens);
+            words += GROUPS;
+            table += 4 * stride;
         }
     }
     UNROLL for (int t = 0; t < tokens; t++)
@@ -298,30 +322,30 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
         }
 }
 
-/* `words` and `more` are of a panel, `more` those of a coded plane's second, or NULL. */
-INLINE void add_integers(float *y, const veci *words, const veci *more, const cut_t *cut, const piece_t *piece,
-                         const float *tables, const vecf *scale, int64_t tokens) {
+/* For any number of tokens; `words` are of a panel. */
+INLINE void add_integers(float *y, const veci *words, const cut_t *cut, const piece_t *piece, const float *tables,
+                         const vecf *scale, int64_t tokens, const int coded) {
     const float *unit = units_of(tables, cut, tokens) + (piece - cut->pieces) * tokens;
     __m512i first[(PIECE_BITS / 8 + 1) * GROUPS], second[PIECE_BITS / 8 * GROUPS];
-    looked_up_t of = {piece, {words, more}, {NULL, NULL}};
+    looked_up_t of = {piece, words, {NULL, NULL}};
     int64_t t = 0;
     if (tokens > TOKENS || piece->bytes) {
-        find_entries(first, words, piece);
+        find_entries(first, words, piece, coded ? FIRST : STORED);
         of.entry[0] = first;
-        if (more) {
-            find_entries(second, more, piece);
+        if (coded) {
+            find_entries(second, words, piece, SECOND);
             of.entry[1] = second;
         }
     }
     for (; t + TOKENS <= tokens; t += TOKENS)
-        add_integer_piece(y + t * STRIP, &of, tables_of(tables, piece, tokens, t), unit + t, scale, TOKENS);
+        add_integer_piece(y + t * STRIP, &of, tables_of(tables, piece, tokens, t), unit + t, scale, coded, TOKENS);
     const int16_t *rest = tables_of(tables, piece, tokens, t);
     if (tokens - t == 3)
-        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 3);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, coded, 3);
     else if (tokens - t == 2)
-        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 2);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, coded, 2);
     else if (tokens - t == 1)
-        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, 1);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, coded, 1);
 }
 
 /* A plane's panels `first` .. `last` for the rows of one strip. */
@@ -346,11 +370,16 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
         else
             for (int64_t r = 0; r < ahead; r++)
                 __builtin_prefetch(part->bits + (next + r) * cut->row_bytes + panel->byte, 0, 2);
-        veci words[LINE_WORDS * GROUPS], first[LINE_WORDS * GROUPS], second[LINE_WORDS * GROUPS];
-        transpose_line(words, part->bits + row * cut->row_bytes + panel->byte, cut->row_bytes, panel->bytes, valid);
-        if (part->coded)
-            for (int w = 0; w < LINE_WORDS * GROUPS; w += WORDS * GROUPS)
-                derive_words(first + w, second + w, before, words + w);
+        veci words[(1 + LINE_WORDS) * GROUPS], *own = words + GROUPS;
+        const uint8_t *bits = part->bits + row * cut->row_bytes + panel->byte;
+        if (valid >= STRIP && panel->bytes == LINE_BITS / 8) /* constants, which the compiler makes use of */
+            transpose_line(own, bits, cut->row_bytes, LINE_BITS / 8, STRIP);
+        else
+            transpose_line(own, bits, cut->row_bytes, panel->bytes, (valid < STRIP ? valid : STRIP) - 1);
+        if (part->coded) {
+            memcpy(words, before, GROUPS * sizeof *words);
+            memcpy(before, words + LINE_WORDS * GROUPS, GROUPS * sizeof *words);
+        }
         for (int32_t k = panel->first; k < panel->last; k++) {
             const piece_t *piece = &cut->pieces[k];
             int64_t scales = part->plane * blocks + piece->block;
@@ -359,9 +388,9 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
             decode_scales(scale, layer, scales, row, valid);
             if (part->coded) {
                 UNROLL for (int g = 0; g < GROUPS; g++) scale[g] *= 0.5f;
-                add_integers(y, first, second, cut, piece, tables, scale, tokens);
+                add_integers(y, own, cut, piece, tables, scale, tokens, 1);
             } else {
-                add_integers(y, words, NULL, cut, piece, tables, scale, tokens);
+                add_integers(y, own, cut, piece, tables, scale, tokens, 0);
             }
         }
     }
