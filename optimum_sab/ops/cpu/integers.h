@@ -272,6 +272,7 @@ typedef struct {
     const piece_t *piece;
     const veci *words;       /* of the panel, and before them the last of the panel before */
     const __m512i *entry[2]; /* of the piece; NULL where they are not found in advance */
+    const uint8_t *ahead;    /* else memory to ask for, four lines with each word; all at once would be waited for */
 } looked_up_t;
 
 /* y[t][row] += a[row] · unit[t] · Σ of the piece's integers. */
@@ -310,6 +311,9 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
             add_word(sum, words, coded ? FIRST : STORED, table, factors, tokens);
             if (coded)
                 add_word(sum, words, SECOND, table, once, tokens);
+            if (of->ahead)
+                UNROLL for (int line = 0; line < 4; line++)
+                    __builtin_prefetch(of->ahead + (16 * step + line * 16) * 4, 0, 2);
             words += GROUPS;
             table += 4 * stride;
         }
@@ -324,10 +328,10 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
 
 /* For any number of tokens; `words` are of a panel. */
 INLINE void add_integers(float *y, const veci *words, const cut_t *cut, const piece_t *piece, const float *tables,
-                         const vecf *scale, int64_t tokens, const int coded) {
+                         const vecf *scale, const uint8_t *ahead, int64_t tokens, const int coded) {
     const float *unit = units_of(tables, cut, tokens) + (piece - cut->pieces) * tokens;
     __m512i first[(PIECE_BITS / 8 + 1) * GROUPS], second[PIECE_BITS / 8 * GROUPS];
-    looked_up_t of = {piece, words, {NULL, NULL}};
+    looked_up_t of = {piece, words, {NULL, NULL}, ahead ? ahead + piece->first * 32 : NULL};
     int64_t t = 0;
     if (tokens > TOKENS || piece->bytes) {
         find_entries(first, words, piece, coded ? FIRST : STORED);
@@ -365,8 +369,12 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
     int64_t ahead = layer->rows - next < STRIP ? layer->rows - next : STRIP;
     for (int32_t i = part->first; i < part->last; i++) {
         const panel_t *panel = &cut->panels[i];
-        if (part->last - part->first == cut->panel_count) /* the next rows' signs are one stretch */
-            prefetch(part->bits + next * cut->row_bytes + ahead * panel->byte, ahead * panel->bytes);
+        const uint8_t *stretch = part->bits + next * cut->row_bytes + ahead * panel->byte; /* of the next rows' signs */
+        const int spread = tokens <= TOKENS && !cut->pieces[panel->first].bytes && ahead == STRIP && panel->bytes == LINE_BITS / 8;
+        if (spread)
+            ; /* word by word */
+        else if (part->last - part->first == cut->panel_count)
+            prefetch(stretch, ahead * panel->bytes);
         else
             for (int64_t r = 0; r < ahead; r++)
                 __builtin_prefetch(part->bits + (next + r) * cut->row_bytes + panel->byte, 0, 2);
@@ -388,9 +396,9 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
             decode_scales(scale, layer, scales, row, valid);
             if (part->coded) {
                 UNROLL for (int g = 0; g < GROUPS; g++) scale[g] *= 0.5f;
-                add_integers(y, own, cut, piece, tables, scale, tokens, 1);
+                add_integers(y, own, cut, piece, tables, scale, spread ? stretch : NULL, tokens, 1);
             } else {
-                add_integers(y, own, cut, piece, tables, scale, tokens, 0);
+                add_integers(y, own, cut, piece, tables, scale, spread ? stretch : NULL, tokens, 0);
             }
         }
     }
