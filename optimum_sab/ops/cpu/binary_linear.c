@@ -7,7 +7,8 @@
  *
  * Vectors are those of GCC and Clang, which compile them for any processor; only the lookup, the transposition of sign
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
- * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for coded planes with AVX2; -ffp-contract=off keeps `dequantize` exact.
+ * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for bf16 inputs with AVX-512 (integers.h) and coded planes with AVX2
+ * (coded.h); -ffp-contract=off keeps `dequantize` exact.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include <math.h>
@@ -1066,6 +1067,15 @@ EXPORT int sab_dequantize(const layer_t *layer, int64_t begin, int64_t end, void
 
 /* 2 is AVX-512, 1 is AVX2, 0 is the portable path. */
 EXPORT int sab_path(void) { return PATH; }
+
+/* 1 where integers (integers.h) are multiplied and added by one instruction. */
+EXPORT int sab_vnni(void) {
+#if PATH == 2 && defined(__AVX512VNNI__)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* 1 on processors with a unit for bf16 matrices, where dense products are several times faster. */
 EXPORT int sab_matrix_unit(void) {
