@@ -187,7 +187,8 @@ def compile_library(
                 library, failure = _obtain(recipe, folder)
                 if library is not None:
                     declare(library)
-                    return Build(library, f"compiled with {shlex.join(compiler)} ({_instructions(library)}, {threading})")
+                    how = f"{_instructions(library)}, {threading}"
+                    return Build(library, f"compiled with {shlex.join(compiler)} ({how})")
     return Build(None, failure)
 
 
