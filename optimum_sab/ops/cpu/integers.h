@@ -3,12 +3,12 @@
  * The lookup of 16 floats serves 64 columns, and what is found takes an addition. A lookup of 32 integers of 16 bits
  * serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So the inputs
  * of a piece, times their column scales, become integers in units that let the sum of the sizes of any aligned eight be
- * at most 32,766: rounding moves an input by at most 2⁻¹⁶ of the largest such sum, in the mean square over a panel by no
- * more than 2⁻¹¹·⁸ of the norm of its inputs, which bf16's own rounding (2⁻⁹) hides. Sums of integers are exact, so the
+ * at most 32,766: rounding moves an input by at most 2⁻¹⁶ of the largest such sum, in the mean square over a piece by no
+ * more than 4·10⁻⁴ of the norm of its inputs, which bf16's own rounding (2⁻⁹) hides. Sums of integers are exact, so the
  * order of the additions is free; what pieces add up to is fp32, in the order of the planes and the columns.
  *
- * A lane of 32 bits holds a row's sign word. Its lower half looks up in the lower half of a table, the other in the upper,
- * so a step takes eight columns of 16 rows. In a piece of whole words, step k has nibbles k and k + 4, and the word needs
+ * A lane of 32 bits holds a row's sign word. Its lower half looks up in the lower half of a table, the other in the
+ * upper, so a step takes eight columns of 16 rows. In a piece of whole words, step k has nibbles k and k + 4, and the word needs
  * nothing but a shift; else nibbles of a byte, which `part_nibbles` puts there first.
  *
  * Tables of a cut are [piece, 4 tokens, step, token, 32], so that those of a panel are one stretch of memory, and after

@@ -246,7 +246,9 @@ WIDE = [*((p, s, "none") for p in PLANES for s in (32, 96, 128, 512)), *((p, 512
 
 
 @pytest.mark.parametrize(("planes", "block_size", "code"), WIDE)
-def test_linear_of_bf16_gives_a_token_the_same_in_any_company(path, random_packed, monkeypatch, planes, block_size, code):
+def test_linear_of_bf16_gives_a_token_the_same_in_any_company(
+    path, random_packed, monkeypatch, planes, block_size, code
+):
     take_route(monkeypatch, "packed")
     packed = random_packed(
         130, 1100, base_planes=planes[0], residual_planes=planes[1], block_size=block_size, code=code,
@@ -276,7 +278,7 @@ def test_linear_of_bf16_is_as_accurate_as_its_rounding(path, random_packed, monk
 @pytest.mark.parametrize(("code", "planes"), [("none", 1), ("none", 3), ("trellis16", 1)])
 @pytest.mark.parametrize("kind", ["even", "equal", "one", "eight"])
 def test_linear_of_bf16_keeps_its_bound(path, random_packed, monkeypatch, kind, code, planes):
-    """Integers are off by at most half a unit, 2⁻¹⁶ of the largest sum of the sizes of eight neighbours in 256 columns."""
+    """Integers are off by at most half a unit, 2⁻¹⁶ of the largest sum |x₀| + … + |x₇| of neighbours in 256 columns."""
     take_route(monkeypatch, "packed")
     packed = random_packed(70, 1100, code=code, base_planes=planes, residual_planes=0)
     inputs = random_inputs(9, 1100, dtype=torch.bfloat16)
