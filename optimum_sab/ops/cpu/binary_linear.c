@@ -84,7 +84,8 @@ typedef struct {
     int64_t coded;                 /* the first base plane stands for two (coded.h) */
 } layer_t;
 
-/* Bits of one block inside one panel, with tables of integers half a line at most. A table is built from exactly these bits; its other columns count as 0. */
+/* Bits of one block inside one panel, with tables of integers half a line at most. A table is built from exactly these
+ * bits; its other columns count as 0. */
 typedef struct {
     int32_t block;
     int32_t first, last; /* nibbles of the panel */
@@ -301,7 +302,7 @@ static void free_cut(cut_t *cut) {
     free(cut->pieces);
 }
 
-/* The steps of a piece (integers.h). Whole words need no more than a shift; what is behind the row's end counts as 0. */
+/* The steps of a piece (integers.h). Whole words need a shift and no more; what is behind a row's end counts as 0. */
 INLINE void count_steps(piece_t *piece, int64_t bits) {
     int begins = piece->bit % 32 == 0, ends = piece->end % 32 == 0 || piece->end == bits;
     piece->bytes = !(begins && ends);

@@ -1,18 +1,19 @@
 /* Products of bf16 inputs with AVX-512, in integers (binary_linear.c includes this).
  *
  * The lookup of 16 floats serves 64 columns, and what is found takes an addition. A lookup of 32 integers of 16 bits
- * serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So the inputs
- * of a piece, times their column scales, become integers in units that let the sum of the sizes of any aligned eight be
- * at most 32,766: rounding moves an input by at most 2⁻¹⁶ of the largest such sum, in the mean square over a piece by no
- * more than 4·10⁻⁴ of the norm of its inputs, which bf16's own rounding (2⁻⁹) hides. Sums of integers are exact, so the
- * order of the additions is free; what pieces add up to is fp32, in the order of the planes and the columns.
+ * serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So the
+ * inputs of a piece, times their column scales, become integers in units that let the sum of the sizes of any aligned
+ * eight be at most 32,766: rounding moves an input by at most 2⁻¹⁶ of the largest such sum, in the mean square over a
+ * piece by no more than 4·10⁻⁴ of the norm of its inputs, which bf16's own rounding (2⁻⁹) hides. Sums of integers are
+ * exact, so the order of the additions is free; what pieces add up to is fp32, in the order of the planes and the
+ * columns.
  *
  * A lane of 32 bits holds a row's sign word. Its lower half looks up in the lower half of a table, the other in the
- * upper, so a step takes eight columns of 16 rows. In a piece of whole words, step k has nibbles k and k + 4, and the word needs
- * nothing but a shift; else nibbles of a byte, which `part_nibbles` puts there first.
+ * upper, so a step takes eight columns of 16 rows. In a piece of whole words, step k has nibbles k and k + 4, and the
+ * word needs nothing but a shift; else nibbles of a byte, which `part_nibbles` puts there first.
  *
- * Tables of a cut are [piece, 4 tokens, step, token, 32], so that those of a panel are one stretch of memory, and after
- * them units [piece, token].
+ * Tables of a cut are [piece, 4 tokens, step, token, 32], so that those of a panel are one stretch of memory, and
+ * after them units [piece, token].
  */
 enum {
     ENTRIES = 32,           /* of a table: two of 16 */
@@ -152,7 +153,8 @@ INLINE void transpose_line(veci *words, const uint8_t *bits, int64_t row_bytes, 
                 UNROLL for (int q = 0; q < 4; q++) {
                     int64_t r = g * LANES + 4 * q + i;
                     const uint8_t *from = bits + (r < last ? r : last) * row_bytes + 16 * p;
-                    __m128i row = left >= 16 ? _mm_loadu_si128((const __m128i *)from) : _mm_maskz_loadu_epi8(inside, from);
+                    __m128i row = left >= 16 ? _mm_loadu_si128((const __m128i *)from)
+                                             : _mm_maskz_loadu_epi8(inside, from);
                     /* A load that blends: shuffles would keep the lookups from their units. */
                     part[i] = _mm512_mask_broadcast_i32x4(part[i], (__mmask16)(0xf << 4 * q), row);
                 }
@@ -176,7 +178,7 @@ INLINE __m512i part_nibbles(__m512i word) {
     return _mm512_xor_si512(word, _mm512_xor_si512(moved, _mm512_slli_epi32(moved, 8)));
 }
 
-/* The lower nibbles of bytes; in the upper half, of the upper table. A lookup sees the five lowest bits of each half. */
+/* The lower nibbles of bytes; in the upper half, of the upper table. A lookup sees the lowest five bits of a half. */
 INLINE __m512i entries_of(__m512i word) {
     return _mm512_ternarylogic_epi32(word, _mm512_set1_epi32(0x0f0f0f0f), _mm512_set1_epi32(0x10100000),
                                      0xea /* a & b | c */);
@@ -370,7 +372,8 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
     for (int32_t i = part->first; i < part->last; i++) {
         const panel_t *panel = &cut->panels[i];
         const uint8_t *stretch = part->bits + next * cut->row_bytes + ahead * panel->byte; /* of the next rows' signs */
-        const int spread = tokens <= TOKENS && !cut->pieces[panel->first].bytes && ahead == STRIP && panel->bytes == LINE_BITS / 8;
+        const int spread = tokens <= TOKENS && !cut->pieces[panel->first].bytes && ahead == STRIP &&
+                           panel->bytes == LINE_BITS / 8;
         if (spread)
             ; /* word by word */
         else if (part->last - part->first == cut->panel_count)
@@ -422,7 +425,8 @@ static void multiply_integers(const plan_t *plan, const tile_t *tile, const floa
             part_t part = {cut, bits + stored * layer->rows * cut->row_bytes, cut->first_plane + p, 0, 0, i == CODED};
             memset(before, 0, sizeof before);
             for (; part.first < cut->panel_count; part.first = part.last) {
-                part.last = strips == 1 || cut->panel_count - part.first < panels ? cut->panel_count : part.first + panels;
+                int all = strips == 1 || cut->panel_count - part.first < panels;
+                part.last = all ? cut->panel_count : part.first + panels;
                 for (int64_t s = 0; s < strips; s++)
                     add_part(sum[s], before[s], &part, layer, tables, count, row + s * STRIP);
             }
