@@ -7,7 +7,8 @@
  *
  * Vectors are those of GCC and Clang, which compile them for any processor; only the lookup, the transposition of sign
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
- * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for coded planes with AVX2; -ffp-contract=off keeps `dequantize` exact.
+ * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for bf16 inputs with AVX-512 (integers.h) and coded planes with AVX2
+ * (coded.h); -ffp-contract=off keeps `dequantize` exact.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include <math.h>
@@ -52,8 +53,10 @@ enum { LANES = 8, GROUPS = 2, TABLE = 4 };
 enum {
     STRIP = LANES * GROUPS, /* rows that are computed together */
     PANEL_BITS = 128,       /* columns of one transposition */
+    LINE_BITS = 512,        /* and with tables of integers */
     WORDS = PANEL_BITS / 32,
-    TILE = 8,               /* tokens per pass over the weight; 4 and 16 are slower */
+    TILE = 32,              /* most tokens per pass over the weight */
+    FLOAT_TILE = 8,         /* with tables of floats, where 4 and 16 are slower */
     TOKENS = 4,             /* tokens in registers */
     PLANES = 4,             /* MAX_PLANES of core/settings.py */
     PADDING = 64,           /* floats after a row in scratch memory */
@@ -81,15 +84,17 @@ typedef struct {
     int64_t coded;                 /* the first base plane stands for two (coded.h) */
 } layer_t;
 
-/* Bits of one block inside one panel. A table is built from exactly these bits; its other columns count as 0. */
+/* Bits of one block inside one panel, with tables of integers half a line at most. A table is built from exactly these
+ * bits; its other columns count as 0. */
 typedef struct {
     int32_t block;
     int32_t first, last; /* nibbles of the panel */
-    int32_t table;       /* index of the first nibble's table */
+    int32_t table;       /* index of the first nibble's table, or of the first step's */
+    int32_t steps, bytes; /* integers.h; `bytes`: a step is a byte and not two nibbles of a word's halves */
     int64_t bit, end;    /* bits of the plane */
 } piece_t;
 
-/* PANEL_BITS columns of a plane, at 16 bytes from the row's start and on. */
+/* PANEL_BITS or LINE_BITS columns of a plane, at a multiple of as many from the row's start and on. */
 typedef struct {
     int64_t byte, bytes;
     int32_t first, last; /* pieces */
@@ -297,38 +302,44 @@ static void free_cut(cut_t *cut) {
     free(cut->pieces);
 }
 
-/* Cut `bits` bits per row, `per_block` of them in every block (the last has what is left), into panels and pieces. */
-static int make_cut(cut_t *cut, int64_t bits, int64_t per_block, int64_t blocks, int64_t row_bytes, int64_t planes,
-                    int64_t first_plane) {
-    memset(cut, 0, sizeof *cut);
-    if (planes == 0 || bits == 0)
+/* The steps of a piece (integers.h). Whole words need a shift and no more; what is behind a row's end counts as 0. */
+INLINE void count_steps(piece_t *piece, int64_t bits) {
+    int begins = piece->bit % 32 == 0, ends = piece->end % 32 == 0 || piece->end == bits;
+    piece->bytes = !(begins && ends);
+    piece->steps = piece->bytes ? (piece->last + 1) / 2 - piece->first / 2 : (piece->last - piece->first + 7) / 8 * 4;
+}
+
+/* Cut `bits` bits per row, `per_block` of them in every block (the last has what is left), into panels and pieces.
+ * `cut` has what else is known, and nothing where there is nothing to cut. */
+static int make_cut(cut_t *cut, int64_t bits, int64_t per_block, int64_t blocks, int integers) {
+    if (cut->planes == 0 || bits == 0) {
+        memset(cut, 0, sizeof *cut);
         return OK;
-    int64_t panels = (bits + PANEL_BITS - 1) / PANEL_BITS;
-    cut->row_bytes = row_bytes;
-    cut->planes = planes;
-    cut->first_plane = first_plane;
-    cut->panels = malloc((size_t)panels * sizeof(panel_t));
-    cut->pieces = malloc((size_t)(panels + blocks) * sizeof(piece_t));
-    if (!cut->panels || !cut->pieces) {
-        free_cut(cut);
-        return NO_MEMORY;
     }
-    for (int64_t start = 0; start < bits; start += PANEL_BITS) {
-        int64_t stop = start + PANEL_BITS < bits ? start + PANEL_BITS : bits;
+    const int64_t width = integers ? LINE_BITS : PANEL_BITS, most = integers ? LINE_BITS / 2 : PANEL_BITS;
+    int64_t panels = (bits + width - 1) / width;
+    cut->panels = malloc((size_t)panels * sizeof(panel_t));
+    cut->pieces = malloc((size_t)(panels * (width / most) + blocks) * sizeof(piece_t));
+    if (!cut->panels || !cut->pieces)
+        return NO_MEMORY; /* free_plan frees what there is */
+    for (int64_t start = 0; start < bits; start += width) {
+        int64_t stop = start + width < bits ? start + width : bits;
         panel_t *panel = &cut->panels[cut->panel_count++];
         panel->byte = start / 8;
-        panel->bytes = row_bytes - panel->byte < PANEL_BITS / 8 ? row_bytes - panel->byte : PANEL_BITS / 8;
+        panel->bytes = cut->row_bytes - panel->byte < width / 8 ? cut->row_bytes - panel->byte : width / 8;
         panel->first = cut->piece_count;
         for (int64_t bit = start; bit < stop;) {
             int64_t block = bit / per_block, end = (block + 1) * per_block;
+            end = end < bit + most ? end : bit + most;
             piece_t *piece = &cut->pieces[cut->piece_count++];
             piece->block = (int32_t)block;
             piece->bit = bit;
             piece->end = bit = end < stop ? end : stop;
             piece->first = (int32_t)((piece->bit - start) / 4);
             piece->last = (int32_t)((piece->end - start + 3) / 4);
+            count_steps(piece, bits);
             piece->table = cut->table_count;
-            cut->table_count += piece->last - piece->first;
+            cut->table_count += integers ? piece->steps : piece->last - piece->first;
         }
         panel->last = cut->piece_count;
     }
@@ -361,24 +372,28 @@ INLINE void build_table(float *table, const float *x) {
 #endif
 }
 
+/* The columns of a residual piece, and their scales. */
+static void find_columns(int64_t *column, float *c, const layer_t *layer, const piece_t *piece) {
+    for (int64_t j = 0; j < piece->end - piece->bit; j++) {
+        int64_t offset = layer->wide_index ? ((const uint16_t *)layer->residual_index)[piece->bit + j]
+                                           : ((const uint8_t *)layer->residual_index)[piece->bit + j];
+        column[j] = piece->block * layer->block_size + offset;
+        if (column[j] >= layer->columns) /* a damaged index may give a wrong sum, never a read outside x */
+            column[j] = layer->columns - 1;
+        c[j] = float_of_f16(layer->col_scale[column[j]]);
+    }
+}
+
 /* The tables of one piece for `tokens` tokens, x[token] [columns]: `tables` [nibble, token, TABLE]. */
 static void build_tables(float *tables, const layer_t *layer, const piece_t *piece, int residual,
                          const void *const *x, int dtype, int64_t tokens) {
     int64_t count = piece->end - piece->bit, lead = piece->bit % 4;
     int64_t column[PANEL_BITS];
     float c[PANEL_BITS], padded[PANEL_BITS + 8], gathered[PANEL_BITS];
-    if (residual) {
-        for (int64_t j = 0; j < count; j++) {
-            int64_t offset = layer->wide_index ? ((const uint16_t *)layer->residual_index)[piece->bit + j]
-                                               : ((const uint8_t *)layer->residual_index)[piece->bit + j];
-            column[j] = piece->block * layer->block_size + offset;
-            if (column[j] >= layer->columns) /* a damaged index may give a wrong sum, never a read outside x */
-                column[j] = layer->columns - 1;
-            c[j] = float_of_f16(layer->col_scale[column[j]]);
-        }
-    } else {
+    if (residual)
+        find_columns(column, c, layer, piece);
+    else
         floats_of_f16(c, layer->col_scale + piece->bit, count);
-    }
     memset(padded, 0, sizeof padded);
     for (int64_t t = 0; t < tokens; t++) {
         if (residual) {
@@ -590,8 +605,9 @@ enum { CODED, BASE, RESIDUAL, CUTS };
 /* How layers of one shape are cut, and how much room the tables of a tile take. */
 typedef struct {
     cut_t cut[CUTS];
-    int dtype; /* of inputs, outputs and biases */
-    int64_t table_floats;
+    int dtype;    /* of inputs, outputs and biases */
+    int integers; /* tables of integers (integers.h) */
+    int64_t tile, table_floats;
 } plan_t;
 
 /* Tokens that are multiplied together: pointers to the input and the output of each. */
@@ -610,48 +626,10 @@ static void free_plan(plan_t *plan) {
         free_cut(&plan->cut[i]);
 }
 
-/* `plan` is to be freed whatever this returns. */
-static int make_plan(plan_t *plan, const layer_t *layer, int dtype, int64_t most) {
-    int64_t blocks = block_count(layer), salient = salient_total(layer), coded = layer->coded ? 1 : 0;
-    int64_t row_bytes = (layer->columns + 31) / 32 * 4;
-    memset(plan, 0, sizeof *plan);
-    plan->dtype = dtype;
-    int status = make_cut(&plan->cut[CODED], layer->columns, layer->block_size, blocks, row_bytes, coded, 0);
-    if (status == OK)
-        status = make_cut(&plan->cut[BASE], layer->columns, layer->block_size, blocks, row_bytes,
-                          layer->base_planes - coded, coded);
-    if (status == OK)
-        status = make_cut(&plan->cut[RESIDUAL], salient, layer->salient, blocks, (salient + 7) / 8,
-                          layer->residual_planes, layer->base_planes);
-    plan->table_floats = coded_floats(&plan->cut[CODED], most) +
-                         (int64_t)(plan->cut[BASE].table_count + plan->cut[RESIDUAL].table_count) * most * TABLE;
-    return status;
-}
-
-static void build_tile(float *tables, const plan_t *plan, const tile_t *tile) {
-    build_coded_tables(tables, tile->layer, &plan->cut[CODED], tile->x, plan->dtype, tile->tokens);
-    tables += coded_floats(&plan->cut[CODED], tile->tokens);
-    for (int i = BASE; i <= RESIDUAL; i++) {
-        for (int32_t k = 0; k < plan->cut[i].piece_count; k++)
-            build_tables(tables, tile->layer, &plan->cut[i].pieces[k], i == RESIDUAL, tile->x, plan->dtype,
-                         tile->tokens);
-        tables += plan->cut[i].table_count * tile->tokens * TABLE;
-    }
-}
-
-/* STRIP rows of y, from `row` on, for the tokens of one tile. */
-static void multiply_strip(const plan_t *plan, const tile_t *tile, const float *tables, int64_t row) {
+/* What is left to be done to a strip's sums, and y. */
+static void finish_strip(const plan_t *plan, const tile_t *tile, float *sum, int64_t row) {
     const layer_t *layer = tile->layer;
     int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP, count = tile->tokens;
-    float sum[TILE * STRIP] __attribute__((aligned(64)));
-    memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
-    const cut_t *base = &plan->cut[BASE];
-    add_coded_plane(sum, layer, &plan->cut[CODED], tables, count, row, valid);
-    tables += coded_floats(&plan->cut[CODED], count);
-    add_planes(sum, layer, base, layer->weight + base->first_plane * layer->rows * base->row_bytes, tables, count, row,
-               valid);
-    tables += base->table_count * count * TABLE;
-    add_planes(sum, layer, &plan->cut[RESIDUAL], layer->residual_sign, tables, count, row, valid);
     if (layer->row_exponent)
         for (int64_t r = 0; r < valid; r++) {
             float unit = ldexpf(1.0f, layer->row_exponent[row + r]);
@@ -665,17 +643,112 @@ static void multiply_strip(const plan_t *plan, const tile_t *tile, const float *
     }
 }
 
+#if PATH == 2
+#include "integers.h"
+#endif
+
+/* Of one cut's tables for `tokens` tokens. */
+static int64_t floats_of_tables(const plan_t *plan, int cut, int64_t tokens) {
+#if PATH == 2
+    if (plan->integers)
+        return integer_floats(&plan->cut[cut], tokens);
+#endif
+    return cut == CODED ? coded_floats(&plan->cut[CODED], tokens) : plan->cut[cut].table_count * tokens * TABLE;
+}
+
+/* `plan` is to be freed whatever this returns. */
+static int make_plan(plan_t *plan, const layer_t *layer, int dtype, int64_t tokens) {
+    int64_t blocks = block_count(layer), salient = salient_total(layer), coded = layer->coded ? 1 : 0;
+    int64_t row_bytes = (layer->columns + 31) / 32 * 4;
+    memset(plan, 0, sizeof *plan);
+    plan->dtype = dtype;
+    plan->integers = PATH == 2 && dtype == BF16;
+    plan->tile = plan->integers ? TILE : FLOAT_TILE;
+    if (plan->tile > tokens)
+        plan->tile = tokens;
+    plan->cut[CODED] = (cut_t){.row_bytes = row_bytes, .planes = coded};
+    plan->cut[BASE] = (cut_t){.row_bytes = row_bytes, .planes = layer->base_planes - coded, .first_plane = coded};
+    plan->cut[RESIDUAL] = (cut_t){
+        .row_bytes = (salient + 7) / 8, .planes = layer->residual_planes, .first_plane = layer->base_planes};
+    for (int i = CODED; i < CUTS; i++) {
+        int status = make_cut(&plan->cut[i], i == RESIDUAL ? salient : layer->columns,
+                              i == RESIDUAL ? layer->salient : layer->block_size, blocks, plan->integers);
+        if (status != OK)
+            return status;
+        plan->table_floats += floats_of_tables(plan, i, plan->tile);
+    }
+    return OK;
+}
+
+static void build_tile(float *tables, const plan_t *plan, const tile_t *tile) {
+#if PATH == 2
+    if (plan->integers) {
+        build_integers(tables, plan, tile);
+        return;
+    }
+#endif
+    build_coded_tables(tables, tile->layer, &plan->cut[CODED], tile->x, plan->dtype, tile->tokens);
+    tables += floats_of_tables(plan, CODED, tile->tokens);
+    for (int i = BASE; i <= RESIDUAL; i++) {
+        for (int32_t k = 0; k < plan->cut[i].piece_count; k++)
+            build_tables(tables, tile->layer, &plan->cut[i].pieces[k], i == RESIDUAL, tile->x, plan->dtype,
+                         tile->tokens);
+        tables += floats_of_tables(plan, i, tile->tokens);
+    }
+}
+
+/* STRIP rows of y, from `row` on, for the tokens of one tile. */
+static void multiply_strip(const plan_t *plan, const tile_t *tile, const float *tables, int64_t row) {
+    const layer_t *layer = tile->layer;
+    int64_t valid = layer->rows - row < STRIP ? layer->rows - row : STRIP, count = tile->tokens;
+    float sum[FLOAT_TILE * STRIP] __attribute__((aligned(64)));
+    memset(sum, 0, sizeof(float) * (size_t)(count * STRIP));
+    const cut_t *base = &plan->cut[BASE];
+    add_coded_plane(sum, layer, &plan->cut[CODED], tables, count, row, valid);
+    tables += floats_of_tables(plan, CODED, count);
+    add_planes(sum, layer, base, layer->weight + base->first_plane * layer->rows * base->row_bytes, tables, count, row,
+               valid);
+    tables += floats_of_tables(plan, BASE, count);
+    add_planes(sum, layer, &plan->cut[RESIDUAL], layer->residual_sign, tables, count, row, valid);
+    finish_strip(plan, tile, sum, row);
+}
+
+/* Strips that one piece of work has: as many as share what they read of the tables, where that is more than the cache
+ * holds, but no more than leave everyone work. */
+static int64_t strips_together(const plan_t *plan, int64_t strips, int threads) {
+#if PATH == 2
+    int64_t share = strips / (4 * (threads > 1 ? threads : 1));
+    if (plan->integers && plan->table_floats * 4 > PART_BYTES)
+        return share < 1 ? 1 : share < TOGETHER ? share : TOGETHER;
+#endif
+    (void)plan, (void)strips, (void)threads;
+    return 1;
+}
+
+/* `strips` strips of y, from `row` on, as far as there are. */
+static void multiply_strips(const plan_t *plan, const tile_t *tile, const float *tables, int64_t row, int64_t strips) {
+    int64_t end = row + strips * STRIP < tile->layer->rows ? row + strips * STRIP : tile->layer->rows;
+#if PATH == 2
+    if (plan->integers) {
+        multiply_integers(plan, tile, tables, row, end);
+        return;
+    }
+#endif
+    for (; row < end; row += STRIP)
+        multiply_strip(plan, tile, tables, row);
+}
+
 /* Layers of one input that are multiplied together: of the same columns and settings. Where they have the same column
  * scales and salient columns too, as the solver gives to siblings, they read the same tables. */
 enum { MEMBERS = 4 };
 
-/* What threads that multiply share. A piece is one strip of one member for the tokens of one tile; pieces are numbered
- * tile by tile. */
+/* What threads that multiply share. A piece is `together` strips of one member for the tokens of one tile; pieces are
+ * numbered tile by tile. */
 typedef struct {
     const layer_t *layer[MEMBERS];
     const void *bias[MEMBERS]; /* NULL where there is none */
     void *y[MEMBERS];
-    int64_t strips[MEMBERS + 1]; /* of the members before */
+    int64_t together, parts[MEMBERS + 1]; /* of the members before, each of `together` strips */
     int members, tables_of[MEMBERS]; /* the first member that has the same tables */
     plan_t plan;
     const void *x;
@@ -686,7 +759,7 @@ typedef struct {
 static tile_t tile_of(const product_t *of, int member, int64_t first) {
     const layer_t *layer = of->layer[member];
     int64_t left = of->tokens - first, size = value_bytes(of->plan.dtype);
-    tile_t tile = {.layer = layer, .bias = of->bias[member], .tokens = left < TILE ? left : TILE};
+    tile_t tile = {.layer = layer, .bias = of->bias[member], .tokens = left < of->plan.tile ? left : of->plan.tile};
     for (int64_t t = 0; t < tile.tokens; t++) {
         tile.x[t] = (const char *)of->x + (first + t) * layer->columns * size;
         tile.y[t] = (char *)of->y[member] + (first + t) * layer->rows * size;
@@ -697,25 +770,25 @@ static tile_t tile_of(const product_t *of, int member, int64_t first) {
 /* Every thread builds the tables that it reads: that takes a hundredth of the time, and nobody waits for anybody. */
 static void multiply(void *job) {
     product_t *of = job;
-    const int64_t strips = of->strips[of->members];
+    const int64_t parts = of->parts[of->members];
     int64_t tile_number = -1, piece;
     int tile_member = -1, built_of = -1, share = first_share(of->pieces);
     tile_t tile;
     float *tables = all_taken(of->pieces) ? NULL : scratch(of->plan.table_floats);
     while (tables && (piece = take_piece(of->pieces, &share)) >= 0) {
-        int64_t number = piece / strips, strip = piece % strips;
+        int64_t number = piece / parts, part = piece % parts;
         int member = 0;
-        while (strip >= of->strips[member + 1])
+        while (part >= of->parts[member + 1])
             member++;
         int built = number == tile_number && of->tables_of[member] == built_of;
         if (number != tile_number || member != tile_member)
-            tile = tile_of(of, member, number * TILE);
+            tile = tile_of(of, member, number * of->plan.tile);
         if (!built)
             build_tile(tables, &of->plan, &tile);
         tile_number = number;
         tile_member = member;
         built_of = of->tables_of[member];
-        multiply_strip(&of->plan, &tile, tables, (strip - of->strips[member]) * STRIP);
+        multiply_strips(&of->plan, &tile, tables, (part - of->parts[member]) * of->together * STRIP, of->together);
     }
     free(tables);
 }
@@ -734,19 +807,23 @@ EXPORT int sab_linears(int members, const layer_t *const *layer, void *const *y,
     pieces_t pieces;
     product_t of = {.members = members, .x = x, .tokens = tokens, .pieces = &pieces};
     const layer_t *first = layer[0];
+    int64_t strips = 0;
     for (int m = 0; m < members; m++) {
         of.layer[m] = layer[m];
         of.y[m] = y[m];
         of.bias[m] = bias ? bias[m] : NULL;
-        of.strips[m + 1] = of.strips[m] + (layer[m]->rows + STRIP - 1) / STRIP;
         of.tables_of[m] = m && same_tables(layer[m - 1], layer[m]) ? of.tables_of[m - 1] : m;
+        strips += (layer[m]->rows + STRIP - 1) / STRIP;
     }
-    int status = make_plan(&of.plan, first, dtype, tokens < TILE ? tokens : TILE);
-    if (status == OK) {
-        int64_t tiles = (tokens + TILE - 1) / TILE;
-        if (of.strips[members] * STRIP * first->columns * tokens < SMALL)
+    int status = tokens ? make_plan(&of.plan, first, dtype, tokens) : OK;
+    if (status == OK && tokens) {
+        int64_t tiles = (tokens + of.plan.tile - 1) / of.plan.tile;
+        if (strips * STRIP * first->columns * tokens < SMALL)
             threads = 1;
-        run_together(multiply, &of, cut_pieces(&pieces, tiles * of.strips[members], threads));
+        of.together = strips_together(&of.plan, tiles * strips, threads);
+        for (int m = 0; m < members; m++)
+            of.parts[m + 1] = of.parts[m] + (layer[m]->rows + of.together * STRIP - 1) / (of.together * STRIP);
+        run_together(multiply, &of, cut_pieces(&pieces, tiles * of.parts[members], threads));
         status = all_taken(&pieces) ? OK : NO_MEMORY;
     }
     free_plan(&of.plan);
@@ -991,6 +1068,15 @@ EXPORT int sab_dequantize(const layer_t *layer, int64_t begin, int64_t end, void
 
 /* 2 is AVX-512, 1 is AVX2, 0 is the portable path. */
 EXPORT int sab_path(void) { return PATH; }
+
+/* 1 where integers (integers.h) are multiplied and added by one instruction. */
+EXPORT int sab_vnni(void) {
+#if PATH == 2 && defined(__AVX512VNNI__)
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* 1 on processors with a unit for bf16 matrices, where dense products are several times faster. */
 EXPORT int sab_matrix_unit(void) {

@@ -23,7 +23,9 @@ import torch
 from optimum_sab.errors import MissingDependencyError
 from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "experts.h", "pool.h"))
+SOURCES = tuple(
+    Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "experts.h", "integers.h", "pool.h")
+)
 THREADS = ("-pthread",)
 FLAGS = (
     *("-O3", "-std=gnu11", *THREADS, "-fPIC", "-fvisibility=hidden"),
@@ -185,9 +187,15 @@ def compile_library(
                 library, failure = _obtain(recipe, folder)
                 if library is not None:
                     declare(library)
-                    path = PATHS[library.sab_path()]
-                    return Build(library, f"compiled with {shlex.join(compiler)} ({path}, {threading})")
+                    how = f"{_instructions(library)}, {threading}"
+                    return Build(library, f"compiled with {shlex.join(compiler)} ({how})")
     return Build(None, failure)
+
+
+def _instructions(library: Library) -> str:
+    """What the library computes with, for people."""
+    vnni = getattr(library, "sab_vnni", None)  # the linears have it
+    return PATHS[library.sab_path()] + (" with VNNI" if vnni is not None and vnni() else "")
 
 
 def find_compiler() -> list[str] | None:

@@ -2,7 +2,7 @@
  * somebody goes to (binary_linear.c includes this).
  *
  * Pairs are put in the order of their experts. What follows each other there for one expert is cut into tiles; a piece
- * is one strip of one tile, so few pairs make many pieces. Weights, inputs and outputs stay where they are: a tile has
+ * is a strip or a few of one tile, so few pairs make many pieces. Weights, inputs and outputs stay where they are: a tile has
  * pointers to its rows. Every pair's sums are those that `sab_linear` makes, in the same order, whoever shares its tile.
  *
  * Experts have column scales of their own, so tables are of a pair, and cannot be shared by experts that read one row.
@@ -32,7 +32,7 @@ typedef struct {
     const char *bias;
     const int64_t *order; /* pairs by expert */
     const run_t *runs;
-    int64_t repeats, strips;
+    int64_t repeats, together, parts; /* parts of `together` strips */
     pieces_t *pieces;
 } routed_t;
 
@@ -58,7 +58,7 @@ static void multiply_routed(void *job) {
     tile_t tile = {.layer = &layer};
     float *tables = all_taken(of->pieces) ? NULL : scratch(of->plan.table_floats);
     while (tables && (piece = take_piece(of->pieces, &share)) >= 0) {
-        int64_t number = piece / of->strips;
+        int64_t number = piece / of->parts;
         if (number != built) {
             const run_t *run = &of->runs[number];
             built = number;
@@ -72,7 +72,7 @@ static void multiply_routed(void *job) {
             }
             build_tile(tables, &of->plan, &tile);
         }
-        multiply_strip(&of->plan, &tile, tables, piece % of->strips * STRIP);
+        multiply_strips(&of->plan, &tile, tables, piece % of->parts * of->together * STRIP, of->together);
     }
     free(tables);
 }
@@ -81,8 +81,8 @@ INLINE int is_expert(const experts_t *stack, int64_t expert) { return expert >= 
 
 /* Fill `order` and `runs`, which hold as many as there are pairs; `start` has a 0 for each expert and one more. Returns
  * how many runs there are. */
-static int64_t order_pairs(const experts_t *stack, const int64_t *expert, int64_t pairs, int64_t *start, int64_t *order,
-                           run_t *runs) {
+static int64_t order_pairs(const experts_t *stack, const int64_t *expert, int64_t pairs, int64_t tile, int64_t *start,
+                           int64_t *order, run_t *runs) {
     int64_t count = 0, before = 0;
     for (int64_t s = 0; s < pairs; s++)
         if (is_expert(stack, expert[s]))
@@ -90,8 +90,8 @@ static int64_t order_pairs(const experts_t *stack, const int64_t *expert, int64_
     for (int64_t e = 0; e < stack->experts; e++) {
         int64_t own = start[e];
         start[e] = before;
-        for (int64_t first = 0; first < own; first += TILE)
-            runs[count++] = (run_t){e, before + first, own - first < TILE ? own - first : TILE};
+        for (int64_t first = 0; first < own; first += tile)
+            runs[count++] = (run_t){e, before + first, own - first < tile ? own - first : tile};
         before += own;
     }
     for (int64_t s = 0; s < pairs; s++)
@@ -111,20 +111,22 @@ EXPORT int sab_experts(const experts_t *stack, void *y, const void *bias, const 
     int64_t *start = calloc((size_t)stack->experts + 1, sizeof *start);
     int64_t *order = malloc((size_t)(pairs + 1) * sizeof *order);
     run_t *runs = malloc((size_t)(pairs + 1) * sizeof *runs);
-    int status = make_plan(&of.plan, layer, dtype, pairs < TILE ? pairs : TILE);
+    int status = make_plan(&of.plan, layer, dtype, pairs ? pairs : 1);
     if (!start || !order || !runs)
         status = NO_MEMORY;
     if (status == OK) {
         for (int64_t s = 0; s < pairs; s++)
             if (!is_expert(stack, expert[s]))
                 memset(of.y + s * row_bytes, 0, (size_t)row_bytes);
-        int64_t count = order_pairs(stack, expert, pairs, start, order, runs);
+        int64_t count = order_pairs(stack, expert, pairs, of.plan.tile, start, order, runs);
         of.order = order;
         of.runs = runs;
-        of.strips = (layer->rows + STRIP - 1) / STRIP;
-        if (of.strips * STRIP * layer->columns * pairs < SMALL)
+        int64_t strips = (layer->rows + STRIP - 1) / STRIP;
+        if (strips * STRIP * layer->columns * pairs < SMALL)
             threads = 1;
-        run_together(multiply_routed, &of, cut_pieces(&pieces, count * of.strips, threads));
+        of.together = strips_together(&of.plan, count * strips, threads);
+        of.parts = (strips + of.together - 1) / of.together;
+        run_together(multiply_routed, &of, cut_pieces(&pieces, count * of.parts, threads));
         status = all_taken(&pieces) ? OK : NO_MEMORY;
     }
     free_plan(&of.plan);

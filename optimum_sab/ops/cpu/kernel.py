@@ -22,10 +22,11 @@ MAX_MEMBERS = 4  # MEMBERS of binary_linear.c
 
 # Tokens from which the weight is made dense, a chunk of rows at a time, and multiplied by torch; fewer go through the
 # packed kernel. By (path, matrix unit), as the library tells them. Measured at 4096 × 4096 on two Zen 4 cores, packed
-# against dense chunks: AVX-512, bf16 5.2 and 7.6 ms at 64 tokens, 20.5 and 22.1 at 256, 81 and 82 at 1024, fp32 20.5
-# and 49.7 at 256: never. AVX2 with torch held to AVX2 as well, one core, bf16 49 and 184 ms at 128 tokens, fp32 48
-# and 52: never. The portable path, one core, fp32 10.7 and 23 ms at 16 tokens, 42 and 39 at 64; 32 leaves room for
-# processors (Arm) whose dense products are better. A bf16 matrix unit (AMX) is not measured; 32 follows from its rate.
+# against dense chunks: AVX-512, fp32 20.5 and 49.7 ms at 256 tokens; bf16, in integers, half of the time of a dense
+# product without the making of chunks (4096 × 14336, 64 to 512 tokens): never. AVX2 with torch held to AVX2 as well,
+# one core, bf16 49 and 184 ms at 128 tokens, fp32 48 and 52: never. The portable path, one core, fp32 10.7 and 23 ms
+# at 16 tokens, 42 and 39 at 64; 32 leaves room for processors (Arm) whose dense products are better. A bf16 matrix
+# unit (AMX) is not measured; 32 follows from its rate.
 _NEVER = 2**62
 _DENSE_FROM = {
     (2, 1): {torch.float32: _NEVER, torch.bfloat16: 32, torch.float16: _NEVER},
@@ -50,9 +51,10 @@ def linear(inputs: Tensor, packed: PackedWeight, bias: Tensor | None = None) -> 
 def linear_of(inputs: Tensor, tensors: Sequence[Tensor], shape: LayerShape, bias: Tensor | None = None) -> Tensor:
     """``y = x Ŵᵀ + b``, without gradients.
 
-    Computed in fp32 from the signs (coded planes with AVX2 in integers of more bits) and rounded once, and once more
-    where a bias is added. Where dense products are faster (`_DENSE_FROM`) many tokens are multiplied with dense chunks
-    of the weight, in bf16 for bf16 inputs (as accurate as a dense layer), else in fp32.
+    Computed in fp32 from the signs (coded planes with AVX2 in integers of more bits; bf16 inputs with AVX-512 in
+    integers of 16 bits, integers.h) and rounded once, and once more where a bias is added. Where dense products are
+    faster (`_DENSE_FROM`) many tokens are multiplied with dense chunks of the weight, in bf16 for bf16 inputs (as
+    accurate as a dense layer), else in fp32.
 
     Args:
         inputs: x [tokens, in], float32, bfloat16 or float16 in CPU memory, contiguous or not.

@@ -21,13 +21,22 @@ FRACTIONS = [1 / 32, 1 / 16, 1 / 8, 5 / 128, 11 / 128]
 # One rounding of the result to the input's dtype, and fp32's sums, relative to the sum of the terms' sizes.
 ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SUMS = 1e-5
+INTEGER_SUMS = 5e-5  # of bf16 with AVX-512, where inputs without outliers are rounded to 2⁻¹⁵ of their block's largest
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+PATHS = {
+    "portable": ("-DSAB_PATH=0",),
+    "avx2": ("-DSAB_PATH=1",),
+    "avx512": ("-DSAB_PATH=2",),
+    "avx512 of Skylake": ("-DSAB_PATH=2", "-mno-avx512vnni", "-mno-avx512vbmi2"),
+}
+
+
+@pytest.fixture(params=list(PATHS))
 def path(request, monkeypatch):
     """Each of the kernel's paths that this machine has."""
-    number = ["portable", "avx2", "avx512"].index(request.param)
-    build = compiler.compile_library((f"-DSAB_PATH={number}",))
+    number = min(list(PATHS).index(request.param), 2)
+    build = compiler.compile_library(PATHS[request.param])
     if build.library is None or build.library.sab_path() != number:
         pytest.skip(f"no {request.param} here: {build.reason}")
     monkeypatch.setattr(kernel, "load_library", lambda: build.library)
@@ -67,14 +76,14 @@ def assert_near(found, inputs, packed, rounding):
     assert_near_slices([found], [inputs], packed, rounding)
 
 
-def assert_near_slices(found, inputs, packed, rounding):
+def assert_near_slices(found, inputs, packed, rounding, sums=SUMS):
     """Each `found` is the linear of its `inputs`; the reference computes them all together."""
     together = torch.cat(inputs)
     expected = binary_linear(together.float(), packed)
     size = together.float().abs() @ packed.dequantize().abs().T  # Σ |x| |W|: what rounding in the sums relates to
     for y, x in zip(found, inputs, strict=True):
         assert y.dtype == x.dtype and y.shape == (x.shape[0], packed.out_features)
-    allowed = rounding * expected.abs() + SUMS * size + 1e-7
+    allowed = rounding * expected.abs() + sums * size + 1e-7
     worst = ((torch.cat(found).float() - expected).abs() / allowed).nan_to_num(nan=float("inf"))
     assert worst.numel() == 0 or float(worst.max()) <= 1
 
@@ -122,7 +131,8 @@ def test_linear_rounds_once(path, random_packed, monkeypatch, fraction, dtype, c
     take_route(monkeypatch, "packed")
     packed = random_packed(37, 300, salient_fraction=fraction, code=code)
     inputs = [random_inputs(tokens, 300, dtype=dtype) for tokens in TOKENS]
-    assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, ROUNDING[dtype])
+    sums = INTEGER_SUMS if dtype is torch.bfloat16 and path.startswith("avx512") else SUMS
+    assert_near_slices([kernel.linear(x, packed) for x in inputs], inputs, packed, ROUNDING[dtype], sums)
 
 
 @every_code
@@ -215,6 +225,98 @@ def test_linear_is_the_same_for_any_number_of_threads(path, random_packed, code)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@every_code
+def test_linear_of_bf16_is_the_same_for_any_number_of_threads(path, random_packed, monkeypatch, code):
+    """There are so many tokens and columns that strips share what they read of the tables."""
+    take_route(monkeypatch, "packed")
+    packed, inputs = random_packed(331, 2600, code=code), random_inputs(70, 2600, dtype=torch.bfloat16)
+    threads = torch.get_num_threads()
+    found = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        try:
+            found.append(kernel.linear(inputs, packed))
+        finally:
+            torch.set_num_threads(threads)
+    assert_near_slices(found[:1], [inputs], packed, ROUNDING[torch.bfloat16], INTEGER_SUMS)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+WIDE = [*((p, s, "none") for p in PLANES for s in (32, 96, 128, 512)), *((p, 512, "trellis16") for p in CODED_PLANES)]
+
+
+@pytest.mark.parametrize(("planes", "block_size", "code"), WIDE)
+def test_linear_of_bf16_gives_a_token_the_same_in_any_company(
+    path, random_packed, monkeypatch, planes, block_size, code
+):
+    take_route(monkeypatch, "packed")
+    packed = random_packed(
+        130, 1100, base_planes=planes[0], residual_planes=planes[1], block_size=block_size, code=code,
+        salient_fraction=5 / 32 if block_size < 128 else 11 / 128,
+    )  # fmt: skip
+    inputs = random_inputs(37, 1100, dtype=torch.bfloat16)
+    together = kernel.linear(inputs, packed)
+    for count in (1, 2, 3, 4, 5, 33):
+        assert torch.equal(kernel.linear(inputs[-count:], packed), together[-count:])
+
+
+@every_code
+@pytest.mark.parametrize("outlier", [1.0, 30.0, 1e3, 1e6])
+@pytest.mark.parametrize("columns", [75, 512, 1000])
+def test_linear_of_bf16_is_as_accurate_as_its_rounding(path, random_packed, monkeypatch, columns, outlier, code):
+    """Closer to fp64 than a dense product, and hardly further than fp64 rounded to bf16."""
+    take_route(monkeypatch, "packed")
+    packed, inputs = random_packed(200, columns, code=code), random_inputs(37, columns, dtype=torch.bfloat16)
+    inputs[:, 70] *= outlier
+    exact = inputs.double() @ packed.dequantize().double().T
+    error = (kernel.linear(inputs, packed).double() - exact).norm()
+    dense = torch.nn.functional.linear(inputs, packed.dequantize().bfloat16())
+    assert error <= (dense.double() - exact).norm()
+    assert error <= 1.05 * (exact.bfloat16().double() - exact).norm()
+
+
+@pytest.mark.parametrize(("code", "planes"), [("none", 1), ("none", 3), ("trellis16", 1)])
+@pytest.mark.parametrize("kind", ["even", "equal", "one", "eight"])
+def test_linear_of_bf16_keeps_its_bound(path, random_packed, monkeypatch, kind, code, planes):
+    """Integers are off by at most half a unit, 2⁻¹⁶ of the largest sum |x₀| + … + |x₇| of neighbours in 256 columns."""
+    take_route(monkeypatch, "packed")
+    packed = random_packed(70, 1100, code=code, base_planes=planes, residual_planes=0)
+    inputs = random_inputs(9, 1100, dtype=torch.bfloat16)
+    if kind == "equal":
+        inputs = inputs.sign()
+    elif kind == "one":
+        inputs[:, ::256] *= 4096
+    elif kind == "eight":
+        inputs.view(-1, 1100)[:, 512:520] *= 4096
+    scale = packed.tensors["col_scale"].view(torch.float16).double()
+    scaled = torch.nn.functional.pad(inputs.double() * scale, (0, 1280 - 1100)).abs()
+    unit = scaled.view(9, -1, 32, 8).sum(-1).amax(-1) / 32_762  # [tokens, 256 columns]
+    off = unit.repeat_interleave(256, 1)[:, :1100] / 2
+    weight = packed.dequantize().double()
+    exact = inputs.double() @ weight.T
+    bound = off @ (weight / scale).abs().T + ROUNDING[torch.bfloat16] * exact.abs() * 1.01
+    bound += 1e-6 * (inputs.double().abs() @ weight.abs().T)  # fp32's sums
+    assert ((kernel.linear(inputs, packed).double() - exact).abs() <= bound).all()
+
+
+@every_code
+def test_linear_of_bf16_inputs_of_any_size_is_the_same_but_for_the_size(path, random_packed, monkeypatch, code):
+    take_route(monkeypatch, "packed")
+    packed, inputs = random_packed(40, 700, code=code), random_inputs(5, 700, dtype=torch.bfloat16)
+    inputs[:, 256:512] *= 2.0**-20  # blocks differ
+    found = kernel.linear(inputs, packed)
+    for power in (2.0**-60, 2.0**80):
+        assert torch.equal(kernel.linear(inputs * power, packed), found * power)
+    tiny = inputs * 2.0**-130  # subnormal ones among them
+    assert_near(kernel.linear(tiny, packed), tiny, packed, ROUNDING[torch.bfloat16])
+    assert not kernel.linear(torch.zeros(3, 700, dtype=torch.bfloat16), packed).any()
+    packed.tensors["row_exponent"].fill_(-40)
+    packed.tensors["col_scale"].view(torch.float16).clamp_(max=1.0)
+    largest = torch.zeros(1, 700, dtype=torch.bfloat16)
+    largest[0, 300] = torch.finfo(torch.bfloat16).max / 4096  # row scales are up to 448 before their exponent
+    assert_near(kernel.linear(largest, packed), largest, packed, ROUNDING[torch.bfloat16])
+
+
 def test_linear_accepts_inputs_that_are_not_contiguous(route, random_packed):
     packed = random_packed(20, 75)
     for view in (random_inputs(75, 8).T, random_inputs(5, 150)[:, ::2], random_inputs(1, 75).expand(3, -1)):
@@ -223,27 +325,29 @@ def test_linear_accepts_inputs_that_are_not_contiguous(route, random_packed):
 
 
 @every_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_linear_is_not_finite_where_the_reference_is_not(path, route, random_packed, value, code):
+def test_linear_is_not_finite_where_the_reference_is_not(path, route, random_packed, value, dtype, code):
     packed = random_packed(40, 300, code=code)
     for column in (0, 127, 128, 299, int(packed.salient_columns()[3])):
-        inputs = random_inputs(5, 300)
+        inputs = random_inputs(5, 300, dtype=dtype)
         inputs[2, column] = value
-        finite = binary_linear(inputs, packed).isfinite()
+        finite = binary_linear(inputs.float(), packed).isfinite()
         assert not finite[2].any() and finite[[0, 1, 3, 4]].all()
         assert torch.equal(kernel.linear(inputs, packed).isfinite(), finite)
 
 
 @every_code
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [128, 512])
-def test_linear_reads_nothing_outside_its_inputs_for_a_damaged_index(path, random_packed, block_size, code):
+def test_linear_reads_nothing_outside_its_inputs_for_a_damaged_index(path, random_packed, block_size, dtype, code):
     """Whatever lies behind x and the column scales is NaN here, and would show in the result."""
     packed = random_packed(20, 75, block_size=block_size, code=code)
     packed.tensors["residual_index"].fill_(-1 if block_size > 256 else 255)
     scale = torch.full((4096,), 0x7E00, dtype=torch.int16)
     scale[:75] = packed.tensors["col_scale"]
     packed.tensors["col_scale"] = scale[:75]
-    inputs = torch.full((70_000,), float("nan"))
+    inputs = torch.full((70_000,), float("nan"), dtype=dtype)
     inputs[:75] = 1.0
     assert kernel.linear(inputs[:75].view(1, 75), packed).isfinite().all()
 
