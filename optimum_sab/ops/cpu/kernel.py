@@ -23,7 +23,7 @@ MAX_MEMBERS = 4  # MEMBERS of binary_linear.c
 # Tokens from which the weight is made dense, a chunk of rows at a time, and multiplied by torch; fewer go through the
 # packed kernel. By (path, matrix unit), as the library tells them. Measured at 4096 × 4096 on two Zen 4 cores, packed
 # against dense chunks: AVX-512, fp32 20.5 and 49.7 ms at 256 tokens; bf16, in integers, half of the time of a dense
-# product without the making of chunks (4096 × 14336, 64 to 512 tokens): never. AVX2 with torch held to AVX2 as well,
+# product, which has no chunks to make (4096 × 14336, 64 and 512 tokens): never. AVX2 with torch held to AVX2 as well,
 # one core, bf16 49 and 184 ms at 128 tokens, fp32 48 and 52: never. The portable path, one core, fp32 10.7 and 23 ms
 # at 16 tokens, 42 and 39 at 64; 32 leaves room for processors (Arm) whose dense products are better. A bf16 matrix
 # unit (AMX) is not measured; 32 follows from its rate.
