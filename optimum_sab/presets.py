@@ -45,6 +45,7 @@ class RunSettings:
     refine_steps: int = RefineSettings.steps
     temperature_scaling: bool = True
     examples: bool = True
+    stream_weights: bool = False
     resume_folder: str | None = None
     backend: str | None = None
 
@@ -69,7 +70,7 @@ class RunSettings:
         check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
         check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)
         check_integer("seed", self.seed, 0, MOST_SEED)
-        for name in ("refine", "temperature_scaling", "examples"):
+        for name in ("refine", "temperature_scaling", "examples", "stream_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         RefineSettings(self.refine_epochs, self.refine_steps)

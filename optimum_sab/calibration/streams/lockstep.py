@@ -26,7 +26,7 @@ from optimum_sab.calibration.streams.lockstep_block import LockstepBlock
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
 from optimum_sab.calibration.streams.patching import patched_forwards
-from optimum_sab.calibration.streams.placement import device_of, first_device, map_tensors
+from optimum_sab.calibration.streams.placement import block_at, first_device, map_tensors
 from optimum_sab.calibration.streams.visitor import Visitor
 from optimum_sab.errors import LockstepError
 from optimum_sab.nn.experts import SABExperts
@@ -104,23 +104,11 @@ class Lockstep:
         past = {worker: pause for worker, pause in waiting.items() if worker not in here}
         visitor.enter(index)
         self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines, self.every_token)
-        with self._brought(self.blocks[index]):
+        with block_at(self.blocks[index], self.device):
             here = self._visit.run(here, visitor, finisher)
         if index + 1 < len(self.blocks):
             here = self._coroutines.resume(here)
         return {worker: here[worker] if worker in here else past[worker] for worker in waiting}
-
-    @contextmanager
-    def _brought(self, block: nn.Module) -> Iterator[None]:
-        home = device_of(block)
-        if self.device is None or home is None or home == self.device:
-            yield
-            return
-        block.to(self.device)
-        try:
-            yield
-        finally:
-            block.to(home)
 
     def _finish(self, waiting: Waiting, to_head: Collection[Worker]) -> dict[Worker, Tensor]:
         """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.samples.forward_inputs import token_count
+from optimum_sab.calibration.streams.placement import home_of
 from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
@@ -84,7 +85,7 @@ def warn_of_memory(
         device: where blocks are moved while they are worked on; None leaves them where they are.
         two_streams: whether a dense stream will run beside the quantized one.
     """
-    place = device or next(model.parameters()).device
+    place = device or home_of(model)
     free, widths = free_memory(place), _widths(model, selection)
     if free is None or widths is None:
         return
