@@ -265,8 +265,8 @@ class SABConfig(QuantizationConfigMixin):
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
         if self.stream_weights and isinstance(self.calibration, str) and self.calibration == SELF:
             raise ConfigError(
-                "stream_weights does not go with calibration='self': a model that writes its samples would read all its "
-                "weights from disk for every token. Use calibration='builtin', or give samples."
+                "stream_weights does not go with calibration='self': a model that writes its samples would read all "
+                "its weights from disk for every token. Use calibration='builtin', or give samples."
             )
         if self.verify not in VERIFY or not isinstance(self.verify, (bool, str)):
             raise ConfigError(f"verify={self.verify!r} must be true, false or 'all'.")

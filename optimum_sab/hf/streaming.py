@@ -1,9 +1,10 @@
 """A checkpoint whose decoder blocks stay in their files while the model is loaded, and are read one at a time.
 
-What becomes of the stored tensors (names, merged and split matrices, dtypes) is for Transformers to say. Its own function
-that fills a model is asked three times: with tensors on meta in the place of all stored ones, to see what comes of them;
-with those outside of the blocks, to fill the model; and, later, with those of one block, to fill a twin of the model from
-which they are taken. `install` puts this around that function, since it is told of nothing earlier what it is to leave out.
+What becomes of the stored tensors (names, merged and split matrices, dtypes) is for Transformers to say. Its own
+function that fills a model is asked three times: with tensors on meta in the place of all stored ones, to see what
+comes of them; with those outside of the blocks, to fill the model; and, later, with those of one block, to fill a twin
+of the model from which they are taken. `install` puts `asking` around that function, since a quantizer cannot tell
+Transformers in any other way what it is to leave out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -83,8 +84,8 @@ def check_stored(files: Sequence[str] | None) -> None:
     other = next((file for file in files or () if not str(file).endswith(".safetensors")), None)
     if other is not None:
         raise ConfigError(
-            f"stream_weights reads parts of safetensors files, and {os.path.basename(other)} is none. Load the model once "
-            "without it and save it with save_pretrained, which writes safetensors; or leave stream_weights out."
+            f"stream_weights reads parts of safetensors files, and {os.path.basename(other)} is none. Load the model "
+            "once without it and save it with save_pretrained, which writes safetensors; or leave stream_weights out."
         )
 
 
@@ -147,8 +148,8 @@ class Streaming:
         for name, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
             if name.startswith(starts) or source.startswith(starts):
                 raise ConfigError(
-                    f"stream_weights reads every decoder block by itself, and {name} of {type(model).__name__} is shared "
-                    f"with {source}; leave stream_weights out for this model."
+                    f"stream_weights reads every decoder block by itself, and {name} of {type(model).__name__} is "
+                    f"shared with {source}; leave stream_weights out for this model."
                 )
 
 
@@ -181,7 +182,7 @@ class StoredTensors:
                 for path in set(places.values()):
                     self._check(path)
                 handles: dict[str, Any] = {
-                    path: stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))  # type: ignore[call-arg]
+                    path: stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
                     for path in set(places.values())
                 }
                 yield {key: handles[path].get_slice(key) for key, path in places.items()}
@@ -234,7 +235,7 @@ class _BlockSource:
         return {name.removeprefix(f"{block}."): tensor.detach() for name, tensor in found.items()}
 
 
-def _owners(model: Any, keys: Mapping[str, Any], blocks: Sequence[str], mapping: Sequence[Any] | None) -> dict[str, str]:
+def _owners(model: Any, keys: Collection[str], blocks: Sequence[str], mapping: Sequence[Any] | None) -> dict[str, str]:
     """By stored name: the block that a tensor is for, found as Transformers finds it; those outside are left out."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -257,7 +258,7 @@ def _owners(model: Any, keys: Mapping[str, Any], blocks: Sequence[str], mapping:
 def _tensor(model: nn.Module, name: str) -> Tensor:
     stem, _, key = name.rpartition(".")
     owner = model.get_submodule(stem)
-    found = owner._parameters.get(key)
+    found: Tensor | None = owner._parameters.get(key)
     if found is None:
         found = owner._buffers.get(key)
     assert found is not None

@@ -86,7 +86,7 @@ def _places(block: nn.Module, path: str, tensor: Tensor) -> Iterator[tuple[nn.Mo
 
 @contextmanager
 def streamed(model: nn.Module, blocks: Sequence[StreamedBlock]) -> Iterator[None]:
-    """Inside, these blocks fetch their weights when they are called; at its end, those that are dense have come to stay.
+    """Inside, these blocks fetch their weights when they are called; at the end, dense ones have come to stay.
 
     After an error they are left on meta.
 

@@ -12,6 +12,7 @@ from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from optimum_sab import AutoModelForVision2Seq
+from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.stages.blocks import SolveBlocks
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
 from optimum_sab.errors import ConfigError, SampleError, StreamError
@@ -51,6 +52,18 @@ def mixture(llama_folder, tmp_path_factory):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def few(texts):
+    return texts[:4]
+
+
+@pytest.fixture(scope="module")
+def plain(sharded, quicker_config, few, tmp_path_factory):
+    """What is saved of a run in memory."""
+    model = quantize(sharded, quicker_config(calibration=few))
+    return saved(model, tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture
@@ -97,11 +110,11 @@ def section(model, name):
 @streams
 @pytest.mark.parametrize(
     "changes",
-    [{"calibration_samples": 6}, {"refine": True, "refine_epochs": 1, "refine_steps": 1, "allocation": "uniform"}],
+    [{}, {"refine": True, "refine_epochs": 1, "refine_steps": 1, "allocation": "uniform"}],
     ids=["allocation", "refinement"],
 )
-def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, texts, tmp_path, held, changes):
-    given = {"calibration": texts, "iterations": 1, "sweeps": 0, **changes}
+def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, few, tmp_path, held, changes):
+    given = {"calibration": few, "iterations": 1, "sweeps": 0, **changes}
     plain = saved(quantize(sharded, quick_config(**given)), tmp_path / "plain")
     model = quantize(sharded, quick_config(**given, stream_weights=True))
     assert saved(model, tmp_path / "streamed") == plain
@@ -112,14 +125,15 @@ def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, texts, tmp_
 
 
 @streams
-def test_experts_that_are_renamed_and_merged_come_block_by_block(mixture, quicker_config, texts, tmp_path, held):
-    plain = saved(quantize(mixture, quicker_config(calibration=texts)), tmp_path / "plain")
-    found = saved(quantize(mixture, quicker_config(calibration=texts, stream_weights=True)), tmp_path / "streamed")
+def test_experts_that_are_renamed_and_merged_come_block_by_block(mixture, quicker_config, few, tmp_path, held):
+    plain = saved(quantize(mixture, quicker_config(calibration=few)), tmp_path / "plain")
+    found = saved(quantize(mixture, quicker_config(calibration=few, stream_weights=True)), tmp_path / "streamed")
     assert found == plain
     assert held["most"] == 2
 
 
 @streams
+@pytest.mark.full
 def test_vision_language_model_with_pictures_is_the_same(example, quicker_config, tmp_path):
     found = {}
     for stream in (False, True):
@@ -129,15 +143,14 @@ def test_vision_language_model_with_pictures_is_the_same(example, quicker_config
 
 
 @streams
-def test_a_block_that_stays_dense_is_fetched_once_and_stays(sharded, quicker_config, texts, tmp_path, held):
-    given = {"calibration": texts, "modules_to_not_convert": ["layers.1"]}
-    plain = saved(quantize(sharded, quicker_config(**given)), tmp_path / "plain")
-    assert saved(quantize(sharded, quicker_config(**given, stream_weights=True)), tmp_path / "streamed") == plain
-
-
-@streams
-def test_the_report_says_what_is_left_out(sharded, quicker_config, texts):
-    model = quantize(sharded, quicker_config(calibration=texts, examples=True, stream_weights=True))
+def test_a_block_that_stays_dense_stays_and_the_report_says_what_is_left_out(
+    sharded, quicker_config, few, tmp_path, held
+):
+    given = {"calibration": few, "modules_to_not_convert": ["layers.1"]}
+    wanted = saved(quantize(sharded, quicker_config(**given)), tmp_path / "plain")
+    model = quantize(sharded, quicker_config(**given, examples=True, stream_weights=True))
+    assert saved(model, tmp_path / "streamed") == wanted
+    assert held["now"] == 0
     assert "every token" in section(model, "dense examples")
     assert section(model, "comparison")["text"].kl > 0
 
@@ -149,12 +162,9 @@ class StoppedError(Exception):
 @streams
 @pytest.mark.parametrize("first", [True, False], ids=["streamed-first", "in-memory-first"])
 def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
-    sharded, quicker_config, texts, tmp_path, monkeypatch, first
+    sharded, quicker_config, few, plain, tmp_path, monkeypatch, first
 ):
-    given = {"calibration": texts, "resume_folder": tmp_path / "run"}
-    leave = streaming_leave = None
-    from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
-
+    given = {"calibration": few, "resume_folder": tmp_path / "run"}
     leave = BlockBinarizer.leave
 
     def stopping(self, index, drift):
@@ -162,19 +172,16 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
         if index == 1:
             raise StoppedError
 
-    del streaming_leave
     monkeypatch.setattr(BlockBinarizer, "leave", stopping)
     with pytest.raises(StoppedError):
         quantize(sharded, quicker_config(**given, stream_weights=first))
     monkeypatch.setattr(BlockBinarizer, "leave", leave)
     known = []
-    monkeypatch.setattr(
-        BlockBinarizer, "known", lambda self, index, own=BlockBinarizer.known: known.append(own(self, index)) or known[-1]
-    )
-    resumed = saved(quantize(sharded, quicker_config(**given, stream_weights=not first)), tmp_path / "resumed")
+    asked = BlockBinarizer.known
+    monkeypatch.setattr(BlockBinarizer, "known", lambda self, index: known.append(asked(self, index)) or known[-1])
+    resumed = saved(quantize(sharded, quicker_config(**given, stream_weights=True)), tmp_path / "resumed")
     assert any(known) and not all(known)
-    plain = quicker_config(**{**given, "resume_folder": tmp_path / "another"})
-    assert resumed == saved(quantize(sharded, plain), tmp_path / "plain")
+    assert resumed == plain
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -182,26 +189,26 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
 
 @streams
 @pytest.mark.parametrize("places", ["auto", {"model.layers.0": "cpu", "": "disk"}])
-def test_a_device_map_over_several_places_is_refused(sharded, quicker_config, texts, places):
+def test_a_device_map_over_several_places_is_refused(sharded, quicker_config, few, places):
     with pytest.raises(ConfigError, match="device_map"):
-        quantize(sharded, quicker_config(calibration=texts, stream_weights=True), device_map=places)
+        quantize(sharded, quicker_config(calibration=few, stream_weights=True), device_map=places)
 
 
 @streams
-def test_weights_of_another_format_are_refused_by_name(llama_folder, quicker_config, texts, tmp_path):
+def test_weights_of_another_format_are_refused_by_name(llama_folder, quicker_config, few, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(llama_folder, folder)
     model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
     (folder / "model.safetensors").unlink()
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin is none.*save_pretrained"):
-        quantize(folder, quicker_config(calibration=texts, stream_weights=True))
+        quantize(folder, quicker_config(calibration=few, stream_weights=True))
 
 
 @streams
-def test_weights_that_are_given_in_memory_are_refused(sharded, quicker_config, texts):
+def test_weights_that_are_given_in_memory_are_refused(sharded, quicker_config, few):
     model = LlamaForCausalLM.from_pretrained(sharded, dtype=torch.float32)
-    config = quicker_config(calibration=texts, stream_weights=True)
+    config = quicker_config(calibration=few, stream_weights=True)
     with pytest.raises(ConfigError, match="state_dict"):
         LlamaForCausalLM.from_pretrained(
             None, config=model.config, state_dict=model.state_dict(), quantization_config=config
@@ -214,24 +221,27 @@ def test_samples_that_the_model_writes_are_refused(quicker_config):
 
 
 @streams
-def test_blocks_that_share_weights_are_refused(sharded, quicker_config, texts, monkeypatch):
+def test_blocks_that_share_weights_are_refused(sharded, quicker_config, few, monkeypatch):
     tied = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
     monkeypatch.setattr(LlamaForCausalLM, "get_expanded_tied_weights_keys", lambda self, all_submodels=False: tied)
     with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight .* is shared with"):
-        quantize(sharded, quicker_config(calibration=texts, stream_weights=True))
+        quantize(sharded, quicker_config(calibration=few, stream_weights=True))
 
 
 @streams
 @pytest.mark.parametrize("stage", [SolveBlocks, OpenResumeFolder], ids=["while-solving", "before"])
 @pytest.mark.parametrize("damage", ["changed", "gone", "cut"])
 def test_files_that_change_during_the_run_end_it_by_name(
-    sharded, quicker_config, texts, tmp_path, monkeypatch, stage, damage
+    sharded, quicker_config, few, tmp_path, monkeypatch, stage, damage
 ):
     folder = tmp_path / "moving"
     shutil.copytree(sharded, folder)
-    file = Path(folder, json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][
-        "model.layers.2.mlp.up_proj.weight"
-    ])
+    file = Path(
+        folder,
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][
+            "model.layers.2.mlp.up_proj.weight"
+        ],
+    )
     apply = stage.apply
 
     def moved(self, run, on_step):
@@ -244,19 +254,19 @@ def test_files_that_change_during_the_run_end_it_by_name(
         return apply(self, run, on_step)
 
     monkeypatch.setattr(stage, "apply", moved)
-    config = quicker_config(calibration=texts, stream_weights=True, resume_folder=tmp_path / "run")
+    config = quicker_config(calibration=few, stream_weights=True, resume_folder=tmp_path / "run")
     with pytest.raises(StreamError, match=rf"{file.name}.*resume_folder"):
         quantize(folder, config)
 
 
 @streams
-def test_a_missing_shard_is_named_before_a_weight_is_read(sharded, quicker_config, texts, tmp_path):
+def test_a_missing_shard_is_named_before_a_weight_is_read(sharded, quicker_config, few, tmp_path):
     folder = tmp_path / "incomplete"
     shutil.copytree(sharded, folder)
     file = sorted(folder.glob("*.safetensors"))[1]
     file.unlink()
     with pytest.raises((OSError, SampleError), match=file.name):
-        quantize(folder, quicker_config(calibration=texts, stream_weights=True))
+        quantize(folder, quicker_config(calibration=few, stream_weights=True))
 
 
 def test_a_line_of_transformers_without_conversions_is_refused(monkeypatch):

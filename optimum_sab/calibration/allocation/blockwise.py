@@ -1,8 +1,8 @@
-"""A backward pass of many samples at once, block after block, so that each block's weights are fetched twice in all.
+"""A backward pass of many samples at once, block after block: each block's weights are fetched twice in all.
 
-The graph of every sample is cut at its blocks. On the way in, a block gives tensors that begin a graph of their own, and
-only its arguments are kept. On the way back it computes again from these, with gradients: what comes to its outputs goes
-through it to its arguments, and from there through the model's own way to the outputs of earlier blocks.
+The graph of every sample is cut at its blocks. On the way in, a block gives tensors that begin a graph of their own,
+and only its arguments are kept. On the way back it computes again from these, with gradients: what comes to its outputs
+goes through it to its arguments, and from there through the model's own way to the outputs of earlier blocks.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ def home_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def block_at(block: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Inside, the block's weights are there, on ``device`` (None leaves them where they are); outside, at home again."""
+    """Inside, the block's weights are there, on ``device`` (None: where they are); outside, they are at home again."""
     with weights_here(block):
         home = device_of(block)
         if device is None or home is None or home == device:
