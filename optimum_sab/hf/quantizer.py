@@ -109,7 +109,8 @@ class SABHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ConfigError(
                 "device_map sends modules to disk, where they cannot be binarized; load on the CPU (device_map='cpu') "
-                "and name the accelerator in SABConfig(calibration_device=...)."
+                "and name the accelerator in SABConfig(calibration_device=...). Where the model does not fit into "
+                "memory, SABConfig(stream_weights=True) without a device_map reads one decoder block at a time."
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:

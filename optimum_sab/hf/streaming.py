@@ -60,18 +60,18 @@ def check_streaming(call: Mapping[str, Any], device_map: Any) -> None:
         device_map: as it was given there.
 
     Raises:
-        ConfigError: Transformers is too old, weights are given in memory, or the device map has several places.
+        ConfigError: Transformers is too old, weights are given in memory, or a device map places them.
     """
     if not RENAMES or not hasattr(modeling_utils, _FILLS):
         raise ConfigError("stream_weights needs Transformers 5; upgrade it, or leave stream_weights out.")
     if call.get("state_dict") is not None:
         raise ConfigError("stream_weights reads weights from their files, and state_dict gives them; leave one out.")
-    places = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-    if len(places) > 1 or places & {"auto", "balanced", "balanced_low_0", "sequential", "disk", "meta"}:
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if any(str(place) not in ("None", "cpu") for place in places):
         raise ConfigError(
-            f"stream_weights does not go with device_map={device_map!r}, which would spread the dense model: with it a "
-            "block at a time is in memory. Leave device_map out, and name the accelerator in "
-            "SABConfig(calibration_device=...)."
+            f"stream_weights does not go with device_map={device_map!r}, which places all of the dense model, and with "
+            "it no more than a block at a time is there. Leave device_map out, name the accelerator in "
+            "SABConfig(calibration_device=...), and bring the packed model to it afterwards."
         )
 
 
@@ -115,17 +115,23 @@ class Streaming:
             What the function gives, as if it had filled the blocks too.
 
         Raises:
-            ConfigError: the blocks share weights with each other or with the rest of the model.
+            ConfigError: the blocks share weights with each other or with the rest of the model; or what comes of a
+            tensor does not show without its values.
         """
         self._refuse_tied(model)
         stored = StoredTensors(read_headers(self._files))
-        twin = copy.deepcopy(model)
+        twin = _twin(model)
         on_meta = {key: stored.on_meta(key) for key in state_dict}
         # every call is given a mapping of its own, since mappings remember by what they were used
         given = copy.deepcopy(load_config.weight_mapping)
         trial = replace(load_config, device_map={"": "meta"}, weight_mapping=copy.deepcopy(given))
         with _without_bar():
             info, index = fill(twin, on_meta, trial)
+        for name, reason in info.conversion_errors.items():
+            raise ConfigError(
+                f"stream_weights has to know what comes of every stored tensor without reading it, and of {name} that "
+                f"does not show ({reason.strip().splitlines()[-1]}); leave stream_weights out for this model."
+            )
         lost = info.missing_keys | {name for name, *_ in info.mismatched_keys}
         owners = _owners(model, on_meta, self._blocks, given)
         rest = {key: value for key, value in state_dict.items() if key not in owners}
@@ -233,6 +239,14 @@ class _BlockSource:
         if missing is not None:
             raise StreamError(f"{missing} cannot be had from the checkpoint's files. {_AGAIN}")
         return {name.removeprefix(f"{block}."): tensor.detach() for name, tensor in found.items()}
+
+
+def _twin(model: Any) -> Any:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a model's own code decides what can be copied
+        kind = type(model).__name__
+        raise ConfigError(f"stream_weights copies the empty {kind}, which fails ({error}); leave it out.") from error
 
 
 def _owners(model: Any, keys: Collection[str], blocks: Sequence[str], mapping: Sequence[Any] | None) -> dict[str, str]:

@@ -188,7 +188,7 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
 
 
 @streams
-@pytest.mark.parametrize("places", ["auto", {"model.layers.0": "cpu", "": "disk"}])
+@pytest.mark.parametrize("places", ["auto", {"model.layers.0": "cpu", "": "meta"}])
 def test_a_device_map_over_several_places_is_refused(sharded, quicker_config, few, places):
     with pytest.raises(ConfigError, match="device_map"):
         quantize(sharded, quicker_config(calibration=few, stream_weights=True), device_map=places)
