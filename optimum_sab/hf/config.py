@@ -39,6 +39,7 @@ _TRANSIENT = (  # of one call
     "resume_folder",
     "examples",
     "stream_weights",
+    "activation_memory",
 )
 _SAVE = "weights"  # in ``measured``: the save the configuration was written by
 _ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it stores, and rules apply in their order
@@ -83,7 +84,10 @@ class SABConfig(QuantizationConfigMixin):
             to the dense model's; needs the dense stream that ``propagation`` runs.
         stream_weights: leave the dense weights of the decoder blocks in their safetensors files and read one block at a
             time, while it is worked on: for a model that does not fit into memory. The packed model is the same, bit
-            for bit. Needs Transformers 5, and goes with no ``device_map`` over several devices. Not stored.
+            for bit. Needs Transformers 5, and goes with no ``device_map`` but the CPU's. Not stored.
+        activation_memory: GiB of the samples' activations that may wait in memory while blocks are solved; what is
+            beyond lies in memory-mapped files, in ``resume_folder`` or else the system's folder for temporary files
+            (TMPDIR). None for no bound. Changes nothing in the packed model. Not stored.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
         examples: let the dense model and the finished one write a few words to the same few prompts, for the report.
             Changes nothing in the model. Not stored.
@@ -134,6 +138,7 @@ class SABConfig(QuantizationConfigMixin):
         refine_steps: int = RunSettings.refine_steps,
         temperature_scaling: bool = RunSettings.temperature_scaling,
         stream_weights: bool = RunSettings.stream_weights,
+        activation_memory: float | None = RunSettings.activation_memory,
         resume_folder: str | Path | None = RunSettings.resume_folder,
         examples: bool = RunSettings.examples,
         processor: Any = None,
@@ -193,6 +198,7 @@ class SABConfig(QuantizationConfigMixin):
         self.refine_steps = refine_steps
         self.temperature_scaling = temperature_scaling
         self.stream_weights = stream_weights
+        self.activation_memory = activation_memory
         self.resume_folder = resume_folder
         self.examples = examples
         self.processor = processor

@@ -15,6 +15,7 @@ from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.stages.blocks import SolveBlocks
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.errors import ConfigError, SampleError, StreamError
 from optimum_sab.hf import streaming
 from optimum_sab.nn import streamed
@@ -109,14 +110,21 @@ def section(model, name):
 
 @streams
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"refine": True, "refine_epochs": 1, "refine_steps": 1, "allocation": "uniform"}],
-    ids=["allocation", "refinement"],
+    ("changes", "room"),
+    [
+        ({}, {}),
+        ({"refine": True, "refine_epochs": 1, "refine_steps": 1, "allocation": "uniform"}, {"activation_memory": 0}),
+    ],
+    ids=["allocation", "refinement-with-mapped-activations"],
 )
-def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, few, tmp_path, held, changes):
+def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, few, tmp_path, held, monkeypatch, changes, room):
     given = {"calibration": few, "iterations": 1, "sweeps": 0, **changes}
     plain = saved(quantize(sharded, quick_config(**given)), tmp_path / "plain")
-    model = quantize(sharded, quick_config(**given, stream_weights=True))
+    before = []
+    own = MappedActivations._map
+    monkeypatch.setattr(MappedActivations, "_map", lambda self, tensors: before.append(1) or own(self, tensors))
+    model = quantize(sharded, quick_config(**given, stream_weights=True, **room))
+    assert bool(before) == bool(room)
     assert saved(model, tmp_path / "streamed") == plain
     assert held["now"] == 0 and held["most"] == 2  # the rehearsed one, and the one that is called
     assert held["fetched"] >= 3 * 6

@@ -23,6 +23,7 @@ from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedInputs, expert_linears
 from optimum_sab.calibration.streams.lockstep_block import LockstepBlock
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
 from optimum_sab.calibration.streams.patching import patched_forwards
@@ -47,6 +48,7 @@ class Lockstep:
         two_streams: run a dense stream beside the quantized one.
         device: where each block is moved while its samples run; None leaves everything where it is.
         every_token: experts are shown all tokens; what the model computes stays routed.
+        mapped: what bounds the memory of samples that wait; None for no bound.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Lockstep:
     two_streams: bool
     device: torch.device | None = None
     every_token: bool = False
+    mapped: MappedActivations | None = None
     _visit: BlockVisit | None = field(default=None, init=False)
 
     def run(
@@ -83,7 +86,7 @@ class Lockstep:
         streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
         workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
         with torch.no_grad(), self._patched(head):
-            self._coroutines = Coroutines(workers, self._forward)
+            self._coroutines = Coroutines(workers, self._forward, self.mapped)
             try:
                 waiting = self._coroutines.start()
                 for index in range(len(self.blocks)):

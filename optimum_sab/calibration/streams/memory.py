@@ -75,6 +75,7 @@ def warn_of_memory(
     samples: Sequence[Mapping[str, Any]],
     device: torch.device | None,
     two_streams: bool,
+    room: int | None = None,
 ) -> None:
     """Warn where calibration takes more than is free.
 
@@ -84,6 +85,7 @@ def warn_of_memory(
         samples: forward keyword arguments, one dict per sample.
         device: where blocks are moved while they are worked on; None leaves them where they are.
         two_streams: whether a dense stream will run beside the quantized one.
+        room: bytes that activations may take in the machine's memory, where they lie in files beyond that.
     """
     place = device or home_of(model)
     free, widths = free_memory(place), _widths(model, selection)
@@ -91,12 +93,15 @@ def warn_of_memory(
         return
     tokens = sum(map(token_count, samples))
     needed = calibration_bytes(tokens, 1 + two_streams, *widths)
+    if room is not None and place.type == "cpu":
+        needed -= max(0, activation_bytes(tokens, 1 + two_streams, *widths) - room)
     if needed <= free:
         return
     warn(
         f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {place} has "
         f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
-        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size."
+        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size. On "
+        "the CPU activation_memory=1 (GiB) leaves what is beyond that of them to memory-mapped files."
     )
 
 
