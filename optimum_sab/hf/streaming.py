@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from transformers import modeling_utils
 
 from optimum_sab.errors import ConfigError, StreamError
@@ -44,9 +45,9 @@ def asking(fill: Fill) -> Fill:
     @functools.wraps(fill)
     def filled(model: Any, state_dict: Any, load_config: Any, disk_offload_index: Any = None) -> Any:
         streaming = getattr(load_config.hf_quantizer, "streaming", None)
-        if streaming is None:
-            return fill(model, state_dict, load_config, disk_offload_index)
-        return streaming.fill(fill, model, state_dict, load_config)
+        if isinstance(streaming, Streaming):
+            return streaming.fill(fill, model, state_dict, load_config)
+        return fill(model, state_dict, load_config, disk_offload_index)
 
     filled.without_streaming = fill  # type: ignore[attr-defined]
     return filled
@@ -143,6 +144,8 @@ class Streaming:
         for block in self._blocks:
             names = tuple(n for n in twin.state_dict() if n.startswith(f"{block}.") and n not in lost)
             for name in names:
+                if name.endswith(_EXTRA_STATE_KEY_SUFFIX):
+                    raise ConfigError(f"stream_weights reads tensors, and {name} is none; leave it out for this model.")
                 _tensor(model, name)._is_hf_initialized = True  # type: ignore[attr-defined]  # nobody is to draw it
             keys = tuple(key for key, owner in owners.items() if owner == block)
             source = _BlockSource(fill, twin, stored, replace(plain, weight_mapping=copy.deepcopy(given)))
@@ -183,24 +186,26 @@ class StoredTensors:
             StreamError: a file is gone, damaged, or no longer what it was when its header was read.
         """
         places = {key: self._entries[key][0] for key in keys}
+        paths = sorted(set(places.values()))
         with ExitStack() as stack:
-            try:
-                for path in set(places.values()):
-                    self._check(path)
-                handles: dict[str, Any] = {
-                    path: stack.enter_context(safe_open(path, framework="pt", device="cpu", backend="pread"))
-                    for path in set(places.values())
-                }
-                yield {key: handles[path].get_slice(key) for key, path in places.items()}
-            except (SafetensorError, OSError) as error:
-                raise StreamError(
-                    f"{next(iter(set(places.values())))} cannot be read any more ({error}). {_AGAIN}"
-                ) from error
-        for path in set(places.values()):
+            handles: dict[str, Any] = {path: stack.enter_context(self._open(path)) for path in paths}
+            yield {key: handles[path].get_slice(key) for key, path in places.items()}
+        for path in paths:
             self._check(path)
 
+    def _open(self, path: str) -> Any:
+        self._check(path)
+        try:
+            return safe_open(path, framework="pt", device="cpu", backend="pread")
+        except (SafetensorError, OSError) as error:
+            raise StreamError(f"{path} cannot be read any more ({error}). {_AGAIN}") from error
+
     def _check(self, path: str) -> None:
-        if _mark(path) != self._marks[path]:
+        try:
+            changed = _mark(path) != self._marks[path]
+        except OSError as error:
+            raise StreamError(f"{path} cannot be read any more ({error}). {_AGAIN}") from error
+        if changed:
             raise StreamError(f"{path} has changed while its weights were read. {_AGAIN}")
 
 

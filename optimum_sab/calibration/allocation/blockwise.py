@@ -42,7 +42,6 @@ class BlockwiseBackward:
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device | None = None) -> None:
         self._blocks, self._device = blocks, device
         self._forwards: list[Callable[..., Any]] = []
-        self._call: _Call | None = None
 
     def run(self, forward: Callable[[int], None], count: int, on_step: Callable[[int, int], None]) -> None:
         """Take all samples forth and back.
@@ -50,11 +49,12 @@ class BlockwiseBackward:
         Args:
             forward: given a sample's index, runs the model with gradients and calls backward on a scalar.
             count: of samples.
-            on_step: told after every block, on the way in and back.
+            on_step: told after every block, on the way in and back, of as many samples as the share that is done.
         """
         self._forwards = [block.forward for block in self._blocks]
         wrapped = {block: self._wrap(index) for index, block in enumerate(self._blocks)}
         visits: list[tuple[int, list[_Call]]] = []
+        blocks = 2 * len(self._blocks)
 
         def whole(sample: int) -> Pause:
             forward(sample)
@@ -67,7 +67,7 @@ class BlockwiseBackward:
                 while here := _first(waiting):
                     index = int(waiting[here[0]].key)
                     visits.append((index, self._enter(index, here, waiting)))
-                    on_step(len(visits), 2 * len(self._blocks))
+                    on_step(min(blocks, len(visits)) * count // blocks, count)
             finally:
                 self._coroutines.close()
         done = len(visits)
@@ -76,7 +76,7 @@ class BlockwiseBackward:
             with block_at(self._blocks[index], self._device), torch.enable_grad():
                 for call in calls:
                     self._back(self._forwards[index], call)
-            on_step(2 * done - len(visits), 2 * done)
+            on_step((2 * done - len(visits)) * count // (2 * done), count)
 
     def _enter(self, index: int, here: Sequence[Worker], waiting: dict[Worker, Pause]) -> list[_Call]:
         """Let these go through the block and on to the next one."""
@@ -145,10 +145,11 @@ def _first(waiting: Mapping[Worker, Pause]) -> list[Worker]:
 
 
 def _leaf(tensor: Tensor, leaves: list[Tensor]) -> Tensor:
+    """A copy of what a graph begins with, since models write into what a block gives (features of pictures, say)."""
     if not tensor.is_floating_point():
         return tensor
     leaves.append(tensor.detach().requires_grad_())
-    return leaves[-1]
+    return leaves[-1].clone()
 
 
 def _listed(tensor: Tensor, found: list[Tensor]) -> Tensor:
