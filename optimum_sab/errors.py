@@ -57,6 +57,10 @@ class FormatVersionError(FormatError):
     """The checkpoint was written in a format version that this release cannot read."""
 
 
+class StreamError(FormatError):
+    """Weights that are to come from their files do not: a file is gone, damaged or has changed during the run."""
+
+
 class OutputExistsError(SABError, FileExistsError):
     """The output directory holds files and the caller did not ask to overwrite them."""
 

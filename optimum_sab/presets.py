@@ -45,6 +45,8 @@ class RunSettings:
     refine_steps: int = RefineSettings.steps
     temperature_scaling: bool = True
     examples: bool = True
+    stream_weights: bool = False
+    activation_memory: float | None = None
     resume_folder: str | None = None
     backend: str | None = None
 
@@ -69,10 +71,13 @@ class RunSettings:
         check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
         check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)
         check_integer("seed", self.seed, 0, MOST_SEED)
-        for name in ("refine", "temperature_scaling", "examples"):
+        for name in ("refine", "temperature_scaling", "examples", "stream_weights"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         RefineSettings(self.refine_epochs, self.refine_steps)
+        room = self.activation_memory
+        if room is not None and (isinstance(room, bool) or not isinstance(room, (int, float)) or not 0 <= room < 2**20):
+            raise ConfigError(f"activation_memory={shown(room)} must be a number of GiB from 0 on; None sets no bound.")
         if self.resume_folder is not None and not isinstance(self.resume_folder, (str, os.PathLike)):
             raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
         if self.backend not in (None, "auto", *BACKENDS):

@@ -51,6 +51,8 @@ class RunOptions:
         allocation: how bits are given to linears; None leaves every linear its settings.
         refine: how long to refine scales, norms and biases; None leaves them as solved.
         temperature_scaling: fit the temperature of the predictions, where there are two streams and a head.
+        activation_memory: bytes of samples' activations that may wait in memory while blocks are solved; what is beyond
+            lies in memory-mapped files, in the resume folder or the system's for temporary files. None for no bound.
         resume_folder: keeps what is finished; the same run goes on from there.
         backend: what will compute with the packed layers; None or "auto" leaves it to the device.
         examples: let the model write to a few prompts before and after.
@@ -63,6 +65,7 @@ class RunOptions:
     allocation: AllocationSettings | None = None
     refine: RefineSettings | None = None
     temperature_scaling: bool = True
+    activation_memory: int | None = None
     resume_folder: str | Path | None = None
     backend: str | None = None
     examples: bool = True

@@ -15,7 +15,7 @@ from torch import nn
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import CalibrationError
+from optimum_sab.errors import CalibrationError, StreamError
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
@@ -99,6 +99,8 @@ def refusal(model: nn.Module, sample: Mapping[str, Any], packed: Sequence[str]) 
     try:
         with torch.no_grad():
             model(**sample, **without_cache(model))
+    except StreamError:
+        raise
     except torch.OutOfMemoryError as error:
         text = (
             f"one forward of {kind} with one sample does not find room ({_first_line(error)}); give shorter samples "

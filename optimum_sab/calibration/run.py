@@ -13,6 +13,7 @@ from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.streams.placement import home_of
 from optimum_sab.errors import CalibrationError
 from optimum_sab.nn.selection import Selection
 
@@ -73,7 +74,7 @@ class Run:
     @property
     def home(self) -> torch.device:
         """Where the model takes its inputs."""
-        return next(self.model.parameters()).device
+        return home_of(self.model)
 
     @property
     def two_streams(self) -> bool:

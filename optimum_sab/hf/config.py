@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.data.named_source import recorded_source
+from optimum_sab.data.named_source import SELF, recorded_source
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSIONS
 from optimum_sab.format.layout import format_version as version_of
@@ -30,7 +30,17 @@ QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
-_TRANSIENT = ("processor", "progress", "dequantize", "backend", "verify", "resume_folder", "examples")  # of one call
+_TRANSIENT = (  # of one call
+    "processor",
+    "progress",
+    "dequantize",
+    "backend",
+    "verify",
+    "resume_folder",
+    "examples",
+    "stream_weights",
+    "activation_memory",
+)
 _SAVE = "weights"  # in ``measured``: the save the configuration was written by
 _ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it stores, and rules apply in their order
 
@@ -72,6 +82,12 @@ class SABConfig(QuantizationConfigMixin):
         refine_steps: steps of the second part, which needs memory for a training step; 0 leaves it out.
         temperature_scaling: at the end, scale the norm before the output embedding so that the predictions are closest
             to the dense model's; needs the dense stream that ``propagation`` runs.
+        stream_weights: leave the dense weights of the decoder blocks in their safetensors files and read one block at a
+            time, while it is worked on: for a model that does not fit into memory. The packed model is the same, bit
+            for bit. Needs Transformers 5, and goes with no ``device_map`` but the CPU's. Not stored.
+        activation_memory: GiB of the samples' activations that may wait in memory while blocks are solved; what is
+            beyond lies in memory-mapped files, in ``resume_folder`` or else the system's folder for temporary files
+            (TMPDIR). None for no bound. Changes nothing in the packed model. Not stored.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
         examples: let the dense model and the finished one write a few words to the same few prompts, for the report.
             Changes nothing in the model. Not stored.
@@ -121,6 +137,8 @@ class SABConfig(QuantizationConfigMixin):
         refine_epochs: int = RunSettings.refine_epochs,
         refine_steps: int = RunSettings.refine_steps,
         temperature_scaling: bool = RunSettings.temperature_scaling,
+        stream_weights: bool = RunSettings.stream_weights,
+        activation_memory: float | None = RunSettings.activation_memory,
         resume_folder: str | Path | None = RunSettings.resume_folder,
         examples: bool = RunSettings.examples,
         processor: Any = None,
@@ -179,6 +197,8 @@ class SABConfig(QuantizationConfigMixin):
         self.refine_epochs = refine_epochs
         self.refine_steps = refine_steps
         self.temperature_scaling = temperature_scaling
+        self.stream_weights = stream_weights
+        self.activation_memory = activation_memory
         self.resume_folder = resume_folder
         self.examples = examples
         self.processor = processor
@@ -249,6 +269,11 @@ class SABConfig(QuantizationConfigMixin):
             raise ConfigError(f"dequantize={self.dequantize!r} must be true or false.")
         if self.progress not in PROGRESS:
             raise ConfigError(f"progress={self.progress!r} must be one of {', '.join(PROGRESS)}.")
+        if self.stream_weights and isinstance(self.calibration, str) and self.calibration == SELF:
+            raise ConfigError(
+                "stream_weights does not go with calibration='self': a model that writes its samples would read all "
+                "its weights from disk for every token. Use calibration='builtin', or give samples."
+            )
         if self.verify not in VERIFY or not isinstance(self.verify, (bool, str)):
             raise ConfigError(f"verify={self.verify!r} must be true, false or 'all'.")
 

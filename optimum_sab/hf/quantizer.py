@@ -31,6 +31,7 @@ from optimum_sab.hf.saving import describe_save, refuse_wrapped
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, described, local_files, read_headers
 from optimum_sab.hf.stored_names import StoredNames, spare_packed
+from optimum_sab.hf.streaming import Streaming, check_stored, check_streaming
 from optimum_sab.hf.verification import verify_loaded
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.dense_share import warn_of_dense
@@ -38,6 +39,7 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons
+from optimum_sab.nn.streamed import streamed
 from optimum_sab.nn.unfusing import experts_unfused, fuse_experts, unfuse_experts
 
 
@@ -65,6 +67,7 @@ class SABHfQuantizer(HfQuantizer):
         self._names = StoredNames({})
         self._missing: tuple[str, ...] = ()  # what Transformers makes up
         self._lists = BlockLists(())
+        self.streaming: Streaming | None = None  # while a dense checkpoint is loaded whose blocks stay in their files
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
         else:
@@ -80,6 +83,12 @@ class SABHfQuantizer(HfQuantizer):
         device_map = kwargs.get("device_map")
         check_device_map(device_map)
         self._refuse_disk(device_map if isinstance(device_map, dict) else {})
+        if self._streams:
+            check_streaming(call, device_map)
+
+    @property
+    def _streams(self) -> bool:
+        return self.quantization_config.stream_weights and not self.pre_quantized
 
     def _take_load_options(self, given: Any) -> None:
         """Transformers 4.57 says that nothing of a configuration counts which is given for a packed checkpoint."""
@@ -100,7 +109,8 @@ class SABHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise ConfigError(
                 "device_map sends modules to disk, where they cannot be binarized; load on the CPU (device_map='cpu') "
-                "and name the accelerator in SABConfig(calibration_device=...)."
+                "and name the accelerator in SABConfig(calibration_device=...). Where the model does not fit into "
+                "memory, SABConfig(stream_weights=True) without a device_map reads one decoder block at a time."
             )
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
@@ -109,12 +119,16 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import check_before_loading
 
             origin = origin_of(model)
+            if self._streams:
+                check_stored(origin.files)
             with warnings_heard() as self._heard, experts_unfused(model, selection.experts):
                 warn_of_dense(model, selection)
                 device_map = kwargs.get("device_map")
                 self._stages = check_before_loading(model, self.quantization_config, origin, device_map)
             self.processor = ProcessorSource(self.quantization_config.processor, origin)
             self._base = describe_base(origin)
+            if self._streams:
+                self.streaming = Streaming(selection.blocks, origin.files or ())
         else:
             self.processor = ProcessorSource(None, origin_of(model))
             unfuse_experts(model, selection.experts)
@@ -166,7 +180,9 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import binarize_loaded
 
             beginning, self._stages = self._stages, None
-            report = binarize_loaded(model, self.quantization_config, beginning)
+            sources, self.streaming = self.streaming.sources if self.streaming else [], None
+            with streamed(model, sources):
+                report = binarize_loaded(model, self.quantization_config, beginning)
             self.report = replace(report, warnings=tuple(dict.fromkeys((*self._heard, *report.warnings))))
             if self._base:
                 self.quantization_config.measured["base"] = self._base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.quantizers import auto
 
-from optimum_sab.hf import counting, from_config, saving
+from optimum_sab.hf import counting, from_config, saving, streaming
 from optimum_sab.hf.config import QUANT_METHOD, SABConfig
 from optimum_sab.hf.hub import companions
 from optimum_sab.hf.quantizer import SABHfQuantizer
@@ -21,5 +21,5 @@ def register() -> None:
     loading = getattr(auto, "LOADING_ATTRIBUTES_CONFIG_TYPES", None)  # Transformers 5: load-time options
     if loading is not None and SABConfig not in loading:
         auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*loading, SABConfig)
-    for each in (saving, counting, from_config, companions):
+    for each in (saving, counting, from_config, streaming, companions):
         each.install()

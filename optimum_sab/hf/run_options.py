@@ -24,6 +24,7 @@ def run_options(config: SABConfig) -> RunOptions:
         allocation=AllocationSettings.of(config.target_bits, config.dynamic) if by_sensitivity else None,
         refine=config.refine_settings,
         temperature_scaling=config.temperature_scaling,
+        activation_memory=None if config.activation_memory is None else int(config.activation_memory * 2**30),
         resume_folder=config.resume_folder,
         backend=config.backend,
         examples=config.examples,

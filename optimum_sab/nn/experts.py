@@ -98,6 +98,18 @@ class SABExperts(nn.Module):
     up_proj, up_proj_bias = _gone("up_proj"), _gone("up_proj_bias")
     down_proj, down_proj_bias = _gone("down_proj"), _gone("down_proj_bias")
 
+    def parts(self, name: str, fused: Tensor) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """What every expert has of a fused parameter: its linear, the linear's parameter, and a view.
+
+        Args:
+            name: of the parameter, one of ``layout.parameters``.
+            fused: [experts, …], as the module that was replaced has it.
+        """
+        matrix, kind = name.removesuffix("_bias"), "weight" if name in self.layout.matrices else "bias"
+        for expert in range(self.count):
+            turned = self.layout.transposed and kind == "weight"
+            yield self.linear(expert, matrix), kind, fused[expert].T if turned else fused[expert]
+
     def __len__(self) -> int:
         return self.count
 

@@ -13,6 +13,7 @@ from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.fused_experts import FusedLayout, fused_layout
 from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.streamed import weights_around
 
 _ROWS = 4
 _DIFFERENCE = {torch.bfloat16: 0.03, torch.float16: 0.005}  # of outputs computed in another order
@@ -48,9 +49,12 @@ def unfuse_experts(model: nn.Module, names: Collection[str] | None = None) -> li
         own = model.get_submodule(name)
         if (names is not None and name not in names) or type(own) in strange:
             continue
-        if type(own) not in tried and not _computes_the_same(own, layout):
-            strange[type(own)] = name
-            continue
+        if type(own) not in tried:
+            with weights_around(model, name):
+                same = _computes_the_same(own, layout)
+            if not same:
+                strange[type(own)] = name
+                continue
         tried.add(type(own))
         set_module(model, name, SABExperts.unfused(own, layout))
         replaced.append(name)

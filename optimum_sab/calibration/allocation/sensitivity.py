@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.allocation.blockwise import BlockwiseBackward
 from optimum_sab.calibration.allocation.recomputation import Recomputation
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
@@ -16,6 +17,7 @@ from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.errors import CalibrationError, NonFiniteError
 from optimum_sab.nn.decoder import input_embedding
+from optimum_sab.nn.streamed import is_streamed
 
 
 def output_sensitivity(
@@ -38,7 +40,8 @@ def output_sensitivity(
         model: dense, with gradients possible; its parameters' ``requires_grad`` is put back.
         names: dotted names of the linears.
         samples: forward keyword arguments, one dict per sample.
-        recomputation: blocks that are run again on the way back; None keeps all activations.
+        recomputation: blocks that are run again on the way back; None keeps all activations. Where their weights are
+            streamed, all samples go through them together.
         seed: of the drawn predictions, from 0 to 2⁶⁴ - 1.
         on_step: told after every sample.
 
@@ -48,7 +51,6 @@ def output_sensitivity(
     """
     refuse_inference_mode(model)
     sums = dict.fromkeys(names, 0.0)
-    tokens = 0
     wanted = [p.requires_grad for p in model.parameters()]
     with ExitStack() as stack:
         for name in names:
@@ -59,16 +61,26 @@ def output_sensitivity(
         for block in () if recomputation is None else recomputation.blocks:
             stack.callback(block.register_forward_pre_hook(_begin_gradient, with_kwargs=True).remove)
         stack.callback(lambda: [p.requires_grad_(w) for p, w in zip(model.parameters(), wanted, strict=True)])
-        stack.enter_context(patched_forwards({} if recomputation is None else recomputation.forwards()))
         stack.enter_context(torch.enable_grad())
         model.requires_grad_(False)
-        for index, sample in enumerate(samples):
+        counts: dict[int, int] = {}
+
+        def backward(index: int) -> None:
             generator = torch.Generator().manual_seed(sample_seed(seed, index))
-            modalities = token_modalities(sample, getattr(model, "config", None))
-            drawn, count = _drawn_log_probability(model(**sample, **without_cache(model)), modalities, generator)
+            modalities = token_modalities(samples[index], getattr(model, "config", None))
+            output = model(**samples[index], **without_cache(model))
+            drawn, counts[index] = _drawn_log_probability(output, modalities, generator)
             drawn.backward()
-            tokens += count
-            on_step(index + 1, len(samples))
+
+        streamed = [each for each in (recomputation.blocks if recomputation else ()) if is_streamed(each)]
+        if recomputation and streamed:
+            BlockwiseBackward(streamed, recomputation.device).run(backward, len(samples), on_step)
+        else:
+            stack.enter_context(patched_forwards({} if recomputation is None else recomputation.forwards()))
+            for index in range(len(samples)):
+                backward(index)
+                on_step(index + 1, len(samples))
+        tokens = sum(counts.values())
     for name, total in sums.items():
         if not torch.isfinite(torch.tensor(total)):
             raise NonFiniteError(f"the gradient at {name} holds NaN or inf; load the model in bfloat16 or float32.")

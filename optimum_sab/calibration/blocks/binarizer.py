@@ -30,6 +30,7 @@ from optimum_sab.core.solver import solve
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.streamed import keep_weights
 from optimum_sab.ops.cpu.columns import column_loops
 
 
@@ -173,6 +174,7 @@ class BlockBinarizer:
         if self._run.resume is not None and not self.known(index):
             self._block.write(self._run.resume, index)
         layers = tuple(self._swap(name, dense) for name, dense in self._linears.items())
+        keep_weights(self._targets.blocks[index])
         seconds = time.perf_counter() - self._started
         position = self._run.selection.blocks.index(self._targets.names[index])
         found = self._block

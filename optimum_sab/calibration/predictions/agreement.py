@@ -17,7 +17,9 @@ from optimum_sab.calibration.predictions.divergence import divergence
 from optimum_sab.calibration.predictions.head import SharedHead, output_embedding
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.streams.modes import reading
-from optimum_sab.calibration.streams.placement import map_tensors
+from optimum_sab.calibration.streams.placement import home_of, map_tensors
+from optimum_sab.calibration.streams.together import given_together
+from optimum_sab.nn.streamed import streamed_blocks
 
 
 @dataclass(frozen=True)
@@ -51,15 +53,30 @@ class AgreementCheck:
     Args:
         model: dense.
         samples: forward keyword arguments, one sample each, by kind.
+        blocks: the decoder blocks in the order of their calls, through which samples go together where the blocks'
+            weights are streamed.
+        device: where they compute then; None leaves them where they are.
     """
 
-    def __init__(self, model: nn.Module, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        samples: Mapping[str, Sequence[Mapping[str, Any]]],
+        blocks: Sequence[nn.Module] = (),
+        device: torch.device | None = None,
+    ) -> None:
         self._model = model
-        home = next(model.parameters()).device
+        home = home_of(model)
         self._samples = {kind: [map_tensors(dict(s), home) for s in some] for kind, some in samples.items()}
         self._dense: dict[str, list[Tensor]] = {}
         self._head = output_embedding(model)
         if self._head is None:
+            return
+        if streamed_blocks(model):
+            with reading(model):
+                flat = [sample for some in self._samples.values() for sample in some]
+                found = iter(given_together(model, flat, blocks, self._head, device))
+                self._dense = {kind: [next(found) for _ in some] for kind, some in self._samples.items()}
             return
         with reading(model), SharedHead(model, self._head).open() as shared:
             self._dense = {kind: [self._given(shared, s) for s in some] for kind, some in self._samples.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.predictions.head import SharedHead
 from optimum_sab.calibration.streams.patching import patched_forwards
-from optimum_sab.errors import CalibrationError
+from optimum_sab.errors import CalibrationError, StreamError
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.selection import shared_parameters
 
@@ -97,6 +97,8 @@ def find_last_norm(model: nn.Module, head: nn.Module, carrier: Mapping[str, Any]
             given = opened.given(carrier)
             if not _can_replay(model, opened, blocks, carrier, given):
                 blocks = {}
+    except StreamError:
+        raise
     except Exception as error:  # whatever a model of any kind may say to it; better now than after the work
         raise CalibrationError(f"the forward that should show it fails ({error})") from error
     finally:
@@ -123,5 +125,7 @@ def _can_replay(
     try:
         with patched_forwards(replaying(blocks)):
             return torch.equal(shared.logits_of(given, carrier), wanted)
+    except StreamError:
+        raise
     except Exception:  # whatever it misses: then the blocks run
         return False

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.format.layout import FORMAT_VERSIONS
 from optimum_sab.nn.selection import Selection
+from optimum_sab.nn.streamed import parameters_in_turn
 from optimum_sab.version import __version__
 
 PROBES = 4096  # values of every parameter that go into the fingerprint
@@ -27,7 +28,7 @@ def fingerprint(
     all they hold.
     """
     weights, data = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters_in_turn(model):
         flat = parameter.detach().flatten()
         _update(weights, name, parameter, flat[:: max(1, flat.numel() // PROBES)])
     for sample in samples:

@@ -18,7 +18,7 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.memory import held_activations
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.errors import ConfigError, NonFiniteError, warn
+from optimum_sab.errors import ConfigError, NonFiniteError, StreamError, warn
 
 SAMPLES = 16
 _RULES = "rules.json"
@@ -71,7 +71,7 @@ class MeasureSensitivities(Stage):
         recomputation = Recomputation(blocks, run.options.device, room)
         try:
             found = output_sensitivity(run.model, _free(run), samples, recomputation, on_step=on_step)
-        except (NonFiniteError, torch.OutOfMemoryError):
+        except (NonFiniteError, StreamError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # whatever a model's backward pass may raise; it can be binarized all the same
             equal = run.options.allocation is not None and run.options.allocation.target_bits is not None

@@ -9,7 +9,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.inputs import unseen_inputs
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.errors import warn
+from optimum_sab.errors import StreamError, warn
 
 
 class RememberAnswers(Stage):
@@ -19,7 +19,11 @@ class RememberAnswers(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         try:
-            run.keep(AgreementCheck(run.model, unseen_inputs(run.model, run.processor)))
+            blocks = [run.model.get_submodule(name) for name in run.selection.blocks]
+            samples = unseen_inputs(run.model, run.processor)
+            run.keep(AgreementCheck(run.model, samples, blocks, run.options.device))
+        except StreamError:
+            raise
         except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
             warn(
                 "the finished model will not be compared with the dense one, which does not read the samples for that: "

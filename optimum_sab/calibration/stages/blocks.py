@@ -17,8 +17,15 @@ from optimum_sab.calibration.stages.head import Head
 from optimum_sab.calibration.statistics.passes import calibration_pass
 from optimum_sab.calibration.streams.coroutines import import_greenlet
 from optimum_sab.calibration.streams.lockstep import Lockstep
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.placement import refuse_spread
 from optimum_sab.calibration.streams.targets import check_weights, decoder_targets
+
+
+def mapped_activations(options: RunOptions) -> MappedActivations | None:
+    """What bounds the samples' activations; the resume folder is where room was found for work to be kept."""
+    room = options.activation_memory
+    return None if room is None else MappedActivations(room, options.resume_folder)
 
 
 class SolveBlocks(Stage):
@@ -54,6 +61,7 @@ class SolveBlocks(Stage):
             run.two_streams,
             run.options.device,
             run.options.expert_tokens == "all",
+            mapped_activations(run.options),
         )
         run.keep(AtHead(lockstep.run(binarizer, finisher, embedding, awaited)))
         return tuple(binarizer.reports)

@@ -17,6 +17,7 @@ from optimum_sab.calibration.samples.vocabulary import read_vocabulary
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.modes import modules_kept
 from optimum_sab.errors import warn
+from optimum_sab.nn.streamed import streamed_blocks
 
 NEW_TOKENS = 32
 
@@ -56,7 +57,10 @@ class DenseExamples:
 
 
 class WriteBefore(Stage):
-    """Leaves `DenseExamples`, where the model can write. Reports why it cannot, else nothing."""
+    """Leaves `DenseExamples`, where the model can write. Reports why it cannot, else nothing.
+
+    A model whose weights are streamed does not: all of them would be read for every token.
+    """
 
     name: ClassVar[str] = "dense examples"
     title: ClassVar[str] = "Writing examples"
@@ -66,7 +70,7 @@ class WriteBefore(Stage):
         return run.options.examples
 
     def apply(self, run: Run, on_step: OnStep) -> str | None:
-        reason = _cannot_write(run.model)
+        reason = _cannot_write(run.model) or _reads_for_every_token(run.model)
         if reason is not None:
             return reason
         try:
@@ -111,6 +115,13 @@ def _cannot_write(model: Any) -> str | None:
             f"{type(model).__name__} answers in a decoder of its own, and is given no question that it was trained on"
         )
     return None
+
+
+def _reads_for_every_token(model: Any) -> str | None:
+    """Why a model that could write does not."""
+    if not streamed_blocks(model):
+        return None
+    return "stream_weights is on, and a dense model that writes would read all its weights from disk for every token"
 
 
 def _written(run: Run, prompts: Sequence[ExamplePrompt], on_step: OnStep) -> list[str]:

@@ -19,6 +19,7 @@ from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.observation import Observation, told
 from optimum_sab.calibration.streams.targets import decoder_targets, target_linear
 from optimum_sab.errors import CalibrationError, ConfigError, warn
+from optimum_sab.nn.streamed import keep_weights, streamed_blocks
 
 _PASSES = ("loop_num_passes", "total_ut_steps")  # what models that use their blocks repeatedly call the number
 _NOT_TWICE = "a block's weights are found by what it is given once, so such a model cannot be binarized."
@@ -67,13 +68,17 @@ class LookAtForwards(Stage):
         if not selection.settings:
             raise CalibrationError(f"nothing is left to binarize in {type(run.model).__name__}: {told(left)}")
         run.selection = selection.in_order((*order, *rest))
+        for name, block in streamed_blocks(run.model).items():
+            if not any(each.startswith(f"{name}.") for each in selection.settings):
+                keep_weights(block)  # all of it stays dense: from here on it is read no more
         if left:
             warn(f"{_share(run, left):.1%} of the weights that were to be binarized stay dense. {told(left)}")
         return left or None
 
 
 def _observe(run: Run) -> Observation:
-    targets, model, seen = decoder_targets(run.model, run.selection), run.model, Observation()
+    targets, model = decoder_targets(run.model, run.selection), run.model
+    seen = Observation(coming=streamed_blocks(model))
     blocks = {name: model.get_submodule(name) for name in run.selection.blocks}
     linears = {name: each for some in targets.linears for name, each in some.items()}
     samples = [run.samples.inputs[index] for index in one_of_each_kind(run.samples)]

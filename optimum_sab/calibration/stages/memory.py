@@ -16,4 +16,6 @@ class LookAtMemory(Stage):
     name: ClassVar[str] = "memory"
 
     def apply(self, run: Run, on_step: OnStep) -> None:
-        warn_of_memory(run.model, run.selection, run.samples.inputs, run.options.device, run.two_streams)
+        options = run.options
+        inputs, room = run.samples.inputs, options.activation_memory
+        warn_of_memory(run.model, run.selection, inputs, options.device, run.two_streams, room)

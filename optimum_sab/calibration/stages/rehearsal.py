@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import ClassVar
 
 from optimum_sab.calibration.progress import OnStep
@@ -10,6 +11,7 @@ from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.targets import decoder_targets
+from optimum_sab.nn.streamed import weights_here
 
 
 class RehearseForward(Stage):
@@ -26,7 +28,9 @@ class RehearseForward(Stage):
     def apply(self, run: Run, on_step: OnStep) -> None:
         sample, model = run.samples.inputs[telling_sample(run.samples)], run.model
         blocks = one_of_each_kind(decoder_targets(model, run.selection))
-        with random_state_kept():
+        with random_state_kept(), ExitStack() as there:
+            for each in blocks:
+                there.enter_context(weights_here(each.block))
             with packed_in_place(model, blocks, run.selection.settings, run.options.backend) as packed:
                 refused = refusal(model, sample, packed)
             if refused is not None:

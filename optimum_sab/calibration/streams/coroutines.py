@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from optimum_sab.calibration.streams.arrival import Worker
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.core.parts import part
 from optimum_sab.errors import MissingDependencyError
 
@@ -59,9 +61,13 @@ class Coroutines:
     Args:
         workers: their names.
         forward: what each runs, given its sample's index; its return value is its last pause.
+        mapped: what bounds the memory of those that wait; None for no bound.
     """
 
-    def __init__(self, workers: Sequence[Worker], forward: Callable[[int], Pause]) -> None:
+    def __init__(
+        self, workers: Sequence[Worker], forward: Callable[[int], Pause], mapped: MappedActivations | None = None
+    ) -> None:
+        self._mapped = mapped
         self._greenlet = import_greenlet()
         self._main = self._greenlet.getcurrent()
         self._own = TorchState.capture()
@@ -81,12 +87,18 @@ class Coroutines:
     def start(self) -> dict[Worker, Pause]:
         """Run each to its first pause."""
         with part("forward"):
-            return {worker: each.switch(worker[0]) for worker, each in self._of.items()}
+            return {worker: self._switch(worker, worker[0]) for worker in self._of}
 
     def go_on(self, worker: Worker) -> Pause:
         """Run one to its next pause."""
-        found: Pause = self._of[worker].switch()
-        return found
+        return self._switch(worker)
+
+    def _switch(self, worker: Worker, *sample: int) -> Pause:
+        pauses: list[Pause] = []
+        bounded = self._mapped.going_on(worker, lambda: pauses[0].payload) if self._mapped else nullcontext()
+        with bounded:
+            pauses.append(self._of[worker].switch(*sample))
+        return pauses[0]
 
     def resume(self, workers: Iterable[Worker]) -> dict[Worker, Pause]:
         """Run some to their next pauses."""

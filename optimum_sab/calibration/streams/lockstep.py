@@ -23,10 +23,11 @@ from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedInputs, expert_linears
 from optimum_sab.calibration.streams.lockstep_block import LockstepBlock
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.modes import without_cache
 from optimum_sab.calibration.streams.passage import Finisher
 from optimum_sab.calibration.streams.patching import patched_forwards
-from optimum_sab.calibration.streams.placement import device_of, first_device, map_tensors
+from optimum_sab.calibration.streams.placement import block_at, first_device, map_tensors
 from optimum_sab.calibration.streams.visitor import Visitor
 from optimum_sab.errors import LockstepError
 from optimum_sab.nn.experts import SABExperts
@@ -47,6 +48,7 @@ class Lockstep:
         two_streams: run a dense stream beside the quantized one.
         device: where each block is moved while its samples run; None leaves everything where it is.
         every_token: experts are shown all tokens; what the model computes stays routed.
+        mapped: what bounds the memory of samples that wait; None for no bound.
     """
 
     model: nn.Module
@@ -56,6 +58,7 @@ class Lockstep:
     two_streams: bool
     device: torch.device | None = None
     every_token: bool = False
+    mapped: MappedActivations | None = None
     _visit: BlockVisit | None = field(default=None, init=False)
 
     def run(
@@ -83,7 +86,7 @@ class Lockstep:
         streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
         workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
         with torch.no_grad(), self._patched(head):
-            self._coroutines = Coroutines(workers, self._forward)
+            self._coroutines = Coroutines(workers, self._forward, self.mapped)
             try:
                 waiting = self._coroutines.start()
                 for index in range(len(self.blocks)):
@@ -104,23 +107,11 @@ class Lockstep:
         past = {worker: pause for worker, pause in waiting.items() if worker not in here}
         visitor.enter(index)
         self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines, self.every_token)
-        with self._brought(self.blocks[index]):
+        with block_at(self.blocks[index], self.device):
             here = self._visit.run(here, visitor, finisher)
         if index + 1 < len(self.blocks):
             here = self._coroutines.resume(here)
         return {worker: here[worker] if worker in here else past[worker] for worker in waiting}
-
-    @contextmanager
-    def _brought(self, block: nn.Module) -> Iterator[None]:
-        home = device_of(block)
-        if self.device is None or home is None or home == self.device:
-            yield
-            return
-        block.to(self.device)
-        try:
-            yield
-        finally:
-            block.to(home)
 
     def _finish(self, waiting: Waiting, to_head: Collection[Worker]) -> dict[Worker, Tensor]:
         """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.samples.forward_inputs import token_count
+from optimum_sab.calibration.streams.placement import home_of
 from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
@@ -74,6 +75,7 @@ def warn_of_memory(
     samples: Sequence[Mapping[str, Any]],
     device: torch.device | None,
     two_streams: bool,
+    room: int | None = None,
 ) -> None:
     """Warn where calibration takes more than is free.
 
@@ -83,19 +85,23 @@ def warn_of_memory(
         samples: forward keyword arguments, one dict per sample.
         device: where blocks are moved while they are worked on; None leaves them where they are.
         two_streams: whether a dense stream will run beside the quantized one.
+        room: bytes that activations may take in the machine's memory, where they lie in files beyond that.
     """
-    place = device or next(model.parameters()).device
+    place = device or home_of(model)
     free, widths = free_memory(place), _widths(model, selection)
     if free is None or widths is None:
         return
     tokens = sum(map(token_count, samples))
     needed = calibration_bytes(tokens, 1 + two_streams, *widths)
+    if room is not None and place.type == "cpu":
+        needed -= max(0, activation_bytes(tokens, 1 + two_streams, *widths) - room)
     if needed <= free:
         return
     warn(
         f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {place} has "
         f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
-        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size."
+        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size. On "
+        "the CPU activation_memory=1 (GiB) leaves what is beyond that of them to memory-mapped files."
     )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.nn.decoder import behind_number
+from optimum_sab.nn.streamed import weights_here
 
 T = TypeVar("T")
 # what may be asked of a weight because a packed layer's answers the same
@@ -35,11 +36,13 @@ class Observation:
         entered: decoder blocks by dotted name, in the order of their first call: how often at most in one forward.
         called: the same of linears.
         read: linears whose weight the model reads outside of their own forward, and what it asks of it.
+        coming: streamed blocks by dotted name, whose weights come when they are called.
     """
 
     entered: dict[str, int] = field(default_factory=dict)
     called: dict[str, int] = field(default_factory=dict)
     read: dict[str, str] = field(default_factory=dict)
+    coming: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def forward(self, run: Callable[[], T], blocks: Mapping[str, nn.Module], linears: Mapping[str, nn.Linear]) -> T:
         """See one forward, and give what it gives.
@@ -54,6 +57,9 @@ class Observation:
         inside: set[str] = set()
         forwards = {block: _counting(block.forward, entered, name) for name, block in blocks.items()}
         forwards |= {each: self._inside(each.forward, called, name, inside) for name, each in linears.items()}
+        for name, block in self.coming.items():
+            own = {of: each for of, each in linears.items() if of.startswith(f"{name}.")}
+            forwards[block] = self._arriving(forwards.get(block, block.forward), block, own, inside)
         with patched_forwards(forwards), self._watched(linears, inside):
             result = run()
         for seen, now in ((self.entered, entered), (self.called, called)):
@@ -85,6 +91,17 @@ class Observation:
                 return original(*args, **kwargs)
             finally:
                 inside.discard(name)
+
+        return forward
+
+    def _arriving(
+        self, original: Callable[..., Any], block: nn.Module, linears: Mapping[str, nn.Linear], inside: set[str]
+    ) -> Callable[..., Any]:
+        """What is watched are the weights that have come, and not what stood in their place."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with weights_here(block), self._watched(linears, inside):
+                return original(*args, **kwargs)
 
         return forward
 

@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from optimum_sab.errors import ConfigError
+from optimum_sab.nn.streamed import is_streamed, weights_here
 
 
 def device_of(module: nn.Module) -> torch.device | None:
     """Device of the module's first parameter; None if it has none."""
     parameter = next(module.parameters(), None)
     return None if parameter is None else parameter.device
+
+
+def home_of(model: nn.Module) -> torch.device:
+    """Where the model takes its inputs: the device of its first parameter that is anywhere."""
+    return next(each.device for each in model.parameters() if not each.is_meta)
+
+
+@contextmanager
+def block_at(block: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Inside, the block's weights are there, on ``device`` (None: where they are); outside, they are at home again."""
+    with weights_here(block):
+        home = device_of(block)
+        if device is None or home is None or home == device:
+            yield
+            return
+        block.to(device)
+        try:
+            yield
+        finally:
+            if not is_streamed(block):  # what goes anyway need not travel
+                block.to(home)
 
 
 def brought(module: nn.Module, device: torch.device | None) -> dict[str, Tensor]:

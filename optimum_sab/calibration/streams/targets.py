@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from optimum_sab.core.magnitude import check_magnitude
 from optimum_sab.errors import CalibrationError, NonFiniteError
 from optimum_sab.nn.selection import Selection
+from optimum_sab.nn.streamed import parameters_in_turn, streamed_blocks
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,14 @@ def target_linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def refuse_offloaded(model: nn.Module, selection: Selection) -> None:
-    """Every target weight must be there.
+    """Every target weight must be there, or come when its block is called.
 
     Raises:
         CalibrationError: one is on meta.
     """
+    coming = tuple(f"{name}." for name in streamed_blocks(model))
     for name in selection.settings:
-        if target_linear(model, name).weight.device.type == "meta":
+        if target_linear(model, name).weight.device.type == "meta" and not name.startswith(coming):
             raise CalibrationError(
                 f"the weight of {name} is offloaded; load the model on the CPU for binarization (device_map='cpu') and "
                 "name the accelerator in SABConfig(calibration_device=...)."
@@ -78,11 +80,11 @@ def check_weights(model: nn.Module, selection: Selection) -> None:
         NonFiniteError: a parameter of the model holds NaN or inf.
     """
     refuse_offloaded(model, selection)
-    for name, settings in selection.settings.items():
-        check_magnitude(target_linear(model, name).weight, settings.row_scale, name)
-    checked = {f"{name}.weight" for name in selection.settings}
-    for name, parameter in model.named_parameters():
-        if name not in checked and parameter.is_floating_point() and parameter.device.type != "meta":
+    targets = {f"{name}.weight": name for name in selection.settings}
+    for name, parameter in parameters_in_turn(model):
+        if name in targets:
+            check_magnitude(parameter, selection.settings[targets[name]].row_scale, targets[name])
+        elif parameter.is_floating_point() and parameter.device.type != "meta":
             _check_finite(name, parameter.detach())
 
 

@@ -64,6 +64,8 @@ SETTINGS = {
     "refine_steps": Setting("steps of the tuning of the whole model"),
     "temperature_scaling": Setting("make the predictions as sure as the dense model's are", type=bool),
     "examples": Setting("let the model write to a few prompts before and after, for the report", type=bool),
+    "stream_weights": Setting("leave dense weights in their files and read one decoder block at a time", type=bool),
+    "activation_memory": Setting("of samples that wait; what is beyond lies in memory-mapped files", "GIB", float),
     "resume_folder": Setting("keeps what is finished, for a run that is interrupted", "DIR", str),
     "backend": Setting("what computes with the packed layers: auto, triton, cpu or reference", "NAME", str),
 }

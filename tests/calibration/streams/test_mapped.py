@@ -1,0 +1,94 @@
+"""Activations of waiting samples lie in memory-mapped files beyond a budget, with the values they had."""
+
+import gc
+import os
+
+import pytest
+import torch
+
+from optimum_sab.calibration.streams.mapped import SMALL, MappedActivations
+from optimum_sab.errors import CalibrationError
+
+WIDTH = SMALL // 4  # of a float32 row that is worth a file
+
+
+def files():
+    """Of ours, as far as this process has them mapped."""
+    with open("/proc/self/maps") as lines:
+        return sum("optimum-sab-activations" in line for line in lines)
+
+
+def in_file(tensor):
+    return tensor.untyped_storage().filename is not None
+
+
+def nothing():
+    return ()
+
+
+@torch.no_grad()
+def test_what_a_worker_holds_beyond_the_room_lies_in_files_that_have_no_name(tmp_path):
+    mapped = MappedActivations(0, tmp_path)
+    with mapped.going_on("a", nothing):
+        made = torch.arange(2.0 * WIDTH)
+        temporary = made + 1
+        del temporary
+    assert in_file(made) and mapped.mapped == 2 * SMALL
+    assert not list(tmp_path.iterdir())
+    torch.testing.assert_close(made, torch.arange(2.0 * WIDTH), rtol=0, atol=0)
+    here = files()
+    del made
+    gc.collect()
+    assert files() == here - 1
+
+
+@torch.no_grad()
+def test_views_stay_views_of_one_storage(tmp_path):
+    with MappedActivations(0, tmp_path).going_on("a", nothing):
+        whole = torch.zeros(2, WIDTH)
+        turned, part = whole.t(), whole[1, ::2]
+    assert turned.stride() == (1, WIDTH) and part.stride() == (2,)
+    turned.add_(3)
+    assert all(in_file(each) and bool((each == 3).all()) for each in (whole, turned, part))
+
+
+@torch.no_grad()
+def test_room_is_for_all_workers_together(tmp_path):
+    mapped, held = MappedActivations(3 * SMALL, tmp_path), {}
+    for worker in "abc":
+        with mapped.going_on(worker, nothing):
+            held[worker] = torch.ones(2 * WIDTH)
+    assert [in_file(each) for each in held.values()] == [False, True, True]
+    with mapped.going_on("a", nothing):
+        held.pop("a")
+    with mapped.going_on("d", nothing):
+        held["d"] = torch.ones(2 * WIDTH)
+    assert not in_file(held["d"])
+
+
+@torch.no_grad()
+def test_what_others_hold_too_is_left_where_it_is(tmp_path):
+    older = torch.ones(WIDTH)
+    with MappedActivations(0, tmp_path).going_on("a", nothing):
+        view = older.view(2, -1)
+    assert not in_file(older) and view.data_ptr() == older.data_ptr()
+
+
+@torch.no_grad()
+def test_what_a_worker_is_given_counts_as_its_own(tmp_path):
+    given = torch.ones(WIDTH)
+    with MappedActivations(0, tmp_path).going_on("a", lambda: {"hidden": (given,)}):
+        pass
+    assert in_file(given)
+
+
+@torch.no_grad()
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    def full(handle, offset, size):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CalibrationError, match=r"No space left on device.*TMPDIR"):
+        with MappedActivations(0, tmp_path).going_on("a", nothing):
+            made = torch.ones(WIDTH)
+    assert not in_file(made) and not list(tmp_path.iterdir())

@@ -1,0 +1,284 @@
+"""Models whose dense weights stay in their files: the same packed model, one decoder block in memory at a time."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+from optimum_sab import AutoModelForVision2Seq
+from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
+from optimum_sab.calibration.stages.blocks import SolveBlocks
+from optimum_sab.calibration.stages.resume import OpenResumeFolder
+from optimum_sab.calibration.streams.mapped import MappedActivations
+from optimum_sab.errors import ConfigError, SampleError, StreamError
+from optimum_sab.hf import streaming
+from optimum_sab.nn import streamed
+
+streams = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="refused by name there")
+
+
+@pytest.fixture(scope="module")
+def sharded(llama_folder, tmp_path_factory):
+    """The Llama in several files, blocks torn apart by them."""
+    folder = tmp_path_factory.mktemp("sharded")
+    LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).save_pretrained(folder, max_shard_size="700KB")
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixture(llama_folder, tmp_path_factory):
+    """A Mixtral, whose tensors have other names on disk and whose experts are merged when they are read."""
+    folder = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(texts):
+    return texts[:4]
+
+
+@pytest.fixture(scope="module")
+def plain(sharded, quicker_config, few, tmp_path_factory):
+    """What is saved of a run in memory."""
+    model = quantize(sharded, quicker_config(calibration=few))
+    return saved(model, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """How many blocks' dense weights are there at once, at the most, and how often any were fetched."""
+    counts = {"now": 0, "most": 0, "fetched": 0}
+    bring, drop, keep = streamed._Stream._bring, streamed._Stream._drop, streamed._Stream.keep
+
+    def brought(self):
+        bring(self)
+        counts["now"] += 1
+        counts["fetched"] += 1
+        counts["most"] = max(counts["most"], counts["now"])
+
+    def dropped(self):
+        drop(self)
+        counts["now"] -= 1
+
+    def kept(self):
+        before = self.stays
+        keep(self)
+        counts["now"] -= not before
+
+    monkeypatch.setattr(streamed._Stream, "_bring", brought)
+    monkeypatch.setattr(streamed._Stream, "_drop", dropped)
+    monkeypatch.setattr(streamed._Stream, "keep", kept)
+    return counts
+
+
+def quantize(folder, config, kind=AutoModelForCausalLM, **arguments):
+    return kind.from_pretrained(folder, quantization_config=config, **{"dtype": torch.float32, **arguments})
+
+
+def saved(model, folder):
+    """What the files of a checkpoint hold, by their names."""
+    model.save_pretrained(folder)
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".safetensors", ".json")}
+
+
+def section(model, name):
+    return next(stage.section for stage in model.hf_quantizer.report.stages if stage.name == name)
+
+
+@streams
+@pytest.mark.parametrize(
+    ("changes", "room"),
+    [
+        ({}, {}),
+        ({"refine": True, "refine_epochs": 1, "refine_steps": 1, "allocation": "uniform"}, {"activation_memory": 0}),
+    ],
+    ids=["allocation", "refinement-with-mapped-activations"],
+)
+def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, few, tmp_path, held, monkeypatch, changes, room):
+    given = {"calibration": few, "iterations": 1, "sweeps": 0, **changes}
+    plain = saved(quantize(sharded, quick_config(**given)), tmp_path / "plain")
+    before = []
+    own = MappedActivations._map
+    monkeypatch.setattr(MappedActivations, "_map", lambda self, tensors: before.append(1) or own(self, tensors))
+    model = quantize(sharded, quick_config(**given, stream_weights=True, **room))
+    assert bool(before) == bool(room)
+    assert saved(model, tmp_path / "streamed") == plain
+    assert held["now"] == 0 and held["most"] == 2  # the rehearsed one, and the one that is called
+    assert held["fetched"] >= 3 * 6
+    assert not any(each.is_meta for each in (*model.parameters(), *model.buffers()))
+    assert not any("forward" in vars(module) or streamed._MARK in vars(module) for module in model.modules())
+
+
+@streams
+def test_experts_that_are_renamed_and_merged_come_block_by_block(mixture, quicker_config, few, tmp_path, held):
+    plain = saved(quantize(mixture, quicker_config(calibration=few)), tmp_path / "plain")
+    config = quicker_config(calibration=few, stream_weights=True, activation_memory=0)
+    found = saved(quantize(mixture, config), tmp_path / "streamed")
+    assert found == plain
+    assert held["most"] == 2
+
+
+@streams
+@pytest.mark.full
+def test_vision_language_model_with_pictures_is_the_same(example, quicker_config, tmp_path):
+    found = {}
+    for stream in (False, True):
+        config = quicker_config(calibration_samples=6, stream_weights=stream)
+        found[stream] = saved(quantize(example, config, AutoModelForVision2Seq), tmp_path / str(stream))
+    assert found[False] == found[True]
+
+
+@streams
+def test_a_block_that_stays_dense_stays_and_the_report_says_what_is_left_out(
+    sharded, quicker_config, few, tmp_path, held
+):
+    given = {"calibration": few, "modules_to_not_convert": ["layers.1"]}
+    wanted = saved(quantize(sharded, quicker_config(**given)), tmp_path / "plain")
+    model = quantize(sharded, quicker_config(**given, examples=True, stream_weights=True))
+    assert saved(model, tmp_path / "streamed") == wanted
+    assert held["now"] == 0
+    assert "every token" in section(model, "dense examples")
+    assert section(model, "comparison")["text"].kl > 0
+
+
+class StoppedError(Exception):
+    pass
+
+
+@streams
+@pytest.mark.parametrize("first", [True, False], ids=["streamed-first", "in-memory-first"])
+def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
+    sharded, quicker_config, few, plain, tmp_path, monkeypatch, first
+):
+    given = {"calibration": few, "resume_folder": tmp_path / "run"}
+    leave = BlockBinarizer.leave
+
+    def stopping(self, index, drift):
+        leave(self, index, drift)
+        if index == 1:
+            raise StoppedError
+
+    monkeypatch.setattr(BlockBinarizer, "leave", stopping)
+    with pytest.raises(StoppedError):
+        quantize(sharded, quicker_config(**given, stream_weights=first))
+    monkeypatch.setattr(BlockBinarizer, "leave", leave)
+    known = []
+    asked = BlockBinarizer.known
+    monkeypatch.setattr(BlockBinarizer, "known", lambda self, index: known.append(asked(self, index)) or known[-1])
+    resumed = saved(quantize(sharded, quicker_config(**given, stream_weights=True)), tmp_path / "resumed")
+    assert any(known) and not all(known)
+    assert resumed == plain
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@streams
+@pytest.mark.parametrize("places", ["auto", {"model.layers.0": "cpu", "": "meta"}])
+def test_a_device_map_over_several_places_is_refused(sharded, quicker_config, few, places):
+    with pytest.raises(ConfigError, match="device_map"):
+        quantize(sharded, quicker_config(calibration=few, stream_weights=True), device_map=places)
+
+
+@streams
+def test_weights_of_another_format_are_refused_by_name(llama_folder, quicker_config, few, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(llama_folder, folder)
+    model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    (folder / "model.safetensors").unlink()
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin is none.*save_pretrained"):
+        quantize(folder, quicker_config(calibration=few, stream_weights=True))
+
+
+@streams
+def test_weights_that_are_given_in_memory_are_refused(sharded, quicker_config, few):
+    model = LlamaForCausalLM.from_pretrained(sharded, dtype=torch.float32)
+    config = quicker_config(calibration=few, stream_weights=True)
+    with pytest.raises(ConfigError, match="state_dict"):
+        LlamaForCausalLM.from_pretrained(
+            None, config=model.config, state_dict=model.state_dict(), quantization_config=config
+        )
+
+
+def test_samples_that_the_model_writes_are_refused(quicker_config):
+    with pytest.raises(ConfigError, match="every token"):
+        quicker_config(calibration="self", stream_weights=True)
+
+
+@streams
+def test_blocks_that_share_weights_are_refused(sharded, quicker_config, few, monkeypatch):
+    tied = {"model.layers.1.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight"}
+    monkeypatch.setattr(LlamaForCausalLM, "get_expanded_tied_weights_keys", lambda self, all_submodels=False: tied)
+    with pytest.raises(ConfigError, match=r"layers\.1\.mlp\.up_proj\.weight .* is shared with"):
+        quantize(sharded, quicker_config(calibration=few, stream_weights=True))
+
+
+@streams
+@pytest.mark.parametrize("stage", [SolveBlocks, OpenResumeFolder], ids=["while-solving", "before"])
+@pytest.mark.parametrize("damage", ["changed", "gone", "cut"])
+def test_files_that_change_during_the_run_end_it_by_name(
+    sharded, quicker_config, few, tmp_path, monkeypatch, stage, damage
+):
+    folder = tmp_path / "moving"
+    shutil.copytree(sharded, folder)
+    file = Path(
+        folder,
+        json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][
+            "model.layers.2.mlp.up_proj.weight"
+        ],
+    )
+    apply = stage.apply
+
+    def moved(self, run, on_step):
+        if damage == "changed":
+            os.utime(file, ns=(1, 1))
+        elif damage == "gone":
+            file.unlink()
+        else:
+            os.truncate(file, file.stat().st_size // 2)
+        return apply(self, run, on_step)
+
+    monkeypatch.setattr(stage, "apply", moved)
+    config = quicker_config(calibration=few, stream_weights=True, resume_folder=tmp_path / "run")
+    with pytest.raises(StreamError, match=rf"{file.name}.*resume_folder"):
+        quantize(folder, config)
+
+
+@streams
+def test_a_missing_shard_is_named_before_a_weight_is_read(sharded, quicker_config, few, tmp_path):
+    folder = tmp_path / "incomplete"
+    shutil.copytree(sharded, folder)
+    file = sorted(folder.glob("*.safetensors"))[1]
+    file.unlink()
+    with pytest.raises((OSError, SampleError), match=file.name):
+        quantize(folder, quicker_config(calibration=few, stream_weights=True))
+
+
+def test_a_line_of_transformers_without_conversions_is_refused(monkeypatch):
+    monkeypatch.setattr(streaming, "RENAMES", False)
+    with pytest.raises(ConfigError, match="needs Transformers 5"):
+        streaming.check_streaming({}, None)
