@@ -14,18 +14,20 @@ import argparse
 import pathlib
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel, ProcessorMixin
 
 from optimum_sab.data.chat import chat_messages
 from optimum_sab.example.acceleration import accelerate
-from optimum_sab.example.architecture import build_model, save_model
+from optimum_sab.example import checkpoint_path
+from optimum_sab.example.architecture import build_model, model_config, save_model
 from optimum_sab.example.chatml import answer_mask
 from optimum_sab.example.learning_rate import cosine_rates
+from optimum_sab.example.mixture import BALANCE_WEIGHT, build_mixture, imbalance, mixture_config
 from optimum_sab.example.optimization import Journal, Outcome, make_optimizers, optimize, write_line
 from optimum_sab.example.predictions import predict_learnt
 from optimum_sab.example.sight import SightSettings, teach_sight
@@ -96,9 +98,19 @@ def batches(processor: ProcessorMixin, settings: TrainingSettings) -> Iterator[B
         yield Batch(inputs=dict(inputs), loss_weight=weight * inputs["attention_mask"])
 
 
-def weighted_loss(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Tensor:
+def weighted_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Mean cross-entropy of the next token over the tokens that count; logits are made for those only."""
-    hidden = model.model(**batch.inputs, use_cache=False).last_hidden_state
+    return _answer_loss(model, model.model(**batch.inputs, use_cache=False).last_hidden_state, batch)
+
+
+def balanced_loss(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """`weighted_loss` of a mixture of experts, and what keeps its experts in use."""
+    outputs = model.model(**batch.inputs, use_cache=False, output_router_logits=True)
+    uneven = imbalance(outputs.router_logits, batch.inputs["attention_mask"])
+    return _answer_loss(model, outputs.last_hidden_state, batch) + BALANCE_WEIGHT * uneven
+
+
+def _answer_loss(model: PreTrainedModel, hidden: Tensor, batch: Batch) -> Tensor:
     predicted = predict_learnt(model, hidden, batch.inputs["input_ids"], batch.loss_weight > 0)
     losses = torch.nn.functional.cross_entropy(predicted.logits, predicted.targets, reduction="none")
     weight = batch.loss_weight[:, 1:]
@@ -106,34 +118,38 @@ def weighted_loss(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Te
 
 
 def train(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     processor: ProcessorMixin,
     settings: TrainingSettings,
-    output: pathlib.Path,
+    save: Callable[[], None],
     save_every: int,
 ) -> None:
     """Train the decoder in bfloat16 arithmetic on float32 weights.
 
     The vision tower stays as the first stage left it: while the decoder cannot read the pictures yet, its gradients are
-    noise that would undo what the tower has learnt.
+    noise that would undo what the tower has learnt. What DeepStack takes from the tower is learnt here.
 
     Args:
         model: the model, its tower taught by `teach_sight`.
         processor: its processor.
         settings: how long, how fast and on what.
-        output: folder of the checkpoint.
+        save: writes the checkpoint.
         save_every: steps between saves; the last step saves as well.
     """
-    model.model.visual.requires_grad_(False)
+    visual = model.model.visual
+    visual.requires_grad_(False)
+    for merger in getattr(visual, "deepstack_merger_list", ()):
+        merger.requires_grad_(True)
     model.zero_grad()  # the tower's of the first stage are not this training's
+    loss_of = balanced_loss if hasattr(model.config.text_config, "num_experts") else weighted_loss
     optimizers = make_optimizers(model, settings.learning_rate, settings.weight_decay)
 
     def converse(batch: Batch) -> Outcome:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return Outcome(weighted_loss(model, batch))
+            return Outcome(loss_of(model, batch))
 
     optimize(
-        Journal("step", save=lambda: save_model(model, output), save_every=save_every),
+        Journal("step", save=save, save_every=save_every),
         converse,
         batches(processor, settings),
         optimizers,
@@ -146,6 +162,7 @@ def main() -> None:
     defaults = TrainingSettings()
     parser = argparse.ArgumentParser(description="Train the embedded example model.")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--mixture", action="store_true", help="a mixture of experts that begins as the example")
     parser.add_argument("--seed", type=int, default=defaults.seed)
     parser.add_argument("--steps", type=int, default=defaults.steps)
     parser.add_argument("--sight-steps", type=int, default=SightSettings().steps, help="steps of the first stage")
@@ -156,20 +173,28 @@ def main() -> None:
     settings = TrainingSettings(seed=arguments.seed, steps=arguments.steps, learning_rate=arguments.learning_rate)
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)
-    model = build_model()
-    if arguments.initial is None:
+    model = build_mixture() if arguments.mixture else build_model()
+    config = mixture_config() if arguments.mixture else model_config()
+    initial = arguments.initial or (checkpoint_path() if arguments.mixture else None)
+    if initial is None:
         write_processor(arguments.output, tokenizer_texts(settings.seed))
     else:
-        shutil.copytree(arguments.initial, arguments.output, dirs_exist_ok=True)
-        model.load_state_dict(Qwen2_5_VLForConditionalGeneration.from_pretrained(arguments.initial).state_dict())
+        unread = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(initial, arguments.output, dirs_exist_ok=True, ignore=unread)
+    if arguments.initial is not None:
+        model.load_state_dict(type(model).from_pretrained(arguments.initial).state_dict())
+
+    def save() -> None:
+        save_model(model, arguments.output, config)
+
     processor = load_processor(arguments.output)
     model.train()
     accelerate(model)
     write_line(f"{sum(each.numel() for each in model.parameters()):,} parameters")
     if arguments.sight_steps > 0:
         teach_sight(model, processor, SightSettings(seed=arguments.seed, steps=arguments.sight_steps))
-        save_model(model, arguments.output)
-    train(model, processor, settings, arguments.output, arguments.save_every)
+        save()
+    train(model, processor, settings, save, arguments.save_every)
 
 
 if __name__ == "__main__":
