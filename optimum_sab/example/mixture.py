@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
-from optimum_sab.example import architecture, checkpoint_path
+from optimum_sab.example import MARK, architecture, checkpoint_path
 from optimum_sab.example.tasks import IMAGE_SIZE
 
 EXPERTS, CHOSEN = 8, 2
@@ -38,6 +38,7 @@ def mixture_config() -> dict[str, Any]:
         **example,
         "architectures": [Qwen3VLMoeForConditionalGeneration.__name__],
         "model_type": "qwen3_vl_moe",
+        MARK: True,
         "text_config": {
             "model_type": "qwen3_vl_moe_text",
             **{name: text[name] for name in shared},

@@ -15,15 +15,15 @@ import pathlib
 import random
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from optimum_sab.data.chat import chat_messages
-from optimum_sab.example.acceleration import accelerate
 from optimum_sab.example import checkpoint_path
+from optimum_sab.example.acceleration import accelerate
 from optimum_sab.example.architecture import build_model, model_config, save_model
 from optimum_sab.example.chatml import answer_mask
 from optimum_sab.example.learning_rate import cosine_rates
@@ -158,19 +158,36 @@ def train(
     )
 
 
+@dataclass(frozen=True)
+class Course:
+    """Both stages of a training."""
+
+    sight: SightSettings
+    training: TrainingSettings
+
+
+FROM_NOTHING = Course(SightSettings(), TrainingSettings())
+FROM_EXAMPLE = Course(
+    SightSettings(steps=500),
+    TrainingSettings(steps=400, scenes=4, signs=2, texts=6, learning_rate=1e-3, warmup=20),
+)
+
+
 def main() -> None:
-    defaults = TrainingSettings()
     parser = argparse.ArgumentParser(description="Train the embedded example model.")
     parser.add_argument("--output", type=pathlib.Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--mixture", action="store_true", help="a mixture of experts that begins as the example")
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--sight-steps", type=int, default=SightSettings().steps, help="steps of the first stage")
-    parser.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, help="steps of the second stage")
+    parser.add_argument("--sight-steps", type=int, help="steps of the first stage")
+    parser.add_argument("--learning-rate", type=float, help="peak of the second stage")
     parser.add_argument("--initial", type=pathlib.Path, help="checkpoint to continue from; by default a new model")
     parser.add_argument("--save-every", type=int, default=500)
     arguments = parser.parse_args()
-    settings = TrainingSettings(seed=arguments.seed, steps=arguments.steps, learning_rate=arguments.learning_rate)
+    course = FROM_EXAMPLE if arguments.mixture else FROM_NOTHING
+    given = {name: getattr(arguments, name) for name in ("seed", "steps", "learning_rate")}
+    settings = replace(course.training, **{name: value for name, value in given.items() if value is not None})
+    sight_steps = course.sight.steps if arguments.sight_steps is None else arguments.sight_steps
     torch.manual_seed(settings.seed)
     torch.set_num_threads(1)
     model = build_mixture() if arguments.mixture else build_model()
@@ -179,7 +196,7 @@ def main() -> None:
     if initial is None:
         write_processor(arguments.output, tokenizer_texts(settings.seed))
     else:
-        unread = shutil.ignore_patterns("*.safetensors")
+        unread = shutil.ignore_patterns("*.safetensors", "__pycache__")
         shutil.copytree(initial, arguments.output, dirs_exist_ok=True, ignore=unread)
     if arguments.initial is not None:
         model.load_state_dict(type(model).from_pretrained(arguments.initial).state_dict())
@@ -191,8 +208,8 @@ def main() -> None:
     model.train()
     accelerate(model)
     write_line(f"{sum(each.numel() for each in model.parameters()):,} parameters")
-    if arguments.sight_steps > 0:
-        teach_sight(model, processor, SightSettings(seed=arguments.seed, steps=arguments.sight_steps))
+    if sight_steps > 0:
+        teach_sight(model, processor, replace(course.sight, seed=arguments.seed, steps=sight_steps))
         save()
     train(model, processor, settings, save, arguments.save_every)
 
