@@ -27,33 +27,30 @@ def mixture_config() -> dict[str, Any]:
     The matrices of an expert are not square: Transformers could not tell which of its two layouts one is stored in.
     """
     example: dict[str, Any] = architecture.model_config()
-    text, vision = example["text_config"], example["vision_config"]
-    rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    shared += ("hidden_act", "max_position_embeddings", "rms_norm_eps", "initializer_range", "tie_word_embeddings")
-    shared += ("rope_theta", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
-    seen = ("dtype", "depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "in_channels")
-    seen += ("patch_size", "spatial_merge_size", "temporal_patch_size", "initializer_range")
+    text, vision = dict(example["text_config"]), dict(example["vision_config"])
+    for name in ("rope_scaling", "use_sliding_window"):
+        del text[name]
+    for name in ("tokens_per_second", "window_size", "fullatt_block_indexes"):
+        del vision[name]
     return {
         **example,
         "architectures": [Qwen3VLMoeForConditionalGeneration.__name__],
         "model_type": "qwen3_vl_moe",
         MARK: True,
         "text_config": {
+            **text,
             "model_type": "qwen3_vl_moe_text",
-            **{name: text[name] for name in shared},
             "head_dim": text["hidden_size"] // text["num_attention_heads"],
-            "intermediate_size": text["intermediate_size"],
             "moe_intermediate_size": text["intermediate_size"] // 2,
             "num_experts": EXPERTS,
             "num_experts_per_tok": CHOSEN,
             "decoder_sparse_step": 1,
             "norm_topk_prob": True,
-            "rope_scaling": rope,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True},
         },
         "vision_config": {
+            **vision,
             "model_type": "qwen3_vl_moe",
-            **{name: vision[name] for name in seen},
             "hidden_act": "gelu_pytorch_tanh",
             "num_position_embeddings": (IMAGE_SIZE // vision["patch_size"]) ** 2,
             "deepstack_visual_indexes": [1, 2],
@@ -64,7 +61,7 @@ def mixture_config() -> dict[str, Any]:
 def build_mixture() -> Qwen3VLMoeForConditionalGeneration:
     """The mixture as the trained example leaves it, in float32; the rest depends on torch's seed.
 
-    DeepStack begins by adding nothing to the decoder.
+    Every two experts begin as the two halves of the example's MLP, and DeepStack by adding nothing to the decoder.
     """
     config = Qwen3VLMoeConfig(**mixture_config())
     architecture.in_float32(config)

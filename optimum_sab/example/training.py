@@ -51,6 +51,7 @@ class TrainingSettings:
         learning_rate: peak of the cosine schedule.
         warmup: steps of linear warm-up.
         weight_decay: Muon's, on the matrices inside the layers.
+        tower: whether the vision tower is trained too; a decoder that has read pictures before can do that.
         seed: seed of weights and data.
     """
 
@@ -64,6 +65,7 @@ class TrainingSettings:
     learning_rate: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.05
+    tower: bool = False
     seed: int = 0
 
 
@@ -124,10 +126,10 @@ def train(
     save: Callable[[], None],
     save_every: int,
 ) -> None:
-    """Train the decoder in bfloat16 arithmetic on float32 weights.
+    """Train the model in bfloat16 arithmetic on float32 weights.
 
-    The vision tower stays as the first stage left it: while the decoder cannot read the pictures yet, its gradients are
-    noise that would undo what the tower has learnt. What DeepStack takes from the tower is learnt here.
+    A vision tower that is not trained stays as the first stage left it, but for what DeepStack takes from it: while a
+    decoder cannot read the pictures yet, its gradients are noise that would undo what the tower has learnt.
 
     Args:
         model: the model, its tower taught by `teach_sight`.
@@ -137,7 +139,7 @@ def train(
         save_every: steps between saves; the last step saves as well.
     """
     visual = model.model.visual
-    visual.requires_grad_(False)
+    visual.requires_grad_(settings.tower)
     for merger in getattr(visual, "deepstack_merger_list", ()):
         merger.requires_grad_(True)
     model.zero_grad()  # the tower's of the first stage are not this training's
@@ -169,7 +171,7 @@ class Course:
 FROM_NOTHING = Course(SightSettings(), TrainingSettings())
 FROM_EXAMPLE = Course(
     SightSettings(steps=500),
-    TrainingSettings(steps=400, scenes=4, signs=2, texts=6, learning_rate=1e-3, warmup=20),
+    TrainingSettings(steps=400, scenes=4, signs=2, texts=6, learning_rate=1e-3, warmup=20, tower=True),
 )
 
 
