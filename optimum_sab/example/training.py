@@ -171,7 +171,7 @@ class Course:
 FROM_NOTHING = Course(SightSettings(), TrainingSettings())
 FROM_EXAMPLE = Course(
     SightSettings(steps=500),
-    TrainingSettings(steps=400, scenes=4, signs=2, texts=6, learning_rate=1e-3, warmup=20, tower=True),
+    TrainingSettings(steps=330, scenes=5, signs=4, texts=3, learning_rate=1e-3, warmup=20, tower=True),
 )
 
 
