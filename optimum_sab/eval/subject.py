@@ -23,6 +23,7 @@ from optimum_sab.eval.reader.architecture import MARK
 from optimum_sab.eval.reader.tasks import READER_TASKS, reader_chats, reader_questions
 from optimum_sab.eval.text import MIXED, SOURCES, mixed_windows, text_windows
 from optimum_sab.example import EXAMPLE, checkpoint_path
+from optimum_sab.example import MARK as EXAMPLE_MARK
 from optimum_sab.example.evaluation import answered_messages
 from optimum_sab.example.tasks import TASKS, Question, held_out_questions, training_questions
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
@@ -116,8 +117,10 @@ def find_subject(
     """
     origin = model if isinstance(model, Origin) else Origin(os.fspath(model))
     if origin.name == EXAMPLE:
-        return _example(calibration, budget, dtype)
+        return _example(Origin(str(checkpoint_path())), "embedded example", calibration, budget, dtype)
     config = model_config(origin.name, **origin.arguments)
+    if getattr(config, EXAMPLE_MARK, False):
+        return _example(origin, "example's tasks", calibration, budget, dtype)
     if getattr(config, MARK, False):
         return _reader(origin, calibration, budget, dtype, cifar)
     if cifar is not None:
@@ -149,9 +152,8 @@ def _language(origin: Origin, calibration: str, budget: Budget, dtype: torch.dty
     )
 
 
-def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:
-    source = str(checkpoint_path())
-    processor = load_processor(source)
+def _example(origin: Origin, name: str, calibration: str | None, budget: Budget, dtype: torch.dtype) -> Subject:
+    processor = load_processor(origin.name, **origin.arguments)
 
     def own(seed: int) -> list[list[dict[str, Any]]]:
         each = -(-budget.samples // len(TASKS))
@@ -160,8 +162,8 @@ def _example(calibration: str | None, budget: Budget, dtype: torch.dtype) -> Sub
         return [answered_messages(question) for question in drawn[: budget.samples]]
 
     subject = Subject(
-        name="embedded example",
-        origin=Origin(source),
+        name=name,
+        origin=origin,
         processor=processor,
         dtype=dtype,
         calibration=_calibration(calibration, own, budget),

@@ -3,6 +3,7 @@
 import importlib.resources
 import pathlib
 
+MARK = "optimum_sab_example"  # in config.json of another model that answers its tasks
 EXAMPLE = "example"  # what `optimum-sab eval quality` calls it
 
 

@@ -37,7 +37,7 @@ def accelerate(model: Qwen2_5_VLForConditionalGeneration, compiled: bool = True)
 
 def _embed_patches(self: Qwen2_5_VisionPatchEmbed, patches: Tensor) -> Tensor:
     """The convolution's kernel covers a whole patch, so it is a linear map."""
-    return torch.nn.functional.linear(patches, self.proj.weight.view(self.embed_dim, -1))
+    return torch.nn.functional.linear(patches, self.proj.weight.view(self.embed_dim, -1), self.proj.bias)
 
 
 def _attend_pictures(

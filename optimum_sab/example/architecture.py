@@ -1,9 +1,10 @@
 """The embedded example's architecture: a Qwen2.5-VL of about six million parameters."""
 
 import pathlib
+from typing import Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import PretrainedConfig, PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from optimum_sab.example.chatml import TURN_END, TURN_START
 from optimum_sab.example.processor import write_json
@@ -88,7 +89,7 @@ def build_model() -> Qwen2_5_VLForConditionalGeneration:
     to compare tokens much sooner from there.
     """
     config = Qwen2_5_VLConfig(**model_config())
-    config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32
+    in_float32(config)
     model = Qwen2_5_VLForConditionalGeneration(config).float()
     decoder = model.model.language_model
     with torch.no_grad():
@@ -100,11 +101,22 @@ def build_model() -> Qwen2_5_VLForConditionalGeneration:
     return model
 
 
-def save_model(model: Qwen2_5_VLForConditionalGeneration, folder: pathlib.Path) -> None:
-    """Write the weights in bfloat16 and the configuration in the layout both Transformers lines read."""
+def in_float32(config: PretrainedConfig) -> None:
+    """Have a configuration build its model in float32, whatever dtype it is stored in."""
+    config.dtype = config.text_config.dtype = config.vision_config.dtype = torch.float32
+
+
+def save_model(model: PreTrainedModel, folder: pathlib.Path, config: dict[str, Any] | None = None) -> None:
+    """Write the weights in bfloat16 and the configuration in the layout both Transformers lines read.
+
+    Args:
+        model: the model.
+        folder: of the checkpoint.
+        config: its config.json; `model_config` by default.
+    """
     state = {name: tensor.to(torch.bfloat16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=state)
-    config = model_config()
+    config = model_config() if config is None else config
     write_json(folder / "config.json", config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**ends, "do_sample": False})

@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -29,7 +30,7 @@ class Outcome:
 
 
 def make_optimizers(module: nn.Module, learning_rate: float, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices inside the layers, AdamW for embeddings, convolutions, norms and biases.
+    """Muon for the matrices inside the layers, experts' too, AdamW for embeddings, convolutions, norms and biases.
 
     Muon's updates are scaled to the size of AdamW's, so one learning rate serves both. It reaches the same loss in a
     fraction of AdamW's steps here.
@@ -42,11 +43,37 @@ def make_optimizers(module: nn.Module, learning_rate: float, weight_decay: float
     embeddings = {id(each.weight) for each in module.modules() if isinstance(each, nn.Embedding)}
     trained = [each for each in module.parameters() if each.requires_grad]
     matrices = [each for each in trained if each.ndim == 2 and id(each) not in embeddings]
-    others = [each for each in trained if each.ndim != 2 or id(each) in embeddings]
-    return (
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    )
+    stacks = [each for each in trained if each.ndim == 3]
+    others = [each for each in trained if each.ndim not in (2, 3) or id(each) in embeddings]
+    muon = partial(torch.optim.Muon, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return (muon(matrices), adamw, *([StackOptimizer(stacks, muon)] if stacks else []))
+
+
+class StackOptimizer(torch.optim.Optimizer):
+    """An optimizer of matrices for parameters that stack them, as those of experts do.
+
+    Args:
+        stacks: parameters, [count, out, in] each.
+        of_matrices: makes the optimizer of the matrices, which share the stacks' memory.
+    """
+
+    def __init__(
+        self, stacks: Sequence[nn.Parameter], of_matrices: Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+    ) -> None:
+        super().__init__(stacks, {})
+        self._matrices = [[nn.Parameter(matrix) for matrix in stack.detach()] for stack in stacks]
+        self._inner = of_matrices([matrix for matrices in self._matrices for matrix in matrices])
+
+    def step(self) -> None:  # type: ignore[override]  # no closure is called here
+        """One step with the learning rate of this optimizer's only group, where that has been set."""
+        [group] = self.param_groups
+        for inner in self._inner.param_groups:
+            inner["lr"] = group.get("lr", inner["lr"])
+        for stack, matrices in zip(group["params"], self._matrices, strict=True):
+            for index, matrix in enumerate(matrices):
+                matrix.grad = None if stack.grad is None else stack.grad[index]
+        self._inner.step()
 
 
 def write_line(line: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Qwen2_5_VLForConditionalGeneration
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from optimum_sab.data.documents import number_sign
 from optimum_sab.data.documents import render as render_document
@@ -49,7 +49,7 @@ class SightBatch:
 
 
 def teach_sight(
-    model: Qwen2_5_VLForConditionalGeneration,
+    model: PreTrainedModel,
     processor: ProcessorMixin,
     settings: SightSettings,
     report: Callable[[str], None] = write_line,
@@ -127,10 +127,11 @@ def number_words(number: int) -> list[list[str]]:
 
 
 @torch.no_grad()
-def _match_scale(model: Qwen2_5_VLForConditionalGeneration, tokens: Tensor) -> None:
+def _match_scale(model: PreTrainedModel, tokens: Tensor) -> None:
     """Scale the tower's output to that of the embeddings, which the loss above leaves open."""
     factor = model.get_input_embeddings().weight.square().mean().sqrt() / tokens.square().mean().sqrt()
-    last = model.model.visual.merger.mlp[-1]
+    merger = model.model.visual.merger
+    last = merger.mlp[-1] if hasattr(merger, "mlp") else merger.linear_fc2
     last.weight.mul_(factor)
     last.bias.mul_(factor)
 

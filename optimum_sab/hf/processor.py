@@ -128,13 +128,13 @@ def knows_no_token(tokenizer: Any) -> bool:
 
 
 def _is_qwen2_5_vl(path: str | Path, arguments: dict[str, Any]) -> bool:
-    """By the checkpoint's config, or by the processor's where it lies alone."""
+    """By the checkpoint's config, or by the processor's, which may lie alone or serve another architecture."""
     try:
         config, _ = PretrainedConfig.get_config_dict(path, **arguments)
     except OSError:
         config = {}
-    if "model_type" in config:
-        return bool(config["model_type"] == "qwen2_5_vl")
+    if config.get("model_type") == "qwen2_5_vl":
+        return True
     return bool(get_tokenizer_config(path, **arguments).get("processor_class") == Qwen2_5_VLProcessor.__name__)
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_sab.example.optimization import Journal, Outcome, make_optimizers, optimize
+from optimum_sab.example.optimization import Journal, Outcome, StackOptimizer, make_optimizers, optimize
 
 
 @pytest.fixture
@@ -59,3 +59,28 @@ def test_make_optimizers_share_all_that_is_trained():
     muon, adam = make_optimizers(module, learning_rate=0.1, weight_decay=0.05)
     assert [group["params"] for group in muon.param_groups] == [[module[1].weight]]
     assert adam.param_groups[0]["params"] == [module[0].weight, module[1].bias, module[2].bias]
+
+
+def test_an_optimizer_of_stacks_moves_every_matrix_as_if_it_were_alone():
+    torch.manual_seed(0)
+    stack = torch.nn.Parameter(torch.randn(2, 3, 4))
+    alone = [torch.nn.Parameter(each.clone()) for each in stack.detach()]
+    factors = torch.randn(2, 3, 4)
+
+    def losses(matrices):
+        return sum((each * factor).square().sum() for each, factor in zip(matrices, factors, strict=True))
+
+    def optimizer(matrices):
+        return torch.optim.SGD(matrices, lr=1.0, momentum=0.9)
+
+    whole, single = StackOptimizer([stack], optimizer), optimizer(alone)
+    for rate in (0.1, 0.05):
+        for each, trained in ((whole, stack), (single, alone)):
+            each.param_groups[0]["lr"] = rate
+            each.zero_grad()
+            losses(trained).backward()
+            each.step()
+    torch.testing.assert_close(stack.detach(), torch.stack([each.detach() for each in alone]))
+    module = torch.nn.Linear(3, 3)
+    module.experts = stack
+    assert make_optimizers(module, 0.1, 0.0)[-1].param_groups[0]["params"] == [stack]

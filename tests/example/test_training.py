@@ -5,7 +5,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from optimum_sab.example import architecture, checkpoint_path
-from optimum_sab.example.architecture import build_model, model_config
+from optimum_sab.example.architecture import build_model, model_config, save_model
 from optimum_sab.example.training import TrainingSettings, batches, train, weighted_loss
 from optimum_sab.hf.processor import load_processor
 
@@ -72,7 +72,7 @@ def test_train_saves_a_changed_decoder_and_leaves_the_tower_alone(processor, tmp
     monkeypatch.setattr(architecture, "model_config", lambda: small)
     model = build_model()
     before = {name: each.clone() for name, each in model.named_parameters()}
-    train(model, processor, dataclasses.replace(SMALL, steps=2), tmp_path, save_every=100)
+    train(model, processor, dataclasses.replace(SMALL, steps=2), lambda: save_model(model, tmp_path), save_every=100)
     changed = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
     assert changed == {name for name in before if not name.startswith("model.visual.")}
     saved = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)

@@ -235,6 +235,9 @@ def test_without_torchvision_only_its_own_family_gets_the_processor_without_vide
     (tmp_path / "alone").mkdir()
     load_processor(example).save_pretrained(tmp_path / "alone")
     assert isinstance(load_processor(tmp_path / "alone"), PictureProcessor)
+    config = tmp_path / "alone" / "config.json"  # another architecture's, with this processor, as the mixture has it
+    config.write_text((example / "config.json").read_text().replace("qwen2_5_vl", "qwen3_vl_moe"))
+    assert isinstance(load_processor(tmp_path / "alone"), PictureProcessor)
 
 
 def test_what_is_missing_beside_torchvision_is_named(example, monkeypatch):

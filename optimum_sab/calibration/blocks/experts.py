@@ -20,7 +20,6 @@ from optimum_sab.calibration.streams.experts import (
 )
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.many import solve_many
-from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes
 from optimum_sab.core.settings import LayerSettings
@@ -109,13 +108,11 @@ class _Experts:
 
     def _with_others(self, own: InputStatistics) -> InputStatistics:
         """With what came to the others, where there is too little to tell all columns apart by."""
-        if sum(own.tokens.values()) >= ENOUGH * self._width:
-            return own
-        self._mixed += 1
-        return mixed_statistics(own, self.shared, ENOUGH * self._width)
+        used = self._block.gathering.collector.of_expert(own, self._of_all, ENOUGH * self._width)
+        self._mixed += used is not own
+        return used
 
-    @property
-    def shared(self) -> InputStatistics:
+    def _of_all(self) -> InputStatistics:
         """Of what comes to any of the experts; made when it is first asked for."""
         if self._shared is None:
             pairs = self._block.gathering.pairs(pooled_arrivals(self._linears, self._arrivals))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.errors import ConfigError
 
 PASSES: dict[str, type[CalibrationPass]] = {}
@@ -54,3 +55,13 @@ class CalibrationPass(ABC):
     @abstractmethod
     def collect(self, name: str, inputs: Sequence[PairedInputs], device: torch.device) -> InputStatistics:
         """Statistics of these inputs. ``name`` is the first linear's, for messages."""
+
+    def of_expert(self, own: InputStatistics, shared: Callable[[], InputStatistics], full: int) -> InputStatistics:
+        """What an expert's linear is solved with: its own statistics, mixed with the shared ones if its tokens are few.
+
+        Args:
+            own: of what comes to the expert.
+            shared: gives those of what comes to any of them, gathered when first asked for.
+            full: from so many tokens on the expert's own are enough.
+        """
+        return own if sum(own.tokens.values()) >= full else mixed_statistics(own, shared(), full)
