@@ -169,7 +169,10 @@ class StoppedError(Exception):
 
 
 @streams
-@pytest.mark.parametrize("first", [True, False], ids=["streamed-first", "in-memory-first"])
+@pytest.mark.parametrize(
+    "first",
+    [pytest.param(True, id="streamed-first"), pytest.param(False, id="in-memory-first", marks=pytest.mark.full)],
+)
 def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
     sharded, quicker_config, few, plain, tmp_path, monkeypatch, first
 ):

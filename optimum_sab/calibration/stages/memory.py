@@ -18,4 +18,4 @@ class LookAtMemory(Stage):
     def apply(self, run: Run, on_step: OnStep) -> None:
         options = run.options
         inputs, room = run.samples.inputs, options.activation_memory
-        warn_of_memory(run.model, run.selection, inputs, options.device, run.two_streams, room)
+        warn_of_memory(run.model, run.selection, inputs, options.device, run.two_streams, room=room)
