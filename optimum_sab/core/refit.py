@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 RIDGE = 1e-4  # relative to each plane's own energy; keeps rows with coinciding planes solvable
 GRAM_BYTES = 2**29  # bound on the Gram matrices held at once
 TILE = 2048  # columns of a product that are looked at while they are in the cache
-# Inputs from which Gram matrices are made of one half, and of a residual plane's own columns: 2.2 times as fast at 2,048
-# inputs and 2.7 times at 3,584, and off by 5e-8. What is narrower costs little, and stays what it has always been.
+# Inputs from which Gram matrices are made of one half, and of a residual plane's own columns: 2.2 times as fast at
+# 2,048 inputs and 2.7 times at 3,584, and off by 5e-8. What is narrower costs little, and stays bit for bit.
 HALVED = 1024
 
 
@@ -32,8 +32,8 @@ def refit_row_scale(
 
     ``v`` is a plane's signs times ``c`` inside one block and zero elsewhere. The basis [out, K, in] is never
     built: for each (plane, block) products with ``H[block, :]`` and segmented sums give a row of the K×K Gram
-    matrices. These are symmetric: from `HALVED` inputs on only blocks from a row's own on are computed, and of a residual
-    plane only the columns that it has.
+    matrices. These are symmetric: from `HALVED` inputs on only blocks from a row's own on are computed, and of a
+    residual plane only the columns that it has.
 
     Args:
         signs: one [out, in] per plane, entries ±1, 0 where a residual plane has no column.
