@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -169,6 +170,13 @@ def test_availability_says_that_openmp_is_missing(wrapper):
 @needs_compiler
 def test_load_library_forced_to_the_portable_path_is_portable():
     assert compiler.compile_library(("-DSAB_PATH=0",)).library.sab_path() == 0
+
+
+@pytest.mark.parametrize(("path", "vnni", "words"), [(2, 1, "AVX-512 with VNNI"), (2, 0, "AVX-512"), (1, 0, "AVX2")])
+def test_build_says_what_it_computes_with(path, vnni, words):
+    library = SimpleNamespace(sab_path=lambda: path, sab_vnni=lambda: vnni)
+    assert compiler._instructions(library) == words
+    assert compiler._instructions(SimpleNamespace(sab_path=lambda: path)) == words.removesuffix(" with VNNI")
 
 
 @needs_compiler
