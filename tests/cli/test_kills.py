@@ -44,7 +44,7 @@ def content():
     held = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in output.iterdir()}
     if "report.json" in held:  # no two runs take the same time
         held["report.json"] = without_times(json.loads((output / "report.json").read_text()))
-        held["report.html"] = (output / "report.html").read_text().endswith("</html>\n")
+        held["report.html"] = (output / "report.html").read_text().endswith("</html>")
     return held
 
 def wait_for_saving(child):
