@@ -74,7 +74,7 @@ for kill in range(kills):
         time.sleep(seconds[1] * moments.random())
     else:  # a moment from when it has begun to write
         wait_for_saving(child)
-        time.sleep(saving[1] * moments.random())
+        time.sleep(1.5 * saving[1] * moments.random())  # what is new is put in its place at the very end
     os.kill(child, signal.SIGKILL)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert code in (0, -signal.SIGKILL), code
