@@ -13,6 +13,7 @@ from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.fused_experts import FusedLayout, fused_layout
 from optimum_sab.nn.modules import set_module
+from optimum_sab.nn.selection import shared_parameters
 from optimum_sab.nn.streamed import weights_around
 
 _ROWS = 4
@@ -22,11 +23,18 @@ _DIFFERENCE = {torch.bfloat16: 0.03, torch.float16: 0.005}  # of outputs compute
 def fused_experts(model: nn.Module) -> dict[str, FusedLayout]:
     """The modules inside of the decoder blocks that fuse experts, by dotted name.
 
+    Those whose weights stand in another place too are left out, as shared linears are: what they are given in one says
+    nothing of the other.
+
     Args:
         model: its weights may be on meta.
     """
-    lists = find_decoder_blocks(model).lists
-    found = {name: fused_layout(module) for name, module in model.named_modules() if lists.holds(name)}
+    lists, shared = find_decoder_blocks(model).lists, shared_parameters(model)
+    found = {
+        name: fused_layout(module)
+        for name, module in model.named_modules()
+        if lists.holds(name) and not any(id(each) in shared for each in module.parameters(recurse=False))
+    }
     return {name: layout for name, layout in found.items() if layout is not None}
 
 

@@ -202,6 +202,22 @@ def test_experts_that_compute_something_else_stay_as_they_are():
     assert type(model[0][1].experts) is _Scaled and model[0][1].experts.gate_up_proj.shape == (3, HIDDEN, 2 * INNER)
 
 
+@pytest.mark.parametrize("kind", ["a parameter", "a module", "tied when loaded"])
+def test_experts_whose_weights_stand_in_another_place_too_are_left_alone(kind):
+    """What they are given in one place says nothing of the other; the third block's are its own."""
+    from optimum_sab.nn.unfusing import fused_experts
+
+    model = nn.Sequential(nn.ModuleList([_Block(), _Block(), _Block()]))
+    first, second = model[0][0], model[0][1]
+    if kind == "a parameter":
+        second.experts.down_proj = first.experts.down_proj
+    elif kind == "a module":
+        second.experts = first.experts
+    else:
+        model.all_tied_weights_keys = {"0.1.experts.down_proj": "0.0.experts.down_proj"}
+    assert list(fused_experts(model)) == ["0.2.experts"]
+
+
 @pytest.mark.parametrize("own", [nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4)]), nn.Conv1d(4, 4, 3)])
 def test_what_is_no_fused_module(own):
     assert fused_layout(own) is None
