@@ -88,15 +88,21 @@ print(json.dumps({"found": found, "finished": finished, "seconds": seconds, "sav
 """
 
 
-@pytest.mark.full
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_quantize_killed_at_random_moments_leaves_the_old_checkpoint_or_the_new(small_example, tmp_path):
-    command = [sys.executable, "-c", SCRIPT, str(small_example), str(tmp_path), str(KILLS)]
+def told_by(script, model, folder, kills):
+    """The last line that a script prints, which is JSON; shown as well."""
+    command = [sys.executable, "-c", script, str(model), str(folder), str(kills)]
     done = subprocess.run(
         command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     found = json.loads(done.stdout.splitlines()[-1])
     sys.stderr.write(f"{found}\n")
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_quantize_killed_at_random_moments_leaves_the_old_checkpoint_or_the_new(small_example, tmp_path):
+    found = told_by(SCRIPT, small_example, tmp_path, KILLS)
     assert len(found["found"]) == KILLS
     assert set(found["found"]) == {"old", "new"}
     assert found["last"] and found["notes"] == "mine"
@@ -151,12 +157,7 @@ print(json.dumps({"seconds": seconds, "ends": ends, "blocks": blocks, "same": sa
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="refused by name there")
 def test_streamed_run_killed_at_random_moments_goes_on_to_the_same_bytes(small_example, tmp_path):
-    command = [sys.executable, "-c", STREAMED, str(small_example), str(tmp_path), str(STREAMED_KILLS)]
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    found = json.loads(done.stdout.splitlines()[-1])
-    sys.stderr.write(f"{found}\n")
+    found = told_by(STREAMED, small_example, tmp_path, STREAMED_KILLS)
     assert len(found["same"]) == STREAMED_KILLS and all(found["same"])
     assert [-9, 0] in found["ends"] and len(set(found["blocks"])) > 1  # some were killed, before and behind a block
     assert not found["left"]

@@ -18,7 +18,7 @@ from optimum_sab.calibration.streams.arrival import DENSE, Worker
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.patching import patched_forwards
-from optimum_sab.calibration.streams.placement import block_at, first_device, map_tensors
+from optimum_sab.calibration.streams.placement import block_at, change_tensors, first_device, map_tensors
 
 _END = "end"
 
@@ -97,7 +97,7 @@ class BlockwiseBackward:
             with torch.no_grad():
                 output = self._compute(self._forwards[index], (args, kwargs))
             outputs: list[Tensor] = []
-            output = _mapped(output, lambda tensor: _leaf(tensor, outputs))
+            output = change_tensors(output, lambda tensor: _leaf(tensor, outputs))
             self._coroutines.pause(Pause("end of block", index, _Call(kept, outputs)))
             return output
 
@@ -127,8 +127,8 @@ class BlockwiseBackward:
             return entries[-1]
 
         again: list[Tensor] = []
-        output = self._compute(original, with_own_caches(_mapped(call.arguments, entry)))
-        _mapped(output, lambda tensor: _listed(tensor, again))
+        output = self._compute(original, with_own_caches(change_tensors(call.arguments, entry)))
+        change_tensors(output, lambda tensor: _listed(tensor, again))
         pairs = [(new, leaf.grad) for new, leaf in zip(again, call.outputs, strict=True) if leaf.grad is not None]
         reached = [(new, gradient) for new, gradient in pairs if new.requires_grad]
         torch.autograd.backward([new for new, _ in reached], [gradient for _, gradient in reached])
@@ -156,16 +156,3 @@ def _listed(tensor: Tensor, found: list[Tensor]) -> Tensor:
     if tensor.is_floating_point():
         found.append(tensor)
     return tensor
-
-
-def _mapped(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The tree of dicts, lists and tuples with every tensor changed; other objects are passed on as they are."""
-    if isinstance(tree, Tensor):
-        return change(tree)
-    if isinstance(tree, dict):
-        return {key: _mapped(value, change) for key, value in tree.items()}
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_mapped(value, change) for value in tree))
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_mapped(value, change) for value in tree)
-    return tree

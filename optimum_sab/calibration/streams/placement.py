@@ -1,8 +1,8 @@
-"""Moving nested arguments between devices."""
+"""Moving nested arguments, and blocks, between devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,14 +57,19 @@ def first_device(tree: Any) -> torch.device | None:
 
 def map_tensors(tree: Any, device: torch.device) -> Any:
     """The tree with every tensor moved; other objects are passed on as they are."""
+    return change_tensors(tree, lambda tensor: tensor.to(device))
+
+
+def change_tensors(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The tree of dicts, lists and tuples with every tensor changed; other objects are passed on as they are."""
     if isinstance(tree, Tensor):
-        return tree.to(device)
+        return change(tree)
     if isinstance(tree, dict):
-        return {k: map_tensors(v, device) for k, v in tree.items()}
+        return {key: change_tensors(value, change) for key, value in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(map_tensors(v, device) for v in tree))
+        return type(tree)(*(change_tensors(value, change) for value in tree))
     if isinstance(tree, (list, tuple)):
-        return type(tree)(map_tensors(v, device) for v in tree)
+        return type(tree)(change_tensors(value, change) for value in tree)
     return tree
 
 

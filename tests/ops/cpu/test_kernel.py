@@ -209,10 +209,8 @@ def test_linear_of_inputs_of_any_size_is_the_same_but_for_the_size(path, random_
     assert not kernel.linear(torch.zeros(3, 300), packed).any()
 
 
-@every_code
-def test_linear_is_the_same_for_any_number_of_threads(path, random_packed, code):
-    """The layer is large enough for several threads to be started."""
-    packed, inputs = random_packed(331, 1024, code=code), random_inputs(5, 1024)
+def with_threads(inputs, packed):
+    """The product on one, two and three threads."""
     threads = torch.get_num_threads()
     found = []
     for count in (1, 2, 3):
@@ -221,6 +219,14 @@ def test_linear_is_the_same_for_any_number_of_threads(path, random_packed, code)
             found.append(kernel.linear(inputs, packed))
         finally:
             torch.set_num_threads(threads)
+    return found
+
+
+@every_code
+def test_linear_is_the_same_for_any_number_of_threads(path, random_packed, code):
+    """The layer is large enough for several threads to be started."""
+    packed, inputs = random_packed(331, 1024, code=code), random_inputs(5, 1024)
+    found = with_threads(inputs, packed)
     assert_near(found[0], inputs, packed, 0.0)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -230,14 +236,7 @@ def test_linear_of_bf16_is_the_same_for_any_number_of_threads(path, random_packe
     """There are so many tokens and columns that strips share what they read of the tables."""
     take_route(monkeypatch, "packed")
     packed, inputs = random_packed(331, 2600, code=code), random_inputs(70, 2600, dtype=torch.bfloat16)
-    threads = torch.get_num_threads()
-    found = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        try:
-            found.append(kernel.linear(inputs, packed))
-        finally:
-            torch.set_num_threads(threads)
+    found = with_threads(inputs, packed)
     assert_near_slices(found[:1], [inputs], packed, ROUNDING[torch.bfloat16], INTEGER_SUMS)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
