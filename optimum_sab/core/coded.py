@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.code import Code, find_code
-from optimum_sab.core.hessian import FactoredHessian
+from optimum_sab.core.factorization import FactoredHessian
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import WeightFit
 from optimum_sab.core.refit import refit_columns, refit_rows

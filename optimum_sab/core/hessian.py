@@ -1,4 +1,4 @@
-"""Second moments of a linear's inputs, per modality, and the damped factorizations the solver needs."""
+"""Second moments of a linear's inputs, per modality."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessianError
+from optimum_sab.core.factorization import FactoredHessian, factor_hessian
+from optimum_sab.errors import CalibrationError, NonFiniteError
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
 STRIP = 192  # rows of a Hessian computed at a time; fewer make products slow, more compute more of the lower half
-# Inputs from which sums are found in another order where that is much less work and memory. What is narrower costs
-# little, and stays what it has always been, bit for bit.
-WIDE = 4096
-RAISED = (1.0, 10.0, 100.0)  # times the damping, until there is a factor
 
 
 def accumulate_hessian(hessian: Float[Tensor, "in in"], inputs: Float[Tensor, "tokens in"]) -> None:
@@ -276,79 +273,3 @@ def _modality_weights(moments: dict[str, ModalityMoments], weighting: str) -> di
     chosen = ["text"] if weighting == "text" and "text" in mean else list(mean)
     total = sum(mean[name] * moments[name].tokens for name in chosen)
     return {name: moments[name].tokens / total if name in chosen else 0.0 for name in mean}
-
-
-def damped(hessian: Float[Tensor, "in in"], damping: float) -> Float[Tensor, "in in"]:
-    """``H + damping · mean(diag H) · I`` (method.md section 1)."""
-    result = hessian.clone()
-    result.diagonal().add_(damping * hessian.diagonal().mean())
-    return result
-
-
-@dataclass(frozen=True)
-class FactoredHessian:
-    """A damped Hessian with the factor the error feedback needs.
-
-    Attributes:
-        hessian: the damped ``H`` [in, in].
-        inverse: ``H⁻¹`` [in, in].
-        inverse_factor: upper triangular ``U`` with ``Uᵀ U = H⁻¹``.
-        dead: columns whose input was always zero, bool [in].
-    """
-
-    hessian: Float[Tensor, "in in"]
-    inverse: Float[Tensor, "in in"]
-    inverse_factor: Float[Tensor, "in in"]
-    dead: Tensor
-
-
-def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer") -> FactoredHessian:
-    """Damp and factor a Hessian; the damping is raised tenfold, up to twice, while no factor exists.
-
-    Raises:
-        NonFiniteError: the Hessian holds NaN or inf.
-        SingularHessianError: no Cholesky factor at a hundred times the damping.
-    """
-    _check_finite(hessian, name)
-    dead = hessian.diagonal() == 0
-    for raised in RAISED:
-        H = damped(hessian, damping * raised)
-        factor = _cholesky(H)
-        if factor is None:
-            continue
-        inverse = torch.cholesky_inverse(factor)
-        del factor  # they are large
-        upper = _cholesky(inverse, upper=True)
-        if upper is not None:
-            return FactoredHessian(H, inverse, upper, dead)
-    raise _singular(damping, name)
-
-
-def solve_damped(
-    right: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer"
-) -> Float[Tensor, "out in"]:
-    """``B H⁻¹`` with H damped as in `factor_hessian`, which raises the same errors; needs less memory than H⁻¹."""
-    _check_finite(hessian, name)
-    for raised in RAISED:
-        factor = _cholesky(damped(hessian, damping * raised))
-        if factor is not None:
-            return torch.cholesky_solve(right.T, factor).T
-    raise _singular(damping, name)
-
-
-def _check_finite(hessian: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(hessian).all()):
-        raise NonFiniteError(f"the Hessian of {name} holds NaN or inf; its inputs overflow, try dtype=torch.float32.")
-
-
-def _cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
-    """The Cholesky factor; None where there is none."""
-    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
-    return None if int(failed) else factor
-
-
-def _singular(damping: float, name: str) -> SingularHessianError:
-    return SingularHessianError(
-        f"the Hessian of {name} is still singular with damping={100 * damping:g}; give more calibration samples or "
-        "raise damping."
-    )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from optimum_sab.core.factorization import WIDE
 from optimum_sab.core.planes import WeightFit, block_bounds, block_sums
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
 RIDGE = 1e-4  # relative to each plane's own energy; keeps rows with coinciding planes solvable
 GRAM_BYTES = 2**29  # bound on the Gram matrices held at once
 TILE = 2048  # columns of a product that are looked at while they are in the cache
-# Inputs from which Gram matrices are made of one half, and of a residual plane's own columns: 2.2 times as fast at
-# 2,048 inputs and 2.7 times at 3,584, and off by 5e-8. What is narrower costs little, and stays bit for bit.
-HALVED = 1024
 
 
 def refit_row_scale(
@@ -32,7 +30,7 @@ def refit_row_scale(
 
     ``v`` is a plane's signs times ``c`` inside one block and zero elsewhere. The basis [out, K, in] is never
     built: for each (plane, block) products with ``H[block, :]`` and segmented sums give a row of the K×K Gram
-    matrices. These are symmetric: from `HALVED` inputs on only blocks from a row's own on are computed, and of a
+    matrices. These are symmetric: from `WIDE` inputs on only blocks from a row's own on are computed, and of a
     residual plane only the columns that it has.
 
     Args:
@@ -45,7 +43,7 @@ def refit_row_scale(
     out, width = pull.shape
     planes, blocks = len(signs), len(block_bounds(width, block_size))
     K = planes * blocks
-    columns = [_columns(sign, block_size) for sign in signs] if width >= HALVED else None
+    columns = [_columns(sign, block_size) for sign in signs] if width >= WIDE else None
     rows = max(1, min(out, GRAM_BYTES // (4 * (K * K + 6 * width))))
     result = pull.new_empty(out, K)
     for first in range(0, out, rows):

@@ -13,8 +13,9 @@ from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.coded import START_ITERATIONS, coded_fit
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
+from optimum_sab.core.factorization import FactoredHessian, factor_hessian
 from optimum_sab.core.feedback import block_feedback
-from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds
@@ -49,10 +50,20 @@ class Solution:
 
 
 def output_error(
-    weight: Float[Tensor, "out in"], approximation: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
+    weight: Float[Tensor, "out in"],
+    approximation: Float[Tensor, "out in"],
+    hessian: Float[Tensor, "in in"],
+    energy: float | None = None,
 ) -> float:
-    """Relative output error ``tr((W−Q) H (W−Q)ᵀ) / tr(W H Wᵀ)``; 0 where the layer's output is zero."""
-    below = float(((weight @ hessian) * weight).sum())
+    """Relative output error ``tr((W−Q) H (W−Q)ᵀ) / tr(W H Wᵀ)``; 0 where the layer's output is zero.
+
+    Args:
+        weight: W.
+        approximation: Q.
+        hessian: H, undamped.
+        energy: ``tr(W H Wᵀ)``, where it is known.
+    """
+    below = float(((weight @ hessian) * weight).sum()) if energy is None else energy
     difference = weight - approximation
     above = float(((difference @ hessian) * difference).sum())
     return above / below if below > 0 else 0.0
@@ -105,9 +116,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
                 f"significance='modality' needs the Hessians of each modality, which the calibration pass did not give "
                 f"for {name}; use the 'hessian' pass, or another significance."
             )
-        inverse = [
-            factor_hessian(H, settings.damping, name).inverse.diagonal() for H in statistics.by_modality.values()
-        ]
+        inverse = [factor_hessian(H, settings.damping, name).inverse_diagonal for H in statistics.by_modality.values()]
         significance = significance_map(W, torch.stack(inverse))
     pull = None
     if settings.refit:
@@ -123,13 +132,22 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
         fit = coded_fit(fit, target, pull, factored, settings, loops.search)
     planes = fit.planes()
     with part("errors"):
-        error = output_error(target, planes.dequantize(), statistics.hessian)
+        error = output_error(target, planes.dequantize(), statistics.hessian, _energy(target, pull, factored))
     if not math.isfinite(error):
         raise NonFiniteError(
             f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
             f"leave it dense with modules_to_not_convert={[name]!r}."
         )
     return Solution(planes, error, significance, alpha)
+
+
+def _energy(target: Tensor, pull: Tensor | None, factored: FactoredHessian) -> float | None:
+    """``tr(T H Tᵀ)`` of the undamped H by way of ``T H`` of the damped one; None where little of that is left."""
+    if pull is None:
+        return None
+    damped = float((pull * target).sum())
+    energy = damped - factored.added * float(target.square().sum())
+    return energy if energy > 0.01 * damped else None
 
 
 def _fit(

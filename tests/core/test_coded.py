@@ -4,7 +4,8 @@ import torch
 from optimum_sab.core.code import TRELLIS16
 from optimum_sab.core.coded import _begin, _search_windows, coded_values
 from optimum_sab.core.columns import IN_TORCH
-from optimum_sab.core.hessian import InputStatistics, damped, factor_hessian
+from optimum_sab.core.factorization import damped, factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.refit import refit_columns, refit_rows
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import _fit, output_error, solve

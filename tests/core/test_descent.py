@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optimum_sab.core.descent import descend_signs
-from optimum_sab.core.hessian import damped
+from optimum_sab.core.factorization import damped
 from optimum_sab.core.planes import WeightFit
 from optimum_sab.core.settings import LayerSettings
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from optimum_sab.core.factorization import factor_hessian
 from optimum_sab.core.feedback import LevelPicker, block_feedback, column_feedback
-from optimum_sab.core.hessian import factor_hessian
 from optimum_sab.core.planes import BlockFit
 
 bounded = hypothesis.settings(max_examples=30, deadline=None, derandomize=True)

@@ -6,16 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from optimum_sab.core.hessian import (
-    STRIP,
-    InputMoments,
-    InputStatistics,
-    accumulate_hessian,
-    damped,
-    factor_hessian,
-    solve_damped,
-)
-from optimum_sab.errors import CalibrationError, NonFiniteError, SingularHessianError
+from optimum_sab.core.factorization import factor_hessian
+from optimum_sab.core.hessian import STRIP, InputMoments, InputStatistics, accumulate_hessian
+from optimum_sab.errors import CalibrationError, NonFiniteError
 
 bounded = hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
 CPU = torch.device("cpu")
@@ -130,21 +123,6 @@ def test_statistics_without_data_take_every_input_for_as_likely():
 
 
 @bounded
-@hypothesis.given(st.integers(0, 10**6), st.integers(1, 12), st.integers(1, 4))
-def test_solve_damped_multiplies_with_the_inverse_of_the_damped_hessian(seed, width, out):
-    hessian, right = positive(width, seed), tokens(out, width, seed + 1)
-    expected = right.double().numpy() @ np.linalg.inv(damped(hessian, 0.05).double().numpy())
-    np.testing.assert_allclose(solve_damped(right, hessian, 0.05).numpy(), expected, rtol=1e-3, atol=1e-4)
-
-
-def test_solve_damped_raises_the_damping_and_gives_up_as_the_factorization_does():
-    diagonal = torch.tensor([-0.05, 1.0, 1.0, 2.05])
-    torch.testing.assert_close(solve_damped(torch.ones(1, 4), torch.diag(diagonal), 0.01)[0], 1 / (diagonal + 0.1))
-    with pytest.raises(SingularHessianError, match=r"the\.linear.*damping=1;"):
-        solve_damped(torch.ones(1, 4), torch.diag(torch.tensor([-1.5, 1.0, 1.0, 3.5])), 0.01, "the.linear")
-
-
-@bounded
 @hypothesis.given(st.integers(0, 10**6), st.integers(2, 5))
 def test_statistics_do_not_change_when_one_modality_s_tokens_are_repeated(seed, times):
     moments, repeated = (InputMoments(5, CPU, True, "layer") for _ in range(2))
@@ -255,57 +233,6 @@ def test_moments_of_finite_inputs_that_overflow_are_refused_by_the_factorization
         factor_hessian(moments.statistics().hessian, 0.01, "layer")
 
 
-def test_damped_adds_a_share_of_the_mean_diagonal_to_the_diagonal():
-    hessian = torch.tensor([[1.0, 0.5], [0.5, 3.0]])
-    assert torch.equal(damped(hessian, 0.25), torch.tensor([[1.5, 0.5], [0.5, 3.5]]))
-    assert torch.equal(hessian, torch.tensor([[1.0, 0.5], [0.5, 3.0]]))
-
-
-@bounded
-@hypothesis.given(st.integers(0, 10**6), st.integers(1, 12))
-def test_factor_hessian_holds_the_inverse_and_its_upper_factor(seed, width):
-    hessian = positive(width, seed)
-    factored = factor_hessian(hessian, 0.05)
-    expected = np.linalg.inv(damped(hessian, 0.05).double().numpy())
-    np.testing.assert_allclose(factored.inverse.numpy(), expected, rtol=1e-3, atol=1e-4)
-    upper = factored.inverse_factor.double().numpy()
-    np.testing.assert_allclose(upper.T @ upper, expected, rtol=1e-3, atol=1e-4)
-    assert np.array_equal(upper, np.triu(upper))
-    assert (np.diag(upper) > 0).all()
-    assert torch.equal(factored.hessian, damped(hessian, 0.05))
-
-
-def test_factor_hessian_marks_the_columns_that_were_always_zero():
-    inputs = tokens(20, 5)
-    inputs[:, [1, 4]] = 0
-    factored = factor_hessian(inputs.T @ inputs, 0.01)
-    assert factored.dead.tolist() == [False, True, False, False, True]
-    off = factored.inverse_factor.clone().fill_diagonal_(0)
-    assert not off[[1, 4]].any()
-    assert not off[:, [1, 4]].any()
-
-
-def test_factor_hessian_of_constant_inputs_succeeds():
-    inputs = torch.ones(50, 1) * torch.arange(1.0, 9.0)
-    factored = factor_hessian(inputs.T @ inputs, 0.01)
-    assert factored.inverse.isfinite().all()
-    product = factored.inverse.double() @ factored.hessian.double()
-    torch.testing.assert_close(product, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize(("least", "raised"), [(0.5, 1.0), (-0.05, 10.0), (-0.5, 100.0)])
-def test_factor_hessian_raises_the_damping_tenfold_until_a_factor_exists(least, raised):
-    diagonal = torch.tensor([least, 1.0, 1.0, 2.0 - least])  # mean 1, so that the damping is an absolute number
-    factored = factor_hessian(torch.diag(diagonal), 0.01)
-    torch.testing.assert_close(factored.hessian.diagonal(), diagonal + 0.01 * raised)
-
-
-def test_factor_hessian_gives_up_at_a_hundred_times_the_damping():
-    hessian = torch.diag(torch.tensor([-1.5, 1.0, 1.0, 3.5]))  # mean 1; 100 · 0.01 does not lift −1.5 above 0
-    with pytest.raises(SingularHessianError, match=r"model\.layers\.3\.q_proj.*damping=1;"):
-        factor_hessian(hessian, 0.01, "model.layers.3.q_proj")
-
-
 def test_statistics_factor_their_hessian_once_for_every_damping():
     hessian = positive(6, 3)
     statistics = InputStatistics(hessian, {"text": hessian}, None, {"text": 1})
@@ -313,14 +240,6 @@ def test_statistics_factor_their_hessian_once_for_every_damping():
         first, expected = statistics.factored(damping), factor_hessian(hessian, damping)
         assert torch.equal(first.inverse_factor, expected.inverse_factor)
         assert statistics.factored(damping) is first
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_factor_hessian_refuses_what_is_not_finite(bad):
-    hessian = torch.eye(3)
-    hessian[0, 1] = bad
-    with pytest.raises(NonFiniteError, match=r"model\.layers\.3\.q_proj"):
-        factor_hessian(hessian, 0.01, "model.layers.3.q_proj")
 
 
 def test_other_weightings_let_tokens_or_text_decide(correlated_inputs):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from optimum_sab.core import refit
-from optimum_sab.core.hessian import damped
+from optimum_sab.core.factorization import damped
 from optimum_sab.core.planes import block_bounds
 from optimum_sab.core.refit import RIDGE, refit_row_scale
 
@@ -111,7 +111,7 @@ def test_refit_of_half_a_gram_matrix_equals_refit_of_all(width, planes, correlat
     signs, column, target, hessian = problem(correlated_inputs(300, width), planes, out=5)
     given = signs, column, target @ hessian, hessian, BLOCK
     whole = refit_row_scale(*given)
-    monkeypatch.setattr(refit, "HALVED", 1)
+    monkeypatch.setattr(refit, "WIDE", 1)
     for tile in (1, 2 * BLOCK, 10**6):
         monkeypatch.setattr(refit, "TILE", tile)
         torch.testing.assert_close(refit_row_scale(*given), whole, rtol=1e-3, atol=1e-4)

@@ -1,9 +1,13 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 
-from optimum_sab.core.hessian import InputMoments, factor_hessian
-from optimum_sab.core.target import cross_validated_alpha, propagated_target
+from optimum_sab.core import target
+from optimum_sab.core.factorization import factor_hessian
+from optimum_sab.core.hessian import InputMoments
+from optimum_sab.core.target import cross_validated_alpha, propagated_target, sketch_rows
 
 
 @pytest.fixture
@@ -12,6 +16,11 @@ def streams(correlated_inputs):
     dense = correlated_inputs(60, 12, 0)
     quantized = dense + 0.3 * correlated_inputs(60, 12, 1)
     return dense, quantized, torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
+
+
+def times(inverse):
+    """The product with an inverse that is given."""
+    return lambda left: left @ inverse
 
 
 def ridge(dense, quantized, weight, penalty):
@@ -26,7 +35,7 @@ def ridge(dense, quantized, weight, penalty):
 def test_propagated_target_at_one_is_ridge_least_squares_of_the_dense_outputs(streams, penalty):
     dense, quantized, weight = streams
     inverse = torch.linalg.inv((quantized.T @ quantized).double() + penalty * torch.eye(12)).float()
-    found = propagated_target(weight, inverse, (dense - quantized).T @ quantized, 1.0)
+    found = propagated_target(weight, times(inverse), (dense - quantized).T @ quantized, 1.0)
     np.testing.assert_allclose(found.numpy(), ridge(dense, quantized, weight, penalty), rtol=1e-3, atol=1e-3)
 
 
@@ -34,19 +43,19 @@ def test_propagated_target_from_statistics_is_the_same_ridge(streams, statistics
     """The balanced Hessian's scale cancels: its damping is a penalty of 0.01 of the mean diagonal of X̂ᵀX̂."""
     dense, quantized, weight = streams
     statistics = statistics_of(dense={"text": dense}, text=quantized)
-    inverse = factor_hessian(statistics.hessian, 0.01).inverse
-    found = propagated_target(weight, inverse, statistics.drift, 1.0)
+    factored = factor_hessian(statistics.hessian, 0.01)
+    found = propagated_target(weight, factored.times_inverse, statistics.drift, 1.0)
     penalty = 0.01 * float((quantized**2).sum()) / 12
     np.testing.assert_allclose(found.numpy(), ridge(dense, quantized, weight, penalty), rtol=1e-3, atol=1e-3)
 
 
 def test_propagated_target_lowers_the_error_of_the_dense_outputs(streams):
     dense, quantized, weight = streams
-    inverse = torch.linalg.inv(quantized.T @ quantized)
+    by_inverse = times(torch.linalg.inv(quantized.T @ quantized))
     drift = (dense - quantized).T @ quantized
     wanted = dense @ weight.T
     errors = [
-        float((quantized @ propagated_target(weight, inverse, drift, alpha).T - wanted).square().sum())
+        float((quantized @ propagated_target(weight, by_inverse, drift, alpha).T - wanted).square().sum())
         for alpha in (0.0, 0.3, 0.7, 1.0)
     ]
     assert errors == sorted(errors, reverse=True)
@@ -55,17 +64,17 @@ def test_propagated_target_lowers_the_error_of_the_dense_outputs(streams):
 
 def test_propagated_target_is_linear_in_alpha(streams):
     dense, quantized, weight = streams
-    inverse = torch.linalg.inv(quantized.T @ quantized)
+    by_inverse = times(torch.linalg.inv(quantized.T @ quantized))
     drift = (dense - quantized).T @ quantized
-    whole = propagated_target(weight, inverse, drift, 1.0)
-    assert torch.equal(propagated_target(weight, inverse, drift, 0.0), weight)
-    torch.testing.assert_close(propagated_target(weight, inverse, drift, 0.3), 0.7 * weight + 0.3 * whole)
+    whole = propagated_target(weight, by_inverse, drift, 1.0)
+    assert torch.equal(propagated_target(weight, by_inverse, drift, 0.0), weight)
+    torch.testing.assert_close(propagated_target(weight, by_inverse, drift, 0.3), 0.7 * weight + 0.3 * whole)
 
 
 def test_propagated_target_of_equal_streams_is_the_weight(streams):
     _, quantized, weight = streams
     drift = torch.zeros(12, 12)
-    assert torch.equal(propagated_target(weight, torch.linalg.inv(quantized.T @ quantized), drift, 1.0), weight)
+    assert torch.equal(propagated_target(weight, times(torch.linalg.inv(quantized.T @ quantized)), drift, 1.0), weight)
 
 
 def test_propagated_target_with_a_residual_is_least_squares_of_the_dense_stream_behind_the_addition(streams):
@@ -74,7 +83,7 @@ def test_propagated_target_with_a_residual_is_least_squares_of_the_dense_stream_
     r, r_hat = torch.randn(60, 5, generator=generator), torch.randn(60, 5, generator=generator)
     penalty = 2.0
     inverse = torch.linalg.inv((quantized.T @ quantized).double() + penalty * torch.eye(12)).float()
-    found = propagated_target(weight, inverse, (dense - quantized).T @ quantized, 1.0, (r - r_hat).T @ quantized)
+    found = propagated_target(weight, times(inverse), (dense - quantized).T @ quantized, 1.0, (r - r_hat).T @ quantized)
     X_hat, W = quantized.double().numpy(), weight.double().numpy()
     wanted = (dense.double() @ weight.double().T + r.double() - r_hat.double()).numpy()
     above = np.vstack([X_hat, np.sqrt(penalty) * np.eye(12)])
@@ -123,10 +132,10 @@ def test_cross_validated_alpha_lowers_the_error_on_new_samples(correlated_inputs
     for seed in range(20):
         dense, quantized = streams(60, seed)
         statistics = halves_of(dense, quantized)
-        inverse = factor_hessian(statistics.hessian, 0.01).inverse
+        factored = factor_hessian(statistics.hessian, 0.01)
         chosen = cross_validated_alpha(weight, statistics, 0.01)
         for name, alpha in (("none", 0.0), ("chosen", chosen), ("whole", 1.0)):
-            target = propagated_target(weight, inverse, statistics.drift, alpha)
+            target = propagated_target(weight, factored.times_inverse, statistics.drift, alpha)
             difference = target - weight @ mixing.T  # what the dense outputs are on average, from the quantized inputs
             errors[name] += float(((difference @ statistics.hessian) * difference).sum())
     assert errors["chosen"] < 0.95 * min(errors["none"], errors["whole"])
@@ -137,3 +146,63 @@ def test_cross_validation_sees_the_residual(correlated_inputs):
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(2))
     explained = quantized @ torch.randn(12, 5, generator=torch.Generator().manual_seed(3))
     assert cross_validated_alpha(weight, halves_of(quantized, quantized, explained), 1e-6) == pytest.approx(1, abs=0.01)
+
+
+def many_rows(correlated_inputs, residual=False):
+    """Statistics of two streams that differ in a way which halves partly agree on, and a weight of many rows."""
+    quantized = correlated_inputs(120, 12, 0)
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.eye(12) + 0.2 * torch.randn(12, 12, generator=generator)
+    dense = quantized @ mixing + 2.0 * torch.randn(120, 12, generator=generator)
+    weight = torch.randn(600, 12, generator=generator) * torch.logspace(0, -2, 600)[:, None]
+    beside = 0.1 * torch.randn(120, 600, generator=generator) if residual else None
+    return weight, halves_of(dense, quantized, beside)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_alpha_from_a_sketch_of_the_rows_is_that_of_all_rows_to_a_hundredth(residual, correlated_inputs, monkeypatch):
+    weight, statistics = many_rows(correlated_inputs, residual)
+    exact = cross_validated_alpha(weight, statistics, 0.01)
+    assert 0.1 < exact < 0.95
+    monkeypatch.setattr(target, "WIDE", 1)
+    assert cross_validated_alpha(weight, statistics, 0.01) == pytest.approx(exact, abs=0.02)
+    assert cross_validated_alpha(weight[:200], statistics_of_rows(statistics, 200), 0.01) == pytest.approx(
+        exact_of(weight[:200], statistics_of_rows(statistics, 200), monkeypatch), rel=1e-6
+    )  # no more rows than a sketch has
+
+
+def statistics_of_rows(statistics, count):
+    """The same for the first rows alone."""
+
+    def cut(moments):
+        residual = None if moments.residual is None else moments.residual[:count]
+        return dataclasses.replace(moments, residual=residual)
+
+    return dataclasses.replace(cut(statistics), half=cut(statistics.half))
+
+
+def exact_of(weight, statistics, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(target, "WIDE", 10**9)
+        return cross_validated_alpha(weight, statistics, 0.01)
+
+
+def test_a_sketch_leaves_sums_over_rows_as_they_are_on_average(monkeypatch):
+    """Over many draws of S the trace of ``S A Sᵀ`` is that of A; here also of a matrix that is far from diagonal."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(40, 6, generator=generator), torch.randn(40, 6, generator=generator) + 0.5
+    found, seeds = [], iter(range(4000))
+    own = torch.Generator.manual_seed
+    monkeypatch.setattr(target, "_generator", lambda: own(torch.Generator(), next(seeds)))
+    for _ in range(2000):
+        both = sketch_rows(torch.cat([left, right], 1), 8)
+        found.append(float((both[:, :6] * both[:, 6:]).sum()))
+    assert np.mean(found) == pytest.approx(float((left * right).sum()), abs=4 * np.std(found) / len(found) ** 0.5)
+
+
+def test_a_sketch_is_the_same_every_time_and_holds_every_row_once():
+    rows = torch.eye(300)
+    first = sketch_rows(rows, 256)
+    assert torch.equal(first, sketch_rows(rows, 256))
+    assert torch.equal(first.abs().sum(0), torch.ones(300))
+    assert sorted(first.abs().sum(1).tolist()) == [1.0] * 212 + [2.0] * 44

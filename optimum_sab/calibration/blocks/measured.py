@@ -10,7 +10,8 @@ import torch
 
 from optimum_sab.calibration.statistics.by_modality import Piece, rows_by_modality
 from optimum_sab.calibration.statistics.pairing import PairedInputs
-from optimum_sab.core.hessian import InputStatistics, factor_hessian
+from optimum_sab.core.factorization import factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import extreme_power, times_power
 from optimum_sab.core.significance import significance_map
 from optimum_sab.errors import SingularHessianError
@@ -48,7 +49,7 @@ def block_significance(
     if len(statistics.by_modality) < 2:
         return None
     try:
-        inverse = [factor_hessian(H, damping, name).inverse.diagonal() for H in statistics.by_modality.values()]
+        inverse = [factor_hessian(H, damping, name).inverse_diagonal for H in statistics.by_modality.values()]
     except SingularHessianError:
         return None
     power = extreme_power(weight)

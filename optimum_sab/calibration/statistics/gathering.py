@@ -12,7 +12,8 @@ from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.pairing import PairedInputs, pair_streams
 from optimum_sab.calibration.statistics.passes import CalibrationPass
 from optimum_sab.calibration.streams.arrival import Arrival
-from optimum_sab.core.hessian import WIDE, InputStatistics
+from optimum_sab.core.factorization import WIDE
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import extreme_power
 from optimum_sab.core.settings import LayerSettings
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import FactoredHessian, InputStatistics, factor_hessian
+from optimum_sab.core.factorization import FactoredHessian, factor_hessian
+from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.planes import sign_of
 from optimum_sab.core.saliency import saliency
 from optimum_sab.core.significance import significance_map
@@ -78,7 +79,7 @@ def sab_published(
     """
     W = checked(weight)
     factored = factor_hessian(statistics.by_modality.get("text", statistics.hessian), damping)
-    inverse = [factor_hessian(H, damping).inverse.diagonal() for H in statistics.by_modality.values()]
+    inverse = [factor_hessian(H, damping).inverse_diagonal for H in statistics.by_modality.values()]
     significance = significance_map(W, torch.stack(inverse)).map
     return _alternating(W, factored, significance.square().clamp_min(LEAST_WEIGHT), True, rounds)
 

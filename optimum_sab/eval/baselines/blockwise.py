@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.hessian import FactoredHessian
+from optimum_sab.core.factorization import FactoredHessian
 from optimum_sab.core.planes import block_bounds, sign_of
 
 if TYPE_CHECKING:

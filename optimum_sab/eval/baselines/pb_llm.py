@@ -49,7 +49,7 @@ def pb_llm(
         raise ConfigError(f"salient_share={salient_share} must lie in (0, 1); 0.1 is the usual value.")
     W = checked(weight)
     factored = statistics.factored(damping)
-    score = saliency(W, factored.inverse.diagonal()).masked_fill(factored.dead, 0.0)
+    score = saliency(W, factored.inverse_diagonal).masked_fill(factored.dead, 0.0)
     count = max(1, round(salient_share * W.numel()))
     salient = torch.zeros(W.numel(), dtype=torch.bool, device=W.device)
     salient[score.flatten().topk(count).indices] = True

@@ -12,8 +12,8 @@ import torch
 
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import SweptBlock
+from optimum_sab.core.factorization import factor_hessian
 from optimum_sab.core.feedback import LevelPicker
-from optimum_sab.core.hessian import factor_hessian
 from optimum_sab.core.planes import BlockFit, WeightFit
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn

@@ -7,7 +7,7 @@ from optimum_sab.calibration.blocks.measured import ROWS, ModalityRows, block_si
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import PairedInputs
-from optimum_sab.core.hessian import factor_hessian
+from optimum_sab.core.factorization import factor_hessian
 from optimum_sab.core.significance import significance_map
 
 CPU = torch.device("cpu")
@@ -76,7 +76,7 @@ def test_significance_is_the_papers_of_the_stack(weights):
     weight = torch.cat(weights)
     gathered = statistics(pair([0, 1] * 10, 1), pair([1, 1, 0] * 5, 2))
     found = block_significance(weight, gathered, 0.1)
-    inverse = [factor_hessian(H, 0.1).inverse.diagonal() for H in gathered.by_modality.values()]
+    inverse = [factor_hessian(H, 0.1).inverse_diagonal for H in gathered.by_modality.values()]
     wanted = significance_map(weight, torch.stack(inverse))
     assert found.ratio == wanted.ratio > 0
     assert found.spatial == pytest.approx(float(wanted.spatial.mean()))

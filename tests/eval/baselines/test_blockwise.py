@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from optimum_sab.core.hessian import factor_hessian
+from optimum_sab.core.factorization import factor_hessian
 from optimum_sab.core.solver import output_error
 from optimum_sab.eval.baselines.blockwise import binarize, binarize_twice, compensated, compensated_by_column
 

@@ -7,7 +7,8 @@ import torch
 
 from optimum_sab.core.columns import IN_TORCH
 from optimum_sab.core.descent import SweptBlock, descend_signs
-from optimum_sab.core.hessian import InputMoments, factor_hessian
+from optimum_sab.core.factorization import factor_hessian
+from optimum_sab.core.hessian import InputMoments
 from optimum_sab.core.planes import BlockFit, WeightFit
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
