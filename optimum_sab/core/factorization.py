@@ -80,9 +80,9 @@ def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = 
     for raised in RAISED:
         H, added = damped(hessian, damping * raised), damping * raised * float(hessian.diagonal().mean())
         if len(H) >= WIDE:
-            root = _cholesky(H.flip(0, 1))
-            if root is not None:
-                return FactoredHessian(H, invert_upper(root.flip(0, 1)), dead, added)
+            root = H.clone()
+            if upper_root(root):
+                return FactoredHessian(H, invert_upper(root.triu_()), dead, added)
             continue
         factor = _cholesky(H)
         if factor is None:
@@ -93,6 +93,34 @@ def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = 
         if upper is not None:
             return FactoredHessian(H, upper, dead, added, inverse)
     raise _singular(damping, name)
+
+
+def upper_root(H: Float[Tensor, "n n"]) -> bool:
+    """Put R into the upper half of H, upper triangular with ``R Rᵀ = H``: by halves, so that nearly all is products.
+
+    With ``H = [[A, B], [Bᵀ, D]]`` and ``D = S Sᵀ`` it is ``[[root of A − C Cᵀ, C], [0, S]]`` with ``C = B S⁻ᵀ``.
+
+    Args:
+        H: symmetric; read and written in its upper half alone, and of no use where there is no root.
+
+    Returns:
+        Whether there is one.
+    """
+    size = len(H)
+    if size <= CORNER:
+        lower, failed = torch.linalg.cholesky_ex(H.triu().flip(0, 1))  # of which it reads the lower half
+        if int(failed):
+            return False
+        H.copy_(lower.flip(0, 1))
+        return True
+    half = size // 2
+    A, B, D = H[:half, :half], H[:half, half:], H[half:, half:]
+    if not upper_root(D):
+        return False
+    B.copy_(torch.linalg.solve_triangular(D.mT, B, upper=False, left=False))
+    for start in range(0, half, STRIP):
+        A[start : start + STRIP, start:].addmm_(B[start : start + STRIP], B[start:].T, alpha=-1.0)
+    return upper_root(A)
 
 
 def invert_upper(R: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
@@ -119,14 +147,20 @@ def solve_damped(
     """``B H⁻¹`` with H damped as in `factor_hessian`, which raises the same errors; needs less memory than H⁻¹."""
     _check_finite(hessian, name)
     for raised in RAISED:
-        factor = _cholesky(damped(hessian, damping * raised))
+        H = damped(hessian, damping * raised)
+        if len(H) >= WIDE:
+            if upper_root(H):
+                half = torch.linalg.solve_triangular(H.mT, right, upper=False, left=False)
+                return torch.linalg.solve_triangular(H, half, upper=True, left=False)
+            continue
+        factor = _cholesky(H)
         if factor is not None:
             return torch.cholesky_solve(right.T, factor).T
     raise _singular(damping, name)
 
 
 def _check_finite(hessian: Tensor, name: str) -> None:
-    if not bool(torch.isfinite(hessian).all()):
+    if not bool(torch.isfinite(hessian.sum())) and not bool(torch.isfinite(hessian).all()):
         raise NonFiniteError(f"the Hessian of {name} holds NaN or inf; its inputs overflow, try dtype=torch.float32.")
 
 

@@ -134,3 +134,19 @@ def test_solve_damped_raises_the_damping_and_gives_up_as_the_factorization_does(
     torch.testing.assert_close(solve_damped(torch.ones(1, 4), torch.diag(diagonal), 0.01)[0], 1 / (diagonal + 0.1))
     with pytest.raises(SingularHessianError, match=r"the\.linear.*damping=1;"):
         solve_damped(torch.ones(1, 4), torch.diag(torch.tensor([-1.5, 1.0, 1.0, 3.5])), 0.01, "the.linear")
+
+
+@pytest.mark.parametrize("width", [3, CORNER + 1, 2 * CORNER + 9, 2 * STRIP + 77])
+def test_solve_damped_of_any_width_is_that_of_double_precision(width, monkeypatch):
+    monkeypatch.setattr(factorization, "WIDE", 1)
+    hessian, right = positive(width, 4), normal(5, width, 5)
+    exact = right.double() @ torch.linalg.inv(damped(hessian, 0.1).double())
+    torch.testing.assert_close(solve_damped(right, hessian, 0.1).double(), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("place", [0, CORNER, 2 * CORNER + 8])
+def test_a_matrix_without_a_root_is_told_wherever_that_shows(place):
+    matrix = torch.eye(2 * CORNER + 9)
+    matrix[place, place] = -1.0
+    assert not factorization.upper_root(matrix)
+    assert factorization.upper_root(torch.eye(2 * CORNER + 9))
