@@ -19,7 +19,7 @@ from optimum_sab.core.mixture import mixed_by
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.data.passages import passages
-from optimum_sab.ops.cpu.columns import column_loops
+from optimum_sab.ops.columns import column_loops
 
 SHARES = (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.85, 1.0)
 COUNTS = (4, 16, 64, 256, 1024)

@@ -9,7 +9,7 @@ from optimum_sab.core.parts import watched_by
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError
-from optimum_sab.ops.cpu.columns import column_loops
+from optimum_sab.ops.columns import column_loops
 
 CPU = torch.device("cpu")
 DEFAULT = LayerSettings(block_size=32)

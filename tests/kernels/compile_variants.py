@@ -20,6 +20,7 @@ from sab_kernels.arguments import (
     Stack,
     layer_kind,
 )
+from sab_kernels.columns import ROWS, TILE, WARPS, Levels, column_kernel
 from sab_kernels.decode import decode_kernel
 from sab_kernels.dequantize import dequantize_kernel
 from sab_kernels.device import DeviceTraits
@@ -35,7 +36,7 @@ INPUTS = Activations("*bf16", "*i16", "*i32", "i32", "i32", "i32")
 LIMBS = LimbOperand("*i8", "*i32", "*fp32")
 ZEROING = {"counter_ptr": "*i32", "counters": "i32", "COUNTERS_EACH": 1}
 ROUTING = Routing("*i64", "*i64", "*i32", "i32", "i32")
-ROWS = PackedRows("*i32", "*i32", "*u8", "*i8")
+PACKED = PackedRows("*i32", "*i32", "*u8", "*i8")
 
 
 def kind(capability):
@@ -49,7 +50,7 @@ def product(capability):
     """What `Product.arguments` gives, as types, of three stacked layers."""
     stack = Stack(("*bf16",) * 4, ("*bf16",) * 4, ("i32",) * 3, "i32")
     constants = {"KIND": kind(capability), "HAS_BIAS": True, "STACK": 3}
-    return {"layer": ROWS, **stack._asdict(), "tokens": "i32", "extent": EXTENT, **constants}
+    return {"layer": PACKED, **stack._asdict(), "tokens": "i32", "extent": EXTENT, **constants}
 
 
 def decode(capability, **changes):
@@ -128,7 +129,7 @@ def expert_batch(capability, warps=4, **changes):
 
 def dequantize(capability, **changes):
     arguments = {
-        "layer": ROWS,
+        "layer": PACKED,
         "place_ptr": "*i32",
         "column_scale_ptr": "*i16",
         "out_ptr": "*bf16",
@@ -214,7 +215,24 @@ def tile_table(capability, **changes):
     return compiled(tile_table_kernel, capability, changed(arguments, changes))
 
 
-DENSE = (decode, small_batch, dequantize, prepare_limbs, prepare_floats)
+def columns(capability, **changes):
+    """Of the solver: one block, two planes of which one is a residual."""
+    arguments = {
+        **dict.fromkeys(("x_ptr", "value_ptr", "step_ptr", "coupling_ptr"), "*fp32"),
+        "sign_ptrs": ("*fp32",) * 2,
+        "levels": Levels("*fp32", "*fp32", "*fp32", "*fp32", "*i1"),
+        **dict.fromkeys(("rows", "start", "end"), "i32"),
+        **dict.fromkeys(("sign_stride", "coupling_stride"), "i32"),
+        "BASE": 1,
+        "PLANES": 2,
+        "DESCENT": False,
+        "ROWS": ROWS,
+        "TILE": TILE,
+    }
+    return compiled(column_kernel, capability, changed(arguments, changes), num_warps=WARPS, num_stages=1)
+
+
+DENSE = (decode, small_batch, dequantize, prepare_limbs, prepare_floats, columns)
 EXPERTS = (expert_decode, expert_batch, prepare_expert_limbs, prepare_expert_floats, tile_table)
 KERNELS = {f.__name__: f for f in (*DENSE, *EXPERTS)}
 

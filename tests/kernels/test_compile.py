@@ -80,6 +80,8 @@ VARIANTS = {
     "prepare limbs": ("prepare_limbs", {}),
     "prepare limbs of 8 tokens": ("prepare_limbs", {"TOKENS": 8, "SLOT_TOKENS": 8, "SCALE_COLUMNS": 32}),
     "prepare floats": ("prepare_floats", {}),
+    "columns": ("columns", {}),
+    "columns in a descent": ("columns", {"DESCENT": True}),
 }
 # one capability is enough for these
 FURTHER = {
@@ -123,7 +125,7 @@ SAMPLE = {
     90: {
         *("decode coded 1 token", "small batch coded", "dequantize coded", "prepare limbs coded"),
         *("decode 1 tile", "decode 2 tiles", "decode 8 tokens 1 tile", "decode fine"),
-        *("small batch of 16", "dequantize", "prepare limbs"),
+        *("small batch of 16", "dequantize", "prepare limbs", "columns in a descent"),
         *("expert decode", "expert decode coded", "expert batch of 64", "prepare expert floats", "tile table"),
     },
 }

@@ -22,7 +22,7 @@ from optimum_sab.core.parts import part
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import output_error, solve
 from optimum_sab.nn.selection import Selection
-from optimum_sab.ops.cpu.columns import column_loops
+from optimum_sab.ops.columns import column_loops
 
 ROWS = 64  # of a weight; its error with every anchor is measured on so many
 

@@ -31,7 +31,7 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.streamed import keep_weights
-from optimum_sab.ops.cpu.columns import column_loops
+from optimum_sab.ops.columns import column_loops
 
 
 class BlockBinarizer:

@@ -24,7 +24,7 @@ from optimum_sab.core.parts import part
 from optimum_sab.core.planes import BinaryPlanes
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError
-from optimum_sab.ops.cpu.columns import column_loops
+from optimum_sab.ops.columns import column_loops
 
 ENOUGH = 2  # tokens for each column, from which on an expert's own are all that counts (core/mixture.py)
 ROOM = 2**30  # bytes of statistics that wait to be solved together

@@ -46,19 +46,14 @@ class _Signs(ctypes.Structure):
     _fields_ = [("plane", ctypes.c_void_p * 4), ("stride", ctypes.c_int64)]
 
 
-def column_loops(device: torch.device) -> ColumnLoops:
-    """What goes from column to column on a device: C on a CPU where it can be compiled, else torch; the result is one.
+def loops_on_cpu() -> ColumnLoops:
+    """What goes from column to column on a CPU: C where it can be compiled, else torch; the result is one.
 
-    Torch also has weights whose rows are no multiple of `ROWS`. Warns, once, where there is no C on a CPU.
+    Torch also has weights whose rows are no multiple of `ROWS`. Warns, once, where there is no C.
     """
-    if device.type != "cpu":
-        return IN_TORCH
-    build = _build()
-    return (
-        replace(IN_TORCH, search=search_on_cpu)
-        if build.library is None
-        else ColumnLoops(_feedback, _sweep, search_on_cpu)
-    )
+    if _build().library is None:
+        return replace(IN_TORCH, search=search_on_cpu)
+    return ColumnLoops(_feedback, _sweep, search_on_cpu)
 
 
 @lru_cache(maxsize=1)

@@ -105,7 +105,7 @@ def test_solve_finds_the_same_with_either_and_with_any_number_of_threads(setting
     moments.add("text", torch.randn(400, 160, generator=generator))
     weight, statistics = torch.randn(rows, 160, generator=generator), moments.statistics()
     expected = solve(weight, statistics, settings).planes
-    loops = columns.column_loops(CPU)
+    loops = columns.loops_on_cpu()
     assert not in_torch(loops)
     before = torch.get_num_threads()
     try:
@@ -134,7 +134,7 @@ def forgotten():
 def test_without_a_compiler_torch_takes_its_place_with_one_warning(monkeypatch, tmp_path):
     monkeypatch.setenv("CC", str(tmp_path / "none"))
     with pytest.warns(SABWarning, match=r"takes longer than it must.*none.* is not a program") as heard:
-        found = [columns.column_loops(CPU) for _ in range(2)]
+        found = [columns.loops_on_cpu() for _ in range(2)]
     assert len(heard) == 1 and all(map(in_torch, found))
 
 
@@ -143,7 +143,7 @@ def test_without_a_compiler_torch_takes_its_place_with_one_warning(monkeypatch, 
 def test_a_library_that_rounds_otherwise_is_not_used(monkeypatch):
     monkeypatch.setattr(columns, "_agrees", lambda library: False)
     with pytest.warns(SABWarning, match="round otherwise than this build of torch"):
-        assert in_torch(columns.column_loops(CPU))
+        assert in_torch(columns.loops_on_cpu())
 
 
 @needs_compiler
@@ -152,7 +152,3 @@ def test_a_library_with_another_result_is_seen(monkeypatch):
     wrong = columns.feed_back
     monkeypatch.setattr(columns, "feed_back", lambda *given: wrong(*given) * (1 + 2**-23))
     assert not columns._agrees(library)
-
-
-def test_other_devices_have_torch():
-    assert columns.column_loops(torch.device("meta")) is IN_TORCH
