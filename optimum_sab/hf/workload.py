@@ -1,0 +1,107 @@
+"""From a model on meta and a configuration to what `calibration.plan` works with: shapes, devices, disks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_sab.calibration.plan.fit import DiskUse
+from optimum_sab.calibration.plan.limits import Room, accelerator_room, machine_room
+from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, activations, in_files
+from optimum_sab.calibration.plan.workload import SampleSizes, Workload, model_shape, sample_sizes
+from optimum_sab.calibration.samples.inputs import UNSEEN_LENGTH
+from optimum_sab.data.unseen import unseen_texts
+from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.devices import computes_elsewhere
+from optimum_sab.hf.run_options import run_options
+from optimum_sab.hf.stored_files import read_headers
+from optimum_sab.nn.selection import Selection
+
+
+def workload(
+    model: nn.Module,
+    selection: Selection,
+    config: SABConfig,
+    sizes: SampleSizes | Sequence[Mapping[str, Any]],
+    place: tuple[Sequence[str] | None, Any],
+) -> Workload:
+    """What `calibration.plan` works with.
+
+    Args:
+        model: dense, experts as linears; may be on meta.
+        selection: what is binarized.
+        config: how.
+        sizes: of the samples, or the samples' forward arguments.
+        place: the checkpoint's files, as far as they are here, and the device map.
+    """
+    files, device_map = place
+    options = run_options(config)
+    shape = model_shape(model, selection, config.target_bits)
+    shape = replace(shape, mapped=_mapped(files, shape.dtype, selection))
+    if not isinstance(sizes, SampleSizes):
+        sizes = sample_sizes(sizes, (), shape) if sizes else at_most(config)
+    home = "cuda" if computes_elsewhere(device_map) else "cpu"
+    return Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home)
+
+
+def rooms_of(work: Workload) -> dict[str, Room]:
+    """What the devices of a run have."""
+    rooms = {MACHINE: machine_room()}
+    device = work.options.device if work.home == "cpu" else torch.device(work.home)
+    if device is not None and device.type != "cpu":
+        rooms[ACCELERATOR] = accelerator_room(device)
+    return rooms
+
+
+def disk_uses(work: Workload) -> tuple[DiskUse, ...]:
+    """What a run writes beside the output."""
+    options, found = work.options, []
+    if options.resume_folder is not None:
+        folder = os.fspath(options.resume_folder)
+        there = sum(each.stat().st_size for each in Path(folder).glob("block-*.safetensors"))
+        size = max(0, work.model.packed_bytes - there)
+        found.append(DiskUse("finished blocks", folder, size, _free(folder), "resume_folder", size))
+    mapped = in_files(work)
+    if mapped:
+        folder = os.fspath(options.resume_folder or tempfile.gettempdir())
+        tokens = work.samples.total if work.samples.exact else 0
+        least = activations(work, tokens, 1 + work.two_streams, work.worker == "cpu")[1]
+        certain = max(0, least - (options.activation_memory or 0))
+        found.append(DiskUse("activations", folder, mapped, _free(folder), "activation_memory", certain))
+    return tuple(found)
+
+
+def _free(folder: str) -> int:
+    resolved = Path(folder).resolve()
+    return shutil.disk_usage(next(each for each in (resolved, *resolved.parents) if each.is_dir())).free
+
+
+def _mapped(files: Sequence[str] | None, dtype: torch.dtype, selection: Selection) -> bool:
+    """Whether Transformers maps the weights from their files: no other dtype, no experts to be merged.
+
+    Where the files are not known that is taken to be so, since it is what takes least.
+    """
+    if selection.experts:
+        return False
+    if files is None:
+        return True
+    if not all(str(file).endswith(".safetensors") for file in files):
+        return False
+    name = str(dtype).removeprefix("torch.")
+    tensors = [tensor for file in read_headers(list(files)) for tensor in file.tensors.values()]
+    return all(tensor.dtype_name == name for tensor in tensors if tensor.is_floating)
+
+
+def at_most(config: SABConfig) -> SampleSizes:
+    """The most that the settings allow: every text as long as it may be."""
+    count = config.calibration_samples
+    unseen = (UNSEEN_LENGTH,) * len(unseen_texts())
+    return SampleSizes((config.sequence_length,) * count, 0, False, unseen)
