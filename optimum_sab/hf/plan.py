@@ -142,9 +142,7 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
     )
 
 
-def _samples(
-    model: nn.Module, processor: Any, config: SABConfig, shape: ModelShape
-) -> tuple[SampleSizes, str]:
+def _samples(model: nn.Module, processor: Any, config: SABConfig, shape: ModelShape) -> tuple[SampleSizes, str]:
     """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
     source = run_options(config).source
     if not _at_hand(config):
@@ -189,4 +187,3 @@ def _staying_dense(model: nn.Module, selection: Selection) -> dict[str, int]:
                 why = VECTORS if parameter.ndim < 2 else OTHERS
             found[why] = found.get(why, 0) + parameter.numel()
     return found
-

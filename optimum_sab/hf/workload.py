@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.stored_files import read_headers
 from optimum_sab.nn.selection import Selection
 
+_NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
+
 
 def workload(
     model: nn.Module,
@@ -45,7 +48,7 @@ def workload(
     files, device_map = place
     options = run_options(config)
     shape = model_shape(model, selection, config.target_bits)
-    shape = replace(shape, mapped=_mapped(files, shape.dtype, selection))
+    shape = replace(shape, copied=_copied(files, shape.dtype, selection))
     if not isinstance(sizes, SampleSizes):
         sizes = sample_sizes(sizes, (), shape) if sizes else at_most(config)
     home = "cuda" if computes_elsewhere(device_map) else "cpu"
@@ -84,20 +87,21 @@ def _free(folder: str) -> int:
     return shutil.disk_usage(next(each for each in (resolved, *resolved.parents) if each.is_dir())).free
 
 
-def _mapped(files: Sequence[str] | None, dtype: torch.dtype, selection: Selection) -> bool:
-    """Whether Transformers maps the weights from their files: no other dtype, no experts to be merged.
+def _copied(files: Sequence[str] | None, dtype: torch.dtype, selection: Selection) -> float:
+    """Share of the weights that Transformers copies: of another dtype, or experts that it merges.
 
-    Where the files are not known that is taken to be so, since it is what takes least.
+    0 where the files are not known, or are no safetensors files: that is what takes least.
     """
-    if selection.experts:
-        return False
-    if files is None:
-        return True
-    if not all(str(file).endswith(".safetensors") for file in files):
-        return False
-    name = str(dtype).removeprefix("torch.")
-    tensors = [tensor for file in read_headers(list(files)) for tensor in file.tensors.values()]
-    return all(tensor.dtype_name == name for tensor in tensors if tensor.is_floating)
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        return 0.0
+    wanted, total, copied = str(dtype).removeprefix("torch."), 0, 0
+    for file in read_headers(list(map(str, files))):
+        for name, tensor in file.tensors.items():
+            if tensor.is_floating:
+                total += tensor.bytes
+                merged = bool(selection.experts) and _NUMBERED_EXPERT.search(name) is not None
+                copied += tensor.bytes if merged or tensor.dtype_name != wanted else 0
+    return copied / max(1, total)
 
 
 def at_most(config: SABConfig) -> SampleSizes:

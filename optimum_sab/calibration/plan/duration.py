@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from optimum_sab.calibration.allocation.ladder import ANCHORS
@@ -18,7 +18,8 @@ from optimum_sab.calibration.stages.allocation import SAMPLES
 from optimum_sab.calibration.stages.examples import NEW_TOKENS
 from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
 
-SCALES_TRIED = 10  # of the temperature, by golden section
+SCALES_TRIED = 10  # of the temperature, by golden section; a normalizer is about a half of a divergence
+DRAWN = 6  # divergences that the softmax, a draw from it, and the way back through both take
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,14 @@ def stage_times(work: Workload, speeds: Speeds) -> tuple[StageTime, ...]:
 
 def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
     model, samples, options = work.model, work.samples, work.options
+    forward = _Forward(work, speeds)
     dense_bytes = model.outside * model.item + model.block_bytes
-    yield "loading", 2 * dense_bytes / speeds.reading
+    yield "loading", dense_bytes / speeds.reading
     typical = samples.longest
-    one = (operations.forward(work, [typical]) + operations.head(work, typical)) / speeds.forward
+    one = forward([typical]) + operations.head(work, typical) / speeds.forward
     yield "forward", (samples.kinds + 1) * one
     yield "rehearsal", one
-    unseen = operations.forward(work, samples.unseen) / speeds.forward
-    yield "answers", unseen
+    yield "answers", forward(samples.unseen)
     writes = options.examples and model.vocabulary > 0 and not work.streamed
     prompts = EACH * min(samples.kinds, 2)
     token = operations.forward(work, [1]) + operations.head(work, 1)
@@ -68,14 +69,15 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
         judged = min(TOKENS, sum(samples.spread(TEMPERATURE_SAMPLES)))
         logits = 4 * operations.head(work, judged) / speeds.forward
         elements = operations.predictions(work, judged)
-        yield "temperature", logits + (3 + SCALES_TRIED / 3) * elements / speeds.predictions
+        yield "temperature", logits + (4 + SCALES_TRIED / 2) * elements / speeds.predictions
     if options.tuned:
         yield "tuning", _tuning(work, speeds)
     tokens = sum(samples.unseen)
     if model.vocabulary:
         logits = 2 * operations.head(work, tokens) / speeds.forward
         packed = operations.forward(work, samples.unseen) / speeds.packed
-        yield "comparison", packed + logits + operations.predictions(work, tokens) / speeds.predictions
+        packed += operations.elementwise(work, tokens) / speeds.elementwise
+        yield "comparison", packed + logits + 2 * operations.predictions(work, tokens) / speeds.predictions
     if writes:
         head = operations.head(work, 1) / speeds.one_row
         written = operations.forward(work, [1]) / speeds.packed_row + head
@@ -83,18 +85,30 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
     yield "saving", 2 * (model.outside * model.item + model.packed_bytes) / speeds.reading
 
 
+@dataclass(frozen=True)
+class _Forward:
+    """Seconds of samples through the decoder blocks, dense."""
+
+    work: Workload
+    speeds: Speeds
+
+    def __call__(self, samples: Sequence[int], patches: int = 0) -> float:
+        products = operations.forward(self.work, samples, patches) / self.speeds.forward
+        return products + operations.elementwise(self.work, sum(samples)) / self.speeds.elementwise
+
+
 def _sensitivities(work: Workload, speeds: Speeds) -> float:
     """Forth and back, and forth again in blocks that do not remember their way."""
     few = work.samples.spread(SAMPLES)
     patches = round(work.samples.patches * len(few) / len(work.samples.tokens))
-    inside = operations.forward(work, few, patches)
+    inside = _Forward(work, speeds)(few, patches)
     room = activations(work, work.samples.total, 1 + work.two_streams)[0]
     again = 1.0
     if not work.streamed and work.options.device is None:
         again = 1.0 - min(1.0, room / max(1, work.samples.longest * remembered(work)))
     logits = 2 * operations.head(work, sum(few)) / speeds.forward
-    drawn = 2 * operations.predictions(work, sum(few)) / speeds.predictions
-    return (2.0 + again) * inside / speeds.forward + logits + drawn
+    drawn = DRAWN * operations.predictions(work, sum(few)) / speeds.predictions
+    return (2.0 + again) * inside + logits + drawn
 
 
 def remembered(work: Workload) -> int:
@@ -107,7 +121,7 @@ def _allocation(work: Workload, speeds: Speeds) -> float:
     """One stream of a few samples; of every linear `ROWS` rows are solved at every anchor."""
     few = work.samples.spread(SAMPLES)
     patches = round(work.samples.patches * len(few) / len(work.samples.tokens))
-    seconds = operations.forward(work, few, patches) / speeds.forward
+    seconds = _Forward(work, speeds)(few, patches)
     for group in work.model.groups:
         seconds += operations.second_moments(group, sum(few), False) / speeds.moments
         seconds += operations.factorization(group.in_features) / speeds.factorization
@@ -123,13 +137,14 @@ def _allocation(work: Workload, speeds: Speeds) -> float:
                 propagation=0.0,
             )
             counts = operations.solving(rows, group.in_features, quick, False)
+            counts["errors"] *= 2  # once more of every linear by itself
             seconds += _solve(counts, speeds, factored=True)
     return seconds
 
 
 def _blocks(work: Workload, speeds: Speeds) -> float:
     tokens, streams = work.samples.total, 1 + work.two_streams
-    once = operations.forward(work, work.samples.tokens, work.samples.patches) / speeds.forward
+    once = _Forward(work, speeds)(work.samples.tokens, work.samples.patches)
     options = work.options
     times: float = streams + (options.refine is not None or options.resume_folder is not None)
     if options.refine is not None and options.refine.epochs:
@@ -164,4 +179,3 @@ def _tuning(work: Workload, speeds: Speeds) -> float:
     judging = operations.forward(work, [round(judged)]) + 2.0 * operations.head(work, judged)
     elements = operations.predictions(work, refine.steps * BATCH * 2 * mean + judged)
     return (refine.steps * step + judging) / speeds.forward + elements / speeds.predictions
-

@@ -113,5 +113,3 @@ def _fewer_samples(work: Workload, words: str) -> Iterator[tuple[str, Workload]]
 
 def _first(samples: SampleSizes, count: int) -> SampleSizes:
     return replace(samples, tokens=samples.spread(count), patches=samples.patches * count // len(samples.tokens))
-
-

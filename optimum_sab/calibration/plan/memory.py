@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
 from optimum_sab.calibration.predictions.scaled import KEPT_BYTES
@@ -20,7 +20,7 @@ LOGITS = 8  # arrays of the logits' size while predictions are compared or diffe
 EXPERTS_WAITING = 2**30  # bytes of statistics that wait to be solved together (blocks/experts.py)
 ALLOCATOR = 200 * 2**20  # what small pieces leave behind in the process when they are let go, at the most
 
-MACHINE, ACCELERATOR = "the machine's memory", "the accelerator"
+MACHINE, ACCELERATOR = "the machine's memory", "the accelerator's memory"
 
 
 @dataclass(frozen=True)
@@ -82,30 +82,31 @@ class DeviceMemory:
         return max(self.phases, key=lambda phase: phase.certain)
 
 
-def memory_of(work: Workload, libraries: int = 0) -> tuple[DeviceMemory, ...]:
+def memory_of(work: Workload, process: int = 0) -> tuple[DeviceMemory, ...]:
     """What a run holds, on the machine and on the accelerator where one works.
 
     Args:
         work: the run.
-        libraries: bytes of the process before there is a model.
+        process: bytes of the process before there is a model, libraries and samples.
     """
     if work.home != "cpu":  # all of it is there
         return (DeviceMemory(ACCELERATOR, tuple(_phases(work, 0, work.home))),)
-    machine = DeviceMemory(MACHINE, tuple(_phases(work, libraries, "cpu")))
+    machine = DeviceMemory(MACHINE, tuple(_phases(work, process, "cpu")))
     if work.worker == "cpu":
         return (machine,)
     return (machine, DeviceMemory(ACCELERATOR, tuple(_worker_phases(work))))
 
 
-def _phases(work: Workload, libraries: int, device: str) -> Iterator[Phase]:
+def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     """Of the device that the model is loaded to."""
     model, options = work.model, work.options
-    mapped = model.mapped and device == "cpu" and not work.streamed
+    copied = model.copied if device == "cpu" and not work.streamed else 1.0
+    mapped = copied < 0.5
     here = work.worker == device
-    base = [] if not libraries else [Part("libraries", libraries)]
+    base = [] if not process else [Part("the process and its samples", process)]
     outside = model.outside * model.item
-    base.append(Part("weights outside of the blocks", outside, 0 if mapped else outside))
-    dense = Part("dense blocks", model.block_bytes, 0 if mapped else model.block_bytes)
+    base.append(Part("weights outside of the blocks", outside, round(copied * outside)))
+    dense = Part("dense blocks", model.block_bytes, round(copied * model.block_bytes))
     block = Part("one dense block", model.largest_block, model.largest_block)
     two = Part("two dense blocks", min(2 * model.largest_block, model.block_bytes), model.largest_block)
     slack = Part("freed, not given back", _slack(work))
@@ -118,18 +119,20 @@ def _phases(work: Workload, libraries: int, device: str) -> Iterator[Phase]:
         few = sum(work.samples.spread(SAMPLES))
         parts = [_activations(work, few, 1, here), *([_statistics(work)] if here else [])]
         yield Phase("allocation", (*base, during, *parts, slack))
-    packed = Part("packed blocks", model.packed_bytes, 0)
-    left = Part("dense in packed blocks", model.left_bytes, 0 if mapped else model.left_bytes)
+    packed = Part("packed blocks", model.packed_bytes, model.packed_bytes)
+    largest = max(each.packed_bytes for each in model.blocks)
+    left = Part("dense in packed blocks", model.left_bytes, round(copied * model.left_bytes))
     solving = [_activations(work, work.samples.total, 1 + work.two_streams, here)]
     solving += [_statistics(work)] if here else []
     if options.refine is not None and options.refine.epochs and here:
         solving.append(Part("training a block", _training_bytes(work, 1)))
     if work.streamed:
-        yield Phase("blocks", (*base, block, _certain(packed), left, *solving, slack))
+        before = Part(packed.name, packed.bytes, packed.bytes - largest)
+        yield Phase("blocks", (*base, block, before, left, *solving, slack))
     else:  # what is packed takes the place of what was dense; maps stay as long as any tensor of the file is there
-        so_far = packed.bytes if mapped else max(each.packed_bytes for each in model.blocks)
+        so_far = packed.bytes if mapped else largest
         yield Phase("blocks", (*base, dense, Part("packed blocks", so_far), *solving, slack))
-    done = [*base, dense if mapped else _certain(left), _certain(packed)]
+    done = [*base, replace(dense, certain=left.certain) if mapped else left, packed]
     kept = 0
     if options.temperature_scaling and work.two_streams and model.vocabulary:
         judged = min(TOKENS, sum(work.samples.spread(TEMPERATURE_SAMPLES)))
@@ -240,7 +243,7 @@ def _whole_graph(work: Workload) -> int:
 
 
 def _training_bytes(work: Workload, blocks: int) -> int:
-    """A block's weights as built, their leaves and gradients, its graph; with several blocks, their inputs and logits."""
+    """A block's weights, their leaves and gradients, its graph; with several blocks, what goes in, and logits."""
     model, longest = work.model, work.samples.longest
     built = 3 * max(block.binarized for block in model.blocks) * max(model.item, 4)
     if blocks == 1:
@@ -258,7 +261,3 @@ def _slack(work: Workload) -> int:
 
 def _copied_block(work: Workload) -> Part:
     return Part("one block on its way", work.model.largest_block)
-
-
-def _certain(part: Part) -> Part:
-    return Part(part.name, part.bytes, part.bytes)

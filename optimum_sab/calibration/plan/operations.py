@@ -38,6 +38,14 @@ def forward(work: Workload, samples: Sequence[int], patches: int = 0) -> float:
     return 2.0 * sum(samples) * computed + attention + 2.0 * patches * work.model.tower
 
 
+def elementwise(work: Workload, tokens: float) -> float:
+    """Numbers that a forward goes through outside of its products, ``T (2 Σ o + 20 d)`` in every block: outputs of
+    linears twice, and the hidden state in norms, positions, sums.
+    """
+    outputs = sum(group.share * group.out_features for group in work.model.groups)
+    return tokens * (2.0 * outputs + 20.0 * work.model.width * len(work.model.blocks))
+
+
 def head(work: Workload, tokens: float) -> float:
     """Of the output embedding: ``2 T V d``."""
     return 2.0 * tokens * work.model.vocabulary * work.model.width

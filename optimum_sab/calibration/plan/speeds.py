@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
@@ -22,7 +22,10 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.ops.cpu.columns import column_loops
 
 ENOUGH = 0.15  # seconds for which a product is repeated
-WIDEST, TALLEST = 1024, 768  # of what is solved and multiplied on trial
+PATIENCE = 6.0  # seconds of wall time from which on nothing is repeated
+WIDEST, TALLEST = 1024, 512  # of what is solved and multiplied on trial
+SOLVES = 3  # tries; the first meets cold caches
+LARGEST = 4096  # of a product of a forward
 ROWS = 256  # of an input, at the most
 VOCABULARY = 16384
 MEGABYTES = 64
@@ -34,13 +37,15 @@ class Speeds:
 
     Attributes:
         device: where it was measured.
-        shape: [out, in] of the products and of the `solve`.
+        shape: [out, in] of the packed products and of the `solve`.
+        dense_shape: [out, in] of the dense products.
         forward: products with a weight in the model's dtype, of as many rows as a sample has tokens.
-        one_row: the same of a single row: a token that is written.
+        one_row: the same of a single row, and of a weight too large for caches: a token that is written.
         packed: products with a packed weight.
         packed_row: the same of a single row.
         moments: second moments in fp32.
         factorization: of a Hessian.
+        elementwise: numbers that an activation function goes through, per second.
         predictions: logits whose divergence is taken, per second.
         reading: bytes in memory that are looked at, per second.
         solving: of every part of a `solve`.
@@ -49,12 +54,14 @@ class Speeds:
 
     device: str
     shape: tuple[int, int]
+    dense_shape: tuple[int, int]
     forward: float
     one_row: float
     packed: float
     packed_row: float
     moments: float
     factorization: float
+    elementwise: float
     predictions: float
     reading: float
     solving: Mapping[str, float]
@@ -79,26 +86,31 @@ def measure_speeds(work: Workload) -> Speeds:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     dtype = work.model.dtype
-    weight, x, one = drawn(out, n, dtype=dtype), drawn(rows, n, dtype=dtype), drawn(1, n, dtype=dtype)
+    tall, wide = min(LARGEST, group.out_features), min(LARGEST, group.in_features)
+    weight, given = drawn(tall, wide, dtype=dtype), drawn(rows, wide, dtype=dtype)
+    x, one = drawn(rows, n, dtype=dtype), drawn(1, n, dtype=dtype)
+    large = torch.ones(MEGABYTES * 2**20 // (n * dtype.itemsize), n, dtype=dtype, device=device)
     packed = SABLinear.from_packed(random_packed(out, n, group.settings, device=device)).to(device)
     timed = _Timer(device)
     product = 2.0 * out * n
     with torch.no_grad():
         inputs, hessian = drawn(2 * n, n), torch.zeros(n, n, device=device)
-        many = drawn(32, VOCABULARY)
+        many, other = drawn(32, VOCABULARY), drawn(32, VOCABULARY)
         block = torch.ones(MEGABYTES * 2**20 // 4, device=device)
         square = inputs.T @ inputs / n
         solving = _solving(drawn, group, (out, n), work.two_streams, timed)
         return Speeds(
             str(device),
             (out, n),
-            forward=timed.rate(lambda: linear(x, weight), rows * product),
-            one_row=timed.rate(lambda: linear(one, weight), product),
+            (tall, wide),
+            forward=timed.rate(lambda: linear(given, weight), rows * 2.0 * weight.numel()),
+            one_row=timed.rate(lambda: linear(one, large), 2.0 * large.numel()),
             packed=timed.rate(lambda: packed(x), rows * product),
             packed_row=timed.rate(lambda: packed(one), product),
             moments=timed.rate(lambda: accumulate_hessian(hessian, inputs), 2.0 * n * n**2),
             factorization=timed.rate(lambda: factor_hessian(square, 0.1), operations.factorization(n)),
-            predictions=timed.rate(lambda: divergence(many, many), float(many.numel())),
+            elementwise=timed.rate(lambda: silu(given), float(given.numel())),
+            predictions=timed.rate(lambda: divergence(many, other), float(many.numel())),
             reading=timed.rate(lambda: torch.isfinite(block).all(), float(block.nbytes)),
             solving=solving,
             seconds=time.perf_counter() - started,
@@ -130,7 +142,9 @@ def _solve_seconds(
     by_modality = settings.significance == "modality"
     least: dict[str, float] = {}
     statistics = halves[1].statistics(part=halves[0] if two_streams else None, by_modality=by_modality)
-    for _ in range(2):  # the first meets cold caches
+    for tries in range(SOLVES):
+        if tries and timed.late:
+            break
         watch = _Watch(timed)
         with watched_by(watch):
             solve(weight, statistics, settings, "a trial", column_loops(weight.device))
@@ -166,12 +180,24 @@ class _Watch:
 
 
 class _Timer:
-    """Wall time on a device, the least of several tries: what else runs on the machine makes it longer, never shorter."""
+    """Time on a device, the least of several tries: what else runs on the machine makes it longer, never shorter.
+
+    On a CPU it is the processor time of this thread, which takes its share of every product and waits for the others,
+    so that a busy machine is measured as if it were idle.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._begun = time.perf_counter()
+
+    @property
+    def late(self) -> bool:
+        """Whether patience is at its end."""
+        return time.perf_counter() - self._begun > PATIENCE
 
     def now(self) -> float:
+        if self._device.type == "cpu":
+            return time.thread_time()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
@@ -181,8 +207,9 @@ class _Timer:
         begun = self.now()
         run()
         first = self.now() - begun
-        least = first if first > ENOUGH else float("inf")
-        spent = first if first > ENOUGH else 0.0
+        if first > ENOUGH or self.late:
+            return count / first
+        least, spent = float("inf"), 0.0  # the first met cold caches
         while spent < ENOUGH:
             started = self.now()
             run()

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.options import RunOptions
-from optimum_sab.calibration.samples.forward_inputs import token_count
+from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_count
+from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.layout import stored_bits_per_weight
 from optimum_sab.nn.decoder import foreign_modules
@@ -82,8 +83,8 @@ class ModelShape:
         tower: weights that a patch of a picture is multiplied with.
         patch: numbers in a patch; 0 where the model reads no pictures.
         dtype: of the weights in memory.
-        mapped: whether the weights stay in their files as memory maps, which the system can let go of: they are stored
-            in this dtype and need no conversion.
+        copied: share of the weights that is copied into memory when it is loaded: stored in another dtype, or experts
+            that are merged. The rest stays in its files as memory maps, which the system can let go of.
     """
 
     blocks: tuple[BlockShape, ...]
@@ -94,7 +95,12 @@ class ModelShape:
     tower: int
     patch: int
     dtype: torch.dtype
-    mapped: bool = False
+    copied: float = 0.0
+
+    @property
+    def mapped(self) -> bool:
+        """Whether most of it is mapped."""
+        return self.copied < 0.5
 
     @property
     def item(self) -> int:
@@ -202,8 +208,6 @@ def model_shape(model: nn.Module, selection: Selection, target_bits: float | Non
     weight = getattr(head, "weight", None)
     foreign = foreign_modules(model)
     tower = [m for m in model.modules() if id(m) in foreign]
-    dtype = model.get_submodule(next(iter(selection.settings))).weight.dtype
-    assert isinstance(dtype, torch.dtype)
     return ModelShape(
         blocks,
         outside,
@@ -212,7 +216,7 @@ def model_shape(model: nn.Module, selection: Selection, target_bits: float | Non
         weight.shape[0] if isinstance(weight, Tensor) else 0,
         sum(m.weight.numel() for m in tower if isinstance(m, nn.Linear)),
         next((m.weight[0].numel() for m in tower if isinstance(m, (nn.Conv2d, nn.Conv3d))), 0),
-        dtype,
+        target_linear(model, next(iter(selection.settings))).weight.dtype,
     )
 
 
@@ -233,20 +237,18 @@ def sample_sizes(
         patches,
         True,
         tuple(map(token_count, unseen)),
-        len({tuple(sorted(each)) for each in inputs}),
+        len({frozenset(each).difference(PER_TOKEN) for each in inputs}),
     )
 
 
-def _block(
-    model: nn.Module, name: str, selection: Selection, about: tuple[float, int, float | None]
-) -> BlockShape:
+def _block(model: nn.Module, name: str, selection: Selection, about: tuple[float, int, float | None]) -> BlockShape:
     share, width, target_bits = about
     block = model.get_submodule(name)
     own = {each: settings for each, settings in selection.settings.items() if each.startswith(f"{name}.")}
     groups = _groups(model, own, share, width, selection.experts)
     bits = 0.0
     for each, settings in own.items():
-        out, inner = model.get_submodule(each).weight.shape
+        out, inner = _features(model, each)
         bits += out * inner * (target_bits or stored_bits_per_weight(out, inner, settings))
     weights = sum(each.numel() for each in block.parameters())
     spared = sum(group.weights * (1 - group.share) for group in groups)
@@ -259,10 +261,8 @@ def _groups(
     """Linears of one module with inputs of one width share it, but for the last where it gives the hidden state."""
     by_parent: dict[tuple[str, int, LayerSettings], list[tuple[str, int]]] = {}
     for name, settings in own.items():
-        linear = model.get_submodule(name)
-        by_parent.setdefault((name.rpartition(".")[0], linear.in_features, settings), []).append(
-            (name, linear.out_features)
-        )
+        out, inner = _features(model, name)
+        by_parent.setdefault((name.rpartition(".")[0], inner, settings), []).append((name, out))
     found = []
     for (parent, inner, settings), members in by_parent.items():
         expert = any(parent.startswith(f"{each}.") for each in experts) or _numbered_expert(parent)
@@ -299,4 +299,10 @@ def _numbers_of_experts(name: str) -> list[str]:
 
 def _width(model: nn.Module, selection: Selection) -> int:
     """Features of a hidden state: what the first linear that is binarized is given."""
-    return int(model.get_submodule(next(iter(selection.settings))).in_features)
+    return _features(model, next(iter(selection.settings)))[1]
+
+
+def _features(model: nn.Module, name: str) -> tuple[int, int]:
+    """Outputs and inputs of a linear."""
+    linear = target_linear(model, name)
+    return linear.out_features, linear.in_features
