@@ -57,8 +57,8 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
     yield "answers", forward(samples.unseen)
     writes = options.examples and model.vocabulary > 0 and not work.streamed
     prompts = EACH * min(samples.kinds, 2)
-    token = operations.forward(work, [1]) + operations.head(work, 1)
-    read = prompts * operations.forward(work, [OPENING])
+    token = operations.products(work, 1) + operations.head(work, 1)
+    read = prompts * operations.products(work, OPENING)
     if writes:
         yield "dense examples", read / speeds.forward + prompts * NEW_TOKENS * token / speeds.one_row
     if options.allocation is not None:
@@ -75,12 +75,12 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
     tokens = sum(samples.unseen)
     if model.vocabulary:
         logits = 2 * operations.head(work, tokens) / speeds.forward
-        packed = operations.forward(work, samples.unseen) / speeds.packed
-        packed += operations.elementwise(work, tokens) / speeds.elementwise
+        packed = operations.products(work, tokens) / speeds.packed
+        packed += forward.rest(samples.unseen)
         yield "comparison", packed + logits + 2 * operations.predictions(work, tokens) / speeds.predictions
     if writes:
         head = operations.head(work, 1) / speeds.one_row
-        written = operations.forward(work, [1]) / speeds.packed_row + head
+        written = operations.products(work, 1) / speeds.packed_row + head
         yield "examples", read / speeds.packed + prompts * NEW_TOKENS * written
     yield "saving", 2 * (model.outside * model.item + model.packed_bytes) / speeds.reading
 
@@ -93,8 +93,13 @@ class _Forward:
     speeds: Speeds
 
     def __call__(self, samples: Sequence[int], patches: int = 0) -> float:
-        products = operations.forward(self.work, samples, patches) / self.speeds.forward
-        return products + operations.elementwise(self.work, sum(samples)) / self.speeds.elementwise
+        products = operations.products(self.work, sum(samples), patches) / self.speeds.forward
+        return products + self.rest(samples)
+
+    def rest(self, samples: Sequence[int]) -> float:
+        """All but the products with weights."""
+        attention = operations.attention(self.work, samples) / self.speeds.attention
+        return attention + operations.elementwise(self.work, sum(samples)) / self.speeds.elementwise
 
 
 def _sensitivities(work: Workload, speeds: Speeds) -> float:
@@ -174,8 +179,8 @@ def _tuning(work: Workload, speeds: Speeds) -> float:
     assert refine is not None
     samples = work.samples
     mean = samples.total / len(samples.tokens)
-    step = BATCH * (4.0 * operations.forward(work, [round(mean)]) + 4.0 * operations.head(work, mean))
+    step = BATCH * (4.0 * operations.products(work, mean) + 4.0 * operations.head(work, mean))
     judged = JUDGEMENTS * samples.total / 10
-    judging = operations.forward(work, [round(judged)]) + 2.0 * operations.head(work, judged)
+    judging = operations.products(work, judged) + 2.0 * operations.head(work, judged)
     elements = operations.predictions(work, refine.steps * BATCH * 2 * mean + judged)
     return (refine.steps * step + judging) / speeds.forward + elements / speeds.predictions

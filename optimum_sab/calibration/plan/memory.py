@@ -18,7 +18,8 @@ WEIGHT_COPIES = 4  # fp32 arrays of a weight's shape while it is solved: W, targ
 LEAST_COPIES = 2
 LOGITS = 8  # arrays of the logits' size while predictions are compared or differentiated
 EXPERTS_WAITING = 2**30  # bytes of statistics that wait to be solved together (blocks/experts.py)
-ALLOCATOR = 200 * 2**20  # what small pieces leave behind in the process when they are let go, at the most
+ALLOCATOR = 200 * 2**20  # what earlier stages leave behind in the process when they let go of small pieces, at the most
+SCATTERED = 0.2  # of the activations, that lies between them unused: measured with the embedded example
 
 MACHINE, ACCELERATOR = "the machine's memory", "the accelerator's memory"
 
@@ -109,7 +110,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     dense = Part("dense blocks", model.block_bytes, round(copied * model.block_bytes))
     block = Part("one dense block", model.largest_block, model.largest_block)
     two = Part("two dense blocks", min(2 * model.largest_block, model.block_bytes), model.largest_block)
-    slack = Part("freed, not given back", _slack(work))
+    slack = _slack(work)
     checking = Part("checking the largest tensor", 2 * model.largest * model.item)
     yield Phase("rehearsal", (*base, two if work.streamed else dense, checking))
     during = block if work.streamed else dense
@@ -123,6 +124,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     largest = max(each.packed_bytes for each in model.blocks)
     left = Part("dense in packed blocks", model.left_bytes, round(copied * model.left_bytes))
     solving = [_activations(work, work.samples.total, 1 + work.two_streams, here)]
+    slack = _slack(work, solving[0].bytes)  # from here on
     solving += [_statistics(work)] if here else []
     if options.refine is not None and options.refine.epochs and here:
         solving.append(Part("training a block", _training_bytes(work, 1)))
@@ -253,10 +255,11 @@ def _training_bytes(work: Workload, blocks: int) -> int:
     return built + inputs + logits + BATCH * longest * _graph_bytes(work)
 
 
-def _slack(work: Workload) -> int:
-    """Grows with what has been let go before: the logits of a sample, and the statistics."""
+def _slack(work: Workload, activations: int = 0) -> Part:
+    """Grows with what has been let go before, the logits of a sample and the statistics; and with activations."""
     logits = LOGITS * work.samples.longest * work.model.vocabulary * 4
-    return min(ALLOCATOR, logits + _statistics(work).bytes)
+    before = min(ALLOCATOR, logits + _statistics(work).bytes)
+    return Part("freed, not given back", before + round(SCATTERED * activations))
 
 
 def _copied_block(work: Workload) -> Part:

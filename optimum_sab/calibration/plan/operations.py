@@ -11,6 +11,7 @@ from optimum_sab.calibration.plan.workload import LinearGroup, Workload
 from optimum_sab.core.refit import HALVED
 from optimum_sab.core.settings import LayerSettings
 
+PASSES = 60  # counted in profiles of Llama and Qwen2.5-VL
 SOLVING = (
     "cross-validation",
     "factorization",
@@ -24,26 +25,29 @@ SOLVING = (
 """Parts of `optimum_sab.core.solver.solve`, as it names them (`core.parts`)."""
 
 
-def forward(work: Workload, samples: Sequence[int], patches: int = 0) -> float:
-    """Of these samples through the decoder blocks: ``2 T w`` of every weight w that a token meets, ``4 T² d`` of
-    attention in every block, and ``2 p w`` of p patches in what reads pictures.
+def products(work: Workload, tokens: float, patches: int = 0) -> float:
+    """Of a forward: ``2 T w`` of every weight w in the decoder blocks that a token meets, and ``2 p w`` of p patches in
+    what reads pictures.
+    """
+    computed = sum(block.computed for block in work.model.blocks)
+    return 2.0 * tokens * computed + 2.0 * patches * work.model.tower
+
+
+def attention(work: Workload, samples: Sequence[int]) -> float:
+    """``4 T² d`` of every sample in every block.
 
     Args:
         work: all of it.
         samples: tokens of each.
-        patches: of all of them.
     """
-    computed = sum(block.computed for block in work.model.blocks)
-    attention = sum(4.0 * tokens**2 for tokens in samples) * work.model.width * len(work.model.blocks)
-    return 2.0 * sum(samples) * computed + attention + 2.0 * patches * work.model.tower
+    return sum(4.0 * tokens**2 for tokens in samples) * work.model.width * len(work.model.blocks)
 
 
 def elementwise(work: Workload, tokens: float) -> float:
-    """Numbers that a forward goes through outside of its products, ``T (2 Σ o + 20 d)`` in every block: outputs of
-    linears twice, and the hidden state in norms, positions, sums.
+    """Numbers that a forward goes through outside of its products: `PASSES` hidden states of d in every block, ``T d``
+    each, for norms, positions, activations, sums.
     """
-    outputs = sum(group.share * group.out_features for group in work.model.groups)
-    return tokens * (2.0 * outputs + 20.0 * work.model.width * len(work.model.blocks))
+    return PASSES * tokens * work.model.width * len(work.model.blocks)
 
 
 def head(work: Workload, tokens: float) -> float:

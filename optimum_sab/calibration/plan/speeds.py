@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, scaled_dot_product_attention
 
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
@@ -26,6 +26,9 @@ PATIENCE = 6.0  # seconds of wall time from which on nothing is repeated
 WIDEST, TALLEST = 1024, 512  # of what is solved and multiplied on trial
 SOLVES = 3  # tries; the first meets cold caches
 LARGEST = 4096  # of a product of a forward
+MOST_PRODUCTS = 8
+HIDDEN = 32
+HEAD = 64  # features of a head of attention
 ROWS = 256  # of an input, at the most
 VOCABULARY = 16384
 MEGABYTES = 64
@@ -38,14 +41,15 @@ class Speeds:
     Attributes:
         device: where it was measured.
         shape: [out, in] of the packed products and of the `solve`.
-        dense_shape: [out, in] of the dense products.
+        dense_shapes: [out, in] of the dense products.
         forward: products with a weight in the model's dtype, of as many rows as a sample has tokens.
         one_row: the same of a single row, and of a weight too large for caches: a token that is written.
         packed: products with a packed weight.
         packed_row: the same of a single row.
         moments: second moments in fp32.
         factorization: of a Hessian.
-        elementwise: numbers that an activation function goes through, per second.
+        attention: of a sample's tokens to each other.
+        elementwise: numbers of hidden states of a sample that are multiplied with others, per second.
         predictions: logits whose divergence is taken, per second.
         reading: bytes in memory that are looked at, per second.
         solving: of every part of a `solve`.
@@ -54,13 +58,14 @@ class Speeds:
 
     device: str
     shape: tuple[int, int]
-    dense_shape: tuple[int, int]
+    dense_shapes: tuple[tuple[int, ...], ...]
     forward: float
     one_row: float
     packed: float
     packed_row: float
     moments: float
     factorization: float
+    attention: float
     elementwise: float
     predictions: float
     reading: float
@@ -86,8 +91,9 @@ def measure_speeds(work: Workload) -> Speeds:
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     dtype = work.model.dtype
-    tall, wide = min(LARGEST, group.out_features), min(LARGEST, group.in_features)
-    weight, given = drawn(tall, wide, dtype=dtype), drawn(rows, wide, dtype=dtype)
+    products = [(drawn(o, i, dtype=dtype), drawn(rows, i, dtype=dtype)) for o, i in _shapes(work)]
+    heads = drawn(1, n // HEAD or 1, rows, min(HEAD, n), dtype=dtype)
+    hidden = [drawn(rows, work.model.width, dtype=dtype) for _ in range(HIDDEN)]  # more than a cache holds
     x, one = drawn(rows, n, dtype=dtype), drawn(1, n, dtype=dtype)
     large = torch.ones(MEGABYTES * 2**20 // (n * dtype.itemsize), n, dtype=dtype, device=device)
     packed = SABLinear.from_packed(random_packed(out, n, group.settings, device=device)).to(device)
@@ -102,19 +108,36 @@ def measure_speeds(work: Workload) -> Speeds:
         return Speeds(
             str(device),
             (out, n),
-            (tall, wide),
-            forward=timed.rate(lambda: linear(given, weight), rows * 2.0 * weight.numel()),
+            tuple(tuple(weight.shape) for weight, _ in products),
+            forward=timed.rate(
+                lambda: [linear(x, weight) for weight, x in products],
+                rows * 2.0 * sum(weight.numel() for weight, _ in products),
+            ),
             one_row=timed.rate(lambda: linear(one, large), 2.0 * large.numel()),
             packed=timed.rate(lambda: packed(x), rows * product),
             packed_row=timed.rate(lambda: packed(one), product),
             moments=timed.rate(lambda: accumulate_hessian(hessian, inputs), 2.0 * n * n**2),
             factorization=timed.rate(lambda: factor_hessian(square, 0.1), operations.factorization(n)),
-            elementwise=timed.rate(lambda: silu(given), float(given.numel())),
+            attention=timed.rate(
+                lambda: scaled_dot_product_attention(heads, heads, heads), 4.0 * rows**2 * heads.numel() / rows
+            ),
+            elementwise=timed.rate(lambda: hidden * hidden, float(hidden.numel())),
             predictions=timed.rate(lambda: divergence(many, other), float(many.numel())),
             reading=timed.rate(lambda: torch.isfinite(block).all(), float(block.nbytes)),
             solving=solving,
             seconds=time.perf_counter() - started,
         )
+
+
+def _shapes(work: Workload) -> list[tuple[int, int]]:
+    """Of the linears in a block, each once for every other of its kind; none larger than `LARGEST`."""
+    block = max(work.model.blocks, key=lambda each: each.computed)
+    found: list[tuple[int, int]] = []
+    for group in block.groups:
+        shape = min(LARGEST, group.out_features // group.members), min(LARGEST, group.in_features)
+        if not group.expert or shape not in found:
+            found += [shape] * (1 if group.expert else group.members)
+    return found[:MOST_PRODUCTS]
 
 
 def _solving(

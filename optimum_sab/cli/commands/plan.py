@@ -149,14 +149,15 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
 def _time_lines(plan: Plan) -> Iterator[str]:
     speeds = plan.speeds
     assert speeds is not None
-    (out, n), (tall, wide) = speeds.shape, speeds.dense_shape
+    out, n = speeds.shape
+    shapes = ", ".join(str(list(each)) for each in dict.fromkeys(speeds.dense_shapes))
     yield "\nTime (operation counts, over what was measured here; reading from disk is not in it)"
     for each in plan.times:
         yield f"  {each.seconds:>9.1f} s   {each.name}"
     yield f"  {plan.seconds:>9.1f} s   in all"
     dtype = str(plan.work.model.dtype).removeprefix("torch.")
     yield (
-        f"  measured in {speeds.seconds:.1f} s on {speeds.device}: products with [{tall}, {wide}] in "
+        f"  measured in {speeds.seconds:.1f} s on {speeds.device}: products with {shapes} in "
         f"{dtype} {speeds.forward / 1e9:.1f} GFLOP/s, second moments of {n} features "
         f"in float32 {speeds.moments / 1e9:.1f}, their Cholesky factors and inverse "
         f"{speeds.factorization / 1e9:.1f}; one solve of [{out}, {n}], extrapolated part by part"
