@@ -118,10 +118,8 @@ def measure_speeds(work: Workload) -> Speeds:
             packed_row=timed.rate(lambda: packed(one), product),
             moments=timed.rate(lambda: accumulate_hessian(hessian, inputs), 2.0 * n * n**2),
             factorization=timed.rate(lambda: factor_hessian(square, 0.1), operations.factorization(n)),
-            attention=timed.rate(
-                lambda: scaled_dot_product_attention(heads, heads, heads), 4.0 * rows**2 * heads.numel() / rows
-            ),
-            elementwise=timed.rate(lambda: hidden * hidden, float(hidden.numel())),
+            attention=timed.rate(lambda: scaled_dot_product_attention(heads, heads, heads), 4.0 * rows * heads.numel()),
+            elementwise=timed.rate(lambda: [each * each for each in hidden], float(HIDDEN * hidden[0].numel())),
             predictions=timed.rate(lambda: divergence(many, other), float(many.numel())),
             reading=timed.rate(lambda: torch.isfinite(block).all(), float(block.nbytes)),
             solving=solving,
