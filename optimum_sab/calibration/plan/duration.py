@@ -128,7 +128,7 @@ def _allocation(work: Workload, speeds: Speeds) -> float:
     patches = round(work.samples.patches * len(few) / len(work.samples.tokens))
     seconds = _Forward(work, speeds)(few, patches)
     for group in work.model.groups:
-        seconds += operations.second_moments(group, sum(few), False) / speeds.moments
+        seconds += operations.second_moments(group, sum(few), False, work.worker == "cpu") / speeds.moments
         seconds += operations.factorization(group.in_features) / speeds.factorization
         rows = min(ROWS * group.members, group.out_features)
         for base, fraction in ANCHORS:
@@ -154,9 +154,9 @@ def _blocks(work: Workload, speeds: Speeds) -> float:
     times: float = streams + (options.refine is not None or options.resume_folder is not None)
     if options.refine is not None and options.refine.epochs:
         times += options.refine.epochs * 3.3  # forth, back to inputs and weights, and a tenth to judge by
-    seconds = times * once
+    seconds, on_cpu = times * once, work.worker == "cpu"
     for group in work.model.groups:
-        seconds += operations.second_moments(group, tokens, work.two_streams) / speeds.moments
+        seconds += operations.second_moments(group, tokens, work.two_streams, on_cpu) / speeds.moments
         counts = operations.solving(group.out_features, group.in_features, group.settings, work.two_streams)
         seconds += _solve(counts, speeds)
     return seconds

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.core.hessian import STRIP
 from optimum_sab.core.refit import HALVED
 from optimum_sab.core.settings import LayerSettings
 
@@ -60,12 +61,17 @@ def predictions(work: Workload, tokens: float) -> float:
     return float(tokens) * work.model.vocabulary
 
 
-def second_moments(group: LinearGroup, tokens: float, two_streams: bool) -> float:
-    """Statistics of one input: ``T n²`` for the upper half of ``X̂ᵀ X̂``, and with a dense stream ``2 T n²`` for the
-    drift and, where the output is added to the hidden state, ``2 T o n`` for the residual.
+def hessian(tokens: float, n: int, on_cpu: bool = True) -> float:
+    """``X̂ᵀ X̂``: ``T n (n + s)`` on a CPU, where the upper half is computed in strips of s rows; else ``2 T n²``."""
+    return tokens * n * (n + (min(STRIP, n) if on_cpu else n))
+
+
+def second_moments(group: LinearGroup, tokens: float, two_streams: bool, on_cpu: bool = True) -> float:
+    """Statistics of one input: `hessian`, and with a dense stream ``2 T n²`` for the drift and, where the output is added
+    to the hidden state, ``2 T o n`` for the residual.
     """
     rows, n = tokens * group.share, group.in_features
-    found = rows * n**2
+    found = hessian(rows, n, on_cpu)
     if two_streams:
         found += 2.0 * rows * n**2 + (2.0 * rows * group.out_features * n if group.at_residual else 0.0)
     return found

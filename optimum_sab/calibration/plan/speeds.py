@@ -99,6 +99,7 @@ def measure_speeds(work: Workload) -> Speeds:
     packed = SABLinear.from_packed(random_packed(out, n, group.settings, device=device)).to(device)
     timed = _Timer(device)
     product = 2.0 * out * n
+    gram = operations.hessian(2.0 * n, n, device.type == "cpu")
     with torch.no_grad():
         inputs, hessian = drawn(2 * n, n), torch.zeros(n, n, device=device)
         many, other = drawn(32, VOCABULARY), drawn(32, VOCABULARY)
@@ -116,7 +117,7 @@ def measure_speeds(work: Workload) -> Speeds:
             one_row=timed.rate(lambda: linear(one, large), 2.0 * large.numel()),
             packed=timed.rate(lambda: packed(x), rows * product),
             packed_row=timed.rate(lambda: packed(one), product),
-            moments=timed.rate(lambda: accumulate_hessian(hessian, inputs), 2.0 * n * n**2),
+            moments=timed.rate(lambda: accumulate_hessian(hessian, inputs), gram),
             factorization=timed.rate(lambda: factor_hessian(square, 0.1), operations.factorization(n)),
             attention=timed.rate(lambda: scaled_dot_product_attention(heads, heads, heads), 4.0 * rows * heads.numel()),
             elementwise=timed.rate(lambda: [each * each for each in hidden], float(HIDDEN * hidden[0].numel())),
