@@ -10,7 +10,8 @@ import torch
 
 from optimum_sab.calibration.streams.memory import free_memory
 
-_CGROUP, _MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/meminfo")
+_CGROUP, _MEMBERSHIP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+_MEMINFO = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def machine_room() -> Room:
     if memory is None:
         return Room(None, free, "unknown")
     total = memory + meminfo.get("SwapTotal", 0)
-    group = _group_limit(total)
+    group = _group_limit(meminfo.get("SwapTotal", 0))
     if group is not None and group < total:
         return Room(group, free if free is None else min(free, group), "the limit of this control group")
     return Room(total, free, "memory and swap" if meminfo.get("SwapTotal") else "memory")
@@ -81,10 +82,10 @@ def _physical() -> int | None:
         return None
 
 
-def _group_limit(most: int) -> int | None:
-    """Bytes that the control groups around this process allow, swap included; None without a limit."""
+def _group_limit(swap: int) -> int | None:
+    """Bytes that the control groups around this process allow, with the machine's swap; None without a limit."""
     try:
-        lines = Path("/proc/self/cgroup").read_text("utf-8").splitlines()
+        lines = _MEMBERSHIP.read_text("utf-8").splitlines()
     except OSError:
         return None
     limits = []
@@ -97,8 +98,8 @@ def _group_limit(most: int) -> int | None:
                     break
                 limit = _number(folder / "memory.max")
                 if limit is not None:
-                    swap = _number(folder / "memory.swap.max")
-                    limits.append(limit + (most if swap is None else swap))
+                    allowed = _number(folder / "memory.swap.max")
+                    limits.append(limit + (swap if allowed is None else min(swap, allowed)))
         elif "memory" in kinds.split(","):
             for folder in (_CGROUP / "memory" / path.lstrip("/"), _CGROUP / "memory"):
                 limit = _number(folder / "memory.memsw.limit_in_bytes")

@@ -1,5 +1,7 @@
 """What is held at once: by shapes that can be reckoned by hand."""
 
+from dataclasses import replace
+
 import torch
 
 from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, in_files, memory_of
@@ -69,8 +71,6 @@ def test_activation_memory_bounds_activations_and_sends_the_rest_to_files(work, 
 
 
 def test_tokens_that_are_only_bounded_are_not_certain(work, changed):
-    from dataclasses import replace
-
     unread = changed(work, samples=replace(work.samples, exact=False))
     held = parts(memory_of(unread)[0], "blocks")["activations of all samples"]
     assert held.bytes > 0 and held.certain == 0
