@@ -34,9 +34,9 @@ from optimum_sab.nn.unfusing import unfuse_experts
 
 EMBEDDINGS = "embeddings of tokens and the output embedding: predictions are read off there"
 SENSES = "what reads pictures or sound: outside of the decoder blocks"
-KEPT = "linears in the blocks that a rule keeps, that route tokens, or whose weight stands in a second place"
+KEPT = "matrices in the blocks that a rule keeps, that route tokens, or that stand in a second place"
 VECTORS = "norms and biases: no matrices"
-OTHERS = "other tensors outside of the binarized linears"
+OTHERS = "other matrices outside of the decoder blocks"
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _staying_dense(model: nn.Module, selection: Selection) -> dict[str, int]:
                 why = EMBEDDINGS
             elif id(module) in foreign:
                 why = SENSES
-            elif name in selection.left_dense:
+            elif parameter.ndim > 1 and selection.lists.holds(name):
                 why = KEPT
             else:
                 why = VECTORS if parameter.ndim < 2 else OTHERS

@@ -50,14 +50,14 @@ def refuse_what_cannot_fit(work: Workload, rooms: Mapping[str, Room], disks: Seq
         if room is None or room.total is None or needed.certain <= room.total:
             continue
         parts = ", ".join(
-            f"{part.certain / 1e9:.1f} GB {part.name}"
+            f"{size_in_words(part.certain)} {part.name}"
             for part in sorted(needed.parts, key=lambda part: -part.certain)[:3]
             if part.certain
         )
-        free = "" if room.free is None else f", {room.free / 1e9:.1f} GB of it free"
+        free = "" if room.free is None else f", {size_in_words(room.free)} of it free"
         raise ConfigError(
-            f"quantizing needs at least {needed.certain / 1e9:.1f} GB of {memory.device} at once ({parts}), and there "
-            f"are {room.total / 1e9:.1f} GB ({room.words}{free}). {_remedy(work, memory, room.total)} "
+            f"quantizing needs at least {size_in_words(needed.certain)} of {memory.device} at once ({parts}), and "
+            f"there are {size_in_words(room.total)} ({room.words}{free}). {_remedy(work, memory, room.total)} "
             f"`optimum-sab plan` shows all parts; {ALL_THE_SAME}."
         )
     by_folder: dict[str, list[DiskUse]] = {}
@@ -65,11 +65,11 @@ def refuse_what_cannot_fit(work: Workload, rooms: Mapping[str, Room], disks: Seq
         if disk.certain:
             by_folder.setdefault(disk.folder, []).append(disk)
     for folder, uses in by_folder.items():
-        size = sum(use.certain for use in uses)
+        size, names = sum(use.certain for use in uses), " and ".join(use.name for use in uses)
         if size > uses[0].free:
             raise ConfigError(
-                f"{' and '.join(use.name for use in uses)} take at least {size / 1e9:.1f} GB in {folder!r}, whose disk "
-                f"has {uses[0].free / 1e9:.1f} GB free; name a folder on another disk, or leave out "
+                f"{names} take at least {size_in_words(size)} in {folder!r}, whose disk has "
+                f"{size_in_words(uses[0].free)} free; name a folder on another disk, or leave out "
                 f"{' or '.join(use.setting for use in uses)}. {ALL_THE_SAME}."
             )
 
@@ -79,7 +79,7 @@ def _remedy(work: Workload, memory: DeviceMemory, total: int) -> str:
     for words, changed in _changes(work):
         found = {each.device: each.certain.certain for each in memory_of(changed)}
         if found.get(memory.device, 0) <= total:
-            return f"With {words} it is {found.get(memory.device, 0) / 1e9:.1f} GB."
+            return f"With {words} it is {size_in_words(found.get(memory.device, 0))}."
     if memory.device == ACCELERATOR:
         return "No setting makes it fit; take a device with more memory, or none."
     return "No setting makes it fit; take a machine with more memory."
@@ -113,3 +113,8 @@ def _fewer_samples(work: Workload, words: str) -> Iterator[tuple[str, Workload]]
 
 def _first(samples: SampleSizes, count: int) -> SampleSizes:
     return replace(samples, tokens=samples.spread(count), patches=samples.patches * count // len(samples.tokens))
+
+
+def size_in_words(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from optimum_sab.calibration.plan.fit import DiskUse, refuse_what_cannot_fit
+from optimum_sab.calibration.plan.fit import DiskUse, refuse_what_cannot_fit, size_in_words
 from optimum_sab.calibration.plan.limits import Room
 from optimum_sab.calibration.plan.memory import MACHINE, memory_of
 from optimum_sab.errors import ConfigError
@@ -32,9 +32,9 @@ def test_what_is_expected_to_be_too_much_is_not_refused(work):
 def test_activations_that_cannot_fit_name_their_bound(work, changed):
     bounded = certain(changed(work, activation_memory=2**30))
     said = refused(work, bounded)
-    assert f"at least {certain(work) / 1e9:.1f} GB" in said
-    assert f"there are {bounded / 1e9:.1f} GB (memory and swap, {bounded // 2 / 1e9:.1f} GB of it free)" in said
-    assert f"With activation_memory=1 it is {bounded / 1e9:.1f} GB." in said
+    assert f"at least {size_in_words(certain(work))}" in said
+    assert f"there are {size_in_words(bounded)} (memory and swap, {size_in_words(bounded // 2)} of it free)" in said
+    assert f"With activation_memory=1 it is {size_in_words(bounded)}." in said
     assert "ignore_plan=True" in said
 
 
