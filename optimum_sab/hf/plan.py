@@ -20,6 +20,7 @@ from optimum_sab.calibration.plan.reads import Pass, passes
 from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
 from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload, sample_sizes
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
+from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.data.named_source import BUILTIN, named_source
 from optimum_sab.errors import SABError, SABWarning
 from optimum_sab.hf.binarization import check_settings
@@ -67,7 +68,7 @@ class Plan:
         linears: how many are binarized.
         share: of the weights in the decoder blocks, that they hold.
         dense: parameters that stay dense, by why they do.
-        bits_per_weight: of the binarized linears, as stored.
+        bits_per_weight: of the binarized linears, from all that is stored of them, biases included.
         output: bytes of the packed checkpoint.
         tokens_from: how the number of calibration tokens is known.
         memory: by device.
@@ -130,7 +131,7 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
         len(selection.settings),
         binarized / sum(block.weights for block in shape.blocks),
         _staying_dense(empty, selection),
-        8.0 * shape.packed_bytes / binarized,
+        8.0 * (shape.packed_bytes + _bias_bytes(empty, selection)) / binarized,
         checkpoint_bytes(empty, selection, model.dtype, config.target_bits),
         tokens_from,
         memory,
@@ -153,6 +154,12 @@ def _samples(model: nn.Module, processor: Any, config: SABConfig, shape: ModelSh
     except SABError:  # such a model is not compared
         unseen = []
     return sample_sizes(inputs, unseen, shape), f"counted, of {source.described!r} as the model's processor encodes it"
+
+
+def _bias_bytes(model: nn.Module, selection: Selection) -> int:
+    """Of the binarized linears."""
+    biases = (target_linear(model, name).bias for name in selection.settings)
+    return sum(bias.nbytes for bias in biases if bias is not None)
 
 
 def _at_hand(config: SABConfig) -> bool:

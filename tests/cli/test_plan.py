@@ -129,7 +129,7 @@ def both(capsys, folder, tmp_path, *arguments):
     said = []
     for command in (["plan", str(folder)], ["quantize", str(folder), "--output", str(tmp_path / "out")]):
         code = main([*command, *arguments])
-        said.append((code, capsys.readouterr().err.splitlines()[-1].replace(command[0], "COMMAND")))
+        said.append((code, capsys.readouterr().err.splitlines()[-1].replace(f"optimum-sab {command[0]}", "")))
     return said
 
 

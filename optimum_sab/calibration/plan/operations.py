@@ -67,8 +67,10 @@ def hessian(tokens: float, n: int, on_cpu: bool = True) -> float:
 
 
 def second_moments(group: LinearGroup, tokens: float, two_streams: bool, on_cpu: bool = True) -> float:
-    """Statistics of one input: `hessian`; with a dense stream ``2 T n²`` for the drift, and where the output is added to
-    the hidden state ``2 T o n`` for the residual.
+    """Statistics of one input.
+
+    They are `hessian`; with a dense stream also ``2 T n²`` for the drift, and, where the output is added to the hidden
+    state, ``2 T o n`` for the residual.
     """
     rows, n = tokens * group.share, group.in_features
     found = hessian(rows, n, on_cpu)
