@@ -21,7 +21,7 @@ from optimum_sab.calibration.plan.workload import SampleSizes, Workload, model_s
 from optimum_sab.calibration.samples.inputs import UNSEEN_LENGTH
 from optimum_sab.data.unseen import unseen_texts
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.devices import computes_elsewhere
+from optimum_sab.hf.devices import SPREADS, main_device
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.stored_files import read_headers
 from optimum_sab.nn.selection import Selection
@@ -51,8 +51,9 @@ def workload(
     shape = replace(shape, copied=_copied(files, shape.dtype, selection))
     if not isinstance(sizes, SampleSizes):
         sizes = sample_sizes(sizes, (), shape) if sizes else at_most(config)
-    home = "cuda" if computes_elsewhere(device_map) else "cpu"
-    return Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home)
+    home = main_device(device_map)
+    spread = isinstance(device_map, dict) or device_map in SPREADS
+    return Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home.type, spread)
 
 
 def rooms_of(work: Workload) -> dict[str, Room]:
@@ -60,7 +61,9 @@ def rooms_of(work: Workload) -> dict[str, Room]:
     rooms = {MACHINE: machine_room()}
     device = work.options.device if work.home == "cpu" else torch.device(work.home)
     if device is not None and device.type != "cpu":
-        rooms[ACCELERATOR] = accelerator_room(device)
+        room = accelerator_room(device)
+        # what does not fit on one may fit on several
+        rooms[ACCELERATOR] = replace(room, total=None) if work.spread and work.home != "cpu" else room
     return rooms
 
 

@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.plan.duration import stage_times
+from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.plan.limits import Room
+from optimum_sab.calibration.plan.memory import ACCELERATOR
 from optimum_sab.errors import ConfigError, SampleError
 from optimum_sab.hf import workload as hf_workload
 from optimum_sab.hf.plan import EMBEDDINGS, KEPT, SENSES, VECTORS, PlannedModel, make_plan
@@ -161,6 +163,18 @@ def test_ignore_plan_is_not_stored(llama_folder, quicker_config, texts, tmp_path
     model = load(llama_folder, quicker_config(calibration=texts[:2], ignore_plan=True))
     model.save_pretrained(tmp_path)
     assert "ignore_plan" not in (tmp_path / "config.json").read_text()
+
+
+def test_what_may_be_spread_over_devices_is_not_refused(llama_folder, quick_config, monkeypatch):
+    plan = planned(llama_folder, quick_config())
+    room = Room(1, 1, "cuda")
+    monkeypatch.setattr(hf_workload, "accelerator_room", lambda device: room)
+    one = hf_workload.rooms_of(replace(plan.work, home="cuda"))
+    several = hf_workload.rooms_of(replace(plan.work, home="cuda", spread=True))
+    assert one[ACCELERATOR] == room and several[ACCELERATOR].total is None
+    with pytest.raises(ConfigError, match=r"accelerator's memory.*take a device with more memory"):
+        refuse_what_cannot_fit(replace(plan.work, home="cuda"), one)
+    refuse_what_cannot_fit(replace(plan.work, home="cuda", spread=True), several)
 
 
 def test_samples_that_cannot_be_read_are_an_error(llama_folder, quick_config):

@@ -102,8 +102,9 @@ def _group_limit(swap: int) -> int | None:
                     limits.append(limit + (swap if allowed is None else min(swap, allowed)))
         elif "memory" in kinds.split(","):
             for folder in (_CGROUP / "memory" / path.lstrip("/"), _CGROUP / "memory"):
-                limit = _number(folder / "memory.memsw.limit_in_bytes")
-                limits += [] if limit is None else [limit]
+                both = _number(folder / "memory.memsw.limit_in_bytes")
+                limit = _number(folder / "memory.limit_in_bytes")
+                limits += [both] if both is not None else [] if limit is None else [limit + swap]
     return min(limits, default=None)
 
 

@@ -141,13 +141,14 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
         logits = judged * model.vocabulary * 4
         kept = min(logits, KEPT_BYTES)
         chunk = 4 * min(CHUNK, judged) * model.vocabulary * 4
-        given = 2 * sum(work.samples.spread(TEMPERATURE_SAMPLES)) * model.width * model.item
-        parts = [Part("hidden states at the head", given), Part("logits", kept + chunk)]
+        states = 2 * sum(work.samples.spread(TEMPERATURE_SAMPLES)) * model.width * model.item
+        parts = [Part("hidden states at the head", states), Part("logits", kept + chunk)]
         yield Phase("temperature", (*done, *parts, slack))
     if options.tuned:
         teacher = work.samples.total * model.width * model.item
+        given = Part("hidden states at the head", teacher, teacher if work.samples.exact else 0)
         step = Part("a step of training", _training_bytes(work, len(model.blocks)))
-        yield Phase("tuning", (*done, Part("hidden states at the head", teacher, teacher), step, slack))
+        yield Phase("tuning", (*done, given, step, slack))
     if model.vocabulary and work.samples.unseen:
         logits = LOGITS * max(work.samples.unseen) * model.vocabulary * 4
         yield Phase("comparison", (*done, Part("logits", logits + kept), slack))

@@ -220,8 +220,7 @@ class _Timer:
     def now(self) -> float:
         if self._device.type == "cpu":
             return time.thread_time()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        torch.accelerator.synchronize(self._device)
         return time.perf_counter()
 
     def rate(self, run: Callable[[], object], count: float) -> float:

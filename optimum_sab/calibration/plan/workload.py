@@ -174,7 +174,8 @@ class Workload:
         options: what is asked for.
         two_streams: whether a dense stream runs beside the quantized one.
         streamed: whether the blocks' weights stay in their files.
-        home: kind of the device that the model is loaded to, "cpu" or "cuda".
+        home: kind of the device that the model is loaded to, "cpu", "cuda" and the like.
+        spread: whether it may be loaded to several.
     """
 
     model: ModelShape
@@ -183,6 +184,7 @@ class Workload:
     two_streams: bool
     streamed: bool = False
     home: str = "cpu"
+    spread: bool = False
 
     @property
     def worker(self) -> str:

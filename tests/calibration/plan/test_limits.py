@@ -53,6 +53,8 @@ def test_version_1_counts_memory_and_swap_together(grouped, monkeypatch):
     limits._MEMBERSHIP.write_text("5:cpu,memory:/job\n")
     folder = limits._CGROUP / "memory" / "job"
     folder.mkdir(parents=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{2**30}\n")
+    assert limits.machine_room().total == 3 * 2**30  # with the machine's swap
     (folder / "memory.memsw.limit_in_bytes").write_text(f"{2**30}\n")
     assert limits.machine_room().total == 2**30
 
