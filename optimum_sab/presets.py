@@ -48,6 +48,7 @@ class RunSettings:
     stream_weights: bool = False
     activation_memory: float | None = None
     resume_folder: str | None = None
+    ignore_plan: bool = False
     backend: str | None = None
 
     def __post_init__(self) -> None:
@@ -71,7 +72,7 @@ class RunSettings:
         check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
         check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)
         check_integer("seed", self.seed, 0, MOST_SEED)
-        for name in ("refine", "temperature_scaling", "examples", "stream_weights"):
+        for name in ("refine", "temperature_scaling", "examples", "stream_weights", "ignore_plan"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} must be true or false.")
         RefineSettings(self.refine_epochs, self.refine_steps)

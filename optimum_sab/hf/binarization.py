@@ -21,6 +21,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import computes_elsewhere
 from optimum_sab.hf.early_rehearsal import RehearseUnloaded
 from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
+from optimum_sab.hf.hold_to_plan import HoldToPlan
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.progress import shown_progress
 from optimum_sab.hf.record import record
@@ -42,7 +43,8 @@ def stages(config: SABConfig, origin: Origin | None = None, device_map: Any = No
     written = run_options(config).source.written
     early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
     tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
-    return (processor, *tried, reader, early, *STAGES)
+    plan = HoldToPlan(config, reader, origin, device_map)
+    return (processor, *tried, reader, plan, early, *STAGES)
 
 
 def check_settings(model: nn.Module, config: SABConfig) -> None:
@@ -74,7 +76,8 @@ def check_before_loading(
         The stages, for `binarize_loaded`: what was read is not read again.
 
     Raises:
-        ConfigError: the calibration pass is not registered, or the calibration device cannot be used here.
+        ConfigError: the calibration pass is not registered, the calibration device cannot be used here, or see
+            `refuse_what_cannot_fit`.
         CalibrationError: see `head_to_tune_to` and `rehearse_unloaded`.
         SampleError: no processor is found, or a sample cannot be read or encoded.
         MissingDependencyError: see `import_greenlet`; or a package is missing that reads samples.

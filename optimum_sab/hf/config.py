@@ -40,6 +40,7 @@ _TRANSIENT = (  # of one call
     "examples",
     "stream_weights",
     "activation_memory",
+    "ignore_plan",
 )
 _SAVE = "weights"  # in ``measured``: the save the configuration was written by
 _ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it stores, and rules apply in their order
@@ -89,6 +90,8 @@ class SABConfig(QuantizationConfigMixin):
             beyond lies in memory-mapped files, in ``resume_folder`` or else the system's folder for temporary files
             (TMPDIR). None for no bound. Changes nothing in the packed model. Not stored.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
+        ignore_plan: begin although more is certainly needed at once, of memory or disk, than this machine has
+            (docs/large-models.md). Not stored.
         examples: let the dense model and the finished one write a few words to the same few prompts, for the report.
             Changes nothing in the model. Not stored.
         processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own, from
@@ -140,6 +143,7 @@ class SABConfig(QuantizationConfigMixin):
         stream_weights: bool = RunSettings.stream_weights,
         activation_memory: float | None = RunSettings.activation_memory,
         resume_folder: str | Path | None = RunSettings.resume_folder,
+        ignore_plan: bool = RunSettings.ignore_plan,
         examples: bool = RunSettings.examples,
         processor: Any = None,
         progress: str = "bar",
@@ -200,6 +204,7 @@ class SABConfig(QuantizationConfigMixin):
         self.stream_weights = stream_weights
         self.activation_memory = activation_memory
         self.resume_folder = resume_folder
+        self.ignore_plan = ignore_plan
         self.examples = examples
         self.processor = processor
         self.progress = progress

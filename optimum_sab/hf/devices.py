@@ -9,7 +9,7 @@ import torch
 
 from optimum_sab.errors import ConfigError, MissingDependencyError
 
-_SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # Transformers finds the devices itself
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # Transformers finds the devices itself
 _NO_DEVICES = ("disk", "meta")  # what may become of these is for others to say
 
 
@@ -54,7 +54,7 @@ def check_device_map(device_map: Any) -> None:
     if isinstance(device_map, dict):
         places = [each for each in device_map.values() if each not in _NO_DEVICES]
     else:
-        places = [] if device_map in _SPREADS else [device_map]
+        places = [] if device_map in SPREADS else [device_map]
     for place in places:
         usable_device("device_map", place)
 
@@ -65,8 +65,18 @@ def computes_elsewhere(device_map: Any) -> bool:
     Args:
         device_map: as `from_pretrained` takes it, checked.
     """
-    if isinstance(device_map, str) and device_map in _SPREADS:
+    if isinstance(device_map, str) and device_map in SPREADS:
         return torch.accelerator.is_available()
     places = device_map.values() if isinstance(device_map, dict) else [] if device_map is None else [device_map]
     there = [place for place in places if place not in _NO_DEVICES]
     return any(isinstance(place, int) or torch.device(place).type != "cpu" for place in there)  # a number is no CPU's
+
+
+def main_device(device_map: Any) -> torch.device:
+    """The accelerator that weights go to, the first of several; the CPU where there is none.
+
+    Args:
+        device_map: as `from_pretrained` takes it, checked.
+    """
+    found = torch.accelerator.current_accelerator() if computes_elsewhere(device_map) else None
+    return torch.device("cpu") if found is None else torch.device(found.type)

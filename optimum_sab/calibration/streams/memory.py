@@ -34,7 +34,7 @@ def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: 
     """About what the activations of all samples take, in bytes.
 
     Between two groups of linears every token of every stream holds the input of the widest linear, and its hidden state
-    twice: as it came, and normalized.
+    four times: as the block was given it, behind the attention, normalized, and what its last product is added to.
 
     Args:
         tokens: of all samples.
@@ -43,7 +43,7 @@ def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: 
         widest: features of the widest linear's input.
         dtype: of the activations.
     """
-    return tokens * streams * (widest + 2 * width) * dtype.itemsize
+    return tokens * streams * (widest + 4 * width) * dtype.itemsize
 
 
 def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from optimum_sab.cli.arguments import bench, demo, env, eval, example, inspect, quantize, report, run
+from optimum_sab.cli.arguments import bench, demo, env, eval, example, inspect, plan, quantize, report, run
 from optimum_sab.cli.arguments.common import Parser, add_common
 from optimum_sab.version import __version__
 
 DESCRIPTION = "Significance-aware binarization of vision-language models."
-COMMANDS = (quantize, inspect, report, run, example, demo, eval, bench, env)
+COMMANDS = (quantize, plan, inspect, report, run, example, demo, eval, bench, env)
 
 
 def build_parser(program: str, arguments: Sequence[str] = ()) -> Parser:

@@ -67,6 +67,7 @@ SETTINGS = {
     "stream_weights": Setting("leave dense weights in their files and read one decoder block at a time", type=bool),
     "activation_memory": Setting("of samples that wait; what is beyond lies in memory-mapped files", "GIB", float),
     "resume_folder": Setting("keeps what is finished, for a run that is interrupted", "DIR", str),
+    "ignore_plan": Setting("begin although the plan says that it cannot fit", type=bool),
     "backend": Setting("what computes with the packed layers: auto, triton, cpu or reference", "NAME", str),
 }
 

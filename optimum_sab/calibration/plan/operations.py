@@ -1,0 +1,123 @@
+"""How many operations each part of a run is: the one place with the formulas. An addition and a product are two.
+
+``n`` is the width of an input, ``o`` the outputs of the linears that are solved as one stack, ``T`` tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.core.hessian import STRIP
+from optimum_sab.core.refit import HALVED
+from optimum_sab.core.settings import LayerSettings
+
+PASSES = 60  # counted in profiles of Llama and Qwen2.5-VL
+SOLVING = (
+    "cross-validation",
+    "factorization",
+    "target",
+    "refit",
+    "alternating fit",
+    "feedback",
+    "descent",
+    "errors",
+)
+"""Parts of `optimum_sab.core.solver.solve`, as it names them (`core.parts`)."""
+
+
+def products(work: Workload, tokens: float, patches: int = 0) -> float:
+    """Of a forward: ``2 T w`` of every weight w in the decoder blocks that a token meets, and ``2 p w`` of p patches in
+    what reads pictures.
+    """
+    computed = sum(block.computed for block in work.model.blocks)
+    return 2.0 * tokens * computed + 2.0 * patches * work.model.tower
+
+
+def attention(work: Workload, samples: Sequence[int]) -> float:
+    """``4 T² d`` of every sample in every block.
+
+    Args:
+        work: all of it.
+        samples: tokens of each.
+    """
+    return sum(4.0 * tokens**2 for tokens in samples) * work.model.width * len(work.model.blocks)
+
+
+def elementwise(work: Workload, tokens: float) -> float:
+    """Numbers that a forward goes through outside of its products: `PASSES` hidden states of d in every block, ``T d``
+    each, for norms, positions, activations, sums.
+    """
+    return PASSES * tokens * work.model.width * len(work.model.blocks)
+
+
+def head(work: Workload, tokens: float) -> float:
+    """Of the output embedding: ``2 T V d``."""
+    return 2.0 * tokens * work.model.vocabulary * work.model.width
+
+
+def predictions(work: Workload, tokens: float) -> float:
+    """Numbers in the logits of so many tokens, ``T V``: what a softmax and a divergence go through."""
+    return float(tokens) * work.model.vocabulary
+
+
+def hessian(tokens: float, n: int, on_cpu: bool = True) -> float:
+    """``X̂ᵀ X̂``: ``T n (n + s)`` on a CPU, where the upper half is computed in strips of s rows; else ``2 T n²``."""
+    return tokens * n * (n + (min(STRIP, n) if on_cpu else n))
+
+
+def second_moments(group: LinearGroup, tokens: float, two_streams: bool, on_cpu: bool = True) -> float:
+    """Statistics of one input.
+
+    They are `hessian`; with a dense stream also ``2 T n²`` for the drift, and, where the output is added to the hidden
+    state, ``2 T o n`` for the residual.
+    """
+    rows, n = tokens * group.share, group.in_features
+    found = hessian(rows, n, on_cpu)
+    if two_streams:
+        found += 2.0 * rows * n**2 + (2.0 * rows * group.out_features * n if group.at_residual else 0.0)
+    return found
+
+
+def factorization(n: int) -> float:
+    """Cholesky factor ``n³/3``, inverse ``2 n³/3``, Cholesky factor of the inverse ``n³/3``."""
+    return 4.0 * n**3 / 3.0
+
+
+def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dict[str, float]:
+    """One `solve`, part by part. What no product dominates counts entries, in a unit that only ratios are taken of.
+
+    - cross-validation, of two halves: a Cholesky factor ``n³/3`` each, solving with it ``2 o n²``, ``D H`` ``2 o n²``,
+      and ``W C`` ``2 o n²``;
+    - factorization: `factorization`;
+    - target: ``W C`` and its product with the inverse, ``4 o n²``;
+    - refit: the pull ``2 o n²``, and every refit ``2 o n²`` for each plane; from `HALVED` columns on ``o n²``, of a
+      residual plane its share of that;
+    - alternating fit: entries times rounds, planes and one;
+    - feedback: ``o n²`` between blocks and ``2 o n b`` inside of blocks of b columns;
+    - descent: ``2 o n² + 2 o n b`` a sweep;
+    - errors: ``4 o n²``.
+
+    Args:
+        out: o.
+        n: columns.
+        settings: of the linears.
+        two_streams: whether there is a dense stream to aim at.
+    """
+    entries, square = float(out) * n, float(out) * n**2
+    block = min(settings.block_size, n)
+    extra = settings.salient_fraction * settings.residual_planes if settings.residual_planes else 0.0
+    halved = n >= HALVED
+    refit = square * ((settings.base_planes + extra) if halved else 2.0 * settings.planes)
+    aims = two_streams and settings.propagation != 0.0
+    chosen = two_streams and settings.propagation is None
+    return {
+        "cross-validation": 2.0 * n**3 / 3.0 + 12.0 * square if chosen else 0.0,
+        "factorization": factorization(n),
+        "target": 4.0 * square if aims else 0.0,
+        "refit": 2.0 * square + (settings.sweeps + 1) * refit if settings.refit else 0.0,
+        "alternating fit": entries * settings.iterations * (settings.base_planes + extra + 1.0),
+        "feedback": square + 2.0 * entries * block,
+        "descent": settings.sweeps * (2.0 * square + 2.0 * entries * block) if settings.refit else 0.0,
+        "errors": 4.0 * square,
+    }

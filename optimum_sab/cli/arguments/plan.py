@@ -1,0 +1,44 @@
+"""`optimum-sab plan MODEL`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from optimum_sab.cli.arguments.common import add_common
+from optimum_sab.cli.arguments.quantize import DTYPES
+from optimum_sab.cli.arguments.settings import add_settings, add_source, check_settings
+from optimum_sab.sources import check_folder
+
+
+def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
+    """Add the command's parser."""
+    parser = commands.add_parser(
+        "plan",
+        help="say what quantizing will take, without reading weights",
+        description="What will be binarized, memory on every device, disk, reads of the checkpoint and the time of "
+        "every stage, for the same settings as quantize. No weight is read.",
+    )
+    parser.add_argument("model", help="checkpoint folder or Hub repository")
+    parser.add_argument(
+        "--no-timing", dest="timing", action="store_false", help="leave out the times, for which this machine is timed"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
+    parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
+    parser.add_argument("--processor", metavar="PATH", help="processor to use instead of the checkpoint's own")
+    add_source(parser)
+    add_settings(parser, arguments)
+    add_common(parser)
+    parser.set_defaults(run="plan.run", check=check_call)
+
+
+def check_call(options: argparse.Namespace) -> None:
+    """Refuse what is wrong before torch is imported.
+
+    Raises:
+        ConfigError: see `check_folder` and `check_settings`.
+        SampleError: see `check_settings`.
+    """
+    check_folder(options.model, options.subfolder or "")
+    check_settings(options)

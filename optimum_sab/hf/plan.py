@@ -1,0 +1,196 @@
+"""A plan of a run, from a model on meta: what will be binarized, what it takes, and how long."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from optimum_sab.calibration.plan.duration import StageTime, stage_times
+from optimum_sab.calibration.plan.fit import DiskUse
+from optimum_sab.calibration.plan.limits import Room, process_bytes
+from optimum_sab.calibration.plan.memory import DeviceMemory, memory_of
+from optimum_sab.calibration.plan.reads import Pass, passes
+from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
+from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload, sample_sizes
+from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
+from optimum_sab.calibration.streams.targets import target_linear
+from optimum_sab.data.named_source import BUILTIN, named_source
+from optimum_sab.errors import SABError, SABWarning
+from optimum_sab.hf.binarization import check_settings
+from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.estimate import checkpoint_bytes
+from optimum_sab.hf.run_options import run_options
+from optimum_sab.hf.selection import select
+from optimum_sab.hf.workload import at_most, disk_uses, rooms_of, workload
+from optimum_sab.nn.decoder import foreign_modules, input_embedding
+from optimum_sab.nn.selection import Selection
+from optimum_sab.nn.unfusing import unfuse_experts
+
+EMBEDDINGS = "embeddings of tokens and the output embedding: predictions are read off there"
+SENSES = "what reads pictures or sound: outside of the decoder blocks"
+KEPT = "matrices in the blocks that a rule keeps, that route tokens, or that stand in a second place"
+VECTORS = "norms and biases: no matrices"
+OTHERS = "other matrices outside of the decoder blocks"
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A dense model, and where it comes from.
+
+    Attributes:
+        factory: the model's class, or an auto class.
+        source: its config.
+        dtype: of the weights in memory.
+        files: its safetensors files; None where they are not here.
+        device_map: as `from_pretrained` takes it.
+    """
+
+    factory: Any
+    source: Any
+    dtype: torch.dtype
+    files: Sequence[str] | None = None
+    device_map: Any = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that can be said of a run before a weight is read.
+
+    Attributes:
+        work: what goes through what.
+        linears: how many are binarized.
+        share: of the weights in the decoder blocks, that they hold.
+        dense: parameters that stay dense, by why they do.
+        bits_per_weight: of the binarized linears, from all that is stored of them, biases included.
+        output: bytes of the packed checkpoint.
+        tokens_from: how the number of calibration tokens is known.
+        memory: by device.
+        rooms: what these devices have.
+        disks: what is written, but for the output.
+        reads: of the decoder blocks, where they are streamed.
+        speeds: that were measured; None without timing.
+        times: by stage; none without timing.
+    """
+
+    work: Workload
+    linears: int
+    share: float
+    dense: Mapping[str, int]
+    bits_per_weight: float
+    output: int
+    tokens_from: str
+    memory: tuple[DeviceMemory, ...]
+    rooms: Mapping[str, Room]
+    disks: tuple[DiskUse, ...]
+    reads: tuple[Pass, ...]
+    speeds: Speeds | None
+    times: tuple[StageTime, ...]
+
+    @property
+    def seconds(self) -> float:
+        return sum(each.seconds for each in self.times)
+
+
+def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bool = True) -> Plan:
+    """Plan a run; no weight is read.
+
+    Args:
+        model: what is to be binarized.
+        config: how.
+        processor: the model's.
+        timing: whether to measure this machine, for the time of every stage.
+
+    Raises:
+        ConfigError, CalibrationError, MissingDependencyError: see `check_settings`, or a module rule fits nothing.
+        SampleError: samples that can be read at once cannot be encoded.
+    """
+    with torch.device("meta"):
+        empty = model.factory.from_config(model.source).to(model.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SABWarning)  # they come with the work
+        selection = select(empty, config, strict=True)
+        check_settings(empty, config)
+        unfuse_experts(empty, selection.experts)
+        place = model.files, model.device_map
+        work = workload(empty, selection, config, at_most(config), place)
+        sizes, tokens_from = _samples(empty, processor, config, work.model)
+    work = replace(work, samples=sizes)
+    memory = memory_of(work, process_bytes() or 0)
+    speeds = measure_speeds(work) if timing else None
+    shape = work.model
+    binarized = sum(block.binarized for block in shape.blocks)
+    return Plan(
+        work,
+        len(selection.settings),
+        binarized / sum(block.weights for block in shape.blocks),
+        _staying_dense(empty, selection),
+        8.0 * (shape.packed_bytes + _bias_bytes(empty, selection)) / binarized,
+        checkpoint_bytes(empty, selection, model.dtype, config.target_bits),
+        tokens_from,
+        memory,
+        rooms_of(work),
+        disk_uses(work),
+        passes(work),
+        speeds,
+        stage_times(work, speeds) if speeds else (),
+    )
+
+
+def _samples(model: nn.Module, processor: Any, config: SABConfig, shape: ModelShape) -> tuple[SampleSizes, str]:
+    """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
+    source = run_options(config).source
+    if not _at_hand(config):
+        return at_most(config), "an upper bound, samples times sequence_length; pictures are not cut"
+    inputs = given_inputs(model, processor, source)
+    try:
+        unseen = [each for some in unseen_inputs(model, processor).values() for each in some]
+    except SABError:  # such a model is not compared
+        unseen = []
+    return sample_sizes(inputs, unseen, shape), f"counted, of {source.described!r} as the model's processor encodes it"
+
+
+def _bias_bytes(model: nn.Module, selection: Selection) -> int:
+    """Of the binarized linears."""
+    biases = (target_linear(model, name).bias for name in selection.settings)
+    return sum(bias.nbytes for bias in biases if bias is not None)
+
+
+def _at_hand(config: SABConfig) -> bool:
+    """Whether the samples are on this machine: the built-in set, a file, or objects."""
+    data = config.calibration
+    if data is None or (isinstance(data, str) and data == BUILTIN):
+        return True
+    if not isinstance(data, (str, os.PathLike)):
+        return True
+    return not run_options(config).source.written and isinstance(named_source(data), Path)
+
+
+def _staying_dense(model: nn.Module, selection: Selection) -> dict[str, int]:
+    """Parameters by why they stay dense."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    foreign = foreign_modules(model)
+    ends = {id(each) for each in (head, input_embedding(model)) if each is not None}
+    found: dict[str, int] = {}
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        for tensor, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or (name in selection.settings and tensor == "weight"):
+                continue
+            seen.add(id(parameter))
+            if id(module) in ends:
+                why = EMBEDDINGS
+            elif id(module) in foreign:
+                why = SENSES
+            elif parameter.ndim > 1 and selection.lists.holds(name):
+                why = KEPT
+            else:
+                why = VECTORS if parameter.ndim < 2 else OTHERS
+            found[why] = found.get(why, 0) + parameter.numel()
+    return found

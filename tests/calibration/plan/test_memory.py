@@ -1,0 +1,103 @@
+"""What is held at once: by shapes that can be reckoned by hand."""
+
+from dataclasses import replace
+
+import torch
+
+from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, in_files, memory_of
+from optimum_sab.calibration.streams.memory import MATRICES, calibration_bytes
+from optimum_sab.core.refinement import RefineSettings
+from tests.calibration.plan.conftest import BLOCKS, INNER, VOCABULARY, WIDTH
+
+TOKENS = 512 * 256
+BLOCK = (4 * WIDTH**2 + 3 * INNER * WIDTH) * 2  # bytes
+GIB = 2**30
+
+
+def parts(memory, phase):
+    return {part.name: part for part in next(each for each in memory.phases if each.name == phase).parts}
+
+
+def test_blocks_hold_activations_statistics_and_the_dense_model(work):
+    (memory,) = memory_of(work, process=300)
+    assert memory.device == MACHINE
+    found = parts(memory, "blocks")
+    assert found["the process and its samples"].bytes == 300
+    assert found["weights outside of the blocks"].bytes == 2 * VOCABULARY * WIDTH * 2
+    assert found["dense blocks"].bytes == BLOCKS * BLOCK
+    assert found["activations of all samples"].bytes == TOKENS * 2 * (INNER + 4 * WIDTH) * 2
+    both = found["activations of all samples"].bytes + MATRICES * 4 * INNER**2
+    assert both == calibration_bytes(TOKENS, 2, WIDTH, INNER, torch.bfloat16)
+    weights = 4 * 4 * WIDTH * INNER  # four arrays of the widest linear in fp32
+    assert found["statistics of the widest linear"].bytes == MATRICES * 4 * INNER**2 + weights
+
+
+def test_parts_add_up_to_the_peak_and_no_stage_takes_more(work, changed):
+    for each in (work, changed(work, streamed=True), changed(work, copied=1.0)):
+        for memory in memory_of(each, process=10**8):
+            assert memory.peak.bytes == sum(part.bytes for part in memory.peak.parts)
+            assert all(phase.bytes <= memory.peak.bytes for phase in memory.phases)
+            for phase in memory.phases:
+                assert all(0 <= part.certain <= part.bytes for part in phase.parts), phase.name
+
+
+def test_streaming_holds_one_dense_block_in_the_place_of_all(work, changed):
+    (memory,) = memory_of(work)
+    (streamed,) = memory_of(changed(work, streamed=True))
+    before, after = parts(memory, "blocks"), parts(streamed, "blocks")
+    assert after["one dense block"].bytes == BLOCK
+    assert "dense blocks" not in after
+    assert after["packed blocks"].bytes == before["packed blocks"].bytes == BLOCKS * (BLOCK // 2) * 5 // 32
+    assert parts(streamed, "rehearsal")["two dense blocks"].bytes == 2 * BLOCK
+    assert memory.peak.bytes - streamed.peak.bytes == (BLOCKS - 1) * BLOCK
+
+
+def test_what_is_mapped_is_not_certain_and_what_is_copied_is(work, changed):
+    (mapped,), (copied,) = memory_of(work), memory_of(changed(work, copied=1.0))
+    assert parts(mapped, "blocks")["dense blocks"].certain == 0
+    assert parts(copied, "blocks")["dense blocks"].certain == BLOCKS * BLOCK
+    half = memory_of(changed(work, copied=0.25))[0]
+    assert parts(half, "blocks")["dense blocks"].certain == BLOCKS * BLOCK // 4
+
+
+def test_activation_memory_bounds_activations_and_sends_the_rest_to_files(work, changed):
+    bounded = changed(work, activation_memory=GIB)
+    (memory,) = memory_of(bounded)
+    held = parts(memory, "blocks")["activations of all samples"]
+    assert held.bytes == held.certain == GIB
+    whole = parts(memory_of(work)[0], "blocks")["activations of all samples"].bytes
+    assert in_files(bounded) == whole - GIB
+    assert in_files(work) == 0
+
+
+def test_tokens_that_are_only_bounded_are_not_certain(work, changed):
+    unread = changed(work, samples=replace(work.samples, exact=False))
+    held = parts(memory_of(unread)[0], "blocks")["activations of all samples"]
+    assert held.bytes > 0 and held.certain == 0
+
+
+def test_an_accelerator_has_a_block_and_statistics_and_the_machine_hidden_states(work, changed):
+    machine, device = memory_of(changed(work, device=torch.device("cuda")))
+    assert (machine.device, device.device) == (MACHINE, ACCELERATOR)
+    assert "statistics of the widest linear" not in parts(machine, "blocks")
+    assert parts(machine, "blocks")["activations of all samples"].bytes == 2 * TOKENS * 2 * WIDTH * 2
+    found = parts(device, "blocks")
+    assert set(found) == {"one dense block", "activations of all samples", "statistics of the widest linear"}
+    assert found["activations of all samples"].bytes == TOKENS * 2 * (INNER + 4 * WIDTH) * 2
+
+
+def test_a_model_on_an_accelerator_is_all_there(work, changed):
+    (memory,) = memory_of(changed(work, home="cuda"), process=10**9)
+    assert memory.device == ACCELERATOR
+    found = parts(memory, "blocks")
+    assert found["dense blocks"].certain == BLOCKS * BLOCK
+    assert "the process and its samples" not in found
+
+
+def test_refinement_and_tuning_have_stages_of_their_own(work, changed):
+    refined = changed(work, refine=RefineSettings(epochs=1, steps=10))
+    (memory,) = memory_of(refined)
+    assert parts(memory, "blocks")["training a block"].bytes > 3 * (BLOCK // 2) * 4
+    teacher = parts(memory, "tuning")["hidden states at the head"]
+    assert teacher.bytes == teacher.certain == TOKENS * WIDTH * 2
+    assert "tuning" not in [phase.name for phase in memory_of(work)[0].phases]

@@ -1,0 +1,96 @@
+"""The formulas against what the real functions ask PyTorch for."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from optimum_sab.calibration.plan import operations
+from optimum_sab.calibration.plan.workload import LinearGroup
+from optimum_sab.core.hessian import InputMoments, accumulate_hessian
+from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.solver import solve
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products; factors, and what solves with them, are none."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm"):
+            left, right = args[-2], args[-1]
+            self.found += 2 * left.numel() * right.shape[-1]
+        return function(*args, **(kwargs or {}))
+
+
+def counted(run):
+    with Products() as counter:
+        run()
+    return counter.found
+
+
+def moments(out, n, tokens, two_streams):
+    x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(0))
+    found = InputMoments(n, torch.device("cpu"), two_streams, "x")
+    if two_streams:
+        found.add("text", x, x + 0.1, torch.ones(tokens, out))
+    else:
+        found.add("text", x)
+    return found
+
+
+@pytest.mark.parametrize("two_streams", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_second_moments(two_streams, residual):
+    out, n, tokens = 96, 768, 512
+
+    def run():
+        x = torch.randn(tokens, n)
+        found = InputMoments(n, torch.device("cpu"), two_streams, "x")
+        rest = torch.ones(tokens, out) if residual and two_streams else None
+        found.add("text", x, x + 0.1 if two_streams else None, rest)
+
+    group = LinearGroup(1, out, n, LayerSettings(), at_residual=residual)
+    assert counted(run) == operations.second_moments(group, tokens, two_streams)
+
+
+def test_half_of_a_second_moment_is_computed():
+    x, hessian = torch.randn(64, 1920), torch.zeros(1920, 1920)
+    assert counted(lambda: accumulate_hessian(hessian, x)) == operations.hessian(64, 1920) < 0.6 * 2 * 64 * 1920**2
+
+
+@pytest.mark.parametrize("n", [512, 1024])
+@pytest.mark.parametrize("changes", [{}, {"sweeps": 0}, {"refit": False, "sweeps": 0}, {"propagation": 0.0}])
+def test_solving(n, changes):
+    out = 128
+    settings = LayerSettings(iterations=1, block_size=128, **changes)
+    two_streams = settings.propagation is None
+    statistics = moments(out, n, n, two_streams).statistics(
+        part=moments(out, n, n, two_streams) if two_streams else None, by_modality=False
+    )
+    weight = torch.randn(out, n, generator=torch.Generator().manual_seed(1))
+    found = counted(lambda: solve(weight, statistics, settings))
+    expected = operations.solving(out, n, settings, two_streams)
+    products = sum(expected[name] for name in ("cross-validation", "target", "refit", "feedback", "errors", "descent"))
+    square = out * n**2
+    uncounted = 2.0 * n**3 / 3.0 + 4.0 * square if two_streams else 0.0  # factors of the halves, solving with them
+    inside = 2.0 * out * n * 128 * (1 + settings.sweeps)  # column by column: no products
+    assert found == pytest.approx(products - uncounted - inside, rel=0.2)
+
+
+def test_a_factorization_is_a_factor_an_inverse_and_a_factor():
+    assert operations.factorization(30) == 30**3 / 3 + 2 * 30**3 / 3 + 30**3 / 3
+
+
+def test_a_forward(work):
+    tokens = 32
+    block = work.model.blocks[0]
+    with torch.device("meta"):
+        layers = [torch.nn.Linear(g.in_features, g.out_features, bias=False) for g in block.groups]
+        inputs = [torch.empty(tokens, layer.in_features) for layer in layers]
+        found = counted(lambda: [x @ layer.weight.T for layer, x in zip(layers, inputs, strict=True)])
+    assert operations.products(work, tokens) == len(work.model.blocks) * found
+    heads = torch.empty(16, tokens, 64, device="meta")
+    once = counted(lambda: torch.bmm(torch.bmm(heads, heads.mT), heads))
+    assert operations.attention(work, [tokens]) == len(work.model.blocks) * once

@@ -1,0 +1,218 @@
+"""A plan from a model on meta says what the run then does, and what cannot fit is refused with it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, ResNetConfig, ResNetModel
+
+from optimum_sab import AutoModelForVision2Seq
+from optimum_sab.calibration.plan.duration import stage_times
+from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
+from optimum_sab.calibration.plan.limits import Room
+from optimum_sab.calibration.plan.memory import ACCELERATOR
+from optimum_sab.errors import ConfigError, SampleError
+from optimum_sab.hf import workload as hf_workload
+from optimum_sab.hf.plan import EMBEDDINGS, KEPT, SENSES, VECTORS, PlannedModel, make_plan
+from optimum_sab.hf.processor import load_processor
+from optimum_sab.nn import streamed
+
+streams = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="refused by name there")
+
+
+def planned(folder, config, dtype=torch.float32, kind=AutoModelForCausalLM, timing=False):
+    """The plan of a folder's model."""
+    source = AutoConfig.from_pretrained(folder)
+    pictures = kind is AutoModelForVision2Seq
+    processor = load_processor(folder) if pictures else AutoTokenizer.from_pretrained(folder)
+    files = sorted(map(str, Path(folder).glob("*.safetensors")))
+    return make_plan(PlannedModel(kind, source, dtype, files), config, processor, timing)
+
+
+def test_plan_of_the_example_is_what_was_made_of_it(example, example_packed, quick_config):
+    model, folder = example_packed
+    plan = planned(example, quick_config(), kind=AutoModelForVision2Seq)
+    report = model.hf_quantizer.report
+    assert plan.output == pytest.approx((folder / "model.safetensors").stat().st_size, rel=0.02)
+    assert plan.work.samples.total == sum(report.tokens.values())
+    assert plan.work.samples.exact
+    assert plan.linears == sum(len(block.layers) for block in report.blocks)
+    # a choice by sensitivity spends what the settings would, or a little less
+    assert 0.97 * plan.bits_per_weight < report.bits_per_weight <= plan.bits_per_weight + 1e-6
+
+
+def test_every_weight_is_binarized_or_dense_for_a_reason(example, quick_config):
+    plan = planned(example, quick_config(modules_to_not_convert=["layers.0"]), kind=AutoModelForVision2Seq)
+    whole = sum(each.numel() for each in AutoModelForVision2Seq.from_pretrained(example).parameters())
+    binarized = sum(block.binarized for block in plan.work.model.blocks)
+    assert sum(plan.dense.values()) + binarized == whole
+    assert set(plan.dense) == {EMBEDDINGS, SENSES, KEPT, VECTORS}
+    assert plan.share == binarized / sum(block.weights for block in plan.work.model.blocks)
+    assert 0.4 < plan.share < 0.6  # one of two blocks
+
+
+def test_linears_that_share_an_input_are_one_group(llama_folder, quick_config):
+    plan = planned(llama_folder, quick_config())
+    groups = plan.work.model.blocks[0].groups
+    assert [(g.members, g.out_features, g.in_features, g.at_residual) for g in groups] == [
+        (3, 144 + 2 * 72, 144, False),
+        (1, 144, 144, True),
+        (2, 400, 144, False),
+        (1, 144, 200, True),
+    ]
+
+
+def test_samples_that_are_not_here_are_bounded_by_the_settings(llama_folder, quick_config):
+    for calibration in ("self", "somebody/dataset"):
+        plan = planned(llama_folder, quick_config(calibration=calibration, calibration_samples=7, sequence_length=40))
+        assert not plan.work.samples.exact
+        assert plan.work.samples.total == 7 * 40
+        assert "upper bound" in plan.tokens_from
+
+
+def test_weights_of_another_dtype_are_copied(llama_folder, quick_config, texts):
+    config = quick_config(calibration=texts[:2])
+    assert planned(llama_folder, config, torch.float32).work.model.copied == 0.0
+    assert planned(llama_folder, config, torch.bfloat16).work.model.copied == 1.0
+
+
+def test_times_are_of_the_stages_of_a_run(llama_folder, quick_config, texts):
+    config = quick_config(calibration=texts[:4], examples=True)
+    plan = planned(llama_folder, config, timing=True)
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    names = {stage.name for stage in model.hf_quantizer.report.stages}
+    told = [each.name for each in plan.times]
+    assert set(told) - {"loading", "saving"} <= names
+    assert {"sensitivities", "allocation", "blocks", "temperature", "comparison"} <= set(told)
+    assert plan.seconds == pytest.approx(sum(each.seconds for each in plan.times))
+    assert plan.speeds.seconds < 60
+    # twice the tokens take longer, and nothing else has changed
+    longer = replace(plan.work, samples=replace(plan.work.samples, tokens=plan.work.samples.tokens * 2))
+    both = plan.times, stage_times(longer, plan.speeds)
+    before, after = (next(each.seconds for each in times if each.name == "blocks") for times in both)
+    assert before < after < 2.1 * before
+
+
+@streams
+def test_reads_are_counted_as_they_are_done(llama_folder, quick_config, texts, tmp_path, monkeypatch):
+    fetched = []
+    bring = streamed._Stream._bring
+    monkeypatch.setattr(streamed._Stream, "_bring", lambda self: (fetched.append(1), bring(self)))
+    config = quick_config(calibration=texts[:4], stream_weights=True, resume_folder=tmp_path / "unfinished")
+    plan = planned(llama_folder, config)
+    assert plan.work.streamed
+    AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    blocks = len(plan.work.model.blocks)
+    assert len(fetched) == blocks * sum(each.times for each in plan.reads)
+
+
+@pytest.fixture
+def small_machine(monkeypatch):
+    """Makes this machine one of so many bytes, and reading weights an error."""
+
+    def make(total):
+        monkeypatch.setattr(hf_workload, "machine_room", lambda: Room(total, total // 2, "memory"))
+        monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", refuse)
+
+    def refuse(*arguments, **options):
+        raise AssertionError("weights were read")
+
+    return make
+
+
+def load(folder, config, dtype=torch.float32):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config)
+
+
+@streams
+def test_what_cannot_fit_is_refused_before_a_weight_is_read(llama_folder, quick_config, texts, small_machine):
+    config = quick_config(calibration=texts[:2])
+    plan = planned(llama_folder, config, torch.bfloat16)  # another dtype: copied, so it must all be there
+    needed = plan.memory[0].certain.certain
+    small_machine(needed - 1)
+    with pytest.raises(ConfigError, match=r"at least .* MB of the machine's memory .* With stream_weights=True it is"):
+        load(llama_folder, config, torch.bfloat16)
+    with pytest.raises(AssertionError, match="weights were read"):
+        load(llama_folder, quick_config(calibration=texts[:2], stream_weights=True), torch.bfloat16)
+    small_machine(needed)
+    with pytest.raises(AssertionError, match="weights were read"):
+        load(llama_folder, config, torch.bfloat16)
+
+
+def test_ignore_plan_begins_all_the_same(llama_folder, quick_config, texts, small_machine):
+    small_machine(1)
+    with pytest.raises(ConfigError, match="ignore_plan=True"):
+        load(llama_folder, quick_config(calibration=texts[:2]))
+    with pytest.raises(AssertionError, match="weights were read"):
+        load(llama_folder, quick_config(calibration=texts[:2], ignore_plan=True))
+
+
+def test_a_resume_folder_without_room_is_refused(llama_folder, quick_config, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_workload, "_free", lambda folder: 1000)
+    config = quick_config(calibration=texts[:2], resume_folder=tmp_path / "unfinished")
+    with pytest.raises(
+        ConfigError, match=r"finished blocks take at least .*unfinished', whose disk has .*resume_folder"
+    ):
+        load(llama_folder, config)
+
+
+def test_ignore_plan_is_not_stored(llama_folder, quicker_config, texts, tmp_path):
+    model = load(llama_folder, quicker_config(calibration=texts[:2], ignore_plan=True))
+    model.save_pretrained(tmp_path)
+    assert "ignore_plan" not in (tmp_path / "config.json").read_text()
+
+
+def test_what_may_be_spread_over_devices_is_not_refused(llama_folder, quick_config, monkeypatch):
+    plan = planned(llama_folder, quick_config())
+    room = Room(1, 1, "cuda")
+    monkeypatch.setattr(hf_workload, "accelerator_room", lambda device: room)
+    one = hf_workload.rooms_of(replace(plan.work, home="cuda"))
+    several = hf_workload.rooms_of(replace(plan.work, home="cuda", spread=True))
+    assert one[ACCELERATOR] == room and several[ACCELERATOR].total is None
+    with pytest.raises(ConfigError, match=r"accelerator's memory.*take a device with more memory"):
+        refuse_what_cannot_fit(replace(plan.work, home="cuda"), one)
+    refuse_what_cannot_fit(replace(plan.work, home="cuda", spread=True), several)
+
+
+def test_samples_that_cannot_be_read_are_an_error(llama_folder, quick_config):
+    with pytest.raises(SampleError, match="does not exist"):
+        planned(llama_folder, quick_config(calibration="./nothing.jsonl"))
+
+
+@streams
+def test_experts_are_counted_one_by_one(llama_folder, quick_config, texts, tmp_path):
+    config = AutoConfig.for_model(
+        "mixtral",
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=1024,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
+    plan = planned(tmp_path, quick_config(calibration=texts[:2]))
+    experts = [group for group in plan.work.model.blocks[0].groups if group.expert]
+    assert len(experts) == 4 * 2
+    assert {group.share for group in experts} == {0.5}
+    assert 0 < plan.work.model.copied < 1  # they are merged when they are read
+    assert KEPT in plan.dense  # the router
+    block = plan.work.model.blocks[0]
+    assert block.computed == block.weights - sum(group.weights for group in experts) / 2
+
+
+def test_a_model_without_a_decoder_is_refused_by_name(quick_config):
+    class Factory:
+        from_config = staticmethod(ResNetModel)
+
+    with pytest.raises(ConfigError, match="no list of decoder blocks"):
+        make_plan(
+            PlannedModel(Factory, ResNetConfig(depths=[1], hidden_sizes=[8]), torch.float32), quick_config(), None
+        )
