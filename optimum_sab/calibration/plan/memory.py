@@ -11,9 +11,9 @@ from optimum_sab.calibration.predictions.temperature import CHUNK, TOKENS
 from optimum_sab.calibration.refine.tuning import BATCH
 from optimum_sab.calibration.stages.allocation import SAMPLES
 from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
-from optimum_sab.calibration.streams.memory import MATRICES, activation_bytes
+from optimum_sab.calibration.streams.memory import activation_bytes, matrices
 
-LEAST_MATRICES = 4  # of those [in, in]: a damped Hessian, its inverse, a factor of each
+LEAST_MATRICES = 3  # of those [in, in]: a Hessian, damped, and the factor of its inverse
 WEIGHT_COPIES = 4  # fp32 arrays of a weight's shape while it is solved: W, target, pull, what is left
 LEAST_COPIES = 2
 LOGITS = 8  # arrays of the logits' size while predictions are compared or differentiated
@@ -217,7 +217,7 @@ def _solving(group: LinearGroup) -> Part:
     waiting = EXPERTS_WAITING if group.expert else 0
     return Part(
         "statistics of the widest linear",
-        MATRICES * square + WEIGHT_COPIES * weights + waiting,
+        matrices(group.in_features, group.out_features) * square + WEIGHT_COPIES * weights + waiting,
         LEAST_MATRICES * square + LEAST_COPIES * weights,
     )
 

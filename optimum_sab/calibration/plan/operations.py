@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.core.factorization import WIDE
 from optimum_sab.core.hessian import STRIP
-from optimum_sab.core.refit import HALVED
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.target import SKETCH
 
 PASSES = 60  # counted in profiles of Llama and Qwen2.5-VL
 SOLVING = (
@@ -80,23 +81,25 @@ def second_moments(group: LinearGroup, tokens: float, two_streams: bool, on_cpu:
 
 
 def factorization(n: int) -> float:
-    """Cholesky factor ``n³/3``, inverse ``2 n³/3``, Cholesky factor of the inverse ``n³/3``."""
-    return 4.0 * n**3 / 3.0
+    """Cholesky factor ``n³/3``, inverse ``2 n³/3``, Cholesky factor of the inverse ``n³/3``; from `WIDE` columns on a
+    factor ``n³/3`` and its inverse ``n³/3``.
+    """
+    return (2.0 if n >= WIDE else 4.0) * n**3 / 3.0
 
 
 def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dict[str, float]:
     """One `solve`, part by part. What no product dominates counts entries, in a unit that only ratios are taken of.
 
     - cross-validation, of two halves: a Cholesky factor ``n³/3`` each, solving with it ``2 o n²``, ``D H`` ``2 o n²``,
-      and ``W C`` ``2 o n²``;
+      and ``W C`` ``2 o n²``; from `WIDE` columns on of `SKETCH` rows in the place of o;
     - factorization: `factorization`;
     - target: ``W C`` and its product with the inverse, ``4 o n²``;
-    - refit: the pull ``2 o n²``, and every refit ``2 o n²`` for each plane; from `HALVED` columns on ``o n²``, of a
+    - refit: the pull ``2 o n²``, and every refit ``2 o n²`` for each plane; from `WIDE` columns on ``o n²``, of a
       residual plane its share of that;
     - alternating fit: entries times rounds, planes and one;
     - feedback: ``o n²`` between blocks and ``2 o n b`` inside of blocks of b columns;
     - descent: ``2 o n² + 2 o n b`` a sweep;
-    - errors: ``4 o n²``.
+    - errors: ``2 o n²``, and as much again without a refit.
 
     Args:
         out: o.
@@ -107,17 +110,18 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
     entries, square = float(out) * n, float(out) * n**2
     block = min(settings.block_size, n)
     extra = settings.salient_fraction * settings.residual_planes if settings.residual_planes else 0.0
-    halved = n >= HALVED
+    halved = n >= WIDE
+    few = float(min(out, SKETCH) if n >= WIDE else out) * n**2
     refit = square * ((settings.base_planes + extra) if halved else 2.0 * settings.planes)
     aims = two_streams and settings.propagation != 0.0
     chosen = two_streams and settings.propagation is None
     return {
-        "cross-validation": 2.0 * n**3 / 3.0 + 12.0 * square if chosen else 0.0,
+        "cross-validation": 2.0 * n**3 / 3.0 + 12.0 * few if chosen else 0.0,
         "factorization": factorization(n),
         "target": 4.0 * square if aims else 0.0,
         "refit": 2.0 * square + (settings.sweeps + 1) * refit if settings.refit else 0.0,
         "alternating fit": entries * settings.iterations * (settings.base_planes + extra + 1.0),
         "feedback": square + 2.0 * entries * block,
         "descent": settings.sweeps * (2.0 * square + 2.0 * entries * block) if settings.refit else 0.0,
-        "errors": 4.0 * square,
+        "errors": (2.0 if settings.refit else 4.0) * square,
     }

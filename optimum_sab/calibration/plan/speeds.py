@@ -19,7 +19,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.ops.cpu.columns import column_loops
+from optimum_sab.ops.columns import column_loops
 
 ENOUGH = 0.15  # seconds for which a product is repeated
 PATIENCE = 6.0  # seconds of wall time from which on nothing is repeated more than once

@@ -10,10 +10,18 @@ from torch import nn
 
 from optimum_sab.calibration.samples.forward_inputs import token_count
 from optimum_sab.calibration.streams.placement import home_of
+from optimum_sab.core.factorization import WIDE
 from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
-MATRICES = 9  # [in, in] in fp32 that solving the widest linear holds at its most
+# [in, in] in fp32 that solving holds at its most: with a drift of that size beside every Hessian, and without
+# (statistics/gathering.py), where two modalities in two halves of the samples, or the solver's five, are the most
+MATRICES, FEW_MATRICES = 9, 6
+
+
+def matrices(in_features: int, out_features: int) -> int:
+    """How many matrices [in, in] in fp32 solving a linear, or a stack of them, holds at its most."""
+    return FEW_MATRICES if in_features >= WIDE and in_features > 2 * out_features else MATRICES
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -49,9 +57,9 @@ def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: 
 def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
     """About what calibration holds beside the model, in bytes: activations, and statistics of the widest linear.
 
-    Args: those of `activation_bytes`.
+    Args: those of `activation_bytes`; the widest linear gives a hidden state.
     """
-    return activation_bytes(tokens, streams, width, widest, dtype) + MATRICES * widest**2 * 4
+    return activation_bytes(tokens, streams, width, widest, dtype) + matrices(widest, width) * widest**2 * 4
 
 
 def held_activations(

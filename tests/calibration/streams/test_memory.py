@@ -22,6 +22,14 @@ def test_a_7b_model_s_default_calibration_takes_what_its_activations_take():
     )
 
 
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "expected"),
+    [(18944, 3584, 6), (2049, 1024, 6), (2048, 1024, 9), (3584, 37888, 9), (1024, 511, 6), (1023, 100, 9)],
+)
+def test_matrices_are_fewer_without_a_drift(in_features, out_features, expected):
+    assert memory.matrices(in_features, out_features) == expected
+
+
 def test_free_memory_of_the_cpu_is_known_and_of_meta_is_not():
     assert 2**20 < free_memory(CPU) < 2**50
     assert free_memory(torch.device("meta")) is None
