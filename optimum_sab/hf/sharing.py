@@ -63,6 +63,12 @@ class Sharing:
             )
         self._styles = dict(self._shared_linears(model, plan))
         self._inside = dict(self._shared_experts(model, plan))  # of experts, which no style stands around by themselves
+        if not (self._styles or self._inside):
+            raise ConfigError(
+                f"the plan for tensor parallelism of {type(model).__name__} shares none of its packed layers, so every "
+                "process would have all of them; name them in DistributedConfig(tp_plan=…) (docs/large-models.md has an "
+                f"example), {_ELSE}."
+            )
         self._refuse_tensors(model, rules or {})
         self._ask(model)
 
@@ -175,7 +181,8 @@ class Sharing:
 
         for name, style in {**self._styles, **self._inside}.items():
             layer = model.get_submodule(name)
-            for tensor in layer.shape.names if style in COLUMNS else layer._parameters:
+            bias = () if style in COLUMNS or layer.bias is None else ("bias",)  # of columns it is as in a dense linear
+            for tensor in (*layer.shape.names, *bias):
                 model.tp_plan[_wildcard(f"{name}.{tensor}")] = style_of_tensors(style)
         for name in self._inside:  # rules for fused parameters, which are here no more
             experts, _, matrix = name.rpartition(".")
