@@ -51,7 +51,8 @@ def columns_of(whole: PackedWeight, local: Mapping[str, Tensor], start: int, sto
     """
     salient = whole.salient_columns()
     return [
-        _piece_of(whole, local, piece, start, salient) for piece in _pieces(start, stop, whole.in_features, whole.settings)
+        _piece_of(whole, local, piece, start, salient)
+        for piece in _pieces(start, stop, whole.in_features, whole.settings)
     ]
 
 

@@ -149,7 +149,11 @@ class Sharing:
                 )
         if size % (unit * self._size):
             fits = [count for count in range(2, self._size) if size % (unit * count) == 0]
-            fewer = f"tp_size={fits[-1]} divides them; use that" if fits else "no smaller tp_size divides them; use one process"
+            fewer = (
+                f"tp_size={fits[-1]} divides them; use that"
+                if fits
+                else "no smaller tp_size divides them; use one process"
+            )
             each = f"multiples of {unit}" if unit > 1 else "equal parts"
             raise ConfigError(
                 f"{name}: its {size} {what} cannot be shared in {each} by {self._size} processes; {fewer}, {_ELSE}."
@@ -231,6 +235,7 @@ class Sharing:
         for piece in pieces:
             piece.counted = 0
         pieces[0].counted = layer.counted + elsewhere
+        layer._parameters.clear()  # the forward that was installed around it holds it, until garbage is collected
         return SABShare(whole, pieces, bias).train(layer.training)
 
 

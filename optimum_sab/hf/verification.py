@@ -43,8 +43,10 @@ def verify_loaded(model: nn.Module, files: Sequence[StoredFile], keys: Mapping[s
         for tensor_name, tensor in layer.named_parameters(recurse=False):
             stored = keys[f"{name}.{tensor_name}"]
             packed.add(stored)
-            if tensor.is_meta or is_shared(tensor) or (
-                tensor_name == "bias" and _dtype_of(files, stored) != str(tensor.dtype).removeprefix("torch.")
+            if (
+                tensor.is_meta
+                or is_shared(tensor)
+                or (tensor_name == "bias" and _dtype_of(files, stored) != str(tensor.dtype).removeprefix("torch."))
             ):
                 continue
             unseen.discard(stored)

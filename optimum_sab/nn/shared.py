@@ -28,19 +28,31 @@ class SABShare(nn.Module):
     def __init__(self, whole: tuple[int, int], pieces: Sequence[SABLinear], bias: nn.Parameter | None = None) -> None:
         super().__init__()
         self.in_features, self.out_features = whole
-        self.pieces = nn.ModuleList(pieces)
+        for index, piece in enumerate(pieces):
+            self.add_module(str(index), piece)
         self._widths = [piece.in_features for piece in pieces]
         self.register_parameter("bias", bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``x`` [..., in of the share] → [..., out of the share] in x's dtype; plus the bias, if it is here."""
-        parts = inputs.split(self._widths, -1) if len(self._widths) > 1 else (inputs,)
-        output: Tensor | None = None
-        for piece, part in zip(self.pieces, parts):
-            product = piece(part)
-            output = product if output is None else output + product
-        assert output is not None
+        only = self.only
+        if only is not None:
+            output: Tensor = only(inputs)  # the tensor itself, by which layers find that they share it
+        else:
+            products = [piece(part) for piece, part in zip(self.pieces, inputs.split(self._widths, -1))]
+            output = sum(products[1:], products[0])
         return output if self.bias is None else output + self.bias
+
+    @property
+    def pieces(self) -> list[SABLinear]:
+        """The layers, in the order of their columns."""
+        return [piece for piece in self.children() if isinstance(piece, SABLinear)]
+
+    @property
+    def only(self) -> SABLinear | None:
+        """The layer, where it is one; None where there are several."""
+        pieces = self.pieces
+        return pieces[0] if len(pieces) == 1 else None
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"

@@ -30,9 +30,7 @@ def found_by_two(python, module, arguments, folder, seconds=300):
         command = [python, "-m", module, *map(str, arguments), folder / f"{rank}.json"]
         logs.append(folder / f"{rank}.log")  # a pipe that nobody reads would stop one that the other waits for
         with open(logs[-1], "w") as log:
-            processes.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-            )
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + seconds
     try:
         for process, log in zip(processes, logs):
