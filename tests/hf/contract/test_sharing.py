@@ -108,6 +108,12 @@ def test_a_process_reads_and_holds_about_half(found, kind):
         assert results[kind]["held"] <= 0.6
 
 
+def test_shares_of_siblings_are_grouped(found):
+    for results in found:
+        assert results["llama"]["groups"] == [2, 3]  # gate and up; q, k and v
+        assert results["experts"]["groups"] == [3]
+
+
 def test_blocks_may_be_shared(found):
     assert [results["llama"]["pieces"] for results in found] == [[1, 2], [1, 2]]  # 192 inputs in blocks of 64
     assert [results["experts"]["pieces"] for results in found] == [[1], [1, 2]]  # 128 and 64, of which a half is 96

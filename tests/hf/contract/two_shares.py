@@ -17,6 +17,7 @@ from transformers.distributed import DistributedConfig
 from optimum_sab import SABConfig
 from optimum_sab.bench.coverage.samples import run
 from optimum_sab.hf.sharing import Sharing, own_part
+from optimum_sab.nn.input_group import InputGroup
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.shared import SABShare
 
@@ -80,6 +81,10 @@ def held(model):
     return sum(tensor.nbytes for m in model.modules() if isinstance(m, SABLinear) for tensor in m.tensors)
 
 
+def is_grouped(layer):
+    return isinstance(layer.group, InputGroup)
+
+
 def gradient(model, row):
     """The loss, and the gradient of the first norm."""
     loss = model(**row, labels=row["input_ids"]).loss
@@ -106,6 +111,7 @@ def compared(folder, **settings):
         "read": sorted(set(read.values())),
         "held": held(model) / held(whole),
         "parameters": [model.num_parameters(), whole.num_parameters()],
+        "groups": sorted({len(m.group.members) for m in model.modules() if isinstance(m, SABLinear) and is_grouped(m)}),
         "pieces": sorted({len(m.pieces) for m in model.modules() if isinstance(m, SABShare)}),
     }
 
