@@ -66,11 +66,11 @@ class Sharing:
         if not (self._styles or self._inside):
             raise ConfigError(
                 f"the plan for tensor parallelism of {type(model).__name__} shares none of its packed layers, so every "
-                "process would have all of them; name them in DistributedConfig(tp_plan=…) (docs/large-models.md has an "
-                f"example), {_ELSE}."
+                "process would have all of them; name them in DistributedConfig(tp_plan=…), as docs/large-models.md does, "
+                f"{_ELSE}."
             )
         self._refuse_tensors(model, rules or {})
-        self._ask(model)
+        self._ask(model, rules or {})
 
     def holds(self, name: str) -> bool:
         """Whether the packed layer of this name is shared."""
@@ -89,7 +89,7 @@ class Sharing:
 
         for name, module in model.named_modules():
             style = _style_of(name, plan)
-            if isinstance(module, nn.Linear | SABLinear) and style == "colwise":
+            if isinstance(module, (nn.Linear, SABLinear)) and style == "colwise":
                 self._check_heads(model, name, module.out_features)
             packed = isinstance(module, SABLinear)
             if packed and style in (*ROWS, *COLUMNS):
@@ -97,8 +97,8 @@ class Sharing:
                 yield name, style
             elif style not in _HARMLESS and (packed or (style != _EXPERTS and _has_packed(module))):
                 raise ConfigError(
-                    f"{name} has the style {style!r} in the plan of tensor parallelism, which packed layers cannot follow; "
-                    f"give it another in DistributedConfig(tp_plan=…), {_ELSE}."
+                    f"{name} has the style {style!r} in the plan of tensor parallelism, which packed layers cannot "
+                    f"follow; give it another in DistributedConfig(tp_plan=…), {_ELSE}."
                 )
 
     def _shared_experts(self, model: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, str]]:
@@ -124,8 +124,8 @@ class Sharing:
             )
             if not (fits and plain and packed):
                 raise ConfigError(
-                    f"{name}: these experts cannot be shared by {self._size} processes; only those can that are all packed "
-                    "and have no biases, and no norm, and whose gate stands above up in one matrix. Load the model "
+                    f"{name}: these experts cannot be shared by {self._size} processes; only those can that are all "
+                    "packed and have no biases, and no norm, and whose gate stands above up in one matrix. Load the model "
                     "whole, or spread its blocks over devices with device_map='auto'."
                 )
             for expert in range(module.count):
@@ -164,8 +164,8 @@ class Sharing:
         width = getattr(model.get_submodule(parent), "head_dim", None)
         if own in _PER_HEAD and isinstance(width, int) and rows % (width * self._size):
             raise ConfigError(
-                f"{name}: its {rows // width} attention heads cannot be shared by {self._size} processes; use a tp_size "
-                f"that divides them, {_ELSE}."
+                f"{name}: its {rows // width} attention heads cannot be shared by {self._size} processes; use a "
+                f"tp_size that divides them, {_ELSE}."
             )
 
     def _refuse_tensors(self, model: nn.Module, rules: Mapping[str, str]) -> None:
@@ -175,11 +175,11 @@ class Sharing:
                 rule = _wildcard(f"{name}.{tensor}")
                 if rule in rules:
                     raise ConfigError(
-                        f"DistributedConfig(tp_plan=…) has a rule for {rule!r}, which is a tensor of a packed layer; give "
-                        "one for the layer."
+                        f"DistributedConfig(tp_plan=…) has a rule for {rule!r}, which is a tensor of a packed layer; "
+                        "give one for the layer."
                     )
 
-    def _ask(self, model: Any) -> None:
+    def _ask(self, model: Any, rules: Mapping[str, str]) -> None:
         """Write into the model's plan how the tensors of shared layers are read."""
         from optimum_sab.hf.sharing_styles import COLUMNS, style_of_tensors
 
@@ -188,9 +188,11 @@ class Sharing:
             bias = () if style in COLUMNS or layer.bias is None else ("bias",)  # of columns it is as in a dense linear
             for tensor in (*layer.shape.names, *bias):
                 model.tp_plan[_wildcard(f"{name}.{tensor}")] = style_of_tensors(style)
-        for name in self._inside:  # rules for fused parameters, which are here no more
-            experts, _, matrix = name.rpartition(".")
-            model.tp_plan.pop(f"{_wildcard(experts.rpartition('.')[0])}.{matrix}", None)
+        for name in self._inside:  # the plan's rules for fused parameters, which are here no more
+            expert, _, matrix = name.rpartition(".")
+            fused = f"{_wildcard(expert.rpartition('.')[0])}.{matrix}"
+            if fused not in rules:  # those of a call are looked for in the plan
+                model.tp_plan.pop(fused, None)
 
     # -- after weights are read ------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ FUSED = "packed_colwise"  # two matrices, one above the other, and of each its s
 _OURS = "sab_"
 
 
-class PackedTensor(TensorParallelLayer):  # type: ignore[misc]
+class PackedTensor(TensorParallelLayer):
     """One tensor of a packed layer: it is cut along its own dimension while it is read, or read whole.
 
     Args:

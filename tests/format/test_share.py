@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.format.share import COLUMN_DIMENSIONS, ROW_DIMENSIONS, columns_of
-from optimum_sab.format.packed_weight import PackedWeight
 
 OUT = 24
 SETTINGS = {
