@@ -66,8 +66,8 @@ class Sharing:
         if not (self._styles or self._inside):
             raise ConfigError(
                 f"the plan for tensor parallelism of {type(model).__name__} shares none of its packed layers, so every "
-                "process would have all of them; name them in DistributedConfig(tp_plan=…), as docs/large-models.md does, "
-                f"{_ELSE}."
+                "process would have all of them; name them in DistributedConfig(tp_plan=…), as docs/large-models.md "
+                f"does, {_ELSE}."
             )
         self._refuse_tensors(model, rules or {})
         self._ask(model, rules or {})
@@ -125,8 +125,8 @@ class Sharing:
             if not (fits and plain and packed):
                 raise ConfigError(
                     f"{name}: these experts cannot be shared by {self._size} processes; only those can that are all "
-                    "packed and have no biases, and no norm, and whose gate stands above up in one matrix. Load the model "
-                    "whole, or spread its blocks over devices with device_map='auto'."
+                    "packed and have no biases, and no norm, and whose gate stands above up in one matrix. Load the "
+                    "model whole, or spread its blocks over devices with device_map='auto'."
                 )
             for expert in range(module.count):
                 for each, chosen in ((first, of_first), (second, of_second)):
