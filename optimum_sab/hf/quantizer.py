@@ -212,9 +212,7 @@ class SABHfQuantizer(HfQuantizer):
         if wanted:
             verify_loaded(model, self._files, self._names.keys, rest=wanted == "all")
         for name, module in model.named_modules():
-            shared = self._sharing is not None and self._sharing.holds(
-                name
-            )  # what it has is seen when it has its share
+            shared = self._sharing is not None and self._sharing.holds(name)  # looked at when each has its share
             if isinstance(module, SABLinear) and module.weight.device.type != "meta" and not shared:
                 module.packed.validate(name)
         if RENAMES:

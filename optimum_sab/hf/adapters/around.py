@@ -108,6 +108,7 @@ def _inside(name: str, ending: str) -> bool:
 
 def add_prompt(theirs: Callable[..., Any], tuner: Any, adapter_name: str, config: Any) -> None:
     """The one tuner that wraps whole attentions, and takes its own dtype from a weight in them."""
+    refuse_shares(tuner.model, "adapted")
     check_adapter(config, packed_layers(tuner.model))
     theirs(tuner, adapter_name, config)
 
