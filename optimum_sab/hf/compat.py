@@ -21,3 +21,6 @@ TAKES_LOAD_OPTIONS = _LINE >= (5, 0)
 
 # 4.57 looks for a processor's files without the revision and the token that `AutoProcessor` was given.
 KEEPS_ARGUMENTS = _LINE >= (5, 0)
+
+# From 5.24 on a quantizer's layers take part in tensor parallelism with plain tensors, by a plan that names parameters.
+SHARES_LAYERS = _LINE >= (5, 24)

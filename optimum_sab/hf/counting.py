@@ -31,7 +31,7 @@ def as_dense(count: Callable[..., int]) -> Callable[..., int]:
             return total
         layers = [module for module in self.modules() if isinstance(module, SABLinear)]
         packed = sum(tensor.numel() for layer in layers for tensor in layer.tensors)
-        return total - packed + sum(layer.out_features * layer.in_features for layer in layers)
+        return total - packed + sum(layer.counted for layer in layers)
 
     num_parameters.without_packed = count  # type: ignore[attr-defined]
     return num_parameters

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from optimum_sab.errors import FormatError
+from optimum_sab.hf.sharing import own_part
 from optimum_sab.hf.stored_files import StoredFile
 
 
@@ -29,7 +30,9 @@ def check_finite(model: nn.Module, files: Sequence[StoredFile], missing: Collect
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             offloaded = True
-        elif bool(tensor.isnan().any()) if name in buffers else non_finite(tensor):
+            continue
+        tensor = own_part(tensor)
+        if bool(tensor.isnan().any()) if name in buffers else non_finite(tensor):
             if name in missing:
                 raise FormatError(
                     f"{name} is missing, and what was made up in its place holds NaN or inf; the checkpoint is "

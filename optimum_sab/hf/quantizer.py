@@ -29,6 +29,7 @@ from optimum_sab.hf.parallel import refuse_split
 from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.saving import describe_save, refuse_wrapped
 from optimum_sab.hf.selection import select
+from optimum_sab.hf.sharing import Sharing
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, described, local_files, read_headers
 from optimum_sab.hf.stored_names import StoredNames, spare_packed
 from optimum_sab.hf.streaming import Streaming, check_stored, check_streaming
@@ -39,6 +40,7 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.selection import replace_with_skeletons
+from optimum_sab.nn.shared import refuse_shares
 from optimum_sab.nn.streamed import streamed
 from optimum_sab.nn.unfusing import experts_unfused, fuse_experts, unfuse_experts
 
@@ -67,6 +69,7 @@ class SABHfQuantizer(HfQuantizer):
         self._names = StoredNames({})
         self._missing: tuple[str, ...] = ()  # what Transformers makes up
         self._lists = BlockLists(())
+        self._sharing: Sharing | None = None  # while one is loaded of which every process has a share
         self.streaming: Streaming | None = None  # while a dense checkpoint is loaded whose blocks stay in their files
         if self.pre_quantized:
             self.quantization_config.refuse_call_settings()
@@ -77,7 +80,7 @@ class SABHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         call = loading_call() or {}
-        refuse_split(call)
+        refuse_split(call, self.pre_quantized, bool(self.quantization_config.dequantize))
         if self.pre_quantized and not TAKES_LOAD_OPTIONS:
             self._take_load_options(call.get("quantization_config"))
         device_map = kwargs.get("device_map")
@@ -134,6 +137,7 @@ class SABHfQuantizer(HfQuantizer):
             unfuse_experts(model, selection.experts)
             replace_with_skeletons(model, selection)
             self._lists = selection.lists
+            self._sharing = Sharing.planned(model, loading_call() or {})
             if not RENAMES:
                 self._check_files(model, None)
         return model
@@ -195,6 +199,9 @@ class SABHfQuantizer(HfQuantizer):
                 self._dequantize(model)
                 self.remove_quantization_config(model)
                 return model
+            if self._sharing is not None:
+                self._sharing.place(model)
+                self._sharing = None
             prepare_layers(model, self.quantization_config.backend)
         config: Any = model.config
         config.quantization_config = self.quantization_config
@@ -205,7 +212,8 @@ class SABHfQuantizer(HfQuantizer):
         if wanted:
             verify_loaded(model, self._files, self._names.keys, rest=wanted == "all")
         for name, module in model.named_modules():
-            if isinstance(module, SABLinear) and module.weight.device.type != "meta":
+            shared = self._sharing is not None and self._sharing.holds(name)  # looked at when each has its share
+            if isinstance(module, SABLinear) and module.weight.device.type != "meta" and not shared:
                 module.packed.validate(name)
         if RENAMES:
             self._missing = tuple(model.state_dict().keys() - self._names.keys.keys())
@@ -251,6 +259,7 @@ class SABHfQuantizer(HfQuantizer):
         adapters_only = getattr(model, "_hf_peft_config_loaded", False)
         if adapters_only or not any(isinstance(module, SABLinear) for module in model.modules()):
             return None, {}
+        refuse_shares(model, "saved")
         refuse_wrapped(model)
         metadata = describe_save(model)
         config: Any = model.config
@@ -270,6 +279,7 @@ class SABHfQuantizer(HfQuantizer):
         """Packed layers become dense linears in ``dtype`` (default: the model's)."""
         named: Any = dtype or getattr(model.config, "dtype", None) or getattr(model, "dtype", None)
         wanted: torch.dtype | None = getattr(torch, named) if isinstance(named, str) else named  # saving leaves a name
+        refuse_shares(model, "dequantized")
         for name, module in list(model.named_modules()):
             if isinstance(module, SABLinear):
                 if module.weight.device.type == "meta":

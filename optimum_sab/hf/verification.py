@@ -9,6 +9,7 @@ from torch import nn
 
 from optimum_sab.errors import FormatError
 from optimum_sab.format.digest import digest, digest_of_bytes
+from optimum_sab.hf.sharing import is_shared
 from optimum_sab.hf.stored_files import StoredFile
 from optimum_sab.nn.linear import SABLinear
 
@@ -18,8 +19,8 @@ VERIFY = (True, False, "all")
 def verify_loaded(model: nn.Module, files: Sequence[StoredFile], keys: Mapping[str, str], rest: bool) -> None:
     """The packed layers of a model must be what was saved; files without digests are passed over.
 
-    They are compared where they are, before they are prepared for computing. What is offloaded, and a bias of which
-    loading made another dtype, is read from its file.
+    They are compared where they are, before they are prepared for computing. What is offloaded, what processes share,
+    and a bias of which loading made another dtype, is read from its file.
 
     Args:
         model: loaded, packed layers in the stored layout.
@@ -42,8 +43,10 @@ def verify_loaded(model: nn.Module, files: Sequence[StoredFile], keys: Mapping[s
         for tensor_name, tensor in layer.named_parameters(recurse=False):
             stored = keys[f"{name}.{tensor_name}"]
             packed.add(stored)
-            if tensor.is_meta or (
-                tensor_name == "bias" and _dtype_of(files, stored) != str(tensor.dtype).removeprefix("torch.")
+            if (
+                tensor.is_meta
+                or is_shared(tensor)
+                or (tensor_name == "bias" and _dtype_of(files, stored) != str(tensor.dtype).removeprefix("torch."))
             ):
                 continue
             unseen.discard(stored)

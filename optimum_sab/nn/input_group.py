@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optimum_sab.nn.experts import SABExpert
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.shared import SABShare
 from optimum_sab.ops.cpu.direct import direct_linears
 from optimum_sab.ops.operator import stacked_linear
 from optimum_sab.ops.shape import LayerShape
@@ -191,9 +192,9 @@ def group_linears(model: nn.Module) -> list[InputGroup]:
             module.group = None
     groups = []
     for parent in model.modules():
-        if isinstance(parent, SABExpert):
-            continue  # its linears follow each other
-        siblings = [child for child in parent.children() if isinstance(child, SABLinear)]
+        if isinstance(parent, (SABExpert, SABShare)):
+            continue  # linears that follow each other, or have inputs of their own
+        siblings = [linear for child in parent.children() if (linear := _linear_of(child)) is not None]
         while siblings:
             first = siblings.pop(0)
             members = [first, *(s for s in siblings if _alike(first, s))][:MAX_MEMBERS]
@@ -204,6 +205,13 @@ def group_linears(model: nn.Module) -> list[InputGroup]:
                     member.group = group
                 groups.append(group)
     return groups
+
+
+def _linear_of(child: nn.Module) -> SABLinear | None:
+    """The packed linear that a module is, or is a process's share of."""
+    if isinstance(child, SABShare):
+        return child.only
+    return child if isinstance(child, SABLinear) else None
 
 
 def _alike(one: SABLinear, other: SABLinear) -> bool:

@@ -44,6 +44,7 @@ class SABLinear(nn.Module):
         layout: of the packed tensors.
         group: the layers that share this one's input and are computed with it in one launch, or None.
         direct: the way to the CPU kernel past the dispatcher.
+        counted: how many weights of the model it stands for; of a layer that processes share, all of them.
     """
 
     weight: nn.Parameter
@@ -62,6 +63,7 @@ class SABLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.settings = settings
+        self.counted = out_features * in_features
         self.backend: str | None = None
         self.layout = "stored"
         self.group: LayerGroup | None = None

@@ -399,6 +399,34 @@ FAULTS = (
         'if saved is not None and setting != "code" and saved.get(setting, default) != given:',
         ("tests/hf/test_coded.py",),
     ),
+    Fault(
+        "shares: columns of a block on both sides given the row scales of the block before",
+        "optimum_sab/format/share.py",
+        "blocks = slice(piece.start // size, -(-piece.stop // size))",
+        "blocks = slice(max(piece.start // size - 1, 0), max(-(-piece.stop // size) - 1, 1))",
+        ("tests/format/test_share.py",),
+    ),
+    Fault(
+        "shares: every process takes the first columns' scales and residual signs",
+        "optimum_sab/hf/sharing.py",
+        "start = columns * self._mesh.get_local_rank()",
+        "start = 0",
+        ("tests/hf/contract/test_sharing.py",),
+    ),
+    Fault(
+        "shares: biases of experts added by every process",
+        "optimum_sab/hf/sharing.py",
+        "if not (fits and plain and packed):",
+        "if not (fits and packed):",
+        ("tests/hf/contract/test_sharing.py",),
+    ),
+    Fault(
+        "shares: coded planes read from the middle of a row",
+        "optimum_sab/hf/sharing.py",
+        "if layer.settings.code != NO_CODE:",
+        "if layer.settings.code == '':",
+        ("tests/hf/contract/test_sharing.py",),
+    ),
 )
 
 

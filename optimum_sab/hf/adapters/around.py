@@ -20,6 +20,7 @@ from optimum_sab.hf.adapters.backend import PackedBackend, dense_weight
 from optimum_sab.hf.adapters.layers import packed_layers, show_packed_layers
 from optimum_sab.hf.adapters.support import check_adapter, refuse_merging, refuse_training
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.shared import refuse_shares
 
 ALL_LINEAR = "all-linear"
 
@@ -56,6 +57,7 @@ def begin(
     theirs: Callable[..., Any], tuner: Any, model: nn.Module, config: Any, adapter_name: str, *more: Any, **options: Any
 ) -> None:
     """A tuner's `__init__`, which may look for linears, and read them, before it replaces any."""
+    refuse_shares(model, "adapted")
     own = config[adapter_name] if isinstance(config, dict) else config
     show_packed_layers(model, BaseTunerLayer, experts=not _every(own))
     if getattr(own, "target_modules", None) is not None:  # else `inject` knows them
@@ -67,6 +69,7 @@ def inject(
     theirs: Callable[..., Any], tuner: Any, model: nn.Module, adapter_name: str, *more: Any, **options: Any
 ) -> None:
     """An adapter for a model, the first or a further one: refused before a layer is replaced."""
+    refuse_shares(model, "adapted")
     show_packed_layers(model, BaseTunerLayer, experts=not _every(tuner.peft_config[adapter_name]))
     packed = packed_layers(model)
     if packed:
@@ -105,6 +108,7 @@ def _inside(name: str, ending: str) -> bool:
 
 def add_prompt(theirs: Callable[..., Any], tuner: Any, adapter_name: str, config: Any) -> None:
     """The one tuner that wraps whole attentions, and takes its own dtype from a weight in them."""
+    refuse_shares(tuner.model, "adapted")
     check_adapter(config, packed_layers(tuner.model))
     theirs(tuner, adapter_name, config)
 

@@ -1,10 +1,5 @@
 """A model that several processes share: what is refused by name, and what works."""
 
-import json
-import os
-import socket
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +10,9 @@ from transformers.integrations import deepspeed
 
 from optimum_sab import SABConfig, SABLinear
 from optimum_sab.errors import ConfigError
+from optimum_sab.hf.compat import SHARES_LAYERS
+from tests.hf.contract.together import found_by_two
 
-ROOT = Path(__file__).parents[3]
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 
 
@@ -24,30 +20,13 @@ FIVE = int(transformers.__version__.split(".")[0]) >= 5
 def found(warm, pair, tmp_path_factory):
     """What each of two processes found that talk over gloo."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(2):
-        environment = {**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-        command = [warm / "python", "-m", "tests.hf.contract.two_processes", pair.dense, pair.packed]
-        command.append(folder / f"{rank}.json")
-        processes.append(
-            subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+    return found_by_two(warm / "python", "tests.hf.contract.two_processes", [pair.dense, pair.packed], folder)
 
 
 def test_splitting_is_refused_by_name_before_weights_are_read(found):
     for results in found:
         refused = {case: message for case, message in results.items() if case != "fsdp"}
-        assert len(refused) == (8 if FIVE else 2)
+        assert len(refused) == (6 if SHARES_LAYERS else 8 if FIVE else 2)
         for case, message in refused.items():
             argument = "tp_plan" if "tp_plan" in case else "distributed_config"
             assert message.startswith(f"ConfigError: {argument} splits the model over processes (DeviceMesh"), message

@@ -15,7 +15,7 @@ from transformers import (
 
 from optimum_sab import SABLinear
 from optimum_sab.errors import ConfigError
-from optimum_sab.hf import counting
+from optimum_sab.hf import counting, quantizer
 from optimum_sab.hf.registration import register
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
@@ -94,6 +94,34 @@ def test_a_device_map_is_made_from_the_packed_bytes(pair, logits, model, tmp_pat
     assert "disk" in offloaded.hf_device_map.values()
     assert torch.equal(logits(offloaded), logits(model))
     assert offloaded.num_parameters() == model.num_parameters()
+
+
+@pytest.mark.skipif(not FIVE, reason="Transformers 4.57 has accelerate make the map")
+def test_a_model_larger_than_a_device_is_spread_over_several(pair, logits, model, monkeypatch, tmp_path):
+    """Two accelerators are simulated: they are there when the map is made. When it is followed, what is on the second
+    comes and goes, by the hooks that would move inputs there."""
+    pytest.importorskip("accelerate")
+    layer = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    embedding = model.model.embed_tokens.weight.nbytes
+    room = {0: 2 * embedding + 3 * layer // 2, 1: 3 * embedding}  # accelerate keeps room for the largest module
+    maps, make = [], modeling_utils._get_device_map
+
+    def simulated(*arguments):
+        maps.append(make(*arguments))
+        return {name: {0: "cpu", 1: "disk"}[place] for name, place in maps[-1].items()}
+
+    monkeypatch.setattr(modeling_utils, "_get_device_map", simulated)
+    monkeypatch.setattr(quantizer, "check_device_map", lambda device_map: None)
+    spread = AutoModelForCausalLM.from_pretrained(
+        pair.packed, dtype=torch.float32, device_map="auto", max_memory=room, offload_folder=tmp_path
+    )
+    [places] = maps
+    assert [places[name] for name in ("model.embed_tokens", "model.layers.0", "model.layers.1")] == [0, 0, 1]
+    taken = dict.fromkeys(room, 0)
+    for name, place in places.items():
+        taken[place] += sum(p.numel() * p.element_size() for p in model.get_submodule(name).parameters())
+    assert all(taken[place] <= room[place] for place in room)
+    assert torch.equal(logits(spread), logits(model))
 
 
 @pytest.mark.skipif(not FIVE, reason="accelerate computes the sizes for Transformers 4.57, from the tensors' dtypes")
