@@ -86,7 +86,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def resident() -> dict[str, int]:
-    """Bytes of the process in memory now, by the kernel's names, and the most so far; 0 where the system does not tell."""
+    """Bytes of the process in memory now and at most, by the kernel's names; 0 where the system does not tell."""
     found = dict.fromkeys(("VmHWM", "RssAnon", "RssFile", "RssShmem"), 0)
     if _STATUS.exists():
         for line in _STATUS.read_text("ascii").splitlines():

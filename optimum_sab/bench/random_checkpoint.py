@@ -1,4 +1,4 @@
-"""Checkpoints of random weights on the disk, in the shapes of large models, of which one shard is in memory at a time."""
+"""Checkpoints of random weights in the shapes of large models, written shard by shard."""
 
 from __future__ import annotations
 
@@ -115,8 +115,9 @@ class RandomCheckpoint:
         model = self.model()
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
-        ends = {name: token for name, token in _special_tokens().items() if name.endswith(("bos_token_id", "eos_token_id"))}
-        write_json(folder / "generation_config.json", {**ends, "do_sample": False})
+        ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+        told = {name: token for name, token in _special_tokens().items() if name in ends}
+        write_json(folder / "generation_config.json", {**told, "do_sample": False})
         for name in _PROCESSOR:
             shutil.copyfile(checkpoint_path() / name, folder / name)
         pixels = folder / "preprocessor_config.json"

@@ -141,10 +141,10 @@ class Streaming:
         lost = info.missing_keys | {name for name, *_ in info.mismatched_keys}
         destinations = _destinations(model, on_meta, given)
         owners = _owners(destinations, self._blocks)
-        for keys in _portions(stored, {key: name for key, name in destinations.items() if key not in owners}):
-            portion = replace(load_config, weight_mapping=copy.deepcopy(given))
-            with stored.opened(keys) as lazy, _without_bar():
-                found, _ = fill(model, lazy, portion)
+        for portion in _portions(stored, {key: name for key, name in destinations.items() if key not in owners}):
+            own = replace(load_config, weight_mapping=copy.deepcopy(given))
+            with stored.opened(portion) as lazy, _without_bar():
+                found, _ = fill(model, lazy, own)
             info.error_msgs.extend(found.error_msgs)
             info.conversion_errors.update(found.conversion_errors)
             if self.scratch is not None:

@@ -105,8 +105,8 @@ class Scratch:
                 mapping.handle = os.dup(file.fileno())
         except (OSError, ValueError) as error:
             raise StreamError(
-                f"{size / 1e9:.3g} GB of weights do not find room in {str(self._folder)!r} ({error}); free some, or name "
-                "another disk by resume_folder or TMPDIR. With a resume_folder, finished blocks are not lost."
+                f"{size / 1e9:.3g} GB of weights do not find room in {str(self._folder)!r} ({error}); free some, or "
+                "name another disk by resume_folder or TMPDIR. With a resume_folder, finished blocks are not lost."
             ) from error
         weakref.finalize(mapping, os.close, mapping.handle)
         self._mappings.add(mapping)
@@ -157,7 +157,7 @@ def make_private(tensors: Iterable[Tensor]) -> None:
         if own.data_ptr() not in storages:
             content = torch.frombuffer(private[mapping], dtype=torch.uint8, count=own.nbytes(), offset=offset)
             storages[own.data_ptr()] = content.untyped_storage()
-        _lay(tensor, storages[own.data_ptr()], tensor.storage_offset())
+        _lay(tensor, storages[own.data_ptr()], int(tensor.storage_offset()))
 
 
 def _privately(mapping: _Mapping) -> mmap.mmap:
@@ -188,7 +188,7 @@ class _Piece:
 
     def move_to(self, storage: torch.UntypedStorage) -> None:
         for tensor in self.tensors:
-            _lay(tensor, storage, tensor.storage_offset() - self.start // tensor.element_size())
+            _lay(tensor, storage, int(tensor.storage_offset()) - self.start // tensor.element_size())
 
 
 def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:
@@ -199,7 +199,7 @@ def _pieces(tensors: Iterable[Tensor]) -> list[_Piece]:
         movable = tensor.device.type == "cpu" and tensor.layout is torch.strided and tensor.numel()
         if movable and id(tensor) not in seen and not in_scratch(tensor):
             seen.add(id(tensor))
-            start = tensor.storage_offset() * tensor.element_size()
+            start = int(tensor.storage_offset()) * tensor.element_size()
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             end = start + (last + 1) * tensor.element_size()
             spans.setdefault(tensor.untyped_storage()._cdata, []).append((start // _ROUND * _ROUND, end, tensor))
