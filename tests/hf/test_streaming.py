@@ -204,7 +204,7 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
     assert resumed == plain
 
 
-# -- memory --------------------------------------------------------------------------------------------------------------
+# -- memory -----------------------------------------------------------------------------------------------------------
 
 GROWTH = """
 import sys
@@ -238,9 +238,9 @@ print(*ends, finished, own(), whole)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what is resident")
 def test_memory_does_not_grow_with_the_model(llama_folder, tmp_path):
     """Most weights stay dense here, so what a block leaves is large and made in no time."""
-    blocks, folder = 8, tmp_path / "dense"
+    blocks, folder = 6, tmp_path / "dense"
     shape = {"hidden_size": 128, "intermediate_size": 16384, "num_hidden_layers": blocks, "num_attention_heads": 2}
-    config = AutoConfig.for_model("llama", **shape, vocab_size=65536, num_key_value_heads=2, pad_token_id=0)
+    config = AutoConfig.for_model("llama", **shape, vocab_size=32768, num_key_value_heads=2, pad_token_id=0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
     command = [sys.executable, "-c", GROWTH, str(folder), str(tmp_path / "packed")]
@@ -248,10 +248,20 @@ def test_memory_does_not_grow_with_the_model(llama_folder, tmp_path):
         command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     *ends, finished, saved_at, whole = map(float, done.stdout.splitlines()[-1].split())
-    assert len(ends) == blocks and whole > 250
+    assert len(ends) == blocks and whole > 120
     block = 3 * 128 * 16384 * 4 / 2**20
-    assert max(ends) - ends[0] < block + 16  # one may be there; all would be eight
-    assert finished - ends[0] < 16 and saved_at - ends[0] < 24
+    assert max(ends) - ends[0] < block + 16  # one may be there; all would be six
+    assert finished - ends[0] < 24 and saved_at - ends[0] < 24
+
+
+@streams
+def test_all_of_a_model_that_is_only_saved_lies_in_files(sharded, quicker_config, few, tmp_path):
+    given = {"calibration": few, "modules_to_not_convert": ["layers.1"]}
+    with scratch.staying_shared():
+        model = quantize(sharded, quicker_config(**given, stream_weights=True))
+        assert all(map(in_scratch, model.parameters()))
+        found = saved(model, tmp_path / "streamed")
+    assert found == saved(quantize(sharded, quicker_config(**given)), tmp_path / "in-memory")
 
 
 @streams
