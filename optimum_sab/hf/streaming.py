@@ -199,7 +199,7 @@ class StoredTensors:
         paths = sorted(set(places.values()))
         with ExitStack() as stack:
             handles: dict[str, Any] = {path: stack.enter_context(self._open(path)) for path in paths}
-            yield {key: handles[path].get_slice(key) for key, path in places.items()}
+            yield {key: _LazyTensor(handles[path], key) for key, path in places.items()}
         for path in paths:
             self._check(path)
 
@@ -217,6 +217,20 @@ class StoredTensors:
             raise StreamError(f"{path} cannot be read any more ({error}). {_AGAIN}") from error
         if changed:
             raise StreamError(f"{path} has changed while its weights were read. {_AGAIN}")
+
+
+class _LazyTensor:
+    """A slice of a safetensors file. All of it is in memory once while it is read; ``slice[...]`` holds it twice."""
+
+    def __init__(self, file: Any, key: str) -> None:
+        self._file, self._key, self._slice = file, key, file.get_slice(key)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        found: Tensor = self._file.get_tensor(self._key) if index is Ellipsis else self._slice[index]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slice, name)
 
 
 _AGAIN = "Put the checkpoint back as it was and start again; with a resume_folder, finished blocks are not lost."
