@@ -46,8 +46,10 @@ class _Stream:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        if not self._users and not self.stays:
-            self._bring()
+        if not self._users:
+            self._give_back()  # of what came before the block
+            if not self.stays:
+                self._bring()
         self._users += 1
         try:
             yield
@@ -69,6 +71,9 @@ class _Stream:
             self._drop()
         elif self._scratch is not None:
             self._scratch.put(_tensors(self._block))
+        self._give_back()
+
+    def _give_back(self) -> None:
         if self._scratch is not None:
             self._scratch.give_back()
 
