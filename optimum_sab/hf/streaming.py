@@ -4,8 +4,8 @@ What becomes of the stored tensors (names, merged and split matrices, dtypes) is
 function that fills a model is asked three times: with tensors on meta in the place of all stored ones, to see what
 comes of them; with those outside of the blocks, to fill the model; and, later, with those of one block, to fill a twin
 of the model from which they are taken. What is outside of the blocks is filled in portions that leave memory at once.
-`install` puts `asking` around that function, since a quantizer cannot tell
-Transformers in any other way what it is to leave out.
+`install` puts `asking` around that function, since a quantizer cannot tell Transformers in any other way what it is to
+leave out.
 """
 
 from __future__ import annotations

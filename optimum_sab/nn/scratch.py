@@ -117,7 +117,7 @@ def give_back(tensor: Tensor) -> None:
     """The pages of the file that a tensor lies in are the system's again; nothing is done where it lies in none."""
     found = _mapping_of(tensor)
     if found is not None:
-        _unused(found[0])
+        _unused(found)
 
 
 def in_scratch(tensor: Tensor) -> bool:
@@ -144,18 +144,23 @@ def make_private(tensors: Iterable[Tensor]) -> None:
     """
     if _STAYS_SHARED.get():
         return
-    private: dict[_Mapping, mmap.mmap] = {}
-    storages: dict[int, torch.UntypedStorage] = {}
+    lying: dict[int, tuple[_Mapping, list[Tensor]]] = {}
     for tensor in tensors:
         found = _mapping_of(tensor)
-        if found is None:
-            continue
-        mapping, offset = found
-        if mapping not in private:
-            private[mapping] = _privately(mapping)
+        if found is not None:
+            lying.setdefault(id(found), (found, []))[1].append(tensor)
+    while lying:  # one by one, so that open files do not become more
+        _lay_privately(*lying.popitem()[1])
+
+
+def _lay_privately(mapping: _Mapping, tensors: Iterable[Tensor]) -> None:
+    private = _privately(mapping)
+    storages: dict[int, torch.UntypedStorage] = {}
+    for tensor in tensors:
         own = tensor.untyped_storage()
         if own.data_ptr() not in storages:
-            content = torch.frombuffer(private[mapping], dtype=torch.uint8, count=own.nbytes(), offset=offset)
+            offset = _PLACES[own.data_ptr()].offset
+            content = torch.frombuffer(private, dtype=torch.uint8, count=own.nbytes(), offset=offset)
             storages[own.data_ptr()] = content.untyped_storage()
         _lay(tensor, storages[own.data_ptr()], int(tensor.storage_offset()))
 
@@ -232,12 +237,11 @@ def _lay(tensor: Tensor, storage: torch.UntypedStorage, offset: int) -> None:
     tensor.data = moved
 
 
-def _mapping_of(tensor: Tensor) -> tuple[_Mapping, int] | None:
+def _mapping_of(tensor: Tensor) -> _Mapping | None:
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided:
         return None
     place = _PLACES.get(tensor.untyped_storage().data_ptr())
-    mapping = None if place is None else place.mapping()
-    return None if place is None or mapping is None else (mapping, place.offset)
+    return None if place is None else place.mapping()
 
 
 def _unused(mapping: _Mapping) -> None:
