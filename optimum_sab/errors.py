@@ -58,7 +58,7 @@ class FormatVersionError(FormatError):
 
 
 class StreamError(FormatError):
-    """Streamed weights find no room in scratch files, or do not come from their own: one is gone, damaged or changed."""
+    """Streamed weights find no room in scratch files, or do not come from their own: one is gone or has changed."""
 
 
 class OutputExistsError(SABError, FileExistsError):
