@@ -246,7 +246,7 @@ def run_checkpoint(options: argparse.Namespace) -> None:
         print(json_line({"output": str(options.output), "size": options.size, "bytes": size}))
     elif not options.quiet:
         blocks = model.config.get_text_config().num_hidden_layers
-        print(f"{options.output}: random weights of {options.size} with {blocks} blocks, {size / 1e9:.2f} GB")
+        print(f"{options.output}: random weights of {options.size} with {blocks} blocks, {size / 1e9:.3f} GB")
 
 
 def run_coverage(options: argparse.Namespace) -> None:
