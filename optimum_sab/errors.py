@@ -58,7 +58,7 @@ class FormatVersionError(FormatError):
 
 
 class StreamError(FormatError):
-    """Weights that are to come from their files do not: a file is gone, damaged or has changed during the run."""
+    """Streamed weights find no room in scratch files, or do not come from their own: one is gone or has changed."""
 
 
 class OutputExistsError(SABError, FileExistsError):

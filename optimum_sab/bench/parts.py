@@ -22,12 +22,17 @@ class PartUse:
         cpu_seconds: of all threads of the process; on a busy machine it says more.
         peak_memory_bytes: the most that was in use while it ran: allocated by torch on CUDA, resident in memory on
             the CPU, the model included. 0 where the system does not tell.
+        own_memory_bytes: the most that was resident and of no file, at the boundaries of parts, which miss what comes
+            and goes between them. 0 where the system does not tell, and on CUDA.
+        mapped_memory_bytes: the same of mapped files and shared memory, which the system can take back.
     """
 
     calls: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    own_memory_bytes: int = 0
+    mapped_memory_bytes: int = 0
 
 
 @dataclass
@@ -64,6 +69,11 @@ class PartWatch:
             use.seconds += now[0] - self._since[0]
             use.cpu_seconds += now[1] - self._since[1]
             use.peak_memory_bytes = max(use.peak_memory_bytes, peak)
+            if self.device.type == "cpu":
+                now_held = resident()
+                use.own_memory_bytes = max(use.own_memory_bytes, now_held["RssAnon"])
+                mapped = now_held["RssFile"] + now_held["RssShmem"]
+                use.mapped_memory_bytes = max(use.mapped_memory_bytes, mapped)
         forget_peak(self.device)
         self._since = time.perf_counter(), time.process_time()
 
@@ -72,10 +82,18 @@ def peak_memory(device: torch.device) -> int:
     """Most bytes in use since `forget_peak`; 0 where that cannot be asked."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if not _STATUS.exists():
-        return 0
-    line = next((line for line in _STATUS.read_text("ascii").splitlines() if line.startswith("VmHWM:")), "VmHWM: 0 kB")
-    return int(line.split()[1]) * 1024
+    return resident()["VmHWM"]
+
+
+def resident() -> dict[str, int]:
+    """Bytes of the process in memory now and at most, by the kernel's names; 0 where the system does not tell."""
+    found = dict.fromkeys(("VmHWM", "RssAnon", "RssFile", "RssShmem"), 0)
+    if _STATUS.exists():
+        for line in _STATUS.read_text("ascii").splitlines():
+            name, _, value = line.partition(":")
+            if name in found:
+                found[name] = int(value.split()[0]) * 1024
+    return found
 
 
 def forget_peak(device: torch.device) -> None:

@@ -25,6 +25,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.load import auto_class, model_config
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
+from optimum_sab.nn.scratch import staying_shared
 from optimum_sab.nn.unfusing import unfuse_experts
 
 _SMOLLM2 = {
@@ -60,6 +61,7 @@ SIZES: Mapping[str, tuple[Any, Any, Mapping[str, Any]]] = {
     "7b-block": (Qwen2ForCausalLM, Qwen2Config, _BLOCK_7B),
     "tiny": (LlamaForCausalLM, LlamaConfig, _TINY),
 }
+_MEMORY = ("peak_memory_bytes", "own_memory_bytes", "mapped_memory_bytes")
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,19 @@ class Part:
         """Of it and everything inside."""
         return max([self.use.peak_memory_bytes, *(each.peak_memory_bytes for each in self.inside)])
 
+    @property
+    def own_memory_bytes(self) -> int:
+        """The same of `PartUse.own_memory_bytes`."""
+        return max([self.use.own_memory_bytes, *(each.own_memory_bytes for each in self.inside)])
+
+    @property
+    def mapped_memory_bytes(self) -> int:
+        """The same of `PartUse.mapped_memory_bytes`."""
+        return max([self.use.mapped_memory_bytes, *(each.mapped_memory_bytes for each in self.inside)])
+
     def as_json(self) -> dict[str, Any]:
         """Everything, JSON-ready."""
-        own = {name: getattr(self, name) for name in ("name", "seconds", "cpu_seconds", "peak_memory_bytes")}
+        own = {name: getattr(self, name) for name in ("name", "seconds", "cpu_seconds", *_MEMORY)}
         return {**own, "calls": self.use.calls, "inside": [each.as_json() for each in self.inside]}
 
 
@@ -124,7 +136,7 @@ class QuantizingReport:
             "error": self.error,
             "seconds": sum(each.seconds for each in self.parts),
             "cpu_seconds": sum(each.cpu_seconds for each in self.parts),
-            "peak_memory_bytes": max(each.peak_memory_bytes for each in self.parts),
+            **{name: max(getattr(each, name) for each in self.parts) for name in _MEMORY},
             "stages": [each.as_json() for each in self.parts],
         }
 
@@ -158,7 +170,7 @@ def measure_checkpoint(folder: str, conditions: QuantizingConditions) -> Quantiz
     """
     environment, watch = describe_environment(conditions.device), PartWatch(conditions.device)
     factory = auto_class(model_config(folder))
-    with watched_by(watch), tempfile.TemporaryDirectory() as scratch:
+    with watched_by(watch), tempfile.TemporaryDirectory() as scratch, staying_shared():
         with part("loading"):
             model = factory.from_pretrained(folder, dtype=conditions.dtype, quantization_config=conditions.config)
         with part("saving"):

@@ -1,7 +1,8 @@
 """Randomly initialised Qwen models, dense or packed, made directly on the device: no checkpoint, no solver.
 
-"7b" has the shapes of Qwen2.5-VL-7B, "8b" and "32b" those of Qwen3-VL-8B and -32B, whose language models are
-Qwen3-8B's and Qwen3-32B's. "tiny" and "tiny-qwen3" have two layers of one and of the other.
+"7b" has the shapes of Qwen2.5-VL-7B, "13b" and "narrow" are a wider and a narrower one of its kind, "8b" and "32b" have
+those of Qwen3-VL-8B and -32B, whose language models are Qwen3-8B's and Qwen3-32B's. "tiny" and "tiny-qwen3" have two
+layers of one and of the other.
 """
 
 from __future__ import annotations
@@ -35,6 +36,24 @@ _TEXT: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 28,
         "num_attention_heads": 28,
         "num_key_value_heads": 4,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
+    "13b": {  # of no published model: Llama-13B's widths
+        "vocab_size": 152064,
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
+    "narrow": {  # many small blocks
+        "vocab_size": 8192,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     },
     "8b": {
@@ -77,6 +96,13 @@ _TEXT: dict[str, dict[str, Any]] = {
         "rope_scaling": {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True},
     },
 }
+_QWEN25_VISION = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
 _QWEN3_VISION = {
     "depth": 27,
     "hidden_size": 1152,
@@ -86,14 +112,9 @@ _QWEN3_VISION = {
     "deepstack_visual_indexes": [8, 16, 24],
 }
 _VISION: dict[str, dict[str, Any]] = {
-    "7b": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    },
+    "7b": {**_QWEN25_VISION, "out_hidden_size": 3584},
+    "13b": {**_QWEN25_VISION, "out_hidden_size": 5120},
+    "narrow": {**_QWEN25_VISION, "depth": 4, "fullatt_block_indexes": [3], "out_hidden_size": 1024},
     "tiny": {
         "depth": 2,
         "hidden_size": 64,
@@ -118,8 +139,12 @@ SIZES = tuple(_TEXT)
 _QWEN3 = ("8b", "32b", "tiny-qwen3")
 
 
-def model_config(size: str) -> Qwen2_5_VLConfig | Qwen3VLConfig:
+def model_config(size: str, blocks: int | None = None) -> Qwen2_5_VLConfig | Qwen3VLConfig:
     """The configuration of a size.
+
+    Args:
+        size: one of `SIZES`.
+        blocks: decoder blocks; None for as many as the size has.
 
     Raises:
         ConfigError: the size is not one of `SIZES`.
@@ -134,6 +159,8 @@ def model_config(size: str) -> Qwen2_5_VLConfig | Qwen3VLConfig:
         "eos_token_id": None,
         **_TEXT[size],
     }
+    if blocks is not None:
+        text["num_hidden_layers"] = blocks
     vision = {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2, **_VISION[size]}
     if size in _QWEN3:
         text |= {"model_type": "qwen3_vl_text", "max_position_embeddings": 262144, "rope_theta": 5e6}
@@ -149,9 +176,14 @@ def model_config(size: str) -> Qwen2_5_VLConfig | Qwen3VLConfig:
 def empty_model(size: str) -> Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration:
     """The dense model of a size, its parameters on meta; raises as `model_config`."""
     config = model_config(size)
-    kind = Qwen3VLForConditionalGeneration if size in _QWEN3 else Qwen2_5_VLForConditionalGeneration
-    with _parameters_on_meta():
-        return kind(config)
+    with parameters_on_meta():
+        found: Qwen2_5_VLForConditionalGeneration | Qwen3VLForConditionalGeneration = model_class(size)(config)
+    return found
+
+
+def model_class(size: str) -> Any:
+    """The class of a size's model."""
+    return Qwen3VLForConditionalGeneration if size in _QWEN3 else Qwen2_5_VLForConditionalGeneration
 
 
 def random_model(
@@ -193,7 +225,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 @contextmanager
-def _parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta() -> Iterator[None]:
     """Modules made inside hold parameters without memory. Buffers are real: Transformers computes them only here."""
 
     def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:

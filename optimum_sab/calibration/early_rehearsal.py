@@ -7,8 +7,7 @@ whatever stands in, is the sample's or the installation's. Everything else is le
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,11 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.rehearsal import (
-    Rehearsed,
     one_of_each_kind,
     packed_in_place,
     random_state_kept,
-    refusal,
+    refusal_up_to,
 )
 from optimum_sab.calibration.stand_ins import PLAIN, VARIED, UnjudgedError, standing_in
 from optimum_sab.calibration.streams.modes import reading
@@ -74,10 +72,6 @@ def rehearse_unloaded(
     return False
 
 
-class _Enough(BaseException):
-    """All blocks that are tried have computed. No model catches it."""
-
-
 def _tried(model: nn.Module, selection: Selection, sample: Mapping[str, Any]) -> CalibrationError | None:
     """What a dense model refuses; None where packed layers compute.
 
@@ -90,7 +84,7 @@ def _tried(model: nn.Module, selection: Selection, sample: Mapping[str, Any]) ->
         return None
     seen, blocks = Observation(), one_of_each_kind(decoder_targets(model, selection))
     linears = {name: each for block in blocks for name, each in block.linears.items()}
-    dense = seen.forward(partial(_forward, model, blocks, sample, ()), {}, linears)
+    dense = seen.forward(partial(refusal_up_to, model, blocks, sample, ()), {}, linears)
     if dense is not None:
         return dense
     left = seen.unfit(list(selection.settings), selection.blocks)
@@ -111,7 +105,7 @@ def _packed(model: nn.Module, selection: Selection, sample: Mapping[str, Any]) -
     with packed_in_place(model, blocks, selection.settings, None) as packed:
         layers = [model.get_submodule(name) for name in packed]
         with patched_forwards({each: partial(_on_first_tokens, each.forward) for each in layers}):
-            return _forward(model, blocks, sample, packed)
+            return refusal_up_to(model, blocks, sample, packed)
 
 
 def _on_first_tokens(own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -120,35 +114,6 @@ def _on_first_tokens(own: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     y = own(rows[:_TOKENS])
     rest = y.new_zeros(rows.shape[0] - y.shape[0], y.shape[1])
     return torch.cat([y, rest]).view(*x.shape[:-1], y.shape[1])
-
-
-def _forward(
-    model: nn.Module, blocks: Sequence[Rehearsed], sample: Mapping[str, Any], packed: Sequence[str]
-) -> CalibrationError | None:
-    with _ending_behind([each.block for each in blocks]):
-        try:
-            return refusal(model, sample, packed)
-        except _Enough:
-            return None
-
-
-@contextmanager
-def _ending_behind(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """A forward ends when the last of these has computed."""
-    waiting = set(blocks)
-
-    def ending(block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            output = own(*args, **kwargs)
-            waiting.discard(block)
-            if not waiting:
-                raise _Enough
-            return output
-
-        return forward
-
-    with patched_forwards({block: ending(block, block.forward) for block in blocks}):
-        yield
 
 
 def _no_room(cause: BaseException | None) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.streams.modes import without_cache
+from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError, StreamError
@@ -120,6 +121,40 @@ def refusal(model: nn.Module, sample: Mapping[str, Any], packed: Sequence[str]) 
         )
         return _because(error, text)
     return None
+
+
+class _Enough(BaseException):
+    """All blocks that are tried have computed. No model catches it."""
+
+
+def refusal_up_to(
+    model: nn.Module, blocks: Sequence[Rehearsed], sample: Mapping[str, Any], packed: Sequence[str]
+) -> CalibrationError | None:
+    """`refusal` of a forward that ends behind the last of some blocks."""
+    with _ending_behind([each.block for each in blocks]):
+        try:
+            return refusal(model, sample, packed)
+        except _Enough:
+            return None
+
+
+@contextmanager
+def _ending_behind(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """A forward ends when the last of these has computed."""
+    waiting = set(blocks)
+
+    def ending(block: nn.Module, own: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            output = own(*args, **kwargs)
+            waiting.discard(block)
+            if not waiting:
+                raise _Enough
+            return output
+
+        return forward
+
+    with patched_forwards({block: ending(block, block.forward) for block in blocks}):
+        yield
 
 
 def _because(error: Exception, text: str) -> CalibrationError:

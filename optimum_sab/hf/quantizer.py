@@ -39,6 +39,7 @@ from optimum_sab.nn.dense_share import warn_of_dense
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.preparation import prepare_layers
+from optimum_sab.nn.scratch import Scratch
 from optimum_sab.nn.selection import replace_with_skeletons
 from optimum_sab.nn.shared import refuse_shares
 from optimum_sab.nn.streamed import streamed
@@ -131,7 +132,8 @@ class SABHfQuantizer(HfQuantizer):
             self.processor = ProcessorSource(self.quantization_config.processor, origin)
             self._base = describe_base(origin)
             if self._streams:
-                self.streaming = Streaming(selection.blocks, origin.files or ())
+                scratch = Scratch(self.quantization_config.resume_folder)
+                self.streaming = Streaming(selection.blocks, origin.files or (), scratch)
         else:
             self.processor = ProcessorSource(None, origin_of(model))
             unfuse_experts(model, selection.experts)
@@ -184,8 +186,8 @@ class SABHfQuantizer(HfQuantizer):
             from optimum_sab.hf.binarization import binarize_loaded
 
             beginning, self._stages = self._stages, None
-            sources, self.streaming = self.streaming.sources if self.streaming else [], None
-            with streamed(model, sources):
+            streaming, self.streaming = self.streaming or Streaming((), ()), None
+            with streamed(model, streaming.sources, streaming.scratch):
                 report = binarize_loaded(model, self.quantization_config, beginning)
             self.report = replace(report, warnings=tuple(dict.fromkeys((*self._heard, *report.warnings))))
             if self._base:

@@ -23,8 +23,10 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.format.digest import digest
 from optimum_sab.format.layout import STORED_SETTINGS
 from optimum_sab.hf.stored_files import DIGESTS_KEY, LAYERS_KEY, SAVE_KEY
+from optimum_sab.hf.tensor_file import write_tensors
 from optimum_sab.nn.decoder import find_decoder_blocks
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.scratch import give_back
 
 
 def install() -> None:
@@ -34,14 +36,16 @@ def install() -> None:
 
 
 def with_digests(save_file: Callable[..., Any]) -> Callable[..., Any]:
-    """`safetensors.torch.save_file` that adds its tensors' digests where the metadata names a save of ours."""
+    """`safetensors.torch.save_file` that adds its tensors' digests where the metadata names a save of ours.
+
+    Such a file is written tensor by tensor (`write_tensors`).
+    """
 
     @functools.wraps(save_file)
     def save(tensors: dict[str, Tensor], filename: Any, metadata: dict[str, str] | None = None) -> None:
         if metadata is not None and SAVE_KEY in metadata:
-            digests = {name: digest(tensor) for name, tensor in sorted(tensors.items())}
-            save_file(tensors, filename, metadata={**metadata, DIGESTS_KEY: json.dumps(digests)})
-            _sort_metadata(filename)
+            digests = {name: _digest(tensor) for name, tensor in sorted(tensors.items())}
+            write_tensors(tensors, filename, {**metadata, DIGESTS_KEY: json.dumps(digests)})
         else:
             save_file(tensors, filename, metadata=metadata)
 
@@ -49,17 +53,10 @@ def with_digests(save_file: Callable[..., Any]) -> Callable[..., Any]:
     return save
 
 
-def _sort_metadata(filename: Any) -> None:
-    """safetensors writes metadata in the order of a hash table, another every time; the same weights give one file."""
-    with open(filename, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        written = file.read(length)
-        header = json.loads(written)
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        again = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        if len(again) == length:  # spelled alike, as it is for every name that a module can have
-            file.seek(8)
-            file.write(again)
+def _digest(tensor: Tensor) -> str:
+    found = digest(tensor)
+    give_back(tensor)
+    return found
 
 
 def refuse_wrapped(model: nn.Module) -> None:
@@ -106,5 +103,5 @@ def _identity(model: nn.Module) -> str:
     lines = []
     for name, value in sorted(model.state_dict().items()):
         readable = type(value) is Tensor and not value.is_meta
-        lines.append(f"{name} {digest(value) if readable else uuid.uuid4().hex}")  # an offloaded tensor is not here
+        lines.append(f"{name} {_digest(value) if readable else uuid.uuid4().hex}")  # an offloaded tensor is not here
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

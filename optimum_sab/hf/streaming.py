@@ -3,8 +3,9 @@
 What becomes of the stored tensors (names, merged and split matrices, dtypes) is for Transformers to say. Its own
 function that fills a model is asked three times: with tensors on meta in the place of all stored ones, to see what
 comes of them; with those outside of the blocks, to fill the model; and, later, with those of one block, to fill a twin
-of the model from which they are taken. `install` puts `asking` around that function, since a quantizer cannot tell
-Transformers in any other way what it is to leave out.
+of the model from which they are taken. What is outside of the blocks is filled in portions that leave memory at once.
+`install` puts `asking` around that function, since a quantizer cannot tell Transformers in any other way what it is to
+leave out.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from transformers import modeling_utils
 from optimum_sab.errors import ConfigError, StreamError
 from optimum_sab.hf.compat import RENAMES
 from optimum_sab.hf.stored_files import StoredFile, read_headers
+from optimum_sab.nn.scratch import Scratch
 from optimum_sab.nn.streamed import StreamedBlock
 
+PORTION = 2**28  # bytes of what is read at a time of the weights outside of the blocks
 _FILLS = "convert_and_load_state_dict_in_model"  # the function's name, from Transformers 5 on
 Fill = Callable[..., Any]
 
@@ -96,11 +99,13 @@ class Streaming:
     Args:
         blocks: dotted names of the decoder blocks.
         files: the checkpoint's.
+        scratch: where weights outside of the blocks lie, and what has been made of the blocks; None for memory.
     """
 
-    def __init__(self, blocks: Sequence[str], files: Sequence[str]) -> None:
+    def __init__(self, blocks: Sequence[str], files: Sequence[str], scratch: Scratch | None = None) -> None:
         self._blocks = tuple(blocks)
         self._files = tuple(map(str, files))
+        self.scratch = scratch
         self.sources: list[StreamedBlock] = []
 
     def fill(self, fill: Fill, model: Any, state_dict: Mapping[str, Any], load_config: Any) -> Any:
@@ -134,11 +139,16 @@ class Streaming:
                 f"does not show ({reason.strip().splitlines()[-1]}); leave stream_weights out for this model."
             )
         lost = info.missing_keys | {name for name, *_ in info.mismatched_keys}
-        owners = _owners(model, on_meta, self._blocks, given)
-        rest = {key: value for key, value in state_dict.items() if key not in owners}
-        found, _ = fill(model, rest, replace(load_config, weight_mapping=copy.deepcopy(given)))
-        info.error_msgs.extend(found.error_msgs)
-        info.conversion_errors.update(found.conversion_errors)
+        destinations = _destinations(model, on_meta, given)
+        owners = _owners(destinations, self._blocks)
+        for portion in _portions(stored, {key: name for key, name in destinations.items() if key not in owners}):
+            own = replace(load_config, weight_mapping=copy.deepcopy(given))
+            with stored.opened(portion) as lazy, _without_bar():
+                found, _ = fill(model, lazy, own)
+            info.error_msgs.extend(found.error_msgs)
+            info.conversion_errors.update(found.conversion_errors)
+            if self.scratch is not None:
+                self.scratch.put(each for each in (*model.parameters(), *model.buffers()) if not each.is_meta)
         model._weight_conversions = twin._weight_conversions  # what all of the checkpoint has used
         plain = replace(load_config, hf_quantizer=None)
         for block in self._blocks:
@@ -189,7 +199,7 @@ class StoredTensors:
         paths = sorted(set(places.values()))
         with ExitStack() as stack:
             handles: dict[str, Any] = {path: stack.enter_context(self._open(path)) for path in paths}
-            yield {key: handles[path].get_slice(key) for key, path in places.items()}
+            yield {key: _LazyTensor(handles[path], key) for key, path in places.items()}
         for path in paths:
             self._check(path)
 
@@ -207,6 +217,20 @@ class StoredTensors:
             raise StreamError(f"{path} cannot be read any more ({error}). {_AGAIN}") from error
         if changed:
             raise StreamError(f"{path} has changed while its weights were read. {_AGAIN}")
+
+
+class _LazyTensor:
+    """A slice of a safetensors file. All of it is in memory once while it is read; ``slice[...]`` holds it twice."""
+
+    def __init__(self, file: Any, key: str) -> None:
+        self._file, self._key, self._slice = file, key, file.get_slice(key)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        found: Tensor = self._file.get_tensor(self._key) if index is Ellipsis else self._slice[index]
+        return found
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._slice, name)
 
 
 _AGAIN = "Put the checkpoint back as it was and start again; with a resume_folder, finished blocks are not lost."
@@ -254,24 +278,50 @@ def _twin(model: Any) -> Any:
         raise ConfigError(f"stream_weights copies the empty {kind}, which fails ({error}); leave it out.") from error
 
 
-def _owners(model: Any, keys: Collection[str], blocks: Sequence[str], mapping: Sequence[Any] | None) -> dict[str, str]:
-    """By stored name: the block that a tensor is for, found as Transformers finds it; those outside are left out."""
+def _destinations(model: Any, keys: Collection[str], mapping: Sequence[Any] | None) -> dict[str, str]:
+    """By stored name: the tensor of the model that it is for, found as Transformers finds it.
+
+    Of one that is merged or split it is one of them, the same for all that are merged with each other.
+    """
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     transforms = copy.deepcopy(list(mapping or ()))
     renamings = [each for each in transforms if isinstance(each, WeightRenaming)]
     converters = [each for each in transforms if isinstance(each, WeightConverter)]
     wanted, prefix = model.state_dict(), model.base_model_prefix
-    starts = {f"{block}.": block for block in blocks}
-    owners = {}
+    found = {}
     for key in keys:
         name = rename_source_key(key, renamings, converters, prefix, wanted)[0]
-        if name not in wanted and key in wanted:
-            name = key
+        found[key] = key if name not in wanted and key in wanted else name
+    return found
+
+
+def _owners(destinations: Mapping[str, str], blocks: Sequence[str]) -> dict[str, str]:
+    """By stored name: the block that a tensor is for; those outside are left out."""
+    starts = {f"{block}.": block for block in blocks}
+    owners = {}
+    for key, name in destinations.items():
         block = next((owner for start, owner in starts.items() if name.startswith(start)), None)
         if block is not None:
             owners[key] = block
     return owners
+
+
+def _portions(stored: StoredTensors, destinations: Mapping[str, str]) -> list[list[str]]:
+    """Stored names in portions that are read together: what belongs together, and no more than `PORTION` else."""
+    together: dict[str, list[str]] = {}
+    for key, name in destinations.items():
+        together.setdefault(name, []).append(key)
+    found: list[list[str]] = []
+    room = 0
+    for keys in together.values():
+        size = sum(stored.on_meta(key).nbytes for key in keys)
+        if not found or size > room:
+            found.append([])
+            room = PORTION
+        found[-1] += keys
+        room -= size
+    return found
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

@@ -1,7 +1,8 @@
 """Decoder blocks whose dense weights are in files: they come while a block is worked on, and go again.
 
 Whatever runs a model's forward needs to know nothing of it: a streamed block fetches its weights when it is called. Who
-has several samples to bring through a block opens `weights_here` around them, and the block is read once for all.
+has several samples to bring through a block opens `weights_here` around them, and the block is read once for all. What
+has come to stay lies in scratch files, whose pages are given back whenever a block has been used.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from optimum_sab.nn.experts import SABExperts
+from optimum_sab.nn.scratch import Scratch, give_back, make_private
 
 _MARK = "_streamed_weights"
 
@@ -36,28 +38,44 @@ class StreamedBlock:
 class _Stream:
     """What a streamed block bears while its model is worked on."""
 
-    def __init__(self, block: nn.Module, source: StreamedBlock) -> None:
-        self._block, self.source = block, source
+    def __init__(self, block: nn.Module, source: StreamedBlock, scratch: Scratch | None) -> None:
+        self._block, self.source, self._scratch = block, source, scratch
         self._users = 0
         self._placed: list[tuple[dict[str, Any], str, Any]] = []
         self.stays = False
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        if not self._users and not self.stays:
-            self._bring()
+        if not self._users:
+            self._give_back()  # of what came before the block
+            if not self.stays:
+                self._bring()
         self._users += 1
         try:
             yield
         finally:
             self._users -= 1
-            if not self._users and not self.stays:
-                self._drop()
+            if not self._users:
+                self._leave()
 
     def keep(self) -> None:
         if not self._users and not self.stays:
             self._bring()
         self.stays, self._placed = True, []
+        if not self._users:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Nobody needs the block in memory."""
+        if not self.stays:
+            self._drop()
+        elif self._scratch is not None:
+            self._scratch.put(_tensors(self._block))
+        self._give_back()
+
+    def _give_back(self) -> None:
+        if self._scratch is not None:
+            self._scratch.give_back()
 
     def _bring(self) -> None:
         for path, tensor in self.source.read().items():
@@ -84,8 +102,13 @@ def _places(block: nn.Module, path: str, tensor: Tensor) -> Iterator[tuple[nn.Mo
         yield owner, key, tensor
 
 
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
 @contextmanager
-def streamed(model: nn.Module, blocks: Sequence[StreamedBlock]) -> Iterator[None]:
+def streamed(model: nn.Module, blocks: Sequence[StreamedBlock], scratch: Scratch | None = None) -> Iterator[None]:
     """Inside, these blocks fetch their weights when they are called; at the end, dense ones have come to stay.
 
     After an error they are left on meta.
@@ -93,9 +116,11 @@ def streamed(model: nn.Module, blocks: Sequence[StreamedBlock]) -> Iterator[None
     Args:
         model: the parameters and persistent buffers that the blocks' sources give are on meta.
         blocks: which.
+        scratch: where blocks lie that have come to stay, packed ones too; None for memory. At the end they are mapped
+            as a checkpoint would be (`make_private`).
     """
     modules = {source.name: model.get_submodule(source.name) for source in blocks}
-    streams = {name: _Stream(modules[name], source) for name, source in zip(modules, blocks, strict=True)}
+    streams = {name: _Stream(modules[name], source, scratch) for name, source in zip(modules, blocks, strict=True)}
     for name, block in modules.items():
         vars(block)[_MARK] = streams[name]
         vars(block)["forward"] = _fetching(streams[name], block.forward)
@@ -103,6 +128,7 @@ def streamed(model: nn.Module, blocks: Sequence[StreamedBlock]) -> Iterator[None
         yield
         for each in streams.values():
             each.keep()
+        make_private(_tensors(model))
     finally:
         for block in modules.values():
             for attribute in (_MARK, "forward"):
@@ -154,7 +180,10 @@ def weights_around(model: nn.Module, name: str) -> AbstractContextManager[None]:
 
 
 def parameters_in_turn(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """As `nn.Module.named_parameters`, streamed blocks' weights there while theirs are given, one block at a time."""
+    """As `nn.Module.named_parameters`, streamed blocks' weights there while theirs are given, one block at a time.
+
+    Of those outside of the blocks that lie in files, pages are given back as soon as the next one is asked for.
+    """
     blocks = streamed_blocks(model)
     names = [name for name, _ in model.named_parameters()]
 
@@ -164,4 +193,6 @@ def parameters_in_turn(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for block, group in groupby(names, key=block_of):
         with weights_here(blocks[block]) if block else nullcontext():
             for name in group:
-                yield name, model.get_parameter(name)
+                parameter = model.get_parameter(name)
+                yield name, parameter
+                give_back(parameter)

@@ -84,7 +84,10 @@ def test_json_holds_stages_with_their_parts(capsys):
     assert found["seconds"] == pytest.approx(sum(stage["seconds"] for stage in found["stages"]))
     assert found["peak_memory_bytes"] == max(stage["peak_memory_bytes"] for stage in found["stages"])
     blocks = next(stage for stage in found["stages"] if stage["name"] == "blocks")
-    assert {"name", "seconds", "cpu_seconds", "peak_memory_bytes", "calls", "inside"} == set(blocks["inside"][0])
+    memory = {"peak_memory_bytes", "own_memory_bytes", "mapped_memory_bytes"}
+    assert {"name", "seconds", "cpu_seconds", *memory, "calls", "inside"} == set(blocks["inside"][0])
+    if found["peak_memory_bytes"]:
+        assert 0 < found["own_memory_bytes"] <= found["peak_memory_bytes"] and found["mapped_memory_bytes"] > 0
 
 
 def test_a_checkpoint_is_loaded_quantized_and_saved(small_example, capsys):

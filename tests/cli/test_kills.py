@@ -148,7 +148,7 @@ for kill in range(kills):
     if ends[-1]:
         ends[-1] = (ends[-1], code(start(f"out-{kill}", "--resume-folder", str(resume))))
     same.append(content(f"out-{kill}") == content("undisturbed"))
-left = [each.name for each in folder.rglob(".optimum-sab-activations-*")]
+left = [each.name for kind in ("activations", "scratch") for each in folder.rglob(f".optimum-sab-{kind}-*")]
 print(json.dumps({"seconds": seconds, "ends": ends, "blocks": blocks, "same": same, "left": left}))
 """
 

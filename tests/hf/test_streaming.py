@@ -1,8 +1,13 @@
 """Models whose dense weights stay in their files: the same packed model, one decoder block in memory at a time."""
 
+import copy
 import json
 import os
+import pickle
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +23,8 @@ from optimum_sab.calibration.stages.resume import OpenResumeFolder
 from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.errors import ConfigError, SampleError, StreamError
 from optimum_sab.hf import streaming
-from optimum_sab.nn import streamed
+from optimum_sab.nn import scratch, streamed
+from optimum_sab.nn.scratch import in_scratch
 
 streams = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="refused by name there")
 
@@ -126,8 +132,10 @@ def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, few, tmp_pa
     model = quantize(sharded, quick_config(**given, stream_weights=True, **room))
     assert bool(before) == bool(room)
     assert saved(model, tmp_path / "streamed") == plain
-    assert held["now"] == 0 and held["most"] == 2  # the rehearsed one, and the one that is called
-    assert held["fetched"] >= 3 * 6
+    assert held["now"] == 0 and held["most"] == 1
+    # finite, forwards, answers, forth and back, errors, norm, solving of three blocks, and one block that is rehearsed;
+    # without an allocation three less
+    assert held["fetched"] == 3 * (5 if changes else 8) + 1
     assert not any(each.is_meta for each in (*model.parameters(), *model.buffers()))
     assert not any("forward" in vars(module) or streamed._MARK in vars(module) for module in model.modules())
 
@@ -138,7 +146,7 @@ def test_experts_that_are_renamed_and_merged_come_block_by_block(mixture, quicke
     config = quicker_config(calibration=few, stream_weights=True, activation_memory=0)
     found = saved(quantize(mixture, config), tmp_path / "streamed")
     assert found == plain
-    assert held["most"] == 2
+    assert held["most"] == 1
 
 
 @streams
@@ -194,6 +202,118 @@ def test_an_interrupted_run_is_gone_on_with_to_the_same_bytes(
     resumed = saved(quantize(sharded, quicker_config(**given, stream_weights=True)), tmp_path / "resumed")
     assert any(known) and not all(known)
     assert resumed == plain
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+GROWTH = """
+import sys
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+from optimum_sab import SABConfig
+from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
+from optimum_sab.nn import scratch
+
+def own():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon:"))
+    return int(line.split()[1]) / 1024
+
+ends, leave = [], BlockBinarizer.leave
+def told(self, *arguments):
+    leave(self, *arguments)
+    ends.append(own())
+BlockBinarizer.leave = told
+config = SABConfig(stream_weights=True, allocation="uniform", temperature_scaling=False, iterations=1, sweeps=0,
+                   examples=False, progress="none", modules_to_not_convert=["mlp"], calibration=["few words"] * 2)
+with scratch.staying_shared():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1], quantization_config=config)
+    finished = own()
+    model.save_pretrained(sys.argv[2])
+whole = sum(each.nbytes for each in (*model.parameters(), *model.buffers())) / 2**20
+print(*ends, finished, own(), whole)
+"""
+
+
+@streams
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system does not tell what is resident")
+def test_memory_does_not_grow_with_the_model(llama_folder, tmp_path):
+    """Most weights stay dense here, so what a block leaves is large and made in no time."""
+    blocks, folder = 6, tmp_path / "dense"
+    shape = {"hidden_size": 128, "intermediate_size": 16384, "num_hidden_layers": blocks, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", **shape, vocab_size=32768, num_key_value_heads=2, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
+    command = [sys.executable, "-c", GROWTH, str(folder), str(tmp_path / "packed")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    *ends, finished, saved_at, whole = map(float, done.stdout.splitlines()[-1].split())
+    assert len(ends) == blocks and whole > 120
+    block = 3 * 128 * 16384 * 4 / 2**20
+    assert max(ends) - ends[0] < block + 16  # one may be there; all would be six
+    assert finished - ends[0] < 24 and saved_at - ends[0] < 24
+
+
+@streams
+def test_all_of_a_model_that_is_only_saved_lies_in_files(sharded, quicker_config, few, tmp_path):
+    given = {"calibration": few, "modules_to_not_convert": ["layers.1"]}
+    with scratch.staying_shared():
+        model = quantize(sharded, quicker_config(**given, stream_weights=True))
+        assert all(map(in_scratch, model.parameters()))
+        found = saved(model, tmp_path / "streamed")
+    assert found == saved(quantize(sharded, quicker_config(**given)), tmp_path / "in-memory")
+
+
+@streams
+def test_the_model_is_an_ordinary_one_afterwards(sharded, quicker_config, few, plain, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model = quantize(sharded, quicker_config(calibration=few, stream_weights=True))
+    assert not any(map(in_scratch, (*model.parameters(), *model.buffers()))) and not list(tmp_path.iterdir())
+    ids = {"input_ids": torch.arange(5, 15)[None]}
+    with torch.no_grad():
+        wanted = model(**ids).logits
+        for again in (
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            model.to(torch.float64).to(torch.float32),
+        ):
+            assert torch.equal(again(**ids).logits, wanted)
+    assert saved(model, tmp_path / "streamed") == plain
+
+
+def full_from(monkeypatch, block):
+    """The disk has room for what is outside of the blocks, and for so many of these."""
+    reserve, count = scratch.reserve, []
+
+    def reserved(handle, size):
+        count.append(size)
+        if len(count) > 1 + block:
+            raise OSError(28, "No space left on device")
+        reserve(handle, size)
+
+    monkeypatch.setattr(scratch, "reserve", reserved)
+    return count
+
+
+@streams
+def test_a_disk_that_fills_up_is_named_and_finished_blocks_are_kept(
+    sharded, quicker_config, few, plain, tmp_path, monkeypatch
+):
+    config = quicker_config(calibration=few, stream_weights=True, resume_folder=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        full_from(patch, 1)
+        with pytest.raises(StreamError, match=r"No space left.*resume_folder"):
+            quantize(sharded, config)
+    kept = sorted(each.name for each in (tmp_path / "run").iterdir())
+    assert kept == ["block-00000.safetensors", "block-00001.safetensors", "fingerprint.json"]
+    assert saved(quantize(sharded, config), tmp_path / "resumed") == plain
+
+
+@streams
+def test_a_disk_that_is_full_before_the_work_is_named(sharded, quicker_config, few, monkeypatch):
+    full_from(monkeypatch, -1)
+    with pytest.raises(StreamError, match=r"weights do not find room.*TMPDIR"):
+        quantize(sharded, quicker_config(calibration=few, stream_weights=True))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
@@ -269,6 +389,31 @@ def test_files_that_change_during_the_run_end_it_by_name(
     config = quicker_config(calibration=few, stream_weights=True, resume_folder=tmp_path / "run")
     with pytest.raises(StreamError, match=rf"{file.name}.*resume_folder"):
         quantize(folder, config)
+
+
+@streams
+def test_a_shard_that_goes_between_two_blocks_ends_the_run_and_what_is_finished_is_gone_on_with(
+    sharded, quicker_config, few, plain, tmp_path, monkeypatch
+):
+    folder = tmp_path / "moving"
+    shutil.copytree(sharded, folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    file = folder / index["model.layers.2.mlp.up_proj.weight"]
+    leave = BlockBinarizer.leave
+
+    def moved(self, index, drift):
+        leave(self, index, drift)
+        if index == 1:
+            file.rename(tmp_path / "away")
+
+    config = quicker_config(calibration=few, stream_weights=True, resume_folder=tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockBinarizer, "leave", moved)
+        with pytest.raises(StreamError, match=rf"{file.name}.*resume_folder"):
+            quantize(folder, config)
+    assert len(list((tmp_path / "run").glob("block-*"))) == 2
+    (tmp_path / "away").rename(file)
+    assert saved(quantize(folder, config), tmp_path / "resumed") == plain
 
 
 @streams

@@ -48,14 +48,23 @@ class SharedHead:
 
     def given(self, inputs: Mapping[str, Any]) -> Tensor:
         """What the model gives to its head, [batch, tokens, width]."""
+        return self._given(inputs)[0]
+
+    def given_and_logits(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the model gives to its head, [batch, tokens, width], and its logits, of one forward."""
+        hidden, output = self._given(inputs)
+        logits: Tensor = output.logits
+        return hidden, logits
+
+    def _given(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
         caught: list[Tensor] = []
 
         def keep(head: Callable[..., Any], hidden: Tensor) -> Tensor:
             caught.append(hidden.detach())
             return head(hidden)
 
-        self._run(inputs, keep)
-        return caught.pop()
+        output = self._run(inputs, keep)
+        return caught.pop(), output
 
     def logits(self, inputs: Mapping[str, Any], other: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [batch, tokens, vocabulary] of the model, and of the other one without gradient.

@@ -94,8 +94,8 @@ def find_last_norm(model: nn.Module, head: nn.Module, carrier: Mapping[str, Any]
     handles += [block.register_forward_hook(keep) for block in find_decoder_blocks(model).blocks]
     try:
         with SharedHead(model, head).open() as opened:
-            given = opened.given(carrier)
-            if not _can_replay(model, opened, blocks, carrier, given):
+            given, logits = opened.given_and_logits(carrier)
+            if not _can_replay(opened, blocks, carrier, given, logits):
                 blocks = {}
     except StreamError:
         raise
@@ -118,13 +118,12 @@ def replaying(blocks: Mapping[nn.Module, Any]) -> dict[nn.Module, Callable[..., 
 
 
 def _can_replay(
-    model: nn.Module, shared: SharedHead, blocks: Mapping[nn.Module, Any], carrier: Mapping[str, Any], given: Tensor
+    shared: SharedHead, blocks: Mapping[nn.Module, Any], carrier: Mapping[str, Any], given: Tensor, logits: Tensor
 ) -> bool:
     """Whether nothing behind the blocks asks for more than their output (what routers say, for one)."""
-    wanted = shared.logits_of(given, carrier)
     try:
         with patched_forwards(replaying(blocks)):
-            return torch.equal(shared.logits_of(given, carrier), wanted)
+            return torch.equal(shared.logits_of(given, carrier), logits)
     except StreamError:
         raise
     except Exception:  # whatever it misses: then the blocks run

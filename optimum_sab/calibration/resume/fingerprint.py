@@ -19,18 +19,42 @@ from optimum_sab.version import __version__
 PROBES = 4096  # values of every parameter that go into the fingerprint
 
 
+class WeightsDigest:
+    """A digest of a model's parameters: of names, shapes, dtypes, and `PROBES` values of each."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    @classmethod
+    def of(cls, model: nn.Module) -> WeightsDigest:
+        """Of all parameters, streamed ones too, which are read for it."""
+        found = cls()
+        for name, parameter in parameters_in_turn(model):
+            found.add(name, parameter)
+        return found
+
+    def add(self, name: str, parameter: Tensor) -> None:
+        """The next one of `parameters_in_turn`."""
+        flat = parameter.detach().flatten()
+        _update(self._digest, name, parameter, flat[:: max(1, flat.numel() // PROBES)])
+
+    def hexdigest(self) -> str:
+        """Of all that were added."""
+        return self._digest.hexdigest()
+
+
 def fingerprint(
-    model: nn.Module, selection: Selection, samples: Sequence[Mapping[str, Any]], options: RunOptions
+    weights: WeightsDigest, selection: Selection, samples: Sequence[Mapping[str, Any]], options: RunOptions
 ) -> dict[str, Any]:
     """What decides the result, as JSON values: two runs may share a folder only if theirs are equal.
 
-    The model is told by the names, shapes and dtypes of its parameters and by `PROBES` values of each, the samples by
-    all they hold.
+    Args:
+        weights: of the dense model.
+        selection: the linears with their settings.
+        samples: forward keyword arguments, one dict per sample; all they hold counts.
+        options: of which that counts what changes the result.
     """
-    weights, data = hashlib.sha256(), hashlib.sha256()
-    for name, parameter in parameters_in_turn(model):
-        flat = parameter.detach().flatten()
-        _update(weights, name, parameter, flat[:: max(1, flat.numel() // PROBES)])
+    data = hashlib.sha256()
     for sample in samples:
         for name, value in sample.items():
             if isinstance(value, Tensor):

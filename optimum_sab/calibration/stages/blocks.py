@@ -11,6 +11,7 @@ from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.predictions.at_head import AtHead
 from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.resume.fingerprint import WeightsDigest
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.head import Head
@@ -31,7 +32,8 @@ def mapped_activations(options: RunOptions) -> MappedActivations | None:
 class SolveBlocks(Stage):
     """Runs the lockstep: every linear is solved, every block refined if asked for. Leaves `AtHead`.
 
-    Every finished block is kept for a run that is resumed.
+    Every finished block is kept for a run that is resumed. Where there is a resume folder, it leaves `WeightsDigest`
+    for whom opens it, since it looks at all weights before the work.
     """
 
     name: ClassVar[str] = "blocks"
@@ -45,7 +47,12 @@ class SolveBlocks(Stage):
     def prepare(self, run: Run) -> None:
         self.check(run.model, run.options)
         refuse_spread(run.model, run.options.device)
-        check_weights(run.model, run.selection)
+        if run.options.resume_folder is None:
+            check_weights(run.model, run.selection)
+        else:  # one read of the weights for both
+            weights = WeightsDigest()
+            check_weights(run.model, run.selection, weights.add)
+            run.keep(weights)
 
     def apply(self, run: Run, on_step: OnStep) -> tuple[BlockReport, ...]:
         targets = decoder_targets(run.model, run.selection)

@@ -16,7 +16,7 @@ from optimum_sab.calibration.rehearsal import random_state_kept, refusal
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.calibration.streams.observation import Observation, told
+from optimum_sab.calibration.streams.observation import Forward, Observation, told
 from optimum_sab.calibration.streams.targets import decoder_targets, target_linear
 from optimum_sab.errors import CalibrationError, ConfigError, warn
 from optimum_sab.nn.streamed import keep_weights, streamed_blocks
@@ -82,17 +82,24 @@ def _observe(run: Run) -> Observation:
     blocks = {name: model.get_submodule(name) for name in run.selection.blocks}
     linears = {name: each for some in targets.linears for name, each in some.items()}
     samples = [run.samples.inputs[index] for index in one_of_each_kind(run.samples)]
-    for sample in samples:
-        refused = seen.forward(partial(refusal, model, sample, ()), blocks, linears)
-        if refused is not None:
-            raise refused
+    looks = [Forward(partial(refusal, model, sample, ())) for sample in samples]
+    # what the model does to weights only while it is trained is seen as far as it comes
+    looks.append(Forward(partial(refusal, model, samples[0], ()), training=True, around=partial(_training, model)))
     with random_state_kept(), _buffers_kept(model):
-        model.train()
-        try:  # what it does to weights only then is seen as far as it comes
-            seen.forward(partial(refusal, model, samples[0], ()), {}, linears)
-        finally:
-            model.eval()
+        found = seen.forwards(looks, blocks, linears)
+    refused = next((each for each in found[:-1] if each is not None), None)
+    if refused is not None:
+        raise refused
     return seen
+
+
+@contextmanager
+def _training(model: nn.Module) -> Iterator[None]:
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
 
 
 def _left_dense(run: Run, seen: Observation) -> dict[str, list[str]]:

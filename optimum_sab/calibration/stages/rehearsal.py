@@ -6,12 +6,18 @@ from contextlib import ExitStack
 from typing import ClassVar
 
 from optimum_sab.calibration.progress import OnStep
-from optimum_sab.calibration.rehearsal import one_of_each_kind, packed_in_place, random_state_kept, refusal
+from optimum_sab.calibration.rehearsal import (
+    one_of_each_kind,
+    packed_in_place,
+    random_state_kept,
+    refusal,
+    refusal_up_to,
+)
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.nn.streamed import weights_here
+from optimum_sab.nn.streamed import streamed_blocks, weights_here
 
 
 class RehearseForward(Stage):
@@ -32,7 +38,10 @@ class RehearseForward(Stage):
             for each in blocks:
                 there.enter_context(weights_here(each.block))
             with packed_in_place(model, blocks, run.selection.settings, run.options.backend) as packed:
-                refused = refusal(model, sample, packed)
+                if streamed_blocks(model):  # the others are dense and have computed; each would be read for it
+                    refused = refusal_up_to(model, blocks, sample, packed)
+                else:
+                    refused = refusal(model, sample, packed)
             if refused is not None:
                 raise refusal(model, sample, ()) or refused  # the sample may be what is wrong
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from optimum_sab.calibration.progress import OnStep
-from optimum_sab.calibration.resume.fingerprint import fingerprint
+from optimum_sab.calibration.resume.fingerprint import WeightsDigest, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
@@ -21,5 +21,6 @@ class OpenResumeFolder(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         assert run.options.resume_folder is not None
-        marks = fingerprint(run.model, run.selection, run.samples.inputs, run.options)
+        weights = run.kept(WeightsDigest) or WeightsDigest.of(run.model)
+        marks = fingerprint(weights, run.selection, run.samples.inputs, run.options)
         run.resume = ResumeFolder(run.options.resume_folder, marks)

@@ -87,7 +87,11 @@ class Coroutines:
     def start(self) -> dict[Worker, Pause]:
         """Run each to its first pause."""
         with part("forward"):
-            return {worker: self._switch(worker, worker[0]) for worker in self._of}
+            return {worker: self.begin(worker) for worker in self._of}
+
+    def begin(self, worker: Worker) -> Pause:
+        """Run one to its first pause."""
+        return self._switch(worker, worker[0])
 
     def go_on(self, worker: Worker) -> Pause:
         """Run one to its next pause."""

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from optimum_sab.errors import CalibrationError
+from optimum_sab.nn.scratch import reserve
 
 SMALL = 2**14  # bytes of a tensor that is not worth a file
 Made = list["weakref.ref[Tensor]"]
@@ -78,10 +79,7 @@ class MappedActivations:
     def _file(self, size: int) -> torch.UntypedStorage:
         handle, path = tempfile.mkstemp(prefix=".optimum-sab-activations-", dir=self._folder)
         try:
-            if hasattr(os, "posix_fallocate"):  # a disk that is full says so here, and not by a signal later
-                os.posix_fallocate(handle, 0, size)
-            else:
-                os.truncate(handle, size)
+            reserve(handle, size)  # a disk that is full says so here, and not by a signal later
             found: Any = torch.UntypedStorage.from_file(path, True, size)
         except (OSError, RuntimeError) as error:
             raise CalibrationError(

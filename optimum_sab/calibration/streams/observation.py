@@ -7,15 +7,17 @@ once a forward. Which linears do not go with that is seen here, in all blocks at
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.streams.arrival import DENSE, Worker
+from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.nn.decoder import behind_number
 from optimum_sab.nn.streamed import weights_here
@@ -26,6 +28,24 @@ _HARMLESS = ("device", "is_meta", "is_cuda", "requires_grad", "grad", "is_leaf",
 _GETTER = re.compile(r"__get__|__set__")
 _READ = "the model reads their weight (its dtype, say) instead of only calling them"
 _TWICE = "the model calls them more than once in one forward"
+
+
+_END, _BLOCK = "end", "block"
+
+
+@dataclass(frozen=True)
+class Forward(Generic[T]):
+    """One forward that is looked at.
+
+    Attributes:
+        run: does it.
+        training: whether the model is in training mode meanwhile; blocks are not counted then.
+        around: what is to be opened whenever it computes.
+    """
+
+    run: Callable[[], T]
+    training: bool = False
+    around: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass
@@ -52,20 +72,90 @@ class Observation:
             blocks: by dotted name.
             linears: by dotted name; their weights are there and not shared.
         """
-        entered: dict[str, int] = {}
-        called: dict[str, int] = {}
+        return self.forwards([Forward(run)], blocks, linears)[0]
+
+    def forwards(
+        self, runs: Sequence[Forward[T]], blocks: Mapping[str, nn.Module], linears: Mapping[str, nn.Linear]
+    ) -> list[T]:
+        """See several forwards, and give what they give. They wait for each other at streamed blocks.
+
+        Args:
+            runs: do them.
+            blocks: by dotted name.
+            linears: by dotted name; their weights are there and not shared.
+        """
+        entered: list[dict[str, int]] = [{} for _ in runs]
+        called: list[dict[str, int]] = [{} for _ in runs]
         inside: set[str] = set()
-        forwards = {block: _counting(block.forward, entered, name) for name, block in blocks.items()}
-        forwards |= {each: self._inside(each.forward, called, name, inside) for name, each in linears.items()}
-        for name, block in self.coming.items():
-            own = {of: each for of, each in linears.items() if of.startswith(f"{name}.")}
-            forwards[block] = self._arriving(forwards.get(block, block.forward), block, own, inside)
+        coroutines = Coroutines(
+            [(index, DENSE) for index in range(len(runs))], lambda i: Pause(_END, "", runs[i].run())
+        )
+
+        def count(counts: Sequence[dict[str, int]], name: str) -> None:
+            assert coroutines.current is not None
+            own = counts[coroutines.current[0]]
+            own[name] = own.get(name, 0) + 1
+
+        def block(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                if name in blocks:
+                    count(entered, name)
+                if name in self.coming:
+                    coroutines.pause(Pause(_BLOCK, name))
+                return original(*args, **kwargs)
+
+            return forward
+
+        def linear(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                count(called, name)
+                inside.add(name)
+                try:
+                    return original(*args, **kwargs)
+                finally:
+                    inside.discard(name)
+
+            return forward
+
+        forwards = {each: block(name, each.forward) for name, each in (dict(blocks) | dict(self.coming)).items()}
+        forwards |= {each: linear(name, each.forward) for name, each in linears.items()}
         with patched_forwards(forwards), self._watched(linears, inside):
-            result = run()
-        for seen, now in ((self.entered, entered), (self.called, called)):
-            for name, count in now.items():
-                seen[name] = max(count, seen.get(name, 0))
-        return result
+            found = self._side_by_side(coroutines, runs, linears, inside)
+        for index, run in enumerate(runs):
+            _raise_to(self.called, called[index])
+            if not run.training:  # there a block may be called again for its gradients
+                _raise_to(self.entered, entered[index])
+        return found
+
+    def _side_by_side(
+        self,
+        coroutines: Coroutines,
+        runs: Sequence[Forward[T]],
+        linears: Mapping[str, nn.Linear],
+        inside: set[str],
+    ) -> list[T]:
+        """Every block that one waits for is fetched once for all that do."""
+
+        def resumed(workers: Iterable[Worker]) -> dict[Worker, Pause]:
+            found = {}
+            for worker in workers:
+                with runs[worker[0]].around():
+                    found[worker] = coroutines.go_on(worker) if started else coroutines.begin(worker)
+            return found
+
+        started = False
+        try:
+            waiting = resumed(coroutines.workers)
+            started = True
+            while any(pause.kind == _BLOCK for pause in waiting.values()):
+                name = next(name for name in self.coming if any(p.key == name for p in waiting.values()))
+                own = {of: each for of, each in linears.items() if of.startswith(f"{name}.")}
+                # what is watched are the weights that have come, and not what stood in their place
+                with weights_here(self.coming[name]), self._watched(own, inside):
+                    waiting |= resumed([worker for worker, pause in waiting.items() if pause.key == name])
+        finally:
+            coroutines.close()
+        return [waiting[worker].payload for worker in coroutines.workers]
 
     def unfit(self, names: Sequence[str], blocks: Sequence[str]) -> dict[str, list[str]]:
         """Linears that no packed layer can stand for, by the reason: those that were seen so, in all blocks.
@@ -80,30 +170,6 @@ class Observation:
             reason: [name for name in names if behind_number(name, blocks) in found]
             for reason, found in ((_READ, read), (_TWICE, twice))
         }
-
-    def _inside(
-        self, original: Callable[..., Any], called: dict[str, int], name: str, inside: set[str]
-    ) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            called[name] = called.get(name, 0) + 1
-            inside.add(name)
-            try:
-                return original(*args, **kwargs)
-            finally:
-                inside.discard(name)
-
-        return forward
-
-    def _arriving(
-        self, original: Callable[..., Any], block: nn.Module, linears: Mapping[str, nn.Linear], inside: set[str]
-    ) -> Callable[..., Any]:
-        """What is watched are the weights that have come, and not what stood in their place."""
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with weights_here(block), self._watched(linears, inside):
-                return original(*args, **kwargs)
-
-        return forward
 
     @contextmanager
     def _watched(self, linears: Mapping[str, nn.Linear], inside: set[str]) -> Iterator[None]:
@@ -161,9 +227,6 @@ class _WatchedWeight(nn.Parameter):
             return func(*plain(args), **{key: plain(value) for key, value in (kwargs or {}).items()})
 
 
-def _counting(original: Callable[..., Any], counts: dict[str, int], name: str) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        counts[name] = counts.get(name, 0) + 1
-        return original(*args, **kwargs)
-
-    return forward
+def _raise_to(seen: dict[str, int], counts: Mapping[str, int]) -> None:
+    for name, count in counts.items():
+        seen[name] = max(count, seen.get(name, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from optimum_sab.core.magnitude import check_magnitude
 from optimum_sab.errors import CalibrationError, NonFiniteError
 from optimum_sab.nn.selection import Selection
 from optimum_sab.nn.streamed import parameters_in_turn, streamed_blocks
+
+_STEP = 2**24  # values that are looked at at a time
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,15 @@ def refuse_offloaded(model: nn.Module, selection: Selection) -> None:
             )
 
 
-def check_weights(model: nn.Module, selection: Selection) -> None:
+def check_weights(
+    model: nn.Module, selection: Selection, look: Callable[[str, nn.Parameter], None] | None = None
+) -> None:
     """Stop before hours of work: every target weight must be real, finite and of a size that can be stored.
+
+    Args:
+        model: dense.
+        selection: the linears that will be binarized.
+        look: given every parameter with its name as well, so that none is read twice.
 
     Raises:
         CalibrationError: see `refuse_offloaded`.
@@ -86,10 +96,12 @@ def check_weights(model: nn.Module, selection: Selection) -> None:
             check_magnitude(parameter, selection.settings[targets[name]].row_scale, targets[name])
         elif parameter.is_floating_point() and parameter.device.type != "meta":
             _check_finite(name, parameter.detach())
+        if look is not None:
+            look(name, parameter)
 
 
 def _check_finite(name: str, parameter: Tensor) -> None:
-    if not bool(torch.isfinite(parameter).all()):
+    if not all(bool(torch.isfinite(part).all()) for part in parameter.flatten().split(_STEP)):
         module, _, tensor = name.rpartition(".")
         raise NonFiniteError(
             f"the {tensor} of {module} holds NaN or inf; the checkpoint is damaged, or overflowed in float16: fetch it "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from optimum_sab.cli.arguments.common import add_common, check_amounts, check_counts, check_seeds
@@ -88,6 +89,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     counts = ("prompt-tokens", "new-tokens", "batch", "repeats")
     generate.set_defaults(run="bench.run_generate", check=partial(check_call, counts))
     _add_quantize(kinds)
+    _add_checkpoint(kinds)
     _add_coverage(kinds)
 
 
@@ -128,12 +130,47 @@ def _add_quantize(kinds: Any) -> None:
     )
     quantize.add_argument("--samples", type=int, default=64, metavar="N", help="that calibrate (default: 64)")
     quantize.add_argument("--length", type=int, default=512, metavar="N", help="tokens of a sample (default: 512)")
+    quantize.add_argument(
+        "--stream-weights", action="store_true", help="leave a checkpoint's weights in its files, as quantize does"
+    )
     quantize.add_argument("--preset", choices=PRESETS, default="default", help="how to quantize")
     quantize.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:0 (default: cuda where there is one)")
     quantize.add_argument("--dtype", default="float32", metavar="DTYPE", help="of the model (default: float32)")
     quantize.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
     add_common(quantize, quiet=False)
     quantize.set_defaults(run="bench.run_quantize", check=partial(check_call, ("samples", "length")))
+
+
+def _add_checkpoint(kinds: Any) -> None:
+    checkpoint = kinds.add_parser(
+        "checkpoint",
+        help="write a checkpoint of random weights in a large model's shapes, of which a shard is in memory at a time",
+        description="Writes random weights in the shapes of a model, with the embedded example's processor: for "
+        "quantizing what is larger than memory. Its predictions mean nothing.",
+    )
+    checkpoint.add_argument("output", type=Path, metavar="DIR", help="where it goes")
+    checkpoint.add_argument(
+        "--size",
+        required=True,
+        metavar="SIZE",
+        help="7b or 13b (as Qwen2.5-VL), 8b or 32b (Qwen3-VL), 30b-a3b (Qwen3-VL-30B-A3B), narrow (64 small blocks), "
+        "tiny or tiny-qwen3",
+    )
+    checkpoint.add_argument("--blocks", type=int, metavar="N", help="decoder blocks (default: all that the size has)")
+    checkpoint.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="of the weights (default: bfloat16)")
+    checkpoint.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
+    checkpoint.add_argument("--overwrite", action="store_true", help="replace a checkpoint in DIR; other files stay")
+    add_common(checkpoint)
+    checkpoint.set_defaults(run="bench.run_checkpoint", check=check_checkpoint)
+
+
+def check_checkpoint(options: argparse.Namespace) -> None:
+    """`check_call` of a checkpoint.
+
+    Raises:
+        ConfigError: names the first number that cannot be used.
+    """
+    check_call(() if options.blocks is None else ("blocks",), options)
 
 
 def _add_coverage(kinds: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -194,7 +195,10 @@ def run_quantize(options: argparse.Namespace) -> None:
 
     if (options.model is None) == (options.size is None):
         raise ConfigError("bench quantize takes a checkpoint's folder, or --size for a random model.")
+    if options.stream_weights and options.model is None:
+        raise ConfigError("--stream-weights reads a checkpoint's files, and --size has none; give a folder.")
     asked = {"calibration_samples": options.samples, "sequence_length": options.length, "progress": "none"}
+    asked["stream_weights"] = options.stream_weights
     config = SABConfig.preset(options.preset, **asked)
     conditions = QuantizingConditions(config, find_device(options.device), find_dtype(options.dtype), options.seed)
     if options.model is not None:
@@ -206,21 +210,43 @@ def run_quantize(options: argparse.Namespace) -> None:
         told = {name: getattr(options, name) for name in ("preset", "dtype", "samples", "length")}
         print(json_line({**told, **found}))
         return
-    print(f"{'part':<28} {'s':>9} {'CPU s':>9} {'peak GB':>9} {'calls':>8}")
+    print(f"{'part':<28} {'s':>9} {'CPU s':>9} {'peak GB':>9} {'own GB':>9} {'mapped GB':>9} {'calls':>8}")
     for name, each in rows(report.parts):
-        print(
-            f"{name:<28} {each.seconds:>9.2f} {each.cpu_seconds:>9.2f} {each.peak_memory_bytes / 1e9:>9.3f} "
-            f"{each.use.calls:>8}"
-        )
-    print(
-        f"{'in all':<28} {found['seconds']:>9.2f} {found['cpu_seconds']:>9.2f} {found['peak_memory_bytes'] / 1e9:>9.3f}"
-    )
+        print(f"{name:<28} {_use_columns(each.as_json())} {each.use.calls:>8}")
+    print(f"{'in all':<28} {_use_columns(found)}")
     where = report.environment
     print(
         f"{report.model}, {options.preset}, {options.samples} x {options.length} tokens, {options.dtype}, "
         f"{report.bits_per_weight:.4f} bits, error {report.error:.5f}; {where.device}, {where.threads} threads, torch "
         f"{where.torch}"
     )
+
+
+def _use_columns(found: Mapping[str, Any]) -> str:
+    memory = [found[name] / 1e9 for name in ("peak_memory_bytes", "own_memory_bytes", "mapped_memory_bytes")]
+    return f"{found['seconds']:>9.2f} {found['cpu_seconds']:>9.2f} " + " ".join(f"{each:>9.3f}" for each in memory)
+
+
+def run_checkpoint(options: argparse.Namespace) -> None:
+    """Write one, and say how large it is."""
+    from optimum_sab.bench.environment import find_dtype
+    from optimum_sab.bench.random_checkpoint import RandomCheckpoint
+    from optimum_sab.hf.output.place import check_output, check_size
+    from optimum_sab.hf.output.saving import written_whole
+
+    dtype = find_dtype(options.dtype)
+    wanted = RandomCheckpoint(options.size, options.blocks, dtype, options.seed)
+    model = wanted.model()
+    size = sum(each.numel() for each in model.parameters()) * dtype.itemsize
+    where = check_output(options.output, options.overwrite)
+    check_size(where, size)
+    with written_whole(where) as folder:
+        wanted.write(folder)
+    if options.json:
+        print(json_line({"output": str(options.output), "size": options.size, "bytes": size}))
+    elif not options.quiet:
+        blocks = model.config.get_text_config().num_hidden_layers
+        print(f"{options.output}: random weights of {options.size} with {blocks} blocks, {size / 1e9:.3f} GB")
 
 
 def run_coverage(options: argparse.Namespace) -> None:

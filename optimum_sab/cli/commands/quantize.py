@@ -21,6 +21,7 @@ from optimum_sab.hf.output.saving import save_packed
 from optimum_sab.hf.processor import find_processor
 from optimum_sab.hf.stored_files import local_files, read_headers
 from optimum_sab.json_values import json_line
+from optimum_sab.nn.scratch import staying_shared
 from optimum_sab.report.files import REPORT_HTML, REPORT_JSON
 
 
@@ -47,12 +48,13 @@ def run(options: argparse.Namespace) -> None:
     target = None
     if options.push_to_hub is not None:  # last, since it may make a repository
         target = check_push(options.push_to_hub, options.private, options.token, sources=[options.model])
-    model = factory.from_pretrained(
-        options.model, dtype=dtype, quantization_config=config, device_map=options.device_map, **origin.arguments
-    )
-    if options.remote_code:
-        add_remote_code(model)
-    save_packed(model, processor, where)
+    with staying_shared():  # pages of a streamed model's files are given back while it is saved
+        model = factory.from_pretrained(
+            options.model, dtype=dtype, quantization_config=config, device_map=options.device_map, **origin.arguments
+        )
+        if options.remote_code:
+            add_remote_code(model)
+        save_packed(model, processor, where)
     commit = None if target is None else push_folder(where.folder, target)
     report = model.hf_quantizer.report
     summary = {

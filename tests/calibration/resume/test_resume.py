@@ -14,7 +14,7 @@ from optimum_sab.calibration.blocks import binarizer
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.calibration.refine import tuning
-from optimum_sab.calibration.resume.fingerprint import fingerprint
+from optimum_sab.calibration.resume.fingerprint import WeightsDigest, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.run import Silent
 from optimum_sab.core.refinement import RefineSettings
@@ -45,7 +45,7 @@ def quantize(subject, folder=None, refine=None, settings=QUICK, progress=None):
     selection = select_linears(model, settings)
     resume, options = None, RunOptions(refine=refine)
     if folder is not None:
-        resume = ResumeFolder(folder, fingerprint(model, selection, subject.samples, options))
+        resume = ResumeFolder(folder, fingerprint(WeightsDigest.of(model), selection, subject.samples, options))
     report = binarize(model, selection, subject.samples, options, progress, resume)
     return model, report
 
@@ -222,7 +222,9 @@ def test_block_of_other_layers_is_refused(llama, tmp_path):
     """As when the rules were deleted and are chosen otherwise: every file is what the run wrote."""
     quantize(llama, tmp_path)
     model = copy.deepcopy(llama.model)
-    folder = ResumeFolder(tmp_path, fingerprint(model, select_linears(model, QUICK), llama.samples, RunOptions()))
+    folder = ResumeFolder(
+        tmp_path, fingerprint(WeightsDigest.of(model), select_linears(model, QUICK), llama.samples, RunOptions())
+    )
     others = select_linears(model, QUICK.replace(base_planes=2))
     with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be used .*'weight'.*delete it"):
         binarize(model, others, llama.samples, resume=folder)
