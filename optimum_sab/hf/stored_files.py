@@ -183,6 +183,8 @@ def _read_header(path: str) -> StoredFile:
         with open(path, "rb") as file:  # safetensors has checked the header, but does not say where tensors begin
             length = int.from_bytes(file.read(8), "little")
             entries = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise FormatError(f"{path} is not there, although the checkpoint's index names it; fetch it again.") from error
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path} cannot be read ({error}); it is truncated or damaged, fetch it again.") from error
     entries.pop("__metadata__", None)

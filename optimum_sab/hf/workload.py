@@ -75,9 +75,13 @@ def disk_uses(work: Workload) -> tuple[DiskUse, ...]:
         there = sum(each.stat().st_size for each in Path(folder).glob("block-*.safetensors"))
         size = max(0, work.model.packed_bytes - there)
         found.append(DiskUse("finished blocks", folder, size, _free(folder), "resume_folder", size))
+    folder = os.fspath(options.resume_folder or tempfile.gettempdir())
+    if work.streamed:
+        model = work.model
+        size = model.packed_bytes + model.left_bytes + model.outside * model.item
+        found.append(DiskUse("scratch files", folder, size, _free(folder), "stream_weights", size))
     mapped = in_files(work)
     if mapped:
-        folder = os.fspath(options.resume_folder or tempfile.gettempdir())
         tokens = work.samples.total if work.samples.exact else 0
         least = activations(work, tokens, 1 + work.two_streams, work.worker == "cpu")[1]
         certain = max(0, least - (options.activation_memory or 0))

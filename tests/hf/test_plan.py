@@ -106,7 +106,7 @@ def test_reads_are_counted_as_they_are_done(llama_folder, quick_config, texts, t
     assert plan.work.streamed
     AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
     blocks = len(plan.work.model.blocks)
-    assert len(fetched) == blocks * sum(each.times for each in plan.reads)
+    assert len(fetched) == blocks * sum(each.times for each in plan.reads) + 1  # a block is rehearsed
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.stages.blocks import SolveBlocks
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
 from optimum_sab.calibration.streams.mapped import MappedActivations
-from optimum_sab.errors import ConfigError, SampleError, StreamError
+from optimum_sab.errors import ConfigError, FormatError, SampleError, StreamError
 from optimum_sab.hf import streaming
 from optimum_sab.nn import scratch, streamed
 from optimum_sab.nn.scratch import in_scratch
@@ -422,7 +422,7 @@ def test_a_missing_shard_is_named_before_a_weight_is_read(sharded, quicker_confi
     shutil.copytree(sharded, folder)
     file = sorted(folder.glob("*.safetensors"))[1]
     file.unlink()
-    with pytest.raises((OSError, SampleError), match=file.name):
+    with pytest.raises((FormatError, SampleError), match=file.name):
         quantize(folder, quicker_config(calibration=few, stream_weights=True))
 
 

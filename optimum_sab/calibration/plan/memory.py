@@ -106,14 +106,16 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     here = work.worker == device
     base = [] if not process else [Part("the process and its samples", process)]
     outside = model.outside * model.item
-    base.append(Part("weights outside of the blocks", outside, round(copied * outside)))
+    if work.streamed:  # in scratch files
+        base.append(Part("weights outside of the blocks, in use", model.in_use_outside))
+    else:
+        base.append(Part("weights outside of the blocks", outside, round(copied * outside)))
     dense = Part("dense blocks", model.block_bytes, round(copied * model.block_bytes))
     block = Part("one dense block", model.largest_block, model.largest_block)
-    two = Part("two dense blocks", min(2 * model.largest_block, model.block_bytes), model.largest_block)
     slack = _slack(work)
-    checking = Part("checking the largest tensor", 2 * model.largest * model.item)
-    yield Phase("rehearsal", (*base, two if work.streamed else dense, checking))
     during = block if work.streamed else dense
+    checking = Part("checking the largest tensor", 2 * model.largest * model.item)
+    yield Phase("rehearsal", (*base, during, checking))
     if options.allocation is not None:
         graph = Part("gradients of the sensitivities", _sensitivity_bytes(work))
         yield Phase("sensitivities", (*base, during, *([] if here else [_copied_block(work)]), graph, slack))
@@ -123,14 +125,16 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     packed = Part("packed blocks", model.packed_bytes, model.packed_bytes)
     largest = max(each.packed_bytes for each in model.blocks)
     left = Part("dense in packed blocks", model.left_bytes, round(copied * model.left_bytes))
+    if work.streamed:  # finished blocks are in scratch files, but for the one that is called
+        packed = Part("a packed block", largest)
+        left = Part("dense in it", max(each.weights - each.binarized for each in model.blocks) * model.item)
     solving = [_activations(work, work.samples.total, 1 + work.two_streams, here)]
     slack = _slack(work, solving[0].bytes)  # from here on
     solving += [_statistics(work)] if here else []
     if options.refine is not None and options.refine.epochs and here:
         solving.append(Part("training a block", _training_bytes(work, 1)))
     if work.streamed:
-        before = Part(packed.name, packed.bytes, packed.bytes - largest)
-        yield Phase("blocks", (*base, block, before, left, *solving, slack))
+        yield Phase("blocks", (*base, block, packed, left, *solving, slack))
     else:  # what is packed takes the place of what was dense; maps stay as long as any tensor of the file is there
         so_far = packed.bytes if mapped else largest
         yield Phase("blocks", (*base, dense, Part("packed blocks", so_far), *solving, slack))

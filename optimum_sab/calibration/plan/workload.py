@@ -131,6 +131,11 @@ class ModelShape:
     def groups(self) -> tuple[LinearGroup, ...]:
         return tuple(group for block in self.blocks for group in block.groups)
 
+    @property
+    def in_use_outside(self) -> int:
+        """Bytes of the larger of what is used at once outside of the blocks: the tower, or the output embedding."""
+        return min(self.outside, max(self.tower, self.vocabulary * self.width, self.largest)) * self.item
+
 
 @dataclass(frozen=True)
 class SampleSizes:

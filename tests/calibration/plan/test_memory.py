@@ -41,15 +41,21 @@ def test_parts_add_up_to_the_peak_and_no_stage_takes_more(work, changed):
                 assert all(0 <= part.certain <= part.bytes for part in phase.parts), phase.name
 
 
-def test_streaming_holds_one_dense_block_in_the_place_of_all(work, changed):
+def test_streaming_holds_one_dense_block_and_a_packed_one_in_the_place_of_all(work, changed):
     (memory,) = memory_of(work)
     (streamed,) = memory_of(changed(work, streamed=True))
     before, after = parts(memory, "blocks"), parts(streamed, "blocks")
+    packed = (BLOCK // 2) * 5 // 32
     assert after["one dense block"].bytes == BLOCK
-    assert "dense blocks" not in after
-    assert after["packed blocks"].bytes == before["packed blocks"].bytes == BLOCKS * (BLOCK // 2) * 5 // 32
-    assert parts(streamed, "rehearsal")["two dense blocks"].bytes == 2 * BLOCK
-    assert memory.peak.bytes - streamed.peak.bytes == (BLOCKS - 1) * BLOCK
+    assert "dense blocks" not in after and "packed blocks" not in after
+    assert before["packed blocks"].bytes == BLOCKS * packed and after["a packed block"].bytes == packed
+    assert after["weights outside of the blocks, in use"].bytes == VOCABULARY * WIDTH * 2  # of two such matrices one
+    spared = (BLOCKS - 1) * (BLOCK + packed) + VOCABULARY * WIDTH * 2
+    assert memory.peak.bytes - streamed.peak.bytes == spared
+    assert (
+        streamed.certain.certain
+        < BLOCK + after["statistics of the widest linear"].certain + 2 * TOKENS * 2 * (INNER + WIDTH) + 1
+    )
 
 
 def test_what_is_mapped_is_not_certain_and_what_is_copied_is(work, changed):
