@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
@@ -24,8 +25,9 @@ from optimum_sab.calibration.streams.targets import check_weights, decoder_targe
 
 def mapped_activations(options: RunOptions) -> MappedActivations | None:
     """What bounds the samples' activations; the resume folder is where room was found for work to be kept."""
-    room = options.activation_memory
-    return None if room is None else MappedActivations(room, options.resume_folder)
+    room, folder = options.activation_memory, options.resume_folder
+    there = folder is not None and Path(folder).is_dir()  # on this rank's machine
+    return None if room is None else MappedActivations(room, folder if there else None)
 
 
 class SolveBlocks(Stage):
@@ -62,6 +64,8 @@ class SolveBlocks(Stage):
             run.options.device,
             run.options.expert_tokens == "all",
             mapped_activations(run.options),
+            run.ranks,
+            run.samples.own,
         )
         run.keep(AtHead(lockstep.run(binarizer, finisher, embedding, awaited)))
         return tuple(binarizer.reports)

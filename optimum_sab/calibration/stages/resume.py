@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import ClassVar
 
 from optimum_sab.calibration.progress import OnStep
-from optimum_sab.calibration.resume.fingerprint import fingerprint
+from optimum_sab.calibration.resume.fingerprint import Fingerprint, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.calibration.resume.shared import SharedResumeFolder
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 
@@ -21,5 +22,9 @@ class OpenResumeFolder(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         assert run.options.resume_folder is not None
-        marks = fingerprint(run.model, run.selection, run.samples.inputs, run.options)
-        run.resume = ResumeFolder(run.options.resume_folder, marks)
+        folder, agreed = run.options.resume_folder, run.kept(Fingerprint)
+        own = None
+        if run.ranks.first:
+            marks = agreed.marks if agreed else fingerprint(run.model, run.selection, run.samples.inputs, run.options)
+            own = ResumeFolder(folder, marks)
+        run.resume = SharedResumeFolder(folder, own, run.ranks)
