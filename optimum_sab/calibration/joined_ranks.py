@@ -245,16 +245,20 @@ class JoinedRanks(Ranks):
         except RankError:
             raise
         except Exception as error:
-            self._tell(f"{type(error).__name__}: {error}")
+            error.told = self._tell(f"{type(error).__name__}: {error}")  # type: ignore[attr-defined]
             raise
 
-    def _tell(self, failure: str) -> None:
+    def _tell(self, failure: str) -> bool:
+        """Whether the others have heard it."""
         if self._speaking:  # the others are in the middle of something else: they see that this one is gone
             with suppress(RuntimeError):
                 self._store.set(f"gone/{self.rank}", failure)
-            return
-        with suppress(RankError):  # the others may have failed too
+            return False
+        try:
             self._meet(_Word("", failure=failure))
+        except RankError:  # they may have failed too
+            return False
+        return True
 
     def _meet(self, word: _Word) -> list[_Word]:
         mine = torch.frombuffer(bytearray(pickle.dumps(word)), dtype=torch.uint8)
