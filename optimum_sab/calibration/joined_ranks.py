@@ -12,6 +12,7 @@ import io
 import itertools
 import os
 import pickle
+import re
 import socket
 import time
 import warnings
@@ -32,7 +33,7 @@ from optimum_sab.errors import ConfigError, RankError, SABWarning
 T = TypeVar("T")
 TIMEOUT = "OPTIMUM_SAB_RANK_TIMEOUT"
 SECONDS = 3600.0  # that a rank is waited for: one may be solving the widest linear, or still be loading
-LAST_WORDS = 5.0  # seconds in which ranks that are still there say so when one is gone
+LAST_WORDS = 3.0  # seconds in which ranks that are still there say so when one is gone
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
 _CURRENT: ContextVar[Ranks | None] = ContextVar("ranks", default=None)
 _JOINED = itertools.count()  # times that this process has joined others: theirs is the same
@@ -301,9 +302,9 @@ class JoinedRanks(Ranks):
         if said:
             return said
         names = ", ".join(map(str, missing))
-        who = f"rank {names} of {self.size} is gone" if missing else "the connection between the ranks broke"
+        who = f"rank {names} of {self.size} does not answer" if missing else "the connection between the ranks broke"
         return (
-            f"{who} (killed, out of memory, or its machine or the network is down): nothing came at {at!r} "
+            f"{who} (killed, out of memory, stopped, or its machine or the network is down): nothing came at {at!r} "
             f"({_short(error)}). What is finished is kept in the resume folder, if there is one; start all again."
         )
 
@@ -340,4 +341,5 @@ def _read(blob: Tensor) -> Any:
 
 def _short(error: Exception) -> str:
     """The first sentence of what torch says, without its place in the source."""
-    return str(error).partition("\n")[0].rpartition("] ")[2][:200].strip().rstrip(".")
+    line = str(error).partition("\n")[0]
+    return re.sub(r"^\[[^\]]*\]\s*", "", line).partition(". ")[0][:200].rstrip(".")

@@ -1,27 +1,41 @@
 """What the ranks of the tests do: each function is called on every rank, and what it returns is compared."""
 
+import io
 import os
 import signal
 import warnings
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 
 import torch
 import transformers
 from torch import nn
 
+from optimum_sab import SABConfig
 from optimum_sab.calibration import joined_ranks
+from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.joined_ranks import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.calibration.resume.fingerprint import fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
-from optimum_sab.calibration.run import Silent
+from optimum_sab.calibration.stages.temperature import ScaleTemperature
+from optimum_sab.cli.main import main
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.errors import NonFiniteError
+from optimum_sab.hf.selection import select
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.selection import select_linears
 from optimum_sab.nn.unfusing import unfuse_experts
 from tests.calibration.conftest import IMAGE, TEXT, build
 
 QUICK = LayerSettings(block_size=32, salient_fraction=0.125, iterations=2, sweeps=1)
+# imported once, and not by every process
+FAMILIES = (
+    transformers.LlamaForCausalLM,
+    transformers.Qwen2_5_VLForConditionalGeneration,
+    transformers.MixtralForCausalLM,
+    transformers.MllamaForConditionalGeneration,
+)
 STEP = 16.0  # what numbers are rounded to a part of where sums are to be exact
 
 
@@ -50,36 +64,23 @@ def round_inputs(model):
 
 def same_threads():
     """A solver's products depend on how many threads there are."""
-    from contextlib import nullcontext
-
     joined_ranks.JoinedRanks._others_wait = lambda self: nullcontext()
-
-
-class KillAt(Silent):
-    """Ends a process when a block is finished."""
-
-    def __init__(self, index):
-        self.index = index
-
-    def on_block(self, report, blocks):
-        if report.index == self.index:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def packed(model):
     return {n: m.packed.tensors for n, m in model.named_modules() if isinstance(m, SABLinear)}
 
 
-def quantized(subject, settings=QUICK, folder=None, progress=None, **options):
+def quantized(subject, settings=QUICK, folder=None, selection=None, **options):
     """Every rank's packed tensors, and the report."""
     warnings.simplefilter("ignore")
-    selection = select_linears(subject.model, settings)
+    selection = selection or select_linears(subject.model, settings)
     unfuse_experts(subject.model, selection.experts)
     options = RunOptions(**{"temperature_scaling": False, **options})
     resume = None
     if folder is not None:
         resume = ResumeFolder(folder, fingerprint(subject.model, selection, subject.samples, options))
-    report = binarize(subject.model, selection, subject.samples, options, progress, resume)
+    report = binarize(subject.model, selection, subject.samples, options, None, resume)
     return packed(subject.model), report
 
 
@@ -90,11 +91,7 @@ def llama(lengths, exact=False, settings=QUICK, folder=None, killed=None, **opti
     if exact:
         round_inputs(subject.model)
         same_threads()
-    progress = None
     if killed == rank():
-        # `on_block` is told to the first rank alone
-        from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
-
         leave = BlockBinarizer.leave
 
         def dying(self, index, drift):
@@ -102,7 +99,7 @@ def llama(lengths, exact=False, settings=QUICK, folder=None, killed=None, **opti
             os.kill(os.getpid(), signal.SIGKILL)
 
         BlockBinarizer.leave = dying
-    return quantized(subject, settings, folder, progress, **options)
+    return quantized(subject, settings, folder, **options)
 
 
 def pictures():
@@ -119,7 +116,8 @@ def mixture():
     subject.model = transformers.MixtralForCausalLM(config).eval()
     subject.samples = texts(40, 30, 50, 20)
     same_threads()
-    return quantized(subject)
+    config = SABConfig(block_size=32, iterations=2, sweeps=0)
+    return quantized(subject, selection=select(subject.model, config, strict=True))
 
 
 def crossing():
@@ -231,14 +229,12 @@ def summing(width):
         return matrix, plain, sent
 
 
-def silent_second(how):
+def silent_second():
     """The second rank comes to nothing any more."""
     with joined() as ranks:
         ranks.exchange("before", None)
         if ranks.rank == 1:
-            if how == "stopped":
-                os.kill(os.getpid(), signal.SIGSTOP)
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGSTOP)
         ranks.exchange("after", None)
 
 
@@ -246,3 +242,27 @@ def elsewhere():
     """The second rank is at another place."""
     with joined() as ranks:
         ranks.exchange("here" if ranks.rank != 1 else "there", None)
+
+
+def command(*arguments):
+    """The command line: exit code, standard output and standard error."""
+    same_threads()
+    output, errors = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    with redirect_stdout(output), redirect_stderr(errors):
+        code = main(arguments)
+    found = []
+    for each in (output, errors):
+        each.flush()
+        found.append(each.buffer.getvalue().decode())
+    return code, *found
+
+
+def failing_command(*arguments):
+    """The same, and on the second rank a stage fails."""
+    if rank() == 1:
+
+        def fail(self, run, on_step):
+            raise NonFiniteError("it holds NaN.")
+
+        ScaleTemperature.apply = fail
+    return command(*arguments)

@@ -93,15 +93,20 @@ def gathered(size, request, folder):
     began = time.monotonic()
     children = {start(rank, size, request, port, place): rank for rank, place in enumerate(places)}
     outcomes = [Outcome() for _ in places]
-    ended = {}
+    ended, stopped = {}, set()
     while len(ended) < size:
         if time.monotonic() - began > TIMEOUT:
             for child in children.keys() - ended.keys():
                 os.kill(child, signal.SIGKILL)
         for child in list(children.keys() - ended.keys()):
-            found, status = os.waitpid(child, os.WNOHANG)
-            if found:
+            found, status = os.waitpid(child, os.WNOHANG | os.WUNTRACED)
+            if found and os.WIFSTOPPED(status):
+                stopped.add(child)
+            elif found:
                 ended[child] = os.waitstatus_to_exitcode(status), time.monotonic() - began
+        if children.keys() - ended.keys() <= stopped:
+            for child in stopped - ended.keys():
+                os.kill(child, signal.SIGKILL)
         time.sleep(0.01)
     for child, rank in children.items():
         if places[rank].exists():
@@ -113,7 +118,6 @@ def gathered(size, request, folder):
 def serve():
     import tempfile
 
-    import optimum_sab.calibration.pipeline
     import tests.calibration.rank_work  # noqa: F401
 
     folder = Path(tempfile.mkdtemp())

@@ -21,7 +21,7 @@ from optimum_sab.calibration.statistics.gathering import require_sums
 from optimum_sab.calibration.statistics.passes import calibration_pass
 from optimum_sab.errors import ConfigError, RankError
 
-_PACKAGES = ("optimum-sab", "transformers")
+_PACKAGES = ("transformers", "safetensors")  # beside those in the fingerprint
 
 
 class AgreeOnRun(Stage):
@@ -52,7 +52,8 @@ class AgreeOnRun(Stage):
             RankError: a rank has other weights, samples, settings or versions.
         """
         marks = fingerprint(run.model, run.selection, run.samples.inputs, run.options)
-        mine = {"versions": _versions(), **marks, **_steps(run.options)}
+        short = {name: marks[name][:12] for name in ("model", "samples")}  # digests
+        mine = {**_versions(), **marks, **short, **_steps(run.options)}
         digests = run.ranks.exchange("agreement", hashlib.sha256(json.dumps(mine).encode()).hexdigest())
         if len(set(digests)) > 1:
             usual = Counter(digests).most_common(1)[0][0]  # of two that differ, the first rank's
@@ -86,7 +87,7 @@ def _versions() -> dict[str, str | None]:
     for name in _PACKAGES:
         try:
             found[name] = version(name)
-        except PackageNotFoundError:  # run from its source
+        except PackageNotFoundError:
             found[name] = None
     return found
 
