@@ -159,11 +159,8 @@ class JoinedRanks(Ranks):
         self._group, self._store, self._wait = group, store, wait
         self._devices: Any = None  # the group in which tensors of accelerators travel
         self._speaking = False  # inside of a collective: whoever fails there cannot come to another
-        mine = (socket.gethostname(), torch.get_num_threads(), len(_cores()))
-        there = self.exchange("joining", mine)
-        neighbours = [threads for host, threads, _ in there if host == mine[0]]
-        self._threads = max(mine[1], min(sum(neighbours), mine[2]))
-        self._local = sum(host == mine[0] for host, _, _ in there[: self.rank])
+        host = socket.gethostname()
+        self._local = self.exchange("joining", host)[: self.rank].count(host)  # ranks before this on its machine
 
     # -- what ranks say --------------------------------------------------------------------------------------------
 
@@ -185,8 +182,7 @@ class JoinedRanks(Ranks):
         made: list[T] = []
         blob = torch.empty(0, dtype=torch.uint8)
         if self.rank == owner:
-            with self._others_wait():
-                made.append(make())
+            made.append(make())
             blob = _stored(made[0])
         length = self.exchange(at, blob.numel())[owner]
         with self._speaks(at):
@@ -308,25 +304,8 @@ class JoinedRanks(Ranks):
             f"({_short(error)}). What is finished is kept in the resume folder, if there is one; start all again."
         )
 
-    # -- others ----------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _others_wait(self) -> Iterator[None]:
-        """While one rank works, those of its machine that wait for it need no threads, so it has theirs."""
-        before = torch.get_num_threads()
-        torch.set_num_threads(self._threads)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
-
     def _of(self, rank: int) -> int:
         return dist.get_global_rank(self._group, rank)
-
-
-def _cores() -> set[int]:
-    """That this process may use."""
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
 def _stored(value: Any) -> Tensor:

@@ -4,14 +4,13 @@ import io
 import os
 import signal
 import warnings
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 import transformers
 from torch import nn
 
 from optimum_sab import SABConfig
-from optimum_sab.calibration import joined_ranks
 from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.joined_ranks import joined
 from optimum_sab.calibration.options import RunOptions
@@ -62,11 +61,6 @@ def round_inputs(model):
             module.register_forward_pre_hook(lambda m, args: (rounded(args[0]), *args[1:]))
 
 
-def same_threads():
-    """A solver's products depend on how many threads there are."""
-    joined_ranks.JoinedRanks._others_wait = lambda self: nullcontext()
-
-
 def packed(model):
     return {n: m.packed.tensors for n, m in model.named_modules() if isinstance(m, SABLinear)}
 
@@ -90,7 +84,6 @@ def llama(lengths, exact=False, settings=QUICK, folder=None, killed=None, **opti
     subject.samples = texts(*lengths)
     if exact:
         round_inputs(subject.model)
-        same_threads()
     if killed == rank():
         leave = BlockBinarizer.leave
 
@@ -104,7 +97,6 @@ def llama(lengths, exact=False, settings=QUICK, folder=None, killed=None, **opti
 
 def pictures():
     subject = build("qwen2_5_vl")
-    same_threads()
     return quantized(subject)
 
 
@@ -115,7 +107,6 @@ def mixture():
     subject = build("llama")
     subject.model = transformers.MixtralForCausalLM(config).eval()
     subject.samples = texts(40, 30, 50, 20)
-    same_threads()
     config = SABConfig(block_size=32, iterations=2, sweeps=0)
     return quantized(subject, selection=select(subject.model, config, strict=True))
 
@@ -162,7 +153,6 @@ def crossing():
         "cross_attention_mask": torch.ones(1, ids.shape[1], 1, 1, dtype=torch.long),
     }
     subject.samples = [*texts(9, 12, 7), pictured, *texts(10)]
-    same_threads()
     return quantized(subject)
 
 
@@ -246,7 +236,6 @@ def elsewhere():
 
 def command(*arguments):
     """The command line: exit code, standard output and standard error."""
-    same_threads()
     output, errors = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
     with redirect_stdout(output), redirect_stderr(errors):
         code = main(arguments)
