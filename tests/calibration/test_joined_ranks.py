@@ -54,6 +54,7 @@ def same(one, other):
 # -- the same result -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compat
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_planes_are_those_of_one_process_bit_for_bit_where_sums_are_exact(server, one, size):
     tensors, report = one
