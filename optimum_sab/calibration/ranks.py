@@ -78,7 +78,7 @@ class Ranks:
             tensor: of the same shape and dtype on every rank.
         """
 
-    def sum_symmetric_to(self, owner: int | None, matrix: Tensor, strip: int = 1024) -> None:
+    def sum_symmetric_to(self, owner: int | None, matrix: Tensor, strip: int = 256) -> None:
         """`sum_to` of symmetric [n, n], of which only the upper half travels, a strip of rows at a time."""
         if self.size == 1:
             return
