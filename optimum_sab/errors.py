@@ -49,6 +49,19 @@ class LockstepError(CalibrationError):
     """Samples do not go through the model's linears in one common order."""
 
 
+class RankError(CalibrationError):
+    """Another process of the run has failed, is gone, or does something else; the message says which.
+
+    Args:
+        message: see above.
+        told: every rank says the same.
+    """
+
+    def __init__(self, message: str, told: bool = False) -> None:
+        super().__init__(message)
+        self.told = told
+
+
 class FormatError(SABError, ValueError):
     """A packed checkpoint or a packed tensor does not follow the format."""
 

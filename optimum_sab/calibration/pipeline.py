@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from optimum_sab.calibration.joined_ranks import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.calibration.resume.shared import SharedResumeFolder
 from optimum_sab.calibration.run import Progress, Run, Silent
 from optimum_sab.calibration.stage import Stage, run_stages
+from optimum_sab.calibration.stages.agreement import AgreeOnRun
 from optimum_sab.calibration.stages.allocation import AllocateBits, MeasureSensitivities
 from optimum_sab.calibration.stages.answers import RememberAnswers
 from optimum_sab.calibration.stages.blocks import SolveBlocks
@@ -36,6 +40,7 @@ STAGES: tuple[Stage, ...] = (
     LookAtMemory(),
     LookAtForwards(),
     RehearseForward(),
+    AgreeOnRun(),
     RememberAnswers(),
     WriteBefore(),
     OpenResumeFolder(),
@@ -60,6 +65,8 @@ def binarize(
 ) -> BinarizationReport:
     """Binarize the selected linears of ``model`` in place. After an error the model is half binarized: discard it.
 
+    Where `torch.distributed` has several processes, all call this with the same arguments and share the work.
+
     Args:
         model: dense, every parameter on a real device.
         selection: what to binarize and how.
@@ -75,6 +82,12 @@ def binarize(
         SampleError: no samples.
         NonFiniteError: a weight or an activation holds NaN or inf.
         LockstepError, SingularHessianError: see there.
+        RankError: another process of the run has failed, is gone, or does another run.
     """
-    run = Run(model, selection, options or RunOptions(), progress or Silent(), resume)
-    return run_stages(run, (GivenSamples(samples), *BINARIZE))
+    options = options or RunOptions()
+    with joined() as ranks:
+        options = replace(options, device=ranks.device(options.device))
+        shared = None if resume is None else SharedResumeFolder(resume.folder, resume, ranks)
+        told = progress if progress is not None and ranks.first else Silent()
+        run = Run(model, selection, options, told, shared, ranks=ranks)
+        return run_stages(run, (GivenSamples(samples), AgreeOnRun(), *BINARIZE))

@@ -18,6 +18,7 @@ def block_entry(block: BlockReport) -> dict[str, Any]:
         "drift": block.drift,
         "bits_per_weight": block.bits_per_weight,
         "seconds": block.seconds,
+        "wire_bytes": block.wire_bytes,
         "significance": None if block.significance is None else asdict(block.significance),
         "reconstruction": None if block.reconstruction is None else asdict(block.reconstruction),
         "experts": [_experts_entry(each) for each in block.experts],

@@ -11,6 +11,7 @@ from torch import nn
 from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.streams.placement import home_of
@@ -53,6 +54,7 @@ class Run:
         progress: what is told how far it is.
         resume: what an interrupted run has finished, and where this one keeps what it finishes; None without.
         processor: the model's processor or tokenizer; a stage may find it.
+        ranks: the processes that share the work; all have the model and go through the same stages.
 
     Attributes:
         dtype: in which the linears that are binarized compute.
@@ -64,6 +66,7 @@ class Run:
     progress: Progress = field(default_factory=Silent)
     resume: ResumeFolder | None = None
     processor: Any = None
+    ranks: Ranks = field(default_factory=Ranks)
     _kept: dict[type, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:

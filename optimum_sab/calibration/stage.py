@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -15,7 +16,7 @@ from optimum_sab.calibration.report import BinarizationReport, StageReport
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.streams.modes import reading
 from optimum_sab.core.parts import part
-from optimum_sab.errors import warnings_heard
+from optimum_sab.errors import warn, warnings_heard
 
 
 class Stage(ABC):
@@ -28,11 +29,14 @@ class Stage(ABC):
         name: of its section of the report.
         title: of its progress; empty for one that takes no time.
         unit: of its progress.
+        on_first: only the first rank of several does it, and the others learn its section; what it leaves for later
+            stages is there alone.
     """
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
     unit: ClassVar[str] = "step"
+    on_first: ClassVar[bool] = False
 
     def check(self, model: nn.Module, options: RunOptions) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse what cannot work, before a weight is read: the model's may be on meta."""
@@ -71,11 +75,25 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> BinarizationReport:
     with reading(run.model), warnings_heard() as heard:
         for stage in stages:
             stage.prepare(run)
-        done = tuple(_timed(run, stage) for stage in stages if stage.wanted(run))
-    return BinarizationReport(done, tuple(heard))
+        done = [_done(run, stage) for stage in stages]
+    told = run.ranks.exchange("the end", heard)
+    warnings = tuple(dict.fromkeys(message for each in told for message in each))
+    if run.ranks.first:
+        for message in warnings[len(heard) :]:  # what only others were warned of
+            warn(message)
+    return BinarizationReport(tuple(each for each in done if each is not None), warnings)
 
 
-def _timed(run: Run, stage: Stage) -> StageReport:
+def _done(run: Run, stage: Stage) -> StageReport | None:
+    """What a stage reports; None where it was not wanted."""
+    if stage.on_first:
+        return run.ranks.give(f"stage {stage.name!r}", 0, partial(_timed, run, stage))
+    return _timed(run, stage)
+
+
+def _timed(run: Run, stage: Stage) -> StageReport | None:
+    if not stage.wanted(run):
+        return None
     started = time.perf_counter()
     with part(stage.name):
         section = stage.apply(run, run.progress.steps(stage.title, stage.unit))

@@ -53,6 +53,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
     except KeyboardInterrupt as stopped:
         folder = getattr(options, "resume_folder", None)
         kept = str(stopped) or (f"what is finished is kept in {folder!r}." if folder else "")
+        if getattr(options, "silent", False):
+            return INTERRUPTED
         return _failed(options, f"interrupted; {kept}" if kept else "interrupted.", INTERRUPTED)
     except BrokenPipeError:
         # Python would complain once more when it flushes at the end.
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         line = one_line(error)
         if line is None:
             raise  # a fault of ours, whose place must be seen
+        if getattr(options, "silent", False) and getattr(error, "told", False):
+            return FAILED  # the first rank says it
         return _failed(options, line, FAILED, error.found if isinstance(error, FoundWrong) else {})
     return 0
 

@@ -55,15 +55,25 @@ class FactoredHessian:
         """``B H⁻¹``; by way of ``B Uᵀ U``, of which no zeros are multiplied, where ``H⁻¹`` is not kept."""
         if self.kept_inverse is not None:
             return left @ self.kept_inverse
-        U = self.inverse_factor
-        between, found = torch.empty_like(left), torch.empty_like(left)
-        strips = range(0, len(U), STRIP)
-        for start in strips:
+        U, between = self.inverse_factor, torch.empty_like(left)
+        for start in range(0, len(U), STRIP):
             torch.mm(left[:, start:], U[start : start + STRIP, start:].T, out=between[:, start : start + STRIP])
-        for start in strips:
-            end = start + STRIP
-            torch.mm(between[:, :end], U[:end, start:end], out=found[:, start:end])
-        return found
+        return times_upper(between, U)
+
+
+def quadratic_form(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> float:
+    """``tr(M H Mᵀ)``; from `WIDE` columns on by the upper half of H alone."""
+    width = len(hessian)
+    if width < WIDE:
+        return float(((matrix @ hessian) * matrix).sum())
+    total = 0.0
+    for start in range(0, width, STRIP):
+        end = min(start + STRIP, width)
+        mine = matrix[:, start:end]
+        total += float(((mine @ hessian[start:end, start:end]) * mine).sum())
+        if end < width:
+            total += 2.0 * float(((mine @ hessian[start:end, end:]) * matrix[:, end:]).sum())
+    return total
 
 
 def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer") -> FactoredHessian:
@@ -134,11 +144,22 @@ def invert_upper(R: Float[Tensor, "n n"]) -> Float[Tensor, "n n"]:
         return R.copy_(torch.linalg.solve_triangular(R, identity, upper=True))
     half = size // 2
     A, B, D = R[:half, :half], R[:half, half:], R[half:, half:]
-    right = torch.linalg.solve_triangular(D, B, upper=True, left=False)
-    B.copy_(torch.linalg.solve_triangular(A, right, upper=True)).neg_()
     invert_upper(A)
     invert_upper(D)
+    right = times_upper(B, D)
+    for start in range(0, half, STRIP):  # A⁻¹ is upper triangular too
+        torch.mm(A[start : start + STRIP, start:], right[start:], out=B[start : start + STRIP])
+    B.neg_()
     return R
+
+
+def times_upper(left: Float[Tensor, "m n"], U: Float[Tensor, "n n"]) -> Float[Tensor, "m n"]:
+    """``B U`` of an upper triangular U, of which no zeros are multiplied."""
+    found = torch.empty_like(left, memory_format=torch.contiguous_format)
+    for start in range(0, len(U), STRIP):
+        end = start + STRIP
+        torch.mm(left[:, :end], U[:end, start:end], out=found[:, start:end])
+    return found
 
 
 def solve_damped(

@@ -13,7 +13,7 @@ from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.coded import START_ITERATIONS, coded_fit
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
-from optimum_sab.core.factorization import FactoredHessian, factor_hessian
+from optimum_sab.core.factorization import FactoredHessian, factor_hessian, quadratic_form
 from optimum_sab.core.feedback import block_feedback
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
@@ -63,9 +63,8 @@ def output_error(
         hessian: H, undamped.
         energy: ``tr(W H Wᵀ)``, where it is known.
     """
-    below = float(((weight @ hessian) * weight).sum()) if energy is None else energy
-    difference = weight - approximation
-    above = float(((difference @ hessian) * difference).sum())
+    below = quadratic_form(weight, hessian) if energy is None else energy
+    above = quadratic_form(weight - approximation, hessian)
     return above / below if below > 0 else 0.0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from optimum_sab.calibration.joined_ranks import joined
 from optimum_sab.calibration.pipeline import STAGES
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.run import Run
@@ -102,11 +103,14 @@ def binarize_loaded(
     Raises:
         ConfigError: the calibration device does not go with the model's device map, or see `check_before_loading`.
         CalibrationError: a weight is offloaded; see also the stages.
+        RankError: see `optimum_sab.calibration.pipeline.binarize`.
     """
-    with shown_progress(config.progress) as progress:
+    with joined() as ranks, shown_progress(config.progress if ranks.first else "none") as progress:
         selection = select(model, config, strict=True)
         unfuse_experts(model, selection.experts)
-        run = Run(model, selection, run_options(config), progress)
+        options = run_options(config)
+        options = replace(options, device=ranks.device(options.device))
+        run = Run(model, selection, options, progress, ranks=ranks)
         report = run_stages(run, stages(config) if beginning is None else beginning)
     record(config, run.selection, report)
     return replace(report, about=about(model, config))

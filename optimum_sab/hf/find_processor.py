@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from optimum_sab.calibration.joined_ranks import launched
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.ranks import require_samples
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
@@ -99,6 +101,7 @@ class ReadSamplesEarly(ReadSamples):
         super().check(model, options)
         if not options.source.written:
             self._inputs = given_inputs(model, self._processor.processor_of(model), options.source)
+            require_samples(len(self._inputs), launched()[1])
 
     def early(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:
         """Forward arguments that were read by `check`; none where the model is to write them."""

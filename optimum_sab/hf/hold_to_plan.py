@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from torch import nn
 
+from optimum_sab.calibration.joined_ranks import launched
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.progress import OnStep
@@ -40,6 +42,9 @@ class HoldToPlan(Stage):
             return
         selection = select(model, self._config, strict=True)
         work = workload(model, selection, self._config, self._reader.early(model), self._place)
+        size = launched()[1]
+        if size > 1:
+            work = replace(work, samples=work.samples.share(size))
         refuse_what_cannot_fit(work, rooms_of(work), disk_uses(work))
 
     def wanted(self, run: Run) -> bool:

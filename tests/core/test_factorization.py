@@ -150,3 +150,12 @@ def test_a_matrix_without_a_root_is_told_wherever_that_shows(place):
     matrix[place, place] = -1.0
     assert not factorization.upper_root(matrix)
     assert factorization.upper_root(torch.eye(2 * CORNER + 9))
+
+
+@pytest.mark.parametrize("width", [7, STRIP, 2 * STRIP + 77])
+def test_quadratic_form_by_half_of_the_hessian_is_that_by_all(width, monkeypatch):
+    hessian, matrix = positive(width, 6), normal(5, width, 7)
+    exact = float((matrix.double() @ hessian.double() @ matrix.double().T).trace())
+    for wide in (1, WIDE + width):
+        monkeypatch.setattr(factorization, "WIDE", wide)
+        assert factorization.quadratic_form(matrix, hessian) == pytest.approx(exact, rel=1e-5)

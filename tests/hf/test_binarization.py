@@ -68,11 +68,11 @@ def test_a_resume_folder_of_another_choice_is_refused(llama_folder, quick_config
 
 def test_memory_is_looked_at_before_the_allocation(llama_folder, quick_config, texts, monkeypatch):
     order = []
-    for module, name in ((memory, "warn_of_memory"), (allocation, "output_sensitivity"), (allocation, "allocate")):
+    for module, name in ((memory, "warn_of_memory"), (allocation, "gradient_energy"), (allocation, "allocate")):
         monkeypatch.setattr(module, name, watched(order, name, getattr(module, name)))
     config = quick_config(calibration=texts)
     AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
-    assert [name for name, _ in order] == ["warn_of_memory", "output_sensitivity", "allocate"]
+    assert [name for name, _ in order] == ["warn_of_memory", "gradient_energy", "allocate"]
     *_, two_streams = order[0][1]
     assert two_streams is True
 

@@ -206,9 +206,30 @@ FAULTS = (
     Fault(
         "rows of an expert paired with those of other tokens",
         "optimum_sab/calibration/statistics/pairing.py",
-        "    if len(came) < (arrivals[0].company or len(modalities)):\n        return True\n",
-        "",
+        "return len(self.came) < company or self.fewer",
+        "return self.fewer",
         ("tests/calibration/statistics",),
+    ),
+    Fault(
+        "samples halved by their place on a rank",
+        "optimum_sab/calibration/statistics/group_inputs.py",
+        "half = _half(facts.came) if two_streams",
+        "half = _half(tuple(pairs)) if two_streams",
+        ("tests/calibration/test_joined_ranks.py",),
+    ),
+    Fault(
+        "each rank takes the next of its own groups of linears",
+        "optimum_sab/calibration/streams/block_visit.py",
+        "offers = [each for some in offered for each in some]",
+        "offers = offered[self._ranks.rank]",
+        ("tests/calibration/test_joined_ranks.py",),
+    ),
+    Fault(
+        "the lower half of a summed Hessian left as one rank's",
+        "optimum_sab/calibration/ranks.py",
+        "matrix[end:, start:end] = rows[:, end - start :].T",
+        "pass",
+        ("tests/calibration/test_joined_ranks.py",),
     ),
     Fault(
         "a row of an expert beside the dense row of another token",

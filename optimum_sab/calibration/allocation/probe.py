@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.allocation.ladder import ANCHORS, ladder_of, with_planes
 from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.ranks import solving_cost
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
@@ -25,6 +26,7 @@ from optimum_sab.nn.selection import Selection
 from optimum_sab.ops.columns import column_loops
 
 ROWS = 64  # of a weight; its error with every anchor is measured on so many
+Errors = dict[str, dict[tuple[int, float], float]]  # relative output errors by linear and level
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class AnchorErrors:
     """
 
     groups: list[tuple[str, ...]] = field(default_factory=list)
-    errors: dict[str, dict[tuple[int, float], float]] = field(default_factory=dict)
+    errors: Errors = field(default_factory=dict)
 
 
 def measure_errors(
@@ -54,7 +56,7 @@ def measure_errors(
         model: dense, in eval mode; not changed.
         selection: all linears that will be binarized.
         free: names of those to measure.
-        samples: what the model reads.
+        samples: what the model reads; every rank reads its own of them, and all get the same errors.
         device: where blocks are moved while they are worked on; None leaves them where they are.
         on_step: told after every block.
 
@@ -62,9 +64,10 @@ def measure_errors(
         Without the linears that no token of these samples reaches.
     """
     targets = decoder_targets(model, selection)
-    gathering = Gathering(HessianPass(), samples.modalities)
+    gathering = Gathering(HessianPass(), samples.modalities, samples.ranks)
     probe = _Probe(selection.settings, targets.linears, gathering, frozenset(free), device, on_step)
-    Lockstep(model, targets.blocks, targets.linears, samples.inputs, False, device).run(probe)
+    blocks, linears, ranks = targets.blocks, targets.linears, samples.ranks
+    Lockstep(model, blocks, linears, samples.inputs, False, device, ranks=ranks, own=samples.own).run(probe)
     return probe.found
 
 
@@ -96,12 +99,21 @@ class _Probe:
         if groups:
             device = self._device or members[names[0]].weight.device
             settings = [each for each, _ in groups]
+            owner = self._owner(members)
             with part("statistics"):
                 weights = {name: linear.weight for name, linear in members.items()}
-                statistics = self._gathering.statistics(weights, self._gathering.pairs(arrivals), settings, device)
-            for (own, _), group in groups.items():
-                self.found.groups.append(tuple(group))
-                self._measure(own, {name: members[name].weight for name in group}, statistics)
+                inputs = self._gathering.inputs(arrivals)
+                statistics = self._gathering.statistics(weights, inputs, settings, device, owner=owner)
+
+            def measured() -> Errors:
+                assert statistics is not None
+                found: Errors = {}
+                for (own, _), group in groups.items():
+                    found |= _measured(own, {name: members[name].weight for name in group}, statistics)
+                return found
+
+            self.found.groups.extend(map(tuple, groups.values()))
+            self.found.errors.update(self._gathering.ranks.give(f"errors of {names[0]}", owner, measured))
         return {name: linear.weight for name, linear in members.items()}
 
     def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
@@ -110,36 +122,51 @@ class _Probe:
         free = [name for name in members if name in self._free]
         if free:
             device = self._device or members[free[0]].weight.device
+            ranks = self._gathering.ranks
             with part("statistics"):
-                pairs = self._gathering.pairs(pooled_arrivals(linears, arrivals))
+                inputs = self._gathering.inputs(pooled_arrivals(linears, arrivals))
                 weights = {name: members[name].weight for name in free}
-                statistics = self._gathering.statistics(weights, pairs, (), device)
-            for name in free:
-                self.found.groups.append((name,))
-                self._measure(self._settings[name], {name: members[name].weight}, statistics)
+                statistics = self._gathering.statistics(weights, inputs, (), device, owner=None)
+            assert statistics is not None
+            mine: Errors = {}
+            for place, name in enumerate(free):
+                if place % ranks.size == ranks.rank:
+                    mine |= _measured(self._settings[name], {name: members[name].weight}, statistics)
+            told: Errors = {}
+            for each in ranks.exchange(f"errors of {linears.key}", mine):
+                told |= each
+            self.found.groups.extend((name,) for name in free)
+            self.found.errors.update({name: told[name] for name in free})
         return {name: linear.weight for name, linear in members.items()}
 
-    def _measure(self, settings: LayerSettings, weights: Mapping[str, Tensor], statistics: InputStatistics) -> None:
-        generator = torch.Generator().manual_seed(0)
-        errors = self.found.errors
-        some = {}
-        for name, weight in weights.items():
-            rows = torch.randperm(weight.shape[0], generator=generator)[:ROWS].to(weight.device)
-            some[name] = weight[rows].to(statistics.hessian.device, torch.float32)
-            errors[name] = {}
-        stack, sizes = torch.cat(list(some.values())), [len(each) for each in some.values()]
-        ladder = ladder_of(settings)
-        for base, fraction in ANCHORS:
-            quick = ladder.get((base, fraction))
-            if quick is None:  # blocks too narrow for an eighth
-                quick = with_planes(settings, base_planes=base, residual_planes=0)
-            quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
-            solution = solve(stack, statistics, quick, next(iter(some)), column_loops(stack.device))
-            for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
-                errors[name][base, fraction] = output_error(each, found, statistics.hessian)
+    def _owner(self, members: Mapping[str, nn.Linear]) -> int:
+        rows = sum(min(ROWS, linear.out_features) for linear in members.values())
+        return self._gathering.ranks.owner_of(solving_cost(rows, next(iter(members.values())).in_features))
 
     def miss(self, names: Sequence[str]) -> None:
         """They stay as they are."""
 
     def leave(self, index: int, drift: float | None) -> None:
         self._on_step(index + 1, len(self._linears))
+
+
+def _measured(settings: LayerSettings, weights: Mapping[str, Tensor], statistics: InputStatistics) -> Errors:
+    """Of linears that choose together, as one stack."""
+    generator = torch.Generator().manual_seed(0)
+    errors: Errors = {}
+    some = {}
+    for name, weight in weights.items():
+        rows = torch.randperm(weight.shape[0], generator=generator)[:ROWS].to(weight.device)
+        some[name] = weight[rows].to(statistics.hessian.device, torch.float32)
+        errors[name] = {}
+    stack, sizes = torch.cat(list(some.values())), [len(each) for each in some.values()]
+    ladder = ladder_of(settings)
+    for base, fraction in ANCHORS:
+        quick = ladder.get((base, fraction))
+        if quick is None:  # blocks too narrow for an eighth
+            quick = with_planes(settings, base_planes=base, residual_planes=0)
+        quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
+        solution = solve(stack, statistics, quick, next(iter(some)), column_loops(stack.device))
+        for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
+            errors[name][base, fraction] = output_error(each, found, statistics.hessian)
+    return errors

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -49,6 +51,56 @@ def output_sensitivity(
         NonFiniteError: the model's output or a gradient holds NaN or inf.
         CalibrationError: the model's gradients do not reach a linear, or inference mode forbids them.
     """
+    seeds = [sample_seed(seed, index) for index in range(len(samples))]
+    return sensitivity_of(model, [gradient_energy(model, names, samples, recomputation, seeds, on_step)])
+
+
+@dataclass(frozen=True)
+class GradientEnergy:
+    """Sums over some samples, which can be added up.
+
+    Attributes:
+        of: ``Σ_t ‖y_t‖²/n · ‖∂ log p(ŷ)/∂y_t‖²`` of every linear.
+        tokens: predictions that were judged.
+    """
+
+    of: Mapping[str, float]
+    tokens: int
+
+
+def sensitivity_of(model: nn.Module, parts: Sequence[GradientEnergy]) -> dict[str, float]:
+    """`output_sensitivity` from all samples' sums.
+
+    Raises:
+        NonFiniteError, CalibrationError: as there.
+    """
+    sums = {name: sum(part.of[name] for part in parts) for name in parts[0].of}
+    for name, total in sums.items():
+        if not math.isfinite(total):
+            raise NonFiniteError(f"the gradient at {name} holds NaN or inf; load the model in bfloat16 or float32.")
+    if not any(sums.values()):
+        raise CalibrationError(
+            f"no gradient reaches the linears of {type(model).__name__}, so it cannot be measured which of them need "
+            "more bits; use allocation='uniform'."
+        )
+    tokens = max(1, sum(part.tokens for part in parts))
+    return {name: total / (2 * tokens) for name, total in sums.items()}
+
+
+def gradient_energy(
+    model: nn.Module,
+    names: Sequence[str],
+    samples: Sequence[Mapping[str, Any]],
+    recomputation: Recomputation | None,
+    seeds: Sequence[int],
+    on_step: OnStep = no_step,
+) -> GradientEnergy:
+    """What `output_sensitivity` sums up, over some of the samples; arguments and errors as there.
+
+    Args:
+        model, names, samples, recomputation, on_step: see there.
+        seeds: of each sample's draws (`sample_seed` of its place among all).
+    """
     refuse_inference_mode(model)
     sums = dict.fromkeys(names, 0.0)
     wanted = [p.requires_grad for p in model.parameters()]
@@ -66,7 +118,7 @@ def output_sensitivity(
         counts: dict[int, int] = {}
 
         def backward(index: int) -> None:
-            generator = torch.Generator().manual_seed(sample_seed(seed, index))
+            generator = torch.Generator().manual_seed(seeds[index])
             modalities = token_modalities(samples[index], getattr(model, "config", None))
             output = model(**samples[index], **without_cache(model))
             drawn, counts[index] = _drawn_log_probability(output, modalities, generator)
@@ -80,16 +132,7 @@ def output_sensitivity(
             for index in range(len(samples)):
                 backward(index)
                 on_step(index + 1, len(samples))
-        tokens = sum(counts.values())
-    for name, total in sums.items():
-        if not torch.isfinite(torch.tensor(total)):
-            raise NonFiniteError(f"the gradient at {name} holds NaN or inf; load the model in bfloat16 or float32.")
-    if not any(sums.values()):
-        raise CalibrationError(
-            f"no gradient reaches the linears of {type(model).__name__}, so it cannot be measured which of them need "
-            "more bits; use allocation='uniform'."
-        )
-    return {name: total / (2 * max(1, tokens)) for name, total in sums.items()}
+    return GradientEnergy(sums, sum(counts.values()))
 
 
 def sample_seed(seed: int, index: int) -> int:

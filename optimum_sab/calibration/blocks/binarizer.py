@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,15 @@ from torch import Tensor, nn
 from optimum_sab.calibration.blocks.experts import ExpertsToSolve, solve_experts
 from optimum_sab.calibration.blocks.finished import FinishedBlock, is_finished
 from optimum_sab.calibration.blocks.idle_experts import allow_idle_experts
-from optimum_sab.calibration.blocks.measured import ModalityRows, block_significance
+from optimum_sab.calibration.blocks.measured import (
+    BlockSignificance,
+    ModalityRows,
+    block_significance,
+    errors_of,
+)
 from optimum_sab.calibration.blocks.report import BlockReport, LayerReport
+from optimum_sab.calibration.blocks.solved import Solved
+from optimum_sab.calibration.ranks import solving_cost
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.reconstruction import reconstruct
 from optimum_sab.calibration.run import Run
@@ -25,7 +33,6 @@ from optimum_sab.calibration.streams.passage import BlockPassage
 from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
-from optimum_sab.core.planes import BinaryPlanes
 from optimum_sab.core.solver import solve
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.nn.linear import SABLinear
@@ -51,10 +58,13 @@ class BlockBinarizer:
         self._targets = targets
         self._settings = run.selection.settings
         self._device = run.options.device
-        self._gathering = Gathering(calibration_pass(run.options.calibration_pass)(), run.samples.modalities)
+        self._ranks = run.ranks
+        collector = calibration_pass(run.options.calibration_pass)()
+        self._gathering = Gathering(collector, run.samples.modalities, run.ranks)
 
     def enter(self, index: int) -> None:
         self._started = time.perf_counter()
+        self._sent = self._ranks.wire_bytes
         self._index = index
         self._linears = self._targets.linears[index]
         self._block = FinishedBlock({}, {}, {}, None, {}, None)
@@ -64,20 +74,27 @@ class BlockBinarizer:
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         device = self._device or self._linears[names[0]].weight.device
         settings = [self._settings[name] for name in names]
-        pairs = self._gathering.pairs(arrivals)
-        first = not self._block.packed
+        group = self._gathering.inputs(arrivals)
+        first, owner = not self._block.packed, self._owner(names)
         with part("statistics"):
             weights = {name: self._linears[name].weight for name in names}
-            statistics = self._gathering.statistics(weights, pairs, settings, device, by_modality=first)
-        if first:
+            statistics = self._gathering.statistics(weights, group, settings, device, first, owner)
+
+        def solved() -> tuple[BlockSignificance | None, dict[str, Solved]]:
+            assert statistics is not None
             with part("significance"):
-                self._look_at_significance(names, statistics)
-        return self._solve(names, statistics, ModalityRows.of(pairs, device))
+                shown = self._significance(names, statistics) if first else None
+            return shown, self._solve(names, statistics)
+
+        shown, found = self._ranks.give(f"the solution of {names[0]}", owner, solved)
+        if first:
+            self._block = replace(self._block, significance=shown)
+        return self._keep(found, dict.fromkeys(names, ModalityRows.of(group, device)))
 
     def solve_experts(self, linears: ExpertLinears, arrivals: Sequence[RoutedArrival]) -> Mapping[str, Tensor]:
         device = self._device or self._linears[next(iter(linears.names.values()))].weight.device
         found = solve_experts(linears, arrivals, ExpertsToSolve(self._linears, self._settings, self._gathering, device))
-        weights = {name: self._keep(name, *solved) for name, solved in found.solved.items()}
+        weights = self._keep(found.solved, found.rows)
         self._block = replace(self._block, experts=(*self._block.experts, found.report))
         return weights
 
@@ -86,40 +103,59 @@ class BlockBinarizer:
         for name in names:
             linear = self._linears[name]
             device = self._device or linear.weight.device
-            self._solve((name,), InputStatistics.without_data(linear.in_features, device), ModalityRows({}))
+            nothing = InputStatistics.without_data(linear.in_features, device)
+            solved = partial(self._solve, (name,), nothing)
+            self._keep(self._ranks.give(f"the solution of {name}", self._owner((name,)), solved), {})
 
-    def _look_at_significance(self, names: Sequence[str], statistics: InputStatistics) -> None:
+    def _owner(self, names: Sequence[str]) -> int:
+        """The rank that solves linears that share an input."""
+        linears = [self._linears[name] for name in names]
+        return self._ranks.owner_of(solving_cost(sum(m.out_features for m in linears), linears[0].in_features))
+
+    def _significance(self, names: Sequence[str], statistics: InputStatistics) -> BlockSignificance | None:
         """Of a block's first linears only: their input is narrow, so Hessians of each modality cost little there."""
         weights = [self._linears[name].weight.to(statistics.hessian.device, torch.float32) for name in names]
         damping = self._settings[names[0]].damping
-        found = block_significance(torch.cat(weights), statistics, damping, names[0])
-        self._block = replace(self._block, significance=found)
+        return block_significance(torch.cat(weights), statistics, damping, names[0])
 
-    def _solve(self, names: Sequence[str], statistics: InputStatistics, rows: ModalityRows) -> dict[str, Tensor]:
+    def _solve(self, names: Sequence[str], statistics: InputStatistics) -> dict[str, Solved]:
         """Solve linears that share an input, those with the same settings as one stack."""
         device = statistics.hessian.device
-        weights: dict[str, Tensor] = {}
+        found: dict[str, Solved] = {}
         for settings in dict.fromkeys(self._settings[name] for name in names):
             stack = {name: self._linears[name] for name in names if self._settings[name] == settings}
             weight = torch.cat([m.weight.to(device, torch.float32) for m in stack.values()])
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
                 solution = solve(weight, statistics, settings, next(iter(stack)), column_loops(device))
             parts = solution.planes.split([m.out_features for m in stack.values()])
-            for name, planes in zip(stack, parts, strict=True):
-                weights[name] = self._keep(name, planes, solution.error, rows)
-        return weights
+            with part("packing"):
+                for name, planes in zip(stack, parts, strict=True):
+                    found[name] = Solved(PackedWeight.pack(planes, settings), solution.error)
+        return found
 
-    def _keep(self, name: str, planes: BinaryPlanes, error: float, rows: ModalityRows) -> Tensor:
-        """A linear is solved; returns its weight."""
-        dense, device = self._linears[name], planes.column_scale.device
-        with part("packing"):
-            packed = PackedWeight.pack(planes, self._settings[name])
-            found = packed.dequantize()
-        self._block.packed[name] = packed
-        self._block.errors[name] = error
-        with torch.autocast(device.type, enabled=False), part("errors"):
-            self._block.by_modality[name] = rows.errors(dense.weight.to(device, torch.float32), found.float())
-        return found.to(dense.weight.device, dense.weight.dtype)
+    def _keep(self, solved: Mapping[str, Solved], rows: Mapping[str, ModalityRows]) -> dict[str, Tensor]:
+        """Linears are solved; returns their weights.
+
+        Args:
+            solved: by dotted name.
+            rows: that this rank's samples gave them; none of those that nothing came to.
+        """
+        weights: dict[str, Tensor] = {}
+        sums = {}
+        for name, each in solved.items():
+            dense = self._linears[name].weight
+            device = self._device or dense.device
+            packed = each.packed.to(device)
+            with part("packing"):
+                found = packed.dequantize()
+            self._block.packed[name], self._block.errors[name] = packed, each.error
+            if name in rows:
+                with torch.autocast(device.type, enabled=False), part("errors"):
+                    sums[name] = rows[name].sums(dense.to(device, torch.float32), found.float())
+            weights[name] = found.to(dense.device, dense.dtype)
+        told = self._ranks.exchange(f"errors in block {self._index}", sums)
+        self._block.by_modality.update({name: errors_of([each.get(name, {}) for each in told]) for name in solved})
+        return weights
 
     # -- ends of blocks --------------------------------------------------------------------------------------------
 
@@ -178,7 +214,9 @@ class BlockBinarizer:
         seconds = time.perf_counter() - self._started
         position = self._run.selection.blocks.index(self._targets.names[index])
         found = self._block
-        report = BlockReport(position, layers, drift, seconds, found.reconstruction, found.significance, found.experts)
+        sent = self._ranks.wire_bytes - self._sent
+        more = (found.reconstruction, found.significance, found.experts)
+        report = BlockReport(position, layers, drift, seconds, *more, sent)
         self.reports.append(report)
         self._run.progress.on_block(report, len(self._targets.linears))
 

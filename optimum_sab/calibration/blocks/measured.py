@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.calibration.statistics.by_modality import Piece, rows_by_modality
-from optimum_sab.calibration.statistics.pairing import PairedInputs
+from optimum_sab.calibration.statistics.by_modality import Piece
+from optimum_sab.calibration.statistics.group_inputs import GroupInputs
 from optimum_sab.core.factorization import factor_hessian
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import extreme_power, times_power
@@ -59,7 +59,7 @@ def block_significance(
 
 @dataclass(frozen=True)
 class ModalityRows:
-    """Some tokens of each modality at a group of linears.
+    """Some tokens of each modality at a group of linears, of this rank's samples.
 
     Attributes:
         rows: by modality, x̂ and x, float32 [tokens, in]: of the quantized and of the dense stream. The same with one
@@ -69,18 +69,18 @@ class ModalityRows:
     rows: Mapping[str, tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, pairs: Sequence[PairedInputs], device: torch.device) -> ModalityRows:
-        """At most about `ROWS` of each modality, evenly spread."""
-        found = {}
-        for modality, pieces in rows_by_modality(pairs).items():
-            step = max(1, sum(piece.count for piece in pieces) // ROWS)
+    def of(cls, group: GroupInputs, device: torch.device) -> ModalityRows:
+        """At most about `ROWS` of each modality on all ranks together, evenly spread."""
+        found, tokens = {}, group.count
+        for modality, pieces in group.pieces().items():
+            step = max(1, tokens[modality] // ROWS)
             mine = [_thinned(piece, piece.pair.quantized, step) for piece in pieces]
             dense = [_thinned(p, p.pair.quantized if p.pair.dense is None else p.pair.dense, step) for p in pieces]
             found[modality] = (torch.cat(mine).to(device, torch.float32), torch.cat(dense).to(device, torch.float32))
         return cls(found)
 
-    def errors(self, weight: Tensor, approximation: Tensor) -> dict[str, float]:
-        """``Σ‖W x − Q x̂‖² / Σ‖W x‖²`` of each modality; 0 where the dense output is zero.
+    def sums(self, weight: Tensor, approximation: Tensor) -> dict[str, tuple[float, float]]:
+        """``Σ‖W x − Q x̂‖²`` and ``Σ‖W x‖²`` of each modality.
 
         Args:
             weight: W, float32 [out, in].
@@ -91,8 +91,21 @@ class ModalityRows:
             wanted = dense @ weight.T
             below = float(wanted.square().sum(dtype=torch.float64))
             above = float((wanted - mine @ approximation.T).square().sum(dtype=torch.float64))
-            found[modality] = above / below if below else 0.0
+            found[modality] = above, below
         return found
+
+
+def errors_of(ranks: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """``Σ‖W x − Q x̂‖² / Σ‖W x‖²`` of each modality; 0 where the dense output is zero.
+
+    Args:
+        ranks: what `ModalityRows.sums` gives on each.
+    """
+    found = {}
+    for modality in dict.fromkeys(name for each in ranks for name in each):
+        above, below = (sum(each[modality][k] for each in ranks if modality in each) for k in (0, 1))
+        found[modality] = above / below if below else 0.0
+    return found
 
 
 def _thinned(piece: Piece, of: Tensor, step: int) -> Tensor:

@@ -63,6 +63,7 @@ class BlockReport:
         reconstruction: what the refinement made of the block; None without it.
         significance: r and ρ of the linears that read its input first; None with one modality.
         experts: what came to its experts, where it has any.
+        wire_bytes: what all ranks sent each other for it (`Ranks.wire_bytes`); 0 in one process.
     """
 
     index: int
@@ -72,6 +73,7 @@ class BlockReport:
     reconstruction: Reconstruction | None = None
     significance: BlockSignificance | None = None
     experts: tuple[ExpertsReport, ...] = ()
+    wire_bytes: int = 0
 
     @property
     def error(self) -> float:

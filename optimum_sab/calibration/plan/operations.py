@@ -99,7 +99,7 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
     - alternating fit: entries times rounds, planes and one;
     - feedback: ``o n²`` between blocks and ``2 o n b`` inside of blocks of b columns;
     - descent: ``2 o n² + 2 o n b`` a sweep;
-    - errors: ``2 o n²``, and as much again without a refit.
+    - errors: ``2 o n²``, from `WIDE` columns on ``o n²``; and as much again without a refit.
 
     Args:
         out: o.
@@ -123,5 +123,5 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
         "alternating fit": entries * settings.iterations * (settings.base_planes + extra + 1.0),
         "feedback": square + 2.0 * entries * block,
         "descent": settings.sweeps * (2.0 * square + 2.0 * entries * block) if settings.refit else 0.0,
-        "errors": (2.0 if settings.refit else 4.0) * square,
+        "errors": (1.0 if settings.refit else 2.0) * (1.0 if n >= WIDE else 2.0) * square,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -162,6 +162,11 @@ class SampleSizes:
     @property
     def longest(self) -> int:
         return max(self.tokens)
+
+    def share(self, size: int) -> SampleSizes:
+        """About what one of ``size`` processes has of them; the shortest, since none has less."""
+        tokens = tuple(sorted(self.tokens))[: max(1, len(self.tokens) // size)]
+        return replace(self, tokens=tokens, patches=self.patches // size)
 
     def spread(self, count: int) -> tuple[int, ...]:
         """Of at most so many samples, evenly spread."""

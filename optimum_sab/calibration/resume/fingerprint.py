@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -15,6 +15,18 @@ from optimum_sab.format.layout import FORMAT_VERSIONS
 from optimum_sab.nn.selection import Selection
 from optimum_sab.nn.streamed import parameters_in_turn
 from optimum_sab.version import __version__
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What `fingerprint` has found of a run.
+
+    Attributes:
+        marks: JSON values.
+    """
+
+    marks: Mapping[str, Any]
+
 
 PROBES = 4096  # values of every parameter that go into the fingerprint
 

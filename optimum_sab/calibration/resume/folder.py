@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from optimum_sab.calibration.resume.difference import difference
 from optimum_sab.calibration.resume.digest import content_digest
 from optimum_sab.errors import CalibrationError
 
@@ -59,10 +60,10 @@ class ResumeFolder:
 
     def _compare(self, marks: Mapping[str, Any]) -> None:
         there = self.read_json(_FINGERPRINT)
-        difference = _difference(there, marks)
-        if difference:
+        found = difference(there, marks)
+        if found:
             raise CalibrationError(
-                f"resume_folder={str(self.folder)!r} belongs to another run: {difference}. Repeat that run, or name "
+                f"resume_folder={str(self.folder)!r} belongs to another run: {found}. Repeat that run, or name "
                 "another folder."
             )
 
@@ -146,14 +147,3 @@ class ResumeFolder:
             ) from error
         finally:
             partial.unlink(missing_ok=True)
-
-
-def _difference(there: Any, now: Any, name: str = "") -> str:
-    """The first place where two trees of JSON values differ, in words; empty where they do not."""
-    if isinstance(there, dict) and isinstance(now, dict):
-        for key in [*there, *(k for k in now if k not in there)]:
-            inner = _difference(there.get(key), now.get(key), f"{name}.{key}" if name else key)
-            if inner:
-                return inner
-        return ""
-    return "" if there == now else f"{name} is {there!r} there and {now!r} now"

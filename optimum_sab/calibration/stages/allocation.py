@@ -11,14 +11,20 @@ import torch
 from optimum_sab.calibration.allocation.choice import Allocation, allocate
 from optimum_sab.calibration.allocation.probe import measure_errors
 from optimum_sab.calibration.allocation.recomputation import Recomputation
-from optimum_sab.calibration.allocation.sensitivity import output_sensitivity, refuse_inference_mode
+from optimum_sab.calibration.allocation.sensitivity import (
+    GradientEnergy,
+    gradient_energy,
+    refuse_inference_mode,
+    sample_seed,
+    sensitivity_of,
+)
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.memory import held_activations
 from optimum_sab.calibration.streams.targets import decoder_targets
-from optimum_sab.errors import ConfigError, NonFiniteError, StreamError, warn
+from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError, RankError, StreamError, warn
 
 SAMPLES = 16
 _RULES = "rules.json"
@@ -65,15 +71,15 @@ class MeasureSensitivities(Stage):
         return bool(_free(run)) and not _known(run)
 
     def apply(self, run: Run, on_step: OnStep) -> Sensitivities | None:
-        blocks = decoder_targets(run.model, run.selection).blocks
-        samples = _few_samples(run).inputs
-        room = held_activations(run.model, run.selection, run.samples.inputs, run.two_streams)
-        recomputation = Recomputation(blocks, run.options.device, room)
         try:
-            found = output_sensitivity(run.model, _free(run), samples, recomputation, on_step=on_step)
-        except (NonFiniteError, StreamError, torch.OutOfMemoryError):
+            parts = run.ranks.exchange("sensitivities", self._own(run, on_step))
+            failed = next((each for each in parts if isinstance(each, str)), None)
+            if failed is not None:
+                raise CalibrationError(failed)
+            found = sensitivity_of(run.model, [each for each in parts if not isinstance(each, str)])
+        except (NonFiniteError, RankError):
             raise
-        except Exception as error:  # whatever a model's backward pass may raise; it can be binarized all the same
+        except CalibrationError as error:  # it can be binarized all the same
             equal = run.options.allocation is not None and run.options.allocation.target_bits is not None
             then = "all are taken to be equally sensitive" if equal else "every linear keeps the bits of its settings"
             kind = type(run.model).__name__
@@ -84,6 +90,22 @@ class MeasureSensitivities(Stage):
         sensitivities = Sensitivities(found)
         run.keep(sensitivities)
         return sensitivities
+
+    def _own(self, run: Run, on_step: OnStep) -> GradientEnergy | str:
+        """Of this rank's samples; why there is none, if so."""
+        blocks = decoder_targets(run.model, run.selection).blocks
+        few = _few_samples(run)
+        inputs = [run.samples.inputs[index] for index in run.samples.own]
+        room = held_activations(run.model, run.selection, inputs, run.two_streams)
+        recomputation = Recomputation(blocks, run.options.device, room)
+        seeds = [sample_seed(0, index) for index in few.own]
+        own = [few.inputs[index] for index in few.own]
+        try:
+            return gradient_energy(run.model, _free(run), own, recomputation, seeds, on_step)
+        except (NonFiniteError, StreamError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a model's backward pass may raise
+            return str(error)
 
 
 class AllocateBits(Stage):
@@ -108,7 +130,11 @@ class AllocateBits(Stage):
         sensitivities, asked = run.kept(Sensitivities), run.options.allocation
         assert sensitivities is not None and asked is not None
         probed = measure_errors(run.model, run.selection, _free(run), _few_samples(run), run.options.device, on_step)
-        choice = allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)
+
+        def chosen() -> Allocation:
+            return allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)
+
+        choice = run.ranks.give("allocation", 0, chosen)
         rules = choice.rules(run.selection)
         if run.resume is not None:
             run.resume.write_json(_RULES, rules)

@@ -16,6 +16,7 @@ class RememberAnswers(Stage):
     """Leaves an `AgreementCheck` for `CompareAnswers`, where the model reads the samples for it."""
 
     name: ClassVar[str] = "answers"
+    on_first: ClassVar[bool] = True
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         try:

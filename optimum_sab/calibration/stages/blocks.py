@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
@@ -25,15 +26,16 @@ from optimum_sab.calibration.streams.targets import check_weights, decoder_targe
 
 def mapped_activations(options: RunOptions) -> MappedActivations | None:
     """What bounds the samples' activations; the resume folder is where room was found for work to be kept."""
-    room = options.activation_memory
-    return None if room is None else MappedActivations(room, options.resume_folder)
+    room, folder = options.activation_memory, options.resume_folder
+    there = folder is not None and Path(folder).is_dir()  # on this rank's machine
+    return None if room is None else MappedActivations(room, folder if there else None)
 
 
 class SolveBlocks(Stage):
     """Runs the lockstep: every linear is solved, every block refined if asked for. Leaves `AtHead`.
 
-    Every finished block is kept for a run that is resumed. Where there is a resume folder, it leaves `WeightsDigest`
-    for whom opens it, since it looks at all weights before the work.
+    Every finished block is kept for a run that is resumed. Where there is a resume folder, or
+    several ranks, it leaves `WeightsDigest` for whom compares it, since it looks at all weights before the work.
     """
 
     name: ClassVar[str] = "blocks"
@@ -47,7 +49,7 @@ class SolveBlocks(Stage):
     def prepare(self, run: Run) -> None:
         self.check(run.model, run.options)
         refuse_spread(run.model, run.options.device)
-        if run.options.resume_folder is None:
+        if run.options.resume_folder is None and run.ranks.size == 1:
             check_weights(run.model, run.selection)
         else:  # one read of the weights for both
             weights = WeightsDigest()
@@ -69,6 +71,8 @@ class SolveBlocks(Stage):
             run.options.device,
             run.options.expert_tokens == "all",
             mapped_activations(run.options),
+            run.ranks,
+            run.samples.own,
         )
         run.keep(AtHead(lockstep.run(binarizer, finisher, embedding, awaited)))
         return tuple(binarizer.reports)

@@ -17,5 +17,6 @@ class LookAtMemory(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         options = run.options
-        inputs, room = run.samples.inputs, options.activation_memory
+        inputs = [run.samples.inputs[index] for index in run.samples.own]
+        room = options.activation_memory
         warn_of_memory(run.model, run.selection, inputs, options.device, run.two_streams, room=room)

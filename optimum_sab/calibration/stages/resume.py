@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from optimum_sab.calibration.progress import OnStep
-from optimum_sab.calibration.resume.fingerprint import WeightsDigest, fingerprint
+from optimum_sab.calibration.resume.fingerprint import Fingerprint, WeightsDigest, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.calibration.resume.shared import SharedResumeFolder
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 
@@ -21,6 +22,13 @@ class OpenResumeFolder(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         assert run.options.resume_folder is not None
+        folder, agreed = run.options.resume_folder, run.kept(Fingerprint)
+        own = None
+        if run.ranks.first:
+            marks = agreed.marks if agreed else self._marks(run)
+            own = ResumeFolder(folder, marks)
+        run.resume = SharedResumeFolder(folder, own, run.ranks)
+
+    def _marks(self, run: Run) -> dict[str, Any]:
         weights = run.kept(WeightsDigest) or WeightsDigest.of(run.model)
-        marks = fingerprint(weights, run.selection, run.samples.inputs, run.options)
-        run.resume = ResumeFolder(run.options.resume_folder, marks)
+        return fingerprint(weights, run.selection, run.samples.inputs, run.options)

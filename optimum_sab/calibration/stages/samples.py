@@ -10,6 +10,7 @@ from torch import nn
 
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.ranks import require_samples
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.continuation import require_language_head
@@ -61,7 +62,9 @@ class ReadSamples(Stage):
             raise SampleError(
                 "no calibration samples; give at least one text or chat message, or calibration='builtin'."
             )
-        samples = CalibrationSamples.of(map_tensors([dict(sample) for sample in inputs], run.home), _config(run))
+        require_samples(len(inputs), run.ranks.size)
+        given = map_tensors([dict(sample) for sample in inputs], run.home)
+        samples = CalibrationSamples.of(given, _config(run), run.ranks)
         tokens = _count_tokens(samples.modalities, _config(run))
         _warn_few_tokens(sum(tokens.values()), run)
         run.keep(samples)
@@ -80,8 +83,12 @@ class ReadSamples(Stage):
         return run.options.source.described
 
     def inputs(self, run: Run, on_step: OnStep) -> Sequence[Mapping[str, Any]]:
-        """Forward arguments, one sample each."""
-        return calibration_inputs(run.model, run.processor, run.options.source, on_step)
+        """Forward arguments, one sample each. What the model is to write, it writes on the first rank."""
+
+        def found() -> Sequence[Mapping[str, Any]]:
+            return calibration_inputs(run.model, run.processor, run.options.source, on_step)
+
+        return run.ranks.give("samples", 0, found) if run.options.source.written else found()
 
 
 class GivenSamples(ReadSamples):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from torch import Tensor
+
 from optimum_sab.calibration.predictions.at_head import AtHead
 from optimum_sab.calibration.predictions.temperature import Temperature, set_temperature
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.head import Head
+from optimum_sab.calibration.streams.arrival import Worker
 
 
 class ScaleTemperature(Stage):
@@ -22,7 +25,21 @@ class ScaleTemperature(Stage):
         return head is not None and head.last_norm is not None
 
     def apply(self, run: Run, on_step: OnStep) -> Temperature | None:
+        """Fitted on the first rank, to what all ranks' samples came to."""
         head, at_head = run.kept(Head), run.kept(AtHead)
         assert head is not None and head.last_norm is not None and at_head is not None
-        pairs = at_head.pairs(run.samples.modalities)
-        return set_temperature(run.model, head.last_norm, pairs, run.options.device)
+        last = head.last_norm
+        given: dict[Worker, Tensor] = {}
+        for some in run.ranks.gather("temperature", at_head.given):
+            given.update(some)
+        all_there = AtHead({worker: given[worker] for worker in head.awaited if worker in given})
+
+        def fitted() -> tuple[Temperature | None, list[Tensor]]:
+            pairs = all_there.pairs(run.samples.modalities)
+            found = set_temperature(run.model, last, pairs, run.options.device)
+            return found, [each.detach() for each in last.module.parameters(recurse=False)]
+
+        found, vectors = run.ranks.give("the temperature", 0, fitted)
+        for mine, each in zip(last.module.parameters(recurse=False), vectors, strict=True):
+            mine.data.copy_(each)
+        return found

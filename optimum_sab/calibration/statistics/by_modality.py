@@ -28,9 +28,15 @@ class Piece:
         return of if self.mask is None else of[self.mask.to(of.device)]
 
 
-def rows_by_modality(inputs: Sequence[PairedInputs]) -> dict[str, list[Piece]]:
-    """What a group of linears is given, by modality; rows that cannot be told apart are `MIXED`."""
-    several = any(len(pair.modalities.names) > 1 for pair in inputs)
+def rows_by_modality(inputs: Sequence[PairedInputs], several: bool | None = None) -> dict[str, list[Piece]]:
+    """What a group of linears is given, by modality; rows that cannot be told apart are `MIXED`.
+
+    Args:
+        inputs: of this rank's samples.
+        several: whether any rank's can have more modalities than one; None where these are all.
+    """
+    if several is None:
+        several = any(len(pair.modalities.names) > 1 for pair in inputs)
     pieces: dict[str, list[Piece]] = {}
     for pair in inputs:
         labels, names = pair.modalities.labels, pair.modalities.names

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from optimum_sab.calibration.statistics.by_modality import rows_by_modality
+from optimum_sab.calibration.statistics.by_modality import Piece
+from optimum_sab.calibration.statistics.group_inputs import GroupInputs
 from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.calibration.statistics.passes import CalibrationPass, register_pass
 from optimum_sab.core.hessian import InputMoments, InputStatistics
+
+
+@dataclass(frozen=True)
+class HalvedMoments:
+    """Sums over one half of the samples, and over the others.
+
+    Attributes:
+        part: of the samples in `GroupInputs.half`; nothing where that is empty.
+        rest: of the others.
+    """
+
+    part: InputMoments
+    rest: InputMoments
 
 
 @register_pass("hessian")
@@ -19,26 +34,33 @@ class HessianPass(CalibrationPass):
     weighting = "balanced"
 
     def collect(self, name: str, inputs: Sequence[PairedInputs], device: torch.device) -> InputStatistics:
-        two_streams = bool(inputs) and all(pair.dense is not None for pair in inputs)
+        group = GroupInputs.alone(inputs)
         width = inputs[0].quantized.shape[-1] if inputs else 0
-        first, second = _halves(inputs) if two_streams and len(inputs) > 1 else ([], inputs)
-        part = InputMoments(width, device, two_streams, name, weight=self.weight)
-        _add(part, first, two_streams)
-        moments = InputMoments(width, device, two_streams, name, weight=self.weight)
-        _add(moments, second, two_streams)
-        return moments.statistics(self.weighting, part if first else None, self.by_modality)
+        return self.statistics(self.sums(name, group, width, device), bool(group.half))
+
+    def sums(self, name: str, group: GroupInputs, width: int, device: torch.device) -> HalvedMoments:
+        """Sums over the samples of this rank, which can be added up over ranks.
+
+        Args:
+            name: of the first linear, for messages.
+            group: its inputs.
+            width: of an input.
+            device: where to compute.
+        """
+        found = {}
+        for half in (True, False):
+            found[half] = InputMoments(width, device, group.two_streams, name, weight=self.weight)
+            _add(found[half], group.pieces(half), group.two_streams)
+        return HalvedMoments(found[True], found[False])
+
+    def statistics(self, sums: HalvedMoments, halved: bool) -> InputStatistics:
+        """Statistics of the sums over all samples, which are used up."""
+        return sums.rest.statistics(self.weighting, sums.part if halved else None, self.by_modality)
 
 
-def _halves(inputs: Sequence[PairedInputs]) -> tuple[list[PairedInputs], list[PairedInputs]]:
-    """Two halves of the samples, drawn, because neighbouring samples often take turns in kind."""
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0)).tolist()
-    chosen = set(order[: len(inputs) // 2])
-    return [p for i, p in enumerate(inputs) if i in chosen], [p for i, p in enumerate(inputs) if i not in chosen]
-
-
-def _add(moments: InputMoments, inputs: Sequence[PairedInputs], two_streams: bool, rows: int = 4096) -> None:
+def _add(moments: InputMoments, given: Mapping[str, Sequence[Piece]], two_streams: bool, rows: int = 4096) -> None:
     """Add the samples by modality, about ``rows`` rows at a time: few large products instead of many small ones."""
-    for modality, pieces in rows_by_modality(inputs).items():
+    for modality, pieces in given.items():
         start = 0
         while start < len(pieces):
             end, count = start, 0

@@ -41,7 +41,70 @@ class PairedInputs:
         return (r.float() - r_hat.float()).flatten(0, -2)
 
 
-def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> list[PairedInputs]:
+@dataclass(frozen=True)
+class GroupFacts:
+    """By what the rows of both streams are brought together, which must be the same on all ranks of a run.
+
+    Attributes:
+        came: samples whose quantized stream came to the group, in the order of the run.
+        dense: the dense stream came, too.
+        by_token: it is known which tokens the rows are of.
+        fewer: a sample has fewer rows than entered the block, and other than its tokens.
+        apart: a sample's streams have not the same rows.
+        strange: of a sample it is not known what the linear's output is added to.
+    """
+
+    came: tuple[int, ...] = ()
+    dense: bool = False
+    by_token: bool = False
+    fewer: bool = False
+    apart: bool = False
+    strange: bool = False
+
+    @classmethod
+    def of(cls, arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> GroupFacts:
+        """Of one group of linears."""
+        dense = {a.sample: a for a in arrivals if a.stream == DENSE}
+        quantized = {a.sample: a for a in arrivals if a.stream != DENSE}
+        here = {i: dense.get(i) for i in quantized}
+        return cls(
+            tuple(quantized),
+            bool(dense),
+            any(a.tokens is not None for a in arrivals),
+            any(a.rows < a.entered and a.rows != modalities[a.sample].labels.numel() for a in arrivals),
+            any(d is None or d.inputs.shape != quantized[i].inputs.shape for i, d in here.items()),
+            any(d is None or _residuals(d, quantized[i]) is None for i, d in here.items()),
+        )
+
+    @classmethod
+    def of_all(cls, parts: Sequence[GroupFacts]) -> GroupFacts:
+        """Of several ranks' samples together."""
+        if len(parts) == 1:
+            return parts[0]
+        came = tuple(sorted(sample for each in parts for sample in each.came))
+        names = ("dense", "by_token", "fewer", "apart", "strange")
+        return cls(came, *(any(getattr(each, name) for each in parts) for name in names))
+
+    def routed(self, company: int) -> bool:
+        """Whether which tokens come here is decided token by token, as at an expert.
+
+        That shows in a sample that comes to the block and not here, or that has fewer rows than entered the block and
+        other than its tokens: a block that carries several hidden states per token is given more rows than its linears;
+        those have one per token.
+
+        Args:
+            company: samples that came to the block.
+        """
+        return len(self.came) < company or self.fewer
+
+    def paired(self, company: int) -> bool:
+        """Whether there is a dense row for every row."""
+        return self.dense if self.by_token else not self.routed(company) and not self.apart
+
+
+def pair_streams(
+    arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities], facts: GroupFacts | None = None
+) -> list[PairedInputs]:
     """Bring both streams of every sample together.
 
     The dense rows are dropped for the whole group where tokens are routed: the streams may route others, and then their
@@ -50,22 +113,25 @@ def pair_streams(arrivals: Sequence[Arrival], modalities: Sequence[TokenModaliti
     Args:
         arrivals: of one group of linears.
         modalities: of every sample's tokens, those of samples that did not arrive included.
+        facts: of the samples of all ranks; None where these are all.
     """
     if not arrivals:
         return []
+    facts = facts or GroupFacts.of(arrivals, modalities)
+    company = arrivals[0].company or len(modalities)
     dense = {a.sample: a for a in arrivals if a.stream == DENSE}
     quantized = {a.sample: a for a in arrivals if a.stream != DENSE}
-    if any(a.tokens is not None for a in arrivals):
-        return [_by_token(a, dense.get(i), bool(dense), modalities[i]) for i, a in quantized.items()]
-    routed = _are_routed(arrivals, modalities)
-    paired = not routed and all(i in dense and dense[i].inputs.shape == a.inputs.shape for i, a in quantized.items())
-    if not paired:
+    if facts.by_token:
+        return [_by_token(a, dense.get(i), facts.dense, modalities[i]) for i, a in quantized.items()]
+    if not facts.paired(company):
+        routed = facts.routed(company)
         return [PairedInputs(a.inputs.flatten(0, -2), None, modalities[i], None, routed) for i, a in quantized.items()]
-    residuals = {i: _residuals(dense[i], a) for i, a in quantized.items()}
-    known = all(r is not None for r in residuals.values())
     return [
         PairedInputs(
-            a.inputs.flatten(0, -2), dense[i].inputs.flatten(0, -2), modalities[i], residuals[i] if known else None
+            a.inputs.flatten(0, -2),
+            dense[i].inputs.flatten(0, -2),
+            modalities[i],
+            None if facts.strange else _residuals(dense[i], a),
         )
         for i, a in quantized.items()
     ]
@@ -96,19 +162,6 @@ def _by_token(
         at = place[mine]
         other[at >= 0] = dense.inputs[at[at >= 0]]
     return PairedInputs(rows, other, found, None, routed)
-
-
-def _are_routed(arrivals: Sequence[Arrival], modalities: Sequence[TokenModalities]) -> bool:
-    """Whether which tokens come here is decided token by token, as at an expert.
-
-    That shows in a sample that comes to the block and not here, or that has fewer rows than entered the block and other
-    than its tokens:
-    a block that carries several hidden states per token is given more rows than its linears; those have one per token.
-    """
-    came = {a.sample for a in arrivals if a.stream != DENSE}
-    if len(came) < (arrivals[0].company or len(modalities)):
-        return True
-    return any(a.rows < a.entered and a.rows != modalities[a.sample].labels.numel() for a in arrivals)
 
 
 def _residuals(dense: Arrival, quantized: Arrival) -> tuple[Tensor, Tensor] | None:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival, Worker, row_count
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.expert_calls import ExpertCalls
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
-from optimum_sab.calibration.streams.groups import Group, Groups
+from optimum_sab.calibration.streams.groups import Group, Groups, names_by_input
 from optimum_sab.calibration.streams.lockstep_block import LockstepBlock
 from optimum_sab.calibration.streams.passage import BlockPassage, Finisher, call_with, hidden_states
-from optimum_sab.calibration.streams.residual import ResidualSource, ResidualWatch, read_arguments
+from optimum_sab.calibration.streams.residual import Key, ResidualSource, ResidualWatch, read_arguments
 from optimum_sab.calibration.streams.visitor import Visitor
 
 Waiting = dict[Worker, Pause]
@@ -28,14 +29,24 @@ class BlockVisit:
 
     Args:
         block: which.
-        coroutines: all of them; some wait at the block's entry, and the way of others leads past it.
+        coroutines: all of this rank; some wait at the block's entry, and the way of others leads past it.
+        two_streams: whether a dense stream runs beside the quantized one.
         every_token: experts are shown all tokens, whichever are routed to them.
+        ranks: who has samples.
     """
 
-    def __init__(self, block: LockstepBlock, coroutines: Coroutines, every_token: bool = False) -> None:
+    def __init__(
+        self,
+        block: LockstepBlock,
+        coroutines: Coroutines,
+        two_streams: bool,
+        every_token: bool = False,
+        ranks: Ranks | None = None,
+    ) -> None:
         self._block = block
         self._coroutines = coroutines
-        self._two_streams = any(stream == DENSE for _, stream in coroutines.workers)
+        self._two_streams = two_streams
+        self._ranks = ranks or Ranks()
         self._weights: dict[str, Tensor] = {}
         self._experts = ExpertCalls(self._weights, every_token)
         self._groups: Groups | None = None
@@ -55,7 +66,7 @@ class BlockVisit:
             waiting = self._solve_groups(waiting, visitor)
         if finisher is not None:
             finisher.finish(self._block.index, self._passage(entries, waiting))
-        visitor.leave(self._block.index, _drift(waiting) if self._two_streams else None)
+        visitor.leave(self._block.index, self._drift(waiting) if self._two_streams else None)
         return waiting
 
     # -- what the wrapped forwards call, inside a coroutine --------------------------------------------------------
@@ -102,23 +113,33 @@ class BlockVisit:
 
     def _solve_groups(self, waiting: Waiting, visitor: Visitor) -> Waiting:
         linears = self._block.linears
-        sources = self._probe(next(iter(waiting.values()), None))
+        there = self._ranks.exchange(f"block {self._block.index}", sorted({sample for sample, _ in waiting}))
+        company = sum(map(len, there))
+        sources = self._learn(there, next(iter(waiting.values()), None))
         assert self._groups is not None
         entered = {worker: _rows_given(pause.payload) for worker, pause in waiting.items()}
-        company = len({sample for sample, _ in waiting})
         reached: set[str] = set()
         self._residuals = {worker: {} for worker in self._coroutines.workers}
         with read_arguments(sources, self._keep_residual):
             waiting = self._coroutines.resume(waiting)
-            while at_linear := {w: p for w, p in waiting.items() if p.kind == "linear"}:
-                group, here = self._groups.next(at_linear)
+            while True:
+                at_linear = {w: p for w, p in waiting.items() if p.kind == "linear"}
+                offered = self._ranks.exchange(f"linears of block {self._block.index}", self._groups.offers(at_linear))
+                offers = [each for some in offered for each in some]
+                if not offers:
+                    break
+                key = min(offers, key=lambda each: each.place).key
+                group, here = self._groups.take(key, at_linear)
                 if group.experts is not None:
                     routed = [RoutedArrival(*w, p.payload, entered[w], company) for w, p in here.items()]
                     self._weights.update(visitor.solve_experts(group.experts, routed))
                     reached.update(group.names)
                     del routed
-                else:
-                    self._solve_group(group, here, sources, (entered, company), visitor, reached)
+                elif any(each.live for each in offers if each.key == key):
+                    self._solve_group(group, here, sources, (entered, company), visitor)
+                    reached.update(group.names)
+                else:  # the dense stream's alone, or nothing: some models call experts that no token chose all the same
+                    self._weights.update({name: linears[name].weight for name in group.names})
                 group.solved = True
                 group.seen.update(here)
                 for pause in here.values():
@@ -137,26 +158,39 @@ class BlockVisit:
         sources: Mapping[str, ResidualSource],
         came: tuple[Mapping[Worker, int], int],
         visitor: Visitor,
-        reached: set[str],
     ) -> None:
         """Linears that share an input."""
         entered, company = came
         source = sources.get(group.names[0]) if len(group.names) == 1 else None
         arrivals = [Arrival(*w, p.payload, self._residual(w, source), entered[w], company) for w, p in here.items()]
-        if any(arrival.rows for arrival in arrivals if arrival.stream == QUANTIZED):
-            self._weights.update(visitor.solve(group.names, arrivals))
-            reached.update(group.names)
-        else:  # the dense stream's alone, or nothing: some models call experts that no token chose all the same
-            self._weights.update({name: self._block.linears[name].weight for name in group.names})
+        self._weights.update(visitor.solve(group.names, arrivals))
 
-    def _probe(self, pause: Pause | None) -> dict[str, ResidualSource]:
-        """Run the block once on one sample, if any comes here; returns what the outputs of its linears are added to.
+    def _learn(self, there: Sequence[Sequence[int]], pause: Pause | None) -> dict[str, ResidualSource]:
+        """Who shares an input, by the first sample that comes here, if any; returns what outputs are added to.
 
-        That also shows which linears are given the same tensor, in which order.
+        Args:
+            there: samples that come here, by rank.
+            pause: of the first of this rank.
         """
-        if pause is None:
-            self._groups = Groups(self._block.index, list(self._block.linears), [], self._block.experts)
-            return {}
+        together: list[tuple[str, ...]] = []
+        sources: dict[str, ResidualSource] = {}
+        if any(there):
+            first = min((samples[0], rank) for rank, samples in enumerate(there) if samples)[1]
+            names = {id(module): name for name, module in self._block.module.named_modules()}
+
+            def probed() -> tuple[list[tuple[str, ...]], dict[str, tuple[str, Key]]]:
+                assert pause is not None
+                together, sources = self._probe(pause)
+                return together, {name: (names[id(each.module)], each.key) for name, each in sources.items()}
+
+            together, told = self._ranks.give(f"who shares an input in block {self._block.index}", first, probed)
+            module = self._block.module
+            sources = {name: ResidualSource(module.get_submodule(at), key) for name, (at, key) in told.items()}
+        self._groups = Groups(self._block.index, list(self._block.linears), together, self._block.experts)
+        return sources if self._two_streams else {}
+
+    def _probe(self, pause: Pause) -> tuple[list[tuple[str, ...]], dict[str, ResidualSource]]:
+        """Run the block once on one sample: which linears share an input, and what their outputs are added to."""
         self._calls, self._watch = [], ResidualWatch(self._block.module)
         args, kwargs = self._block.brought(with_own_caches(pause.payload))
         try:
@@ -164,12 +198,10 @@ class BlockVisit:
                 pause.state.restore()
             with self._watch.watching():
                 self._block.forward(*args, **kwargs)
-            self._groups = Groups(self._block.index, list(self._block.linears), self._calls, self._block.experts)
-            sources = self._watch.sources()
+            return names_by_input(self._calls), self._watch.sources()
         finally:
             self._calls = self._watch = None
             self._coroutines.restore()
-        return sources if self._two_streams else {}
 
     def _keep_residual(self, source: ResidualSource, value: Tensor) -> None:
         worker = self._coroutines.current
@@ -204,6 +236,12 @@ class BlockVisit:
         samples = [sample for sample, stream in entries if stream == QUANTIZED]
         return BlockPassage(self._block.module, samples, run, dense, replace)
 
+    def _drift(self, waiting: Waiting) -> float:
+        """``Σ ‖h − ĥ‖² / Σ ‖h‖²`` of the block's outputs, dense against quantized stream."""
+        sums = self._ranks.exchange(f"the end of block {self._block.index}", _differences(waiting))
+        above, below = (sum(each) for each in zip(*sums, strict=True))
+        return above / below if below else 0.0
+
     @contextmanager
     def _nobody_waits(self) -> Iterator[None]:
         self._unstopped = True
@@ -220,12 +258,12 @@ def _rows_given(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
     return next((row_count(t) for t in given), 0)
 
 
-def _drift(waiting: Waiting) -> float:
-    """``Σ ‖h − ĥ‖² / Σ ‖h‖²`` of the block's outputs, dense against quantized stream."""
+def _differences(waiting: Waiting) -> tuple[float, float]:
+    """``Σ ‖h − ĥ‖²`` and ``Σ ‖h‖²`` of this rank's samples."""
     outputs = {w: hidden_states(p.payload) for w, p in waiting.items()}
     above = below = 0.0
     for (sample, stream), dense in outputs.items():
         if stream == DENSE:
             above += float((dense.float() - outputs[sample, QUANTIZED].float()).square().sum())
             below += float(dense.float().square().sum())
-    return above / below if below else 0.0
+    return above, below

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from optimum_sab.calibration.streams.arrival import Worker
+from optimum_sab.calibration.streams.arrival import QUANTIZED, Worker, row_count
 from optimum_sab.calibration.streams.coroutines import Pause
 from optimum_sab.calibration.streams.experts import ExpertLinears
 from optimum_sab.errors import LockstepError
@@ -22,6 +22,26 @@ class Group:
     solved: bool = False
     seen: set[Worker] = field(default_factory=set)  # coroutines that waited here
 
+    @property
+    def key(self) -> str:
+        """By which it is known on all ranks."""
+        return self.names[0] if self.experts is None else self.experts.key
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A group at which somebody waits.
+
+    Attributes:
+        place: of its first linear among those of the block.
+        key: the group's.
+        live: whether the quantized stream has rows there.
+    """
+
+    place: int
+    key: str
+    live: bool
+
 
 class Groups:
     """The groups of one block.
@@ -29,23 +49,20 @@ class Groups:
     Args:
         index: the block's, for messages.
         names: its linears, in the order in which they are defined.
-        calls: every linear one sample called, in calling order, and the input it was given.
+        together: those that share an input, by `names_by_input` on one sample.
         experts: of the block.
-
-    Raises:
-        LockstepError: a linear was called twice.
     """
 
     def __init__(
         self,
         index: int,
         names: Sequence[str],
-        calls: Sequence[tuple[str, Tensor]],
+        together: Sequence[tuple[str, ...]],
         experts: Sequence[ExpertLinears] = (),
     ) -> None:
         self._index = index
         self._order = {name: place for place, name in enumerate(names)}
-        self._of = {name: group for group in _by_input(calls) for name in group.names}
+        self._of = {name: group for group in map(Group, together) for name in group.names}
         for each in experts:
             self._of[each.key] = Group(tuple(each.names.values()), each)
             self._order[each.key] = self._order[next(iter(each.names.values()))]
@@ -54,14 +71,14 @@ class Groups:
         """The group of a linear; None for one that was not called."""
         return self._of.get(name)
 
-    def next(self, waiting: Mapping[Worker, Pause]) -> tuple[Group, dict[Worker, Pause]]:
-        """The group to solve next, and who waits there.
+    def offers(self, waiting: Mapping[Worker, Pause]) -> list[Offer]:
+        """The groups at which somebody waits.
 
         Usually all wait at one group. Where the route depends on the token (experts as separate linears) they may
         not; then the group defined first in the block goes first, since whoever could still come to it is there.
 
         Args:
-            waiting: coroutines at linears.
+            waiting: coroutines at linears, on this rank.
 
         Raises:
             LockstepError: a linear is not the block's, or binarized already.
@@ -80,12 +97,30 @@ class Groups:
                 f"a sample reaches {late} after it was binarized; its route through the block differs from the "
                 f"others'. Leave it dense with modules_to_not_convert=[{late!r}]."
             )
-        groups = {id(self._of[name]): self._of[name] for name in names}
-        group = min(groups.values(), key=lambda each: min(self._order[name] for name in each.names))
+        groups = {self._of[name].key: self._of[name] for name in names}
+        places = {key: min(self._order[name] for name in group.names) for key, group in groups.items()}
+        live = {self._of[str(p.key)].key for (_, stream), p in waiting.items() if stream == QUANTIZED and _has_rows(p)}
+        return [Offer(place, key, key in live) for key, place in places.items()]
+
+    def take(self, key: str, waiting: Mapping[Worker, Pause]) -> tuple[Group, dict[Worker, Pause]]:
+        """The group of a key, and who waits there on this rank, which may be nobody."""
+        group = self._of.setdefault(key, Group((key,)))
         return group, {w: pause for w, pause in waiting.items() if self._of[str(pause.key)] is group}
 
 
-def _by_input(calls: Sequence[tuple[str, Tensor]]) -> list[Group]:
+def _has_rows(pause: Pause) -> bool:
+    return not isinstance(pause.payload, Tensor) or row_count(pause.payload) > 0
+
+
+def names_by_input(calls: Sequence[tuple[str, Tensor]]) -> list[tuple[str, ...]]:
+    """Linears that were given the same tensor.
+
+    Args:
+        calls: every linear one sample called, in calling order, and the input it was given.
+
+    Raises:
+        LockstepError: a linear was called twice.
+    """
     found: list[tuple[Tensor, list[str]]] = []
     seen: set[str] = set()
     for name, inputs in calls:
@@ -101,7 +136,7 @@ def _by_input(calls: Sequence[tuple[str, Tensor]]) -> list[Group]:
                 break
         else:
             found.append((inputs, [name]))
-    return [Group(tuple(names)) for _, names in found]
+    return [tuple(names) for _, names in found]
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Worker
 from optimum_sab.calibration.streams.block_visit import BlockVisit, Waiting
 from optimum_sab.calibration.streams.caches import with_own_caches
@@ -49,6 +50,8 @@ class Lockstep:
         device: where each block is moved while its samples run; None leaves everything where it is.
         every_token: experts are shown all tokens; what the model computes stays routed.
         mapped: what bounds the memory of samples that wait; None for no bound.
+        ranks: who has the samples; all go through the blocks and groups of linears in the same order.
+        own: which samples are this rank's; None for all.
     """
 
     model: nn.Module
@@ -59,6 +62,8 @@ class Lockstep:
     device: torch.device | None = None
     every_token: bool = False
     mapped: MappedActivations | None = None
+    ranks: Ranks = field(default_factory=Ranks)
+    own: Sequence[int] | None = None
     _visit: BlockVisit | None = field(default=None, init=False)
 
     def run(
@@ -77,14 +82,16 @@ class Lockstep:
             to_head: the streams, as (sample, stream), that go on until it is called.
 
         Returns:
-            What each of ``to_head`` gave to ``head``; those that end without calling it are missing.
+            What each of ``to_head`` gave to ``head``, of this rank's samples; those that end without calling it are
+            missing.
 
         Raises:
             LockstepError: a sample comes to a block again, or reaches a linear that is already binarized.
             MissingDependencyError: see `import_greenlet`.
         """
         streams = (DENSE, QUANTIZED) if self.two_streams else (QUANTIZED,)
-        workers = [(i, stream) for i in range(len(self.samples)) for stream in streams]
+        own = range(len(self.samples)) if self.own is None else self.own
+        workers = [(i, stream) for i in own for stream in streams]
         with torch.no_grad(), self._patched(head):
             self._coroutines = Coroutines(workers, self._forward, self.mapped)
             try:
@@ -106,7 +113,8 @@ class Lockstep:
         here = {worker: pause for worker, pause in waiting.items() if pause.kind == "block" and pause.key == index}
         past = {worker: pause for worker, pause in waiting.items() if worker not in here}
         visitor.enter(index)
-        self._visit = BlockVisit(self._lockstep_blocks[index], self._coroutines, self.every_token)
+        block = self._lockstep_blocks[index]
+        self._visit = BlockVisit(block, self._coroutines, self.two_streams, self.every_token, self.ranks)
         with block_at(self.blocks[index], self.device):
             here = self._visit.run(here, visitor, finisher)
         if index + 1 < len(self.blocks):
@@ -116,15 +124,15 @@ class Lockstep:
     def _finish(self, waiting: Waiting, to_head: Collection[Worker]) -> dict[Worker, Tensor]:
         """Let one sample run to its end: what comes back to a block was calibrated on half of its way."""
         at_head: dict[Worker, Tensor] = {}
-        for worker in to_head:
+        for worker in (each for each in to_head if each in waiting):
             pause = waiting[worker] = self._behind_blocks(worker, waiting[worker])
             if pause.kind == "head":
                 at_head[worker] = pause.payload
             else:
                 _check_end(pause)
-        first = self._coroutines.workers[0]
-        pause = self._behind_blocks(first, waiting[first])
-        _check_end(self._coroutines.go_on(first) if pause.kind == "head" else pause)
+        for first in self._coroutines.workers[:1]:
+            pause = self._behind_blocks(first, waiting[first])
+            _check_end(self._coroutines.go_on(first) if pause.kind == "head" else pause)
         return at_head
 
     def _behind_blocks(self, worker: Worker, pause: Pause) -> Pause:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from optimum_sab.calibration.joined_ranks import joined
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
@@ -26,14 +28,26 @@ from optimum_sab.report.files import REPORT_HTML, REPORT_JSON
 
 
 def run(options: argparse.Namespace) -> None:
-    """Quantize and save; whatever can be seen to fail is refused before a weight is read."""
+    """Quantize and save; whatever can be seen to fail is refused before a weight is read.
+
+    Of several processes the first writes and prints.
+    """
+    with joined() as ranks:
+        options.silent = not ranks.first
+        options.quiet = options.quiet or options.silent
+        _run(options, ranks)
+
+
+def _run(options: argparse.Namespace, ranks: Ranks) -> None:
     hush_libraries(options)
     config = read_settings(options)
     check_device_map(options.device_map)
     started = time.perf_counter()
     read_headers(local_files(Path(options.model)))  # a truncated file is seen by its header
-    where = check_output(options.output, options.overwrite, sources=read_from(options))
-    check_resume_folder(config.resume_folder, where)
+    where = None
+    if ranks.first:
+        where = check_output(options.output, options.overwrite, sources=read_from(options))
+        check_resume_folder(config.resume_folder, where)
     origin = read_origin(options.model, options)
     source = model_config(options.model, **origin.arguments)
     if getattr(source, "quantization_config", None) is not None:
@@ -44,9 +58,10 @@ def run(options: argparse.Namespace) -> None:
     config.processor = processor
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     factory = auto_class(source)
-    check_size(where, expected_bytes(factory, source, config, dtype))
+    if where is not None:
+        check_size(where, expected_bytes(factory, source, config, dtype))
     target = None
-    if options.push_to_hub is not None:  # last, since it may make a repository
+    if options.push_to_hub is not None and ranks.first:  # last, since it may make a repository
         target = check_push(options.push_to_hub, options.private, options.token, sources=[options.model])
     with staying_shared():  # pages of a streamed model's files are given back while it is saved
         model = factory.from_pretrained(
@@ -54,7 +69,11 @@ def run(options: argparse.Namespace) -> None:
         )
         if options.remote_code:
             add_remote_code(model)
-        save_packed(model, processor, where)
+        if where is not None:
+            save_packed(model, processor, where)
+    ranks.exchange("saving", None)  # all end together
+    if where is None:
+        return
     commit = None if target is None else push_folder(where.folder, target)
     report = model.hf_quantizer.report
     summary = {

@@ -89,7 +89,7 @@ def test_allocation_gives_more_to_linears_whose_errors_cost_more(llama, samples,
     selection = select_linears(llama, SETTINGS)
     names = list(selection.settings)
     dear = "model.layers.1.mlp.up_proj"
-    monkeypatch.setattr(module, "output_sensitivity", lambda *a, **k: {n: 100.0 if n == dear else 1.0 for n in names})
+    monkeypatch.setattr(module, "sensitivity_of", lambda *a, **k: {n: 100.0 if n == dear else 1.0 for n in names})
     found = allocate(llama, selection, samples, 2.6)
     steps = {n: (s.base_planes, s.salient_fraction if s.residual_planes else 0.0) for n, s in found.settings.items()}
     assert steps[dear] == max(steps.values())
@@ -143,9 +143,7 @@ def test_smaller_linears_choose_apart_from_larger_ones(samples, monkeypatch):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=1, **sizes)).eval()
     selection = select_linears(model, SETTINGS)
     names = list(selection.settings)
-    monkeypatch.setattr(
-        module, "output_sensitivity", lambda *a, **k: {n: 100.0 if "v_proj" in n else 1.0 for n in names}
-    )
+    monkeypatch.setattr(module, "sensitivity_of", lambda *a, **k: {n: 100.0 if "v_proj" in n else 1.0 for n in names})
     found = allocate(model, selection, samples, 2.8).settings
     q, k, v = (found[f"model.layers.0.self_attn.{each}_proj"] for each in "qkv")
     assert k == v != q

@@ -70,9 +70,9 @@ def test_many_tokens_are_enough_and_few_are_mixed_with_the_others():
     mixed = mixed_statistics(moments(rows[many:]), moments(rows), many)
     both = solve(members["experts.1.gate_up_proj"].weight, mixed, SETTINGS)
     for name, wanted in (("experts.0.gate_up_proj", alone), ("experts.1.gate_up_proj", both)):
-        planes, error, _ = found.solved[name]
-        assert error == pytest.approx(wanted.error, rel=1e-4)
-        torch.testing.assert_close(planes.dequantize(), wanted.planes.dequantize(), rtol=1e-3, atol=1e-4)
+        mine = found.solved[name]
+        assert mine.error == pytest.approx(wanted.error, rel=1e-4)
+        torch.testing.assert_close(mine.packed.dequantize(), wanted.planes.dequantize(), rtol=1e-3, atol=1e-4)
     assert found.report.mixed == 4
 
 
@@ -81,7 +81,7 @@ def test_an_expert_without_tokens_is_solved_with_the_others():
     found, members = solved(arrivals(chosen), torch.zeros(len(chosen), dtype=torch.long))
     wanted = solve(members["experts.4.gate_up_proj"].weight, moments(tokens(len(chosen), 0)), SETTINGS)
     torch.testing.assert_close(
-        found.solved["experts.4.gate_up_proj"][0].dequantize(), wanted.planes.dequantize(), rtol=1e-3, atol=1e-4
+        found.solved["experts.4.gate_up_proj"].packed.dequantize(), wanted.planes.dequantize(), rtol=1e-3, atol=1e-4
     )
     assert [sum(own.values()) for own in found.report.tokens] == [len(chosen), len(chosen), 0, 0, 0]
 
@@ -96,7 +96,7 @@ def test_modalities_are_counted_for_each():
 def test_all_at_one_expert_one_token_and_pairs_that_go_nowhere(chosen):
     found, _ = solved(arrivals(chosen, (QUANTIZED, DENSE)), torch.zeros(len(chosen), dtype=torch.long))
     assert len(found.solved) == EXPERTS
-    assert all(planes.dequantize().isfinite().all() for planes, _, _ in found.solved.values())
+    assert all(each.packed.dequantize().isfinite().all() for each in found.solved.values())
 
 
 def test_the_dense_stream_may_have_routed_everything_elsewhere():

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from optimum_sab.calibration.blocks.measured import ROWS, ModalityRows, block_significance
+from optimum_sab.calibration.blocks.measured import ROWS, ModalityRows, block_significance, errors_of
 from optimum_sab.calibration.samples.modality import TokenModalities
+from optimum_sab.calibration.statistics.group_inputs import GroupInputs
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.core.factorization import factor_hessian
@@ -34,7 +35,7 @@ def weights():
 def test_errors_are_those_of_the_outputs_by_modality(weights, two_streams):
     weight, approximation = weights
     pairs = [pair([0, 1, 1, 0], 1, two_streams), pair([1, 1, 0], 2, two_streams)]
-    found = ModalityRows.of(pairs, CPU).errors(weight, approximation)
+    found = errors_of([ModalityRows.of(GroupInputs.alone(pairs), CPU).sums(weight, approximation)])
     for index, name in enumerate(("text", "visual")):
         above = below = 0.0
         for each in pairs:
@@ -49,7 +50,7 @@ def test_errors_are_those_of_the_outputs_by_modality(weights, two_streams):
 
 def test_many_rows_are_thinned_evenly():
     many = ROWS * 5
-    found = ModalityRows.of([pair([0] * many, 1)], CPU).rows
+    found = ModalityRows.of(GroupInputs.alone([pair([0] * many, 1)]), CPU).rows
     assert set(found) == {"text"}
     assert ROWS <= len(found["text"][0]) <= ROWS * 1.2
     assert torch.equal(found["text"][0], rows(many, 1)[::5])
@@ -58,12 +59,13 @@ def test_many_rows_are_thinned_evenly():
 
 def test_rows_that_cannot_be_told_apart_are_mixed(weights):
     routed = PairedInputs(rows(3, 1), None, TokenModalities(("text", "visual"), torch.tensor([0, 1, 1, 1])), None, True)
-    assert set(ModalityRows.of([routed], CPU).errors(*weights)) == {"mixed"}
+    assert set(ModalityRows.of(GroupInputs.alone([routed]), CPU).sums(*weights)) == {"mixed"}
 
 
 def test_a_zero_output_has_no_error(weights):
     weight, approximation = weights
-    assert ModalityRows.of([pair([0, 0], 1)], CPU).errors(torch.zeros_like(weight), approximation) == {"text": 0.0}
+    rows = ModalityRows.of(GroupInputs.alone([pair([0, 0], 1)]), CPU)
+    assert errors_of([rows.sums(torch.zeros_like(weight), approximation)]) == {"text": 0.0}
 
 
 def statistics(*pairs, by_modality=True):

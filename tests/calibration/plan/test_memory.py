@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 
 from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, in_files, memory_of
+from optimum_sab.calibration.plan.workload import SampleSizes
 from optimum_sab.calibration.streams.memory import calibration_bytes, matrices
 from optimum_sab.core.refinement import RefineSettings
 from tests.calibration.plan.conftest import BLOCKS, INNER, VOCABULARY, WIDTH
@@ -107,3 +108,9 @@ def test_refinement_and_tuning_have_stages_of_their_own(work, changed):
     teacher = parts(memory, "tuning")["hidden states at the head"]
     assert teacher.bytes == teacher.certain == TOKENS * WIDTH * 2
     assert "tuning" not in [phase.name for phase in memory_of(work)[0].phases]
+
+
+def test_one_of_several_processes_is_taken_to_have_the_shortest_samples():
+    sizes = SampleSizes((5, 1, 9, 3, 7), patches=11)
+    assert (sizes.share(2).tokens, sizes.share(2).patches) == ((1, 3), 5)
+    assert sizes.share(9).tokens == (1,)

@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.workload import LinearGroup
-from optimum_sab.core.factorization import WIDE, upper_root
+from optimum_sab.core.factorization import WIDE, invert_upper, upper_root
 from optimum_sab.core.hessian import InputMoments, accumulate_hessian
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
@@ -78,6 +78,7 @@ def test_solving(n, changes):
     uncounted = 2.0 * n**3 / 3.0 + 4.0 * square if two_streams else 0.0  # factors of the halves, solving with them
     inside = 2.0 * out * n * 128 * (1 + settings.sweeps)  # column by column: no products
     wide = (3 if two_streams else 1) * counted(lambda: upper_root(torch.eye(n))) if n >= WIDE else 0.0
+    wide += counted(lambda: invert_upper(torch.eye(n))) if n >= WIDE else 0.0
     assert found - wide == pytest.approx(products - uncounted - inside, rel=0.2)
 
 

@@ -5,6 +5,7 @@ from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics import gathering as gathering_module
 from optimum_sab.calibration.statistics import hessian
 from optimum_sab.calibration.statistics.gathering import Gathering
+from optimum_sab.calibration.statistics.group_inputs import GroupInputs
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.core.settings import LayerSettings
@@ -122,11 +123,11 @@ def test_the_weight_is_given_where_that_saves_work(shapes, residual, scale, gath
     for seed in range(2):
         beside = (rows(5, seed)[:, : shapes[0][0]], rows(5, seed + 5)[:, : shapes[0][0]]) if residual else None
         pairs.append(PairedInputs(rows(5, seed), rows(5, seed + 9), modalities(0, 1, 1, 0, 1), beside))
-    gathering = Gathering(HessianPass(), [])
+    gathering, group = Gathering(HessianPass(), []), GroupInputs.alone(pairs)
     weights = {f"linear{i}": scale * torch.ones(shape) for i, shape in enumerate(shapes)}
-    assert gathering.statistics(weights, pairs, [LayerSettings()], CPU).drift is not None  # WIDTH is far below WIDE
+    assert gathering.statistics(weights, group, [LayerSettings()], CPU).drift is not None  # WIDTH is far below WIDE
     monkeypatch.setattr(gathering_module, "WIDE", WIDTH)
-    found = gathering.statistics(weights, pairs, [LayerSettings()], CPU)
+    found = gathering.statistics(weights, group, [LayerSettings()], CPU)
     assert (found.drift is None) == gathered
     assert gathering.collector.weight is None
 
