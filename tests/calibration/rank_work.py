@@ -15,7 +15,7 @@ from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.joined_ranks import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
-from optimum_sab.calibration.resume.fingerprint import fingerprint
+from optimum_sab.calibration.resume.fingerprint import WeightsDigest, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.stages.temperature import ScaleTemperature
 from optimum_sab.cli.main import main
@@ -73,7 +73,7 @@ def quantized(subject, settings=QUICK, folder=None, selection=None, **options):
     options = RunOptions(**{"temperature_scaling": False, **options})
     resume = None
     if folder is not None:
-        resume = ResumeFolder(folder, fingerprint(subject.model, selection, subject.samples, options))
+        resume = ResumeFolder(folder, fingerprint(WeightsDigest.of(subject.model), selection, subject.samples, options))
     report = binarize(subject.model, selection, subject.samples, options, None, resume)
     return packed(subject.model), report
 
@@ -179,7 +179,7 @@ def differing(what):
         elif what == "settings":
             settings = QUICK.replace(iterations=3)
         elif what == "version":
-            from optimum_sab.calibration.resume import fingerprint
+            from optimum_sab.calibration.resume import WeightsDigest, fingerprint
 
             fingerprint.__version__ = "0.0.1"
     return quantized(subject, settings)
