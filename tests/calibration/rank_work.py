@@ -179,7 +179,7 @@ def differing(what):
         elif what == "settings":
             settings = QUICK.replace(iterations=3)
         elif what == "version":
-            from optimum_sab.calibration.resume import WeightsDigest, fingerprint
+            from optimum_sab.calibration.resume import fingerprint
 
             fingerprint.__version__ = "0.0.1"
     return quantized(subject, settings)
