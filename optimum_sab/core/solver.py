@@ -13,7 +13,7 @@ from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.coded import START_ITERATIONS, coded_fit
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
 from optimum_sab.core.descent import descend_signs
-from optimum_sab.core.factorization import FactoredHessian, factor_hessian, quadratic_form
+from optimum_sab.core.factorization import WIDE, FactoredHessian, factor_hessian, quadratic_form
 from optimum_sab.core.feedback import block_feedback
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+JUDGED_ROWS = 1024
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -38,7 +40,8 @@ class Solution:
 
     Attributes:
         planes: the binary planes, every scale already rounded to its stored precision.
-        error: ``tr((W*−Q) H (W*−Q)ᵀ) / tr(W* H W*ᵀ)``, relative to the target, on the calibration inputs.
+        error: ``tr((W*−Q) H (W*−Q)ᵀ) / tr(W* H W*ᵀ)``, relative to the target, on the calibration inputs; of some
+            `JUDGED_ROWS` rows, evenly spread, of a weight with more, and `WIDE` inputs.
         significance: Λ and its parts, or None where the setting is not "modality".
         propagation: α of the propagated target that was aimed at.
     """
@@ -131,7 +134,9 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
         fit = coded_fit(fit, target, pull, factored, settings, loops.search)
     planes = fit.planes()
     with part("errors"):
-        error = output_error(target, planes.dequantize(), statistics.hessian, _energy(target, pull, factored))
+        some = _judged(*W.shape)
+        energy = None if pull is None else _energy(target[some], pull[some], factored)
+        error = output_error(target[some], planes.dequantize()[some], statistics.hessian, energy)
     if not math.isfinite(error):
         raise NonFiniteError(
             f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
@@ -140,10 +145,13 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
     return Solution(planes, error, significance, alpha)
 
 
-def _energy(target: Tensor, pull: Tensor | None, factored: FactoredHessian) -> float | None:
+def _judged(out: int, width: int) -> slice:
+    """The rows that an error is reported of: all, or where that is work, some, evenly spread."""
+    return slice(None, None, max(1, out // JUDGED_ROWS) if width >= WIDE else 1)
+
+
+def _energy(target: Tensor, pull: Tensor, factored: FactoredHessian) -> float | None:
     """``tr(T H Tᵀ)`` of the undamped H by way of ``T H`` of the damped one; None where little of that is left."""
-    if pull is None:
-        return None
     damped = float((pull * target).sum())
     energy = damped - factored.added * float(target.square().sum())
     return energy if energy > 0.01 * damped else None

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from optimum_sab.core import solver
 from optimum_sab.core.hessian import InputMoments, InputStatistics
 from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import LayerSettings
@@ -528,3 +529,24 @@ def test_solve_propagates_nothing_where_it_cannot_be_validated(correlated_inputs
     statistics = statistics_of(dense={"text": 1.1 * quantized}, text=quantized)
     assert statistics.drift is not None
     assert solve(random_weight(16, 64), statistics, SMALL.replace(propagation=None)).propagation == 0.0
+
+
+def test_the_error_of_a_large_weight_is_that_of_rows_evenly_spread(correlated_inputs, monkeypatch):
+    """And what is found is the same."""
+    monkeypatch.setattr(solver, "WIDE", 32)
+    inputs = correlated_inputs(200, 64)
+    weight = torch.randn(90, 64, generator=torch.Generator().manual_seed(1)) * torch.linspace(0.5, 2, 90)[:, None]
+    moments = InputMoments(64, torch.device("cpu"), False, "layer")
+    moments.add("text", inputs)
+    statistics = moments.statistics()
+    for refit in (True, False):
+        settings = LayerSettings(block_size=32, refit=refit, sweeps=0)
+        whole = solve(weight, statistics, settings)
+        with monkeypatch.context() as patch:
+            patch.setattr(solver, "JUDGED_ROWS", 30)
+            some = solve(weight, statistics, settings)
+        planes = some.planes.dequantize()
+        assert torch.equal(planes, whole.planes.dequantize())
+        expected = output_error(weight[::3], planes[::3], statistics.hessian)
+        assert some.error == pytest.approx(expected, rel=1e-4) and some.error != pytest.approx(whole.error, rel=1e-4)
+        assert some.error == pytest.approx(whole.error, rel=0.1)

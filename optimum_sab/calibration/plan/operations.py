@@ -11,6 +11,7 @@ from optimum_sab.calibration.plan.workload import LinearGroup, Workload
 from optimum_sab.core.factorization import WIDE
 from optimum_sab.core.hessian import STRIP
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.solver import JUDGED_ROWS
 from optimum_sab.core.target import SKETCH
 
 PASSES = 60  # counted in profiles of Llama and Qwen2.5-VL
@@ -99,7 +100,7 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
     - alternating fit: entries times rounds, planes and one;
     - feedback: ``o n²`` between blocks and ``2 o n b`` inside of blocks of b columns;
     - descent: ``2 o n² + 2 o n b`` a sweep;
-    - errors: ``2 o n²``, from `WIDE` columns on ``o n²``; and as much again without a refit.
+    - errors: ``2 o n²``, from `WIDE` columns on ``n²`` for each of some `JUDGED_ROWS`; as much again without a refit.
 
     Args:
         out: o.
@@ -111,6 +112,7 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
     block = min(settings.block_size, n)
     extra = settings.salient_fraction * settings.residual_planes if settings.residual_planes else 0.0
     halved = n >= WIDE
+    judged = float(len(range(0, out, max(1, out // JUDGED_ROWS))))
     few = float(min(out, SKETCH) if n >= WIDE else out) * n**2
     refit = square * ((settings.base_planes + extra) if halved else 2.0 * settings.planes)
     aims = two_streams and settings.propagation != 0.0
@@ -123,5 +125,5 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
         "alternating fit": entries * settings.iterations * (settings.base_planes + extra + 1.0),
         "feedback": square + 2.0 * entries * block,
         "descent": settings.sweeps * (2.0 * square + 2.0 * entries * block) if settings.refit else 0.0,
-        "errors": (1.0 if settings.refit else 2.0) * (1.0 if n >= WIDE else 2.0) * square,
+        "errors": (1.0 if settings.refit else 2.0) * (judged * n**2 if n >= WIDE else 2.0 * square),
     }
