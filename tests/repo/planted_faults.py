@@ -448,6 +448,27 @@ FAULTS = (
         "if layer.settings.code == '':",
         ("tests/hf/contract/test_sharing.py",),
     ),
+    Fault(
+        "columns of a launch not told what those before them have left",
+        "kernels/torch-ext/sab_kernels/columns.py",
+        "x -= later[:, None] * change[None, :]",
+        "x -= 0.0 * later[:, None] * change[None, :]",
+        ("tests/kernels/test_columns.py",),
+    ),
+    Fault(
+        "a triangle's corner inverted with the wrong sign",
+        "optimum_sab/core/factorization.py",
+        "    B.neg_()\n",
+        "",
+        ("tests/core/test_factorization.py",),
+    ),
+    Fault(
+        "rows of a sketch added up without their signs",
+        "optimum_sab/core/target.py",
+        "matrix * sign.to(matrix.device, matrix.dtype)",
+        "matrix",
+        ("tests/core/test_target.py",),
+    ),
 )
 
 
