@@ -102,6 +102,15 @@ class BinaryPlanes:
             planes[0] = list(zip(code.planes(self.base_sign[0]), code.parts, strict=True))
         return planes
 
+    def rows(self, some: slice) -> BinaryPlanes:
+        """Some of its rows; views."""
+        return replace(
+            self,
+            base_sign=self.base_sign[:, some],
+            residual_sign=self.residual_sign[:, some],
+            row_scale=self.row_scale[:, :, some],
+        )
+
     def split(self, sizes: list[int]) -> list[BinaryPlanes]:
         """Cut a stack of linears that share an input back into its members, rows in order."""
         base, residual = self.base_sign.split(sizes, 1), self.residual_sign.split(sizes, 1)

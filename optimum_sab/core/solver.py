@@ -136,7 +136,7 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
     with part("errors"):
         some = _judged(*W.shape)
         energy = None if pull is None else _energy(target[some], pull[some], factored)
-        error = output_error(target[some], planes.dequantize()[some], statistics.hessian, energy)
+        error = output_error(target[some], planes.rows(some).dequantize(), statistics.hessian, energy)
     if not math.isfinite(error):
         raise NonFiniteError(
             f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "

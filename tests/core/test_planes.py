@@ -287,3 +287,19 @@ def test_fit_block_handles_no_and_only_salient_columns(planes, count):
     row, column, sign = naive_fit(weight, significance, salient, planes[0], planes[0] + (planes[1] if count else 0), 10)
     expected = np.einsum("pi,pij,j->ij", row, sign, column)
     np.testing.assert_allclose(fit.dequantize().numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("code", ["none", "trellis16"])
+@pytest.mark.parametrize("some", [slice(None, None, 3), slice(2, 5)])
+def test_rows_are_those_of_the_dense_weight(some, code):
+    generator = torch.Generator().manual_seed(0)
+    planes = BinaryPlanes(
+        torch.rand(2, 11, 40, generator=generator) > 0.5,
+        torch.rand(1, 11, 6, generator=generator) > 0.5,
+        torch.tensor([1, 5, 9, 17, 33, 38]),
+        torch.randn(3, 3, 11, generator=generator),
+        torch.rand(40, generator=generator),
+        16,
+        code,
+    )
+    assert torch.equal(planes.rows(some).dequantize(), planes.dequantize()[some])
