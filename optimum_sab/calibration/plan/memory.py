@@ -133,8 +133,8 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     solving += [_statistics(work)] if here else []
     if options.refine is not None and options.refine.epochs and here:
         solving.append(Part("training a block", _training_bytes(work, 1)))
-    if work.streamed:
-        yield Phase("blocks", (*base, block, packed, left, *solving, slack))
+    if work.streamed:  # what is outside has been given back
+        yield Phase("blocks", (*base[:-1], block, packed, left, *solving, slack))
     else:  # what is packed takes the place of what was dense; maps stay as long as any tensor of the file is there
         so_far = packed.bytes if mapped else largest
         yield Phase("blocks", (*base, dense, Part("packed blocks", so_far), *solving, slack))
@@ -213,15 +213,15 @@ def _activations(work: Workload, tokens: int, streams: int, inside: bool, bounde
 
 def _statistics(work: Workload) -> Part:
     """Of the input that takes the most, and its weights while they are solved."""
-    return max((_solving(group) for group in work.model.groups), key=lambda part: part.bytes)
+    return max((_solving(group, 1 + work.two_streams) for group in work.model.groups), key=lambda part: part.bytes)
 
 
-def _solving(group: LinearGroup) -> Part:
+def _solving(group: LinearGroup, streams: int) -> Part:
     square, weights = 4 * group.in_features**2, 4 * group.weights
     waiting = EXPERTS_WAITING if group.expert else 0
     return Part(
         "statistics of the widest linear",
-        matrices(group.in_features, group.out_features) * square + WEIGHT_COPIES * weights + waiting,
+        matrices(group.in_features, group.out_features, streams) * square + WEIGHT_COPIES * weights + waiting,
         LEAST_MATRICES * square + LEAST_COPIES * weights,
     )
 

@@ -14,14 +14,24 @@ from optimum_sab.core.factorization import WIDE
 from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
-# [in, in] in fp32 that solving holds at its most: with a drift of that size beside every Hessian, and without
-# (statistics/gathering.py), where two modalities in two halves of the samples, or the solver's five, are the most
+# [in, in] in fp32 that solving holds at its most. With a dense stream: with a drift of that size beside every Hessian,
+# and without (statistics/gathering.py), where two modalities in two halves of the samples, or the solver's five, are
+# the most. With one stream, sums of two modalities, or the solver's: a Hessian, damped, and what factors it
 MATRICES, FEW_MATRICES = 9, 6
+OWN_MATRICES, FEW_OWN_MATRICES = 5, 4
 
 
-def matrices(in_features: int, out_features: int) -> int:
-    """How many matrices [in, in] in fp32 solving a linear, or a stack of them, holds at its most."""
-    return FEW_MATRICES if in_features >= WIDE and in_features > 2 * out_features else MATRICES
+def matrices(in_features: int, out_features: int, streams: int) -> int:
+    """How many matrices [in, in] in fp32 solving a linear, or a stack of them, holds at its most.
+
+    Args:
+        in_features, out_features: of all of them together.
+        streams: 2 where a dense stream runs beside the quantized one, else 1.
+    """
+    wide = in_features >= WIDE
+    if streams == 1:
+        return FEW_OWN_MATRICES if wide else OWN_MATRICES
+    return FEW_MATRICES if wide and in_features > 2 * out_features else MATRICES
 
 
 def free_memory(device: torch.device) -> int | None:
@@ -59,7 +69,7 @@ def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype:
 
     Args: those of `activation_bytes`; the widest linear gives a hidden state.
     """
-    return activation_bytes(tokens, streams, width, widest, dtype) + matrices(widest, width) * widest**2 * 4
+    return activation_bytes(tokens, streams, width, widest, dtype) + matrices(widest, width, streams) * widest**2 * 4
 
 
 def held_activations(

@@ -23,11 +23,15 @@ def test_a_7b_model_s_default_calibration_takes_what_its_activations_take():
 
 
 @pytest.mark.parametrize(
-    ("in_features", "out_features", "expected"),
-    [(18944, 3584, 6), (2049, 1024, 6), (2048, 1024, 9), (3584, 37888, 9), (1024, 511, 6), (1023, 100, 9)],
+    ("in_features", "out_features", "two", "one"),
+    [
+        *((18944, 3584, 6, 4), (2049, 1024, 6, 4), (2048, 1024, 9, 4)),
+        *((3584, 37888, 9, 4), (1024, 511, 6, 4), (1023, 100, 9, 5)),
+    ],
 )
-def test_matrices_are_fewer_without_a_drift(in_features, out_features, expected):
-    assert memory.matrices(in_features, out_features) == expected
+def test_matrices_are_fewer_without_a_drift(in_features, out_features, two, one):
+    assert memory.matrices(in_features, out_features, 2) == two
+    assert memory.matrices(in_features, out_features, 1) == one
 
 
 def test_free_memory_of_the_cpu_is_known_and_of_meta_is_not():
