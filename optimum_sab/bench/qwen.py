@@ -103,7 +103,7 @@ _QWEN25_VISION = {
     "num_heads": 16,
     "fullatt_block_indexes": [7, 15, 23, 31],
 }
-_QWEN3_VISION = {
+QWEN3_VISION = {
     "depth": 27,
     "hidden_size": 1152,
     "intermediate_size": 4304,
@@ -123,8 +123,8 @@ _VISION: dict[str, dict[str, Any]] = {
         "out_hidden_size": 256,
         "fullatt_block_indexes": [1],
     },
-    "8b": {**_QWEN3_VISION, "out_hidden_size": 4096},
-    "32b": {**_QWEN3_VISION, "out_hidden_size": 5120},
+    "8b": {**QWEN3_VISION, "out_hidden_size": 4096},
+    "32b": {**QWEN3_VISION, "out_hidden_size": 5120},
     "tiny-qwen3": {
         "depth": 2,
         "hidden_size": 64,

@@ -43,13 +43,8 @@ _TEXT_30B_A3B = {  # of Qwen3-VL-30B-A3B
     "tie_word_embeddings": False,
 }
 _VISION_30B_A3B = {
+    **qwen.QWEN3_VISION,
     "model_type": "qwen3_vl_moe",
-    "depth": 27,
-    "hidden_size": 1152,
-    "intermediate_size": 4304,
-    "num_heads": 16,
-    "num_position_embeddings": 2304,
-    "deepstack_visual_indexes": [8, 16, 24],
     "out_hidden_size": 2048,
     "hidden_act": "gelu_pytorch_tanh",
     "in_channels": 3,

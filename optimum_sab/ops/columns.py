@@ -17,6 +17,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import warn
 from optimum_sab.ops.backends import why_not
 from optimum_sab.ops.cpu.columns import loops_on_cpu
+from optimum_sab.ops.verification import raised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,8 +104,7 @@ def disagreement(device: torch.device) -> str | None:
                         f"{expected[name]:.6g}); please report this with the output of `optimum-sab env`"
                     )
     except Exception as error:  # whatever a compiler or driver raises: torch still gives right answers
-        first = str(error).strip().partition("\n")[0]
-        return f"the Triton loops do not run on it ({type(error).__name__}: {first})"
+        return raised(error, "loops")
     return None
 
 

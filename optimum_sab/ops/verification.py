@@ -46,7 +46,7 @@ def _disagreement(
             if wrong is not None:
                 return wrong
     except Exception as error:  # whatever a compiler or driver raises: the reference still gives right answers
-        return _raised(error)
+        return raised(error, "kernels")
     return None
 
 
@@ -69,7 +69,7 @@ def _experts_disagreement(settings: LayerSettings, device: torch.device, dtype: 
             if wrong is not None:
                 return wrong
     except Exception as error:  # as above
-        return _raised(error)
+        return raised(error, "kernels")
     return None
 
 
@@ -83,9 +83,10 @@ def _wrong(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, give
     )
 
 
-def _raised(error: Exception) -> str:
+def raised(error: Exception, what: str) -> str:
+    """Of an error of Triton's ``what`` on a device, the end of a sentence."""
     first = str(error).strip().partition("\n")[0]
-    return f"the Triton kernels do not run on it ({type(error).__name__}: {first})"
+    return f"the Triton {what} do not run on it ({type(error).__name__}: {first})"
 
 
 def sample_weight(settings: LayerSettings, out_features: int = ROWS, in_features: int = COLUMNS) -> PackedWeight:

@@ -22,14 +22,6 @@ from optimum_sab.failure import one_line
 from optimum_sab.hf.processor import knows_no_token
 
 
-@pytest.fixture(scope="module")
-def weightless(small_example, tmp_path_factory):
-    """A checkpoint without its weights: whatever is refused with another reason than that was refused before them."""
-    folder = tmp_path_factory.mktemp("weightless") / "example-vlm"
-    shutil.copytree(small_example, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return folder
-
-
 def refused(capsys, *arguments):
     """The one line that a command ends with."""
     assert main([str(each) for each in arguments]) == 1

@@ -13,14 +13,6 @@ from optimum_sab.hf import workload
 QUICK = ["--calibration-samples", "4", "--sequence-length", "48", "--iterations", "1", "--sweeps", "0"]
 
 
-@pytest.fixture(scope="module")
-def weightless(small_example, tmp_path_factory):
-    """A checkpoint without its weights: whatever is said of it needs none."""
-    folder = tmp_path_factory.mktemp("weightless") / "example-vlm"
-    shutil.copytree(small_example, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    return folder
-
-
 def plan(capsys, *arguments):
     assert main(["plan", *map(str, arguments), "--json"]) == 0
     return json.loads(capsys.readouterr().out)

@@ -183,22 +183,8 @@ def test_samples_that_cannot_be_read_are_an_error(llama_folder, quick_config):
 
 
 @streams
-def test_experts_are_counted_one_by_one(llama_folder, quick_config, texts, tmp_path):
-    config = AutoConfig.for_model(
-        "mixtral",
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1024,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(tmp_path)
-    plan = planned(tmp_path, quick_config(calibration=texts[:2]))
+def test_experts_are_counted_one_by_one(mixture, quick_config, texts):
+    plan = planned(mixture, quick_config(calibration=texts[:2]))
     experts = [group for group in plan.work.model.blocks[0].groups if group.expert]
     assert len(experts) == 4 * 2
     assert {group.share for group in experts} == {0.5}

@@ -40,28 +40,6 @@ def sharded(llama_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def mixture(llama_folder, tmp_path_factory):
-    """A Mixtral, whose tensors have other names on disk and whose experts are merged when they are read."""
-    folder = tmp_path_factory.mktemp("mixture")
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "mixtral",
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=1024,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        pad_token_id=0,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def few(texts):
     return texts[:4]
 

@@ -6,9 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common
-from optimum_sab.cli.arguments.quantize import DTYPES
-from optimum_sab.cli.arguments.settings import add_settings, add_source, check_settings
+from optimum_sab.cli.arguments.quantize import add_run
+from optimum_sab.cli.arguments.settings import check_settings
 from optimum_sab.sources import check_folder
 
 
@@ -24,12 +23,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     parser.add_argument(
         "--no-timing", dest="timing", action="store_false", help="leave out the times, for which this machine is timed"
     )
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
-    parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
-    parser.add_argument("--processor", metavar="PATH", help="processor to use instead of the checkpoint's own")
-    add_source(parser)
-    add_settings(parser, arguments)
-    add_common(parser)
+    add_run(parser, arguments)
     parser.set_defaults(run="plan.run", check=check_call)
 
 

@@ -33,13 +33,23 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
         help="add a file that makes from_pretrained(…, trust_remote_code=True) enough, without importing optimum_sab",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint in the output; other files stay")
+    add_run(parser, arguments)
+    parser.set_defaults(run="quantize.run", check=partial(check_call, parser))
+
+
+def add_run(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Add what a run is made of: how the checkpoint is loaded, every setting, and what all commands have.
+
+    Args:
+        parser: of a command that quantizes, or plans it.
+        arguments: of the call, which name the preset that defaults are of.
+    """
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of everything that stays dense")
     parser.add_argument("--device-map", metavar="MAP", help="as in from_pretrained: cpu, auto, cuda:0")
     parser.add_argument("--processor", metavar="PATH", help="processor to use instead of the checkpoint's own")
     add_source(parser)
     add_settings(parser, arguments)
     add_common(parser)
-    parser.set_defaults(run="quantize.run", check=partial(check_call, parser))
 
 
 def check_call(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
