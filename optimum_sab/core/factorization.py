@@ -66,14 +66,14 @@ def quadratic_form(matrix: Float[Tensor, "out in"], hessian: Float[Tensor, "in i
     width = len(hessian)
     if width < WIDE:
         return float(((matrix @ hessian) * matrix).sum())
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=hessian.device)  # read once: a device is waited for then
     for start in range(0, width, STRIP):
         end = min(start + STRIP, width)
         mine = matrix[:, start:end]
-        total += float(((mine @ hessian[start:end, start:end]) * mine).sum())
+        total += ((mine @ hessian[start:end, start:end]) * mine).sum()
         if end < width:
-            total += 2.0 * float(((mine @ hessian[start:end, end:]) * matrix[:, end:]).sum())
-    return total
+            total += 2.0 * ((mine @ hessian[start:end, end:]) * matrix[:, end:]).sum().double()
+    return float(total)
 
 
 def factor_hessian(hessian: Float[Tensor, "in in"], damping: float, name: str = "the layer") -> FactoredHessian:

@@ -62,7 +62,7 @@ def cross_validated_alpha(
 
     Both are sums over W's rows. From `WIDE` inputs on they are taken over `SKETCH` random combinations of the rows
     instead, which cost that much less and leave either sum as it is on average (`sketch_rows`); α is then off by about
-    a hundredth, and the error that is found with it by about a hundred-thousandth of itself (docs/method.md).
+    a hundredth (docs/method.md).
 
     Args:
         weight: W.
