@@ -70,9 +70,12 @@ class Code:
 
 
 TRELLIS16 = Code("trellis16", (0b10011, 0b00100))
-"""16 states: ``P_1 = u ⊕ u₋₁ ⊕ u₋₄``, ``P_2 = u₋₂``."""
+"""16 states, for a coded plane alone: ``P_1 = u ⊕ u₋₁ ⊕ u₋₄``, ``P_2 = u₋₂``."""
 
-CODES = {code.name: code for code in (TRELLIS16,)}
+TRELLIS16X2 = Code("trellis16x2", (0b11001, 0b10111))
+"""16 states, for a coded plane beside free ones: ``P_1 = u ⊕ u₋₃ ⊕ u₋₄``, ``P_2 = u ⊕ u₋₁ ⊕ u₋₂ ⊕ u₋₄``."""
+
+CODES = {code.name: code for code in (TRELLIS16, TRELLIS16X2)}
 """What a checkpoint may be stored with; what a name means never changes."""
 
 
@@ -87,3 +90,8 @@ def find_code(name: object) -> Code | None:
     if not isinstance(name, str) or name not in CODES:
         raise ConfigError(f"code={name!r} must be one of {', '.join((NO_CODE, *CODES))}.")
     return CODES[name]
+
+
+def code_for(base_planes: int) -> Code:
+    """The code that loses least where there are so many base planes, the coded one among them."""
+    return TRELLIS16 if base_planes == 1 else TRELLIS16X2

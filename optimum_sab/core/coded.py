@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.code import Code, find_code
+from optimum_sab.core.code import TRELLIS16, TRELLIS16X2, Code, find_code
 from optimum_sab.core.factorization import FactoredHessian
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import WeightFit
@@ -24,10 +24,12 @@ WINDOW = 96  # columns of a window
 DESCENTS = 2  # for each of the settings' sweeps, at most
 PAYS = 0.004  # of the error: a step that takes off less is the last
 START_ITERATIONS = 4  # of the plain fit, whose salient columns and scales are the start
-# Scales to begin with, of those of plain planes: the coded plane's alone, with what is left to residual planes; and
-# behind a free plane, with what is left to further base planes and to residual planes.
-ALONE, RESIDUAL_ALONE = 1.0, 0.9
-BEHIND, FURTHER, RESIDUAL_BEHIND = 0.5, 0.25, 0.6
+# Scales to begin with, of those of plain planes (docs/benchmarks.md): the coded plane's alone, and of residual planes then;
+# beside a free plane, the coded plane's and the free one's, both of the first plain plane's, and of further base planes,
+# of the same, and residual planes.
+ALONE, RESIDUAL_ALONE = 0.9, 1.0
+BESIDE = {TRELLIS16.name: (0.7, 0.9, 0.9), TRELLIS16X2.name: (0.85, 0.7, 1.05)}  # coded, free, residual
+FURTHER = 0.25
 
 
 def coded_fit(
@@ -82,8 +84,9 @@ def _begin(plain: WeightFit, settings: LayerSettings) -> WeightFit:
     if base == 1:
         scale = torch.cat([scale[:1] * ALONE, scale[1:] * RESIDUAL_ALONE])
     else:
+        coded, free, residual = BESIDE[settings.code]
         scale = torch.cat(
-            [scale[:1] * BEHIND, scale[:1], scale[1 : base - 1] * FURTHER, scale[base:] * RESIDUAL_BEHIND]
+            [scale[:1] * coded, scale[:1] * free, scale[1 : base - 1] * FURTHER, scale[base:] * residual]
         )
     signs = [torch.zeros_like(sign) for sign in plain.signs]
     stored = torch.zeros_like(plain.signs[0], dtype=torch.bool)

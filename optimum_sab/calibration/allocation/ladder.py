@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from optimum_sab.core.code import NO_CODE, find_code
+from optimum_sab.core.code import NO_CODE, code_for
 from optimum_sab.core.settings import MAX_PLANES, LayerSettings
 
 PLANES = ("base_planes", "residual_planes", "salient_fraction")  # what is chosen
@@ -34,10 +34,12 @@ def ladder_of(settings: LayerSettings) -> dict[tuple[int, float], LayerSettings]
 
 
 def with_planes(settings: LayerSettings, **planes: Any) -> LayerSettings:
-    """These settings with other planes, and without their code where it leaves no room for those."""
+    """These settings with other planes: with the code that is best for those, or none where it leaves them no room."""
     plain = settings.replace(code=NO_CODE, **planes)
-    code = find_code(settings.code)
-    return plain if code is None or code.computed(plain.planes) > MAX_PLANES else plain.replace(code=code.name)
+    if settings.code == NO_CODE:
+        return plain
+    code = code_for(plain.base_planes)
+    return plain if code.computed(plain.planes) > MAX_PLANES else plain.replace(code=code.name)
 
 
 def expected_error(anchors: Mapping[tuple[int, float], float], step: tuple[int, float]) -> float:

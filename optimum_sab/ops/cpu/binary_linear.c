@@ -81,7 +81,7 @@ typedef struct {
     int64_t base_planes, residual_planes;
     int64_t salient, salient_last; /* salient columns of a block, and of the last block */
     int64_t wide_index;            /* residual_index is int16 */
-    int64_t coded;                 /* the first base plane stands for two (coded.h) */
+    int64_t coded;                 /* by which code the first base plane stands for two, or 0 (coded.h) */
 } layer_t;
 
 /* Bits of one block inside one panel, with tables of integers half a line at most. A table is built from exactly these
@@ -1012,7 +1012,7 @@ static void dequantize_strip(const dense_t *of, const room_t *room, int64_t firs
         for (int64_t p = 0; p < layer->base_planes; p++)
             one.bits[coded + p] = layer->weight + (p * layer->rows + row) * row_bytes;
         if (coded) {
-            derive_row(room->derived, room->derived + row_bytes, one.bits[1], row_bytes);
+            derive_row(room->derived, room->derived + row_bytes, one.bits[1], row_bytes, layer->coded);
             one.bits[0] = room->derived;
             one.bits[1] = room->derived + row_bytes;
         }

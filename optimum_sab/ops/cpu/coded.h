@@ -1,34 +1,46 @@
-/* Coded planes: a stored plane u of row scale a that stands for P₁ = u ⊕ u₋₁ ⊕ u₋₄ of scale a and P₂ = u₋₂ of scale a/2
- * (core/code.py, trellis16; binary_linear.c includes this).
+/* Coded planes: a stored plane u of row scale a that stands for P₁ of scale a and P₂ of scale a/2 (core/code.py;
+ * binary_linear.c includes this).
  *
  * Shifts carry over from word to word of a row, so panels go in their order. Where rows end inside of a word, derived
  * bits behind the end are whatever they are: they meet inputs of 0.
  */
+enum { NO_CODE, TRELLIS16, TRELLIS16X2 }; /* layer_t.coded */
 
 /* `k` columns to the right, what comes in being the end of the word before. */
 #define SHIFTED(word, before, k) ((word) << (k) | (before) >> (32 - (k)))
-#define FIRST_DERIVED(word, before) ((word) ^ SHIFTED(word, before, 1) ^ SHIFTED(word, before, 4))
-#define SECOND_DERIVED(word, before) SHIFTED(word, before, 2)
+#define FIRST_DERIVED(word, before, code)                                                                              \
+    ((word) ^ ((code) == TRELLIS16 ? SHIFTED(word, before, 1) : SHIFTED(word, before, 3)) ^ SHIFTED(word, before, 4))
+#define SECOND_DERIVED(word, before, code)                                                                             \
+    ((code) == TRELLIS16                                                                                               \
+         ? SHIFTED(word, before, 2)                                                                                    \
+         : (word) ^ SHIFTED(word, before, 1) ^ SHIFTED(word, before, 2) ^ SHIFTED(word, before, 4))
 
 typedef uint32_t vecu __attribute__((vector_size(4 * LANES)));
 
-/* A panel's derived planes; `before` is the last word of the panel before, and becomes that of this one. */
-INLINE void derive_words(veci *first, veci *second, veci *before, const veci *words) {
+INLINE void derive_words_by(veci *first, veci *second, const veci *before, const veci *words, const int code) {
     UNROLL for (int i = 0; i < WORDS * GROUPS; i++) {
         vecu word = (vecu)words[i], left = (vecu)(i < GROUPS ? before[i] : words[i - GROUPS]);
-        first[i] = (veci)FIRST_DERIVED(word, left);
-        second[i] = (veci)SECOND_DERIVED(word, left);
+        first[i] = (veci)FIRST_DERIVED(word, left, code);
+        second[i] = (veci)SECOND_DERIVED(word, left, code);
     }
+}
+
+/* A panel's derived planes; `before` is the last word of the panel before, and becomes that of this one. */
+INLINE void derive_words(veci *first, veci *second, veci *before, const veci *words, int64_t code) {
+    if (code == TRELLIS16)
+        derive_words_by(first, second, before, words, TRELLIS16);
+    else
+        derive_words_by(first, second, before, words, TRELLIS16X2);
     UNROLL for (int g = 0; g < GROUPS; g++) before[g] = words[(WORDS - 1) * GROUPS + g];
 }
 
 /* One row's derived planes. */
-static void derive_row(uint8_t *first, uint8_t *second, const uint8_t *stored, int64_t bytes) {
+static void derive_row(uint8_t *first, uint8_t *second, const uint8_t *stored, int64_t bytes, int64_t code) {
     uint32_t left = 0, word;
     for (int64_t at = 0; at < bytes; at += 4, left = word) {
         memcpy(&word, stored + at, 4);
-        memcpy(first + at, &(uint32_t){FIRST_DERIVED(word, left)}, 4);
-        memcpy(second + at, &(uint32_t){SECOND_DERIVED(word, left)}, 4);
+        memcpy(first + at, &(uint32_t){FIRST_DERIVED(word, left, code)}, 4);
+        memcpy(second + at, &(uint32_t){SECOND_DERIVED(word, left, code)}, 4);
     }
 }
 
@@ -232,7 +244,7 @@ static void add_coded_plane(float *y, const layer_t *layer, const cut_t *cut, co
         prefetch((const char *)layer->row_scale + (scales * layer->rows + next) * scale_bytes, ahead * scale_bytes);
         veci words[WORDS * GROUPS], first[WORDS * GROUPS], second[WORDS * GROUPS];
         transpose(words, layer->weight + row * cut->row_bytes + panel->byte, cut->row_bytes, panel->bytes, valid);
-        derive_words(first, second, before, words);
+        derive_words(first, second, before, words, layer->coded);
         vecf scale[GROUPS];
         decode_scales(scale, layer, scales, row, valid);
         add_coded(y, first, second, cut, k, tables, scale, tokens);

@@ -194,17 +194,22 @@ INLINE void four_entries(__m512i *entry, __m512i word, int64_t stride) {
 }
 
 /* The word of one of a coded plane's two (coded.h), or the stored one; `stored` has the word before, GROUPS behind. */
-INLINE __m512i derived_word(const veci *stored, int plane) {
+INLINE __m512i derived_word(const veci *stored, int plane, const int code) {
     __m512i word = (__m512i)stored[0], before = (__m512i)stored[-GROUPS];
+    if (plane == STORED)
+        return word;
 #ifdef __AVX512VBMI2__
+#define SHIFT(k) _mm512_shldi_epi32(word, before, k)
+    const int xor = 0x96; /* a ^ b ^ c */
     if (plane == FIRST)
-        return _mm512_ternarylogic_epi32(word, _mm512_shldi_epi32(word, before, 1), _mm512_shldi_epi32(word, before, 4),
-                                         0x96 /* a ^ b ^ c */);
-    return plane == SECOND ? _mm512_shldi_epi32(word, before, 2) : word;
+        return _mm512_ternarylogic_epi32(word, code == TRELLIS16 ? SHIFT(1) : SHIFT(3), SHIFT(4), xor);
+    if (code == TRELLIS16)
+        return SHIFT(2);
+    return _mm512_ternarylogic_epi32(word, SHIFT(1), _mm512_xor_si512(SHIFT(2), SHIFT(4)), xor);
+#undef SHIFT
 #else
-    if (plane == FIRST)
-        return (__m512i)FIRST_DERIVED((vecu)word, (vecu)before);
-    return plane == SECOND ? (__m512i)SECOND_DERIVED((vecu)word, (vecu)before) : word;
+    return plane == FIRST ? (__m512i)FIRST_DERIVED((vecu)word, (vecu)before, code)
+                          : (__m512i)SECOND_DERIVED((vecu)word, (vecu)before, code);
 #endif
 }
 
@@ -238,11 +243,11 @@ INLINE void add_steps(__m512i sum[TOKENS][GROUPS], const __m512i *one, const __m
 }
 
 /* The four steps of a word. */
-INLINE void add_word(__m512i sum[TOKENS][GROUPS], const veci *words, int plane, const int16_t *table, __m512i factors,
-                     const int tokens) {
+INLINE void add_word(__m512i sum[TOKENS][GROUPS], const veci *words, int plane, const int code, const int16_t *table,
+                     __m512i factors, const int tokens) {
     __m512i even[GROUPS], odd[GROUPS];
     UNROLL for (int g = 0; g < GROUPS; g++) {
-        __m512i word = derived_word(words + g, plane);
+        __m512i word = derived_word(words + g, plane, code);
         even[g] = in_register(entries_of(word));
         odd[g] = in_register(entries_of(_mm512_srli_epi16(word, 4)));
     }
@@ -255,7 +260,7 @@ INLINE void add_word(__m512i sum[TOKENS][GROUPS], const veci *words, int plane, 
 }
 
 /* What the rows of a strip look up in each step of a piece: `entry` [step, group]. */
-INLINE void find_entries(__m512i *entry, const veci *words, const piece_t *piece, int plane) {
+INLINE void find_entries(__m512i *entry, const veci *words, const piece_t *piece, int plane, const int code) {
     int word = piece->first >> 3, byte = piece->first >> 1;
     if (piece->bytes)
         for (int step = 0; step < piece->steps; step++, byte++)
@@ -266,7 +271,7 @@ INLINE void find_entries(__m512i *entry, const veci *words, const piece_t *piece
     else
         for (int step = 0; step < piece->steps; step += 4, word++)
             UNROLL for (int g = 0; g < GROUPS; g++)
-                four_entries(entry + step * GROUPS + g, derived_word(words + word * GROUPS + g, plane), GROUPS);
+                four_entries(entry + step * GROUPS + g, derived_word(words + word * GROUPS + g, plane, code), GROUPS);
 }
 
 /* A piece of a plane, or of a coded plane's two, of which the first counts twice. */
@@ -279,7 +284,8 @@ typedef struct {
 
 /* y[t][row] += a[row] · unit[t] · Σ of the piece's integers. */
 INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *table, const float *unit,
-                              const vecf *scale, const int coded, const int tokens) {
+                              const vecf *scale, const int code, const int tokens) {
+    const int coded = code != NO_CODE;
     const int64_t stride = tokens * ENTRIES;
     const __m512i once = _mm512_set1_epi16(1), factors = _mm512_set1_epi16(coded ? 2 : 1);
     __m512i sum[TOKENS][GROUPS];
@@ -310,9 +316,9 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
     } else {
         const veci *words = of->words + (of->piece->first >> 3) * GROUPS;
         ROLL for (int step = 0; step < of->piece->steps; step += 4) {
-            add_word(sum, words, coded ? FIRST : STORED, table, factors, tokens);
+            add_word(sum, words, coded ? FIRST : STORED, code, table, factors, tokens);
             if (coded)
-                add_word(sum, words, SECOND, table, once, tokens);
+                add_word(sum, words, SECOND, code, table, once, tokens);
             if (of->ahead)
                 UNROLL for (int line = 0; line < 4; line++)
                     __builtin_prefetch(of->ahead + (16 * step + line * 16) * 4, 0, 2);
@@ -330,28 +336,28 @@ INLINE void add_integer_piece(float *y, const looked_up_t *of, const int16_t *ta
 
 /* For any number of tokens; `words` are of a panel. */
 INLINE void add_integers(float *y, const veci *words, const cut_t *cut, const piece_t *piece, const float *tables,
-                         const vecf *scale, const uint8_t *ahead, int64_t tokens, const int coded) {
+                         const vecf *scale, const uint8_t *ahead, int64_t tokens, const int code) {
     const float *unit = units_of(tables, cut, tokens) + (piece - cut->pieces) * tokens;
     __m512i first[(PIECE_BITS / 8 + 1) * GROUPS], second[PIECE_BITS / 8 * GROUPS];
     looked_up_t of = {piece, words, {NULL, NULL}, ahead ? ahead + piece->first * 32 : NULL};
     int64_t t = 0;
     if (tokens > TOKENS || piece->bytes) {
-        find_entries(first, words, piece, coded ? FIRST : STORED);
+        find_entries(first, words, piece, code ? FIRST : STORED, code);
         of.entry[0] = first;
-        if (coded) {
-            find_entries(second, words, piece, SECOND);
+        if (code) {
+            find_entries(second, words, piece, SECOND, code);
             of.entry[1] = second;
         }
     }
     for (; t + TOKENS <= tokens; t += TOKENS)
-        add_integer_piece(y + t * STRIP, &of, tables_of(tables, piece, tokens, t), unit + t, scale, coded, TOKENS);
+        add_integer_piece(y + t * STRIP, &of, tables_of(tables, piece, tokens, t), unit + t, scale, code, TOKENS);
     const int16_t *rest = tables_of(tables, piece, tokens, t);
     if (tokens - t == 3)
-        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, coded, 3);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, code, 3);
     else if (tokens - t == 2)
-        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, coded, 2);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, code, 2);
     else if (tokens - t == 1)
-        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, coded, 1);
+        add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, code, 1);
 }
 
 /* A plane's panels `first` .. `last` for the rows of one strip. */
@@ -360,7 +366,7 @@ typedef struct {
     const uint8_t *bits; /* of the plane */
     int64_t plane;
     int32_t first, last;
-    int coded;
+    int64_t code;
 } part_t;
 
 static void add_part(float *y, veci *before, const part_t *part, const layer_t *layer, const float *tables,
@@ -387,7 +393,7 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
             transpose_line(own, bits, cut->row_bytes, LINE_BITS / 8, STRIP);
         else
             transpose_line(own, bits, cut->row_bytes, panel->bytes, (valid < STRIP ? valid : STRIP) - 1);
-        if (part->coded) {
+        if (part->code) {
             memcpy(words, before, GROUPS * sizeof *words);
             memcpy(before, words + LINE_WORDS * GROUPS, GROUPS * sizeof *words);
         }
@@ -397,12 +403,15 @@ static void add_part(float *y, veci *before, const part_t *part, const layer_t *
             prefetch((const char *)layer->row_scale + (scales * layer->rows + next) * scale_bytes, ahead * scale_bytes);
             vecf scale[GROUPS];
             decode_scales(scale, layer, scales, row, valid);
-            if (part->coded) {
+            const uint8_t *asked = spread ? stretch : NULL;
+            if (part->code)
                 UNROLL for (int g = 0; g < GROUPS; g++) scale[g] *= 0.5f;
-                add_integers(y, own, cut, piece, tables, scale, spread ? stretch : NULL, tokens, 1);
-            } else {
-                add_integers(y, own, cut, piece, tables, scale, spread ? stretch : NULL, tokens, 0);
-            }
+            if (part->code == TRELLIS16)
+                add_integers(y, own, cut, piece, tables, scale, asked, tokens, TRELLIS16);
+            else if (part->code == TRELLIS16X2)
+                add_integers(y, own, cut, piece, tables, scale, asked, tokens, TRELLIS16X2);
+            else
+                add_integers(y, own, cut, piece, tables, scale, asked, tokens, NO_CODE);
         }
     }
 }
@@ -422,7 +431,8 @@ static void multiply_integers(const plan_t *plan, const tile_t *tile, const floa
         const uint8_t *bits = i == RESIDUAL ? layer->residual_sign : layer->weight;
         for (int64_t p = 0; p < cut->planes; p++) {
             int64_t stored = i == RESIDUAL ? p : cut->first_plane + p;
-            part_t part = {cut, bits + stored * layer->rows * cut->row_bytes, cut->first_plane + p, 0, 0, i == CODED};
+            int64_t code = i == CODED ? layer->coded : NO_CODE;
+            part_t part = {cut, bits + stored * layer->rows * cut->row_bytes, cut->first_plane + p, 0, 0, code};
             memset(before, 0, sizeof before);
             for (; part.first < cut->panel_count; part.first = part.last) {
                 int all = strips == 1 || cut->panel_count - part.first < panels;

@@ -11,12 +11,12 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from optimum_sab.core.code import NO_CODE, TRELLIS16
+from optimum_sab.core.code import NO_CODE, TRELLIS16, TRELLIS16X2
 from optimum_sab.errors import FormatError
 from optimum_sab.format.layout import TensorSpec, salient_per_block, tensor_specs
 from optimum_sab.ops.shape import LayerShape
 
-CODES = {NO_CODE: 0, TRELLIS16.name: 1}  # that C computes, all of core/code.py
+CODES = {NO_CODE: 0, TRELLIS16.name: 1, TRELLIS16X2.name: 2}  # that C computes, all of core/code.py
 
 
 class Layer(ctypes.Structure):
