@@ -24,9 +24,9 @@ WINDOW = 96  # columns of a window
 DESCENTS = 2  # for each of the settings' sweeps, at most
 PAYS = 0.004  # of the error: a step that takes off less is the last
 START_ITERATIONS = 4  # of the plain fit, whose salient columns and scales are the start
-# Scales to begin with, of those of plain planes (docs/benchmarks.md): the coded plane's alone, and of residual planes then;
-# beside a free plane, the coded plane's and the free one's, both of the first plain plane's, and of further base planes,
-# of the same, and residual planes.
+# Scales to begin with, as parts of those of plain planes (docs/benchmarks.md): of the coded plane alone, and of residual
+# planes then; of the coded plane beside a free one, of that one, both of the first plain plane's, and of residual planes
+# then; of further base planes, of their own.
 ALONE, RESIDUAL_ALONE = 0.9, 1.0
 BESIDE = {TRELLIS16.name: (0.7, 0.9, 0.9), TRELLIS16X2.name: (0.85, 0.7, 1.05)}  # coded, free, residual
 FURTHER = 0.25
@@ -85,9 +85,7 @@ def _begin(plain: WeightFit, settings: LayerSettings) -> WeightFit:
         scale = torch.cat([scale[:1] * ALONE, scale[1:] * RESIDUAL_ALONE])
     else:
         coded, free, residual = BESIDE[settings.code]
-        scale = torch.cat(
-            [scale[:1] * coded, scale[:1] * free, scale[1 : base - 1] * FURTHER, scale[base:] * residual]
-        )
+        scale = torch.cat([scale[:1] * coded, scale[:1] * free, scale[1 : base - 1] * FURTHER, scale[base:] * residual])
     signs = [torch.zeros_like(sign) for sign in plain.signs]
     stored = torch.zeros_like(plain.signs[0], dtype=torch.bool)
     scale = round_row_scale(scale, settings.row_scale)

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from optimum_sab.core.code import CODES, TRELLIS16, Code, find_code
+from optimum_sab.core.code import CODES, TRELLIS16, TRELLIS16X2, Code, find_code
 from optimum_sab.core.planes import BinaryPlanes
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
@@ -14,13 +14,17 @@ def parity(stored, row, column, tap):
     return sum(int(stored[row, column - k]) for k in range(column + 1) if tap >> k & 1) % 2
 
 
-def test_trellis16_means_for_ever_what_the_format_says():
+def test_codes_mean_for_ever_what_the_format_says():
     assert TRELLIS16.taps == (0b10011, 0b00100)
     assert (TRELLIS16.memory, TRELLIS16.states, TRELLIS16.parts) == (4, 16, (1.0, 0.5))
-    assert list(CODES) == ["trellis16"]
+    assert TRELLIS16X2.taps == (0b11001, 0b10111)
+    assert (TRELLIS16X2.memory, TRELLIS16X2.states, TRELLIS16X2.parts) == (4, 16, (1.0, 0.5))
+    assert list(CODES) == ["trellis16", "trellis16x2"]
 
 
-@pytest.mark.parametrize("code", [TRELLIS16, Code("other", (0b11, 0b1, 0b101))], ids=lambda code: code.name)
+@pytest.mark.parametrize(
+    "code", [TRELLIS16, TRELLIS16X2, Code("other", (0b11, 0b1, 0b101))], ids=lambda code: code.name
+)
 @pytest.mark.parametrize("width", [1, 3, 40])
 def test_derived_planes_are_parities_of_earlier_bits(code, width):
     stored = torch.rand(3, width, generator=torch.Generator().manual_seed(width)) < 0.5

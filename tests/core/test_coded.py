@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from optimum_sab.core.code import TRELLIS16
+from optimum_sab.core.code import CODES, code_for, find_code
 from optimum_sab.core.coded import _begin, _search_windows, coded_values
 from optimum_sab.core.columns import IN_TORCH
 from optimum_sab.core.factorization import damped, factor_hessian
@@ -26,7 +26,7 @@ def weight_of(rows, width):
 
 
 def coded(settings):
-    return settings.replace(code="trellis16")
+    return settings.replace(code=code_for(settings.base_planes).name)
 
 
 @pytest.mark.parametrize("settings", SETTINGS[:3], ids=["1+1", "1+0", "2+1"])
@@ -48,11 +48,11 @@ def test_searching_windows_never_raises_the_error_of_a_row(settings, first, corr
     hessian = damped(statistics.hessian, 0.1)
     pull = weight @ factored.hessian
     plain = _fit(weight, pull, factored, hessian.diagonal(), settings.replace(sweeps=0), IN_TORCH)
-    fit = _begin(plain, coded(settings))
+    fit, code = _begin(plain, coded(settings)), find_code(coded(settings).code)
     before = float("inf") * torch.ones(24)
     for _ in range(2):
-        _search_windows(fit, TRELLIS16, weight, hessian, first, search_bits)
-        assert torch.equal(fit.signs[0], coded_values(TRELLIS16, fit.stored))
+        _search_windows(fit, code, weight, hessian, first, search_bits)
+        assert torch.equal(fit.signs[0], coded_values(code, fit.stored))
         difference = weight - fit.dequantize()
         error = ((difference @ hessian) * difference).sum(1)
         assert bool((error <= before * (1 + 1e-5)).all())
@@ -61,6 +61,18 @@ def test_searching_windows_never_raises_the_error_of_a_row(settings, first, corr
     refit_rows(fit, pull, hessian)
     difference = weight - fit.dequantize()
     assert float(((difference @ hessian) * difference).sum()) < 1.01 * float(before.sum())  # scales are rounded
+
+
+@pytest.mark.parametrize(("base", "least"), [(1, 0.995), (2, 0.98)])
+def test_the_code_made_for_so_many_planes_loses_less_than_the_other(base, least, statistics_of):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(1500, 256, generator=generator)
+    inputs += inputs @ torch.randn(256, 256, generator=generator) * 0.02
+    weight, statistics = weight_of(64, 256), statistics_of(text=inputs)
+    settings = PLAIN.replace(base_planes=base, residual_planes=0)
+    errors = {code: solve(weight, statistics, settings.replace(code=code)).error for code in CODES}
+    own = errors.pop(code_for(base).name)
+    assert own < least * min(errors.values())
 
 
 def test_without_sweeps_one_search_and_no_refit_of_columns(correlated_inputs, statistics_of):

@@ -134,7 +134,14 @@ def test_table_arguments_are_the_tables():
     assert tuple(value & 0xFFFFFFFF for value in BYTE_TABLES) == TABLES
 
 
-CODES = [(0b10011, 0b00100), (0b1011, 0b1), (0b1, 0b110), (1 << 30 | 1, 1 << 30 | 2), (0b100, 0b11011)]
+CODES = [
+    (0b10011, 0b00100),
+    (0b11001, 0b10111),
+    (0b1011, 0b1),
+    (0b1, 0b110),
+    (1 << 30 | 1, 1 << 30 | 2),
+    (0b100, 0b11011),
+]
 
 
 def derived_bit(word, before, taps, column):

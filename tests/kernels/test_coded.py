@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from optimum_sab.core.code import code_for
 from sab_kernels import (
     Geometry,
     Launch,
@@ -42,7 +43,7 @@ def coded(random_layer):
         return random_layer(
             rows,
             columns,
-            code="trellis16",
+            code=code_for(base).name,
             base_planes=base,
             residual_planes=residual,
             block_size=block_size,

@@ -11,8 +11,12 @@ from optimum_sab.ops.reference import binary_linear
 
 PLANES = [(1, 0), (1, 1), (2, 1), (2, 2)]
 BLOCKS = [32, 64, 96, 128, 256]
-CODED_PLANES = [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]  # with a code, stored; what is computed has one more
-KINDS = [*itertools.product(PLANES, BLOCKS, ["none"]), *itertools.product(CODED_PLANES, [128, 512], ["trellis16"])]
+# Stored planes with a code; what is computed has one more.
+CODED = [
+    *(((1, 0), "trellis16"), ((1, 1), "trellis16"), ((2, 1), "trellis16")),
+    *(((1, 1), "trellis16x2"), ((2, 0), "trellis16x2"), ((2, 1), "trellis16x2"), ((3, 0), "trellis16x2")),
+]
+KINDS = [*itertools.product(PLANES, BLOCKS, ["none"]), *((p, size, code) for p, code in CODED for size in (128, 512))]
 WIDTHS = [1, 31, 40, 75, 128, 257, 300]
 TENSORS = ["weight", "residual_sign", "residual_index", "row_scale", "row_exponent", "col_scale"]
 TOKENS = [0, 1, 2, 3, 5, 8, 17, 64]
@@ -104,9 +108,7 @@ def test_linear_equals_the_reference(path, random_packed, monkeypatch, planes, b
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
-@pytest.mark.parametrize(
-    ("planes", "code"), [*((p, "none") for p in PLANES), *((p, "trellis16") for p in CODED_PLANES)]
-)
+@pytest.mark.parametrize(("planes", "code"), [*((p, "none") for p in PLANES), *CODED])
 def test_linear_of_dense_chunks_equals_the_reference(random_packed, monkeypatch, planes, code, tokens):
     take_route(monkeypatch, "dense")
     packed = random_packed(70, 300, base_planes=planes[0], residual_planes=planes[1], code=code)
@@ -241,7 +243,7 @@ def test_linear_of_bf16_is_the_same_for_any_number_of_threads(path, random_packe
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-WIDE = [*((p, s, "none") for p in PLANES for s in (32, 96, 128, 512)), *((p, 512, "trellis16") for p in CODED_PLANES)]
+WIDE = [*((p, s, "none") for p in PLANES for s in (32, 96, 128, 512)), *((p, 512, code) for p, code in CODED)]
 
 
 @pytest.mark.parametrize(("planes", "block_size", "code"), WIDE)
@@ -274,7 +276,7 @@ def test_linear_of_bf16_is_as_accurate_as_its_rounding(path, random_packed, monk
     assert error <= 1.05 * (exact.bfloat16().double() - exact).norm()
 
 
-@pytest.mark.parametrize(("code", "planes"), [("none", 1), ("none", 3), ("trellis16", 1)])
+@pytest.mark.parametrize(("code", "planes"), [("none", 1), ("none", 3), ("trellis16", 1), ("trellis16x2", 2)])
 @pytest.mark.parametrize("kind", ["even", "equal", "one", "eight"])
 def test_linear_of_bf16_keeps_its_bound(path, random_packed, monkeypatch, kind, code, planes):
     """Integers are off by at most half a unit, 2⁻¹⁶ of the largest sum |x₀| + … + |x₇| of neighbours in 256 columns."""
