@@ -24,9 +24,9 @@ WINDOW = 96  # columns of a window
 DESCENTS = 2  # for each of the settings' sweeps, at most
 PAYS = 0.004  # of the error: a step that takes off less is the last
 START_ITERATIONS = 4  # of the plain fit, whose salient columns and scales are the start
-# Scales to begin with, as parts of those of plain planes (docs/benchmarks.md): of the coded plane alone, and of residual
-# planes then; of the coded plane beside a free one, of that one, both of the first plain plane's, and of residual planes
-# then; of further base planes, of their own.
+# Scales to begin with, as parts of those of plain planes (docs/benchmarks.md): of the coded plane alone, and of the
+# residual planes then; of the coded plane beside a free one, of that one, both of the first plain plane's, and of the
+# residual planes then; of further base planes, of their own.
 ALONE, RESIDUAL_ALONE = 0.9, 1.0
 BESIDE = {TRELLIS16.name: (0.7, 0.9, 0.9), TRELLIS16X2.name: (0.85, 0.7, 1.05)}  # coded, free, residual
 FURTHER = 0.25
