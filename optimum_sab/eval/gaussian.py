@@ -1,4 +1,4 @@
-"""What codes are worth on a Gaussian source: `python -m optimum_sab.eval.gaussian --taps 11,4 19,4`."""
+"""What codes are worth on a Gaussian source: `python -m optimum_sab.eval.gaussian --taps 19,4 25,23 --free 1`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from optimum_sab.core.code import MOST_MEMORY, Code
 from optimum_sab.core.coded import coded_values
@@ -36,7 +37,8 @@ def read_code(taps: str) -> Code:
 def gaussian_loss(code: Code, free: int = 0, columns: int = 4096, seed: int = 0) -> float:
     """Share of a Gaussian's energy that is lost with ``1 + free`` stored bits.
 
-    Scales are fitted to what was found, and bits searched again, until both agree.
+    Scales are fitted to what was found, and bits searched again, until both agree. Beside free planes the coded one is
+    begun with as the smallest and as the largest, and the better end counts.
 
     Args:
         code: of the coded plane.
@@ -46,11 +48,15 @@ def gaussian_loss(code: Code, free: int = 0, columns: int = 4096, seed: int = 0)
     """
     source = torch.randn(32, columns, generator=torch.Generator().manual_seed(seed))
     largest = [2.0**-f for f in range(free)]
-    scale = torch.tensor([0.5 * largest[-1] if free else 0.8, *largest])
-    loss = 1.0
+    begun = [[0.5 * largest[-1], *largest], [0.8, *(0.6 * scale for scale in largest)]] if free else [[0.8]]
+    return min(_loss_from(torch.tensor(scale), code, free, source) for scale in begun)
+
+
+def _loss_from(scale: Tensor, code: Code, free: int, source: Tensor) -> float:
+    columns, loss = source.shape[1], 1.0
+    blocks = torch.zeros(columns, dtype=torch.int64)
     for _ in range(ROUNDS):
         row_scale = scale[:, None, None].expand(-1, 1, source.shape[0])
-        blocks = torch.zeros(columns, dtype=torch.int64)
         levels = Levels(row_scale, torch.ones(columns), blocks, blocks + free)
         bits = search_on_cpu(source, torch.eye(columns), levels, code)
         planes = [coded_values(code, (bits & 1).bool())]

@@ -14,6 +14,11 @@ def test_a_free_plane_on_top_loses_a_quarter_less_than_two_signs():
     assert gaussian_loss(read_code("19,4"), free=1, columns=512) == pytest.approx(0.090, abs=0.004)  # two signs 0.118
 
 
+def test_beside_a_free_plane_the_other_code_loses_less():
+    alone, beside = (gaussian_loss(read_code(taps), free=1, columns=1024) for taps in ("19,4", "25,23"))
+    assert beside < 0.98 * alone
+
+
 def test_a_line_for_each_code(capsys):
     assert main(["--taps", "5,2", "11,4", "--columns", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
