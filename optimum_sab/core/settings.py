@@ -39,8 +39,8 @@ class LayerSettings:
         propagation: α of the propagated target in [0, 1]; 0 aims every linear at its own dense weight. None lets
             cross-validation over the samples choose it for every linear.
         code: a trellis code (`optimum_sab.core.code`) that makes two planes of the first stored base plane, or "none":
-            "trellis16" for a base plane alone, "trellis16x2" for one beside others. The allocation takes the one for the
-            planes that it gives a linear; where all are as set, so is the code.
+            "trellis16" for a base plane alone, "trellis16x2" for one beside others. The allocation takes the one for
+            the planes that it gives a linear; where all are as set, so is the code.
             Needs ``refit``, column feedback, and blocks of a multiple of 128 columns.
 
     Raises:

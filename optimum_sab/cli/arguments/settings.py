@@ -45,7 +45,10 @@ SETTINGS = {
     "row_scale": Setting("storage of the row scales", choices=ROW_SCALE),
     "damping": Setting("share of the Hessian's mean diagonal added to it", "SHARE", float),
     "propagation": Setting("strength of the propagated target, 0 to 1; cross-validated if not given", "ALPHA", float),
-    "code": Setting("trellis code of the first base plane: four levels from one stored bit; x2 is for two base planes", choices=(NO_CODE, *CODES)),
+    "code": Setting(
+        "trellis code of the first base plane: four levels from one stored bit; x2 is for two base planes",
+        choices=(NO_CODE, *CODES),
+    ),
     "allocation": Setting("where planes go: by what errors cost there, or the same everywhere", choices=ALLOCATION),
     "target_bits": Setting("stored bits per weight at most, in the place of what the planes above take", "BITS", float),
     "calibration": Setting(
