@@ -25,16 +25,15 @@ from optimum_sab.errors import ConfigError, FormatError, SampleError, StreamErro
 from optimum_sab.hf import streaming
 from optimum_sab.nn import scratch, streamed
 from optimum_sab.nn.scratch import in_scratch
+from tests.hf.conftest import save_llama
 
 streams = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), reason="refused by name there")
 
 
 @pytest.fixture(scope="module")
-def sharded(llama_folder, tmp_path_factory):
-    """The Llama in several files, blocks torn apart by them."""
-    folder = tmp_path_factory.mktemp("sharded")
-    LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32).save_pretrained(folder, max_shard_size="700KB")
-    AutoTokenizer.from_pretrained(llama_folder).save_pretrained(folder)
+def sharded(tmp_path_factory):
+    """The Llama with three blocks, so that one has others on both sides, in several files that tear them apart."""
+    folder = save_llama(tmp_path_factory.mktemp("sharded"), blocks=3, max_shard_size="700KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return folder
 
