@@ -1,5 +1,7 @@
 """Random packed layers, and a cache of compiled kernels that ends with the session."""
 
+import os
+
 import pytest
 import torch
 
@@ -12,7 +14,8 @@ from optimum_sab.ops.cpu import columns, compiler
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernels")
+    workers = "PYTEST_XDIST_WORKER" in os.environ  # which share it: each library takes seconds
+    folder = tmp_path_factory.getbasetemp().parent / "kernels" if workers else tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTIMUM_SAB_CACHE", str(folder))
         for each in (columns, compiler):
