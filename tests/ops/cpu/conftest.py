@@ -1,6 +1,7 @@
 """Random packed layers, and a cache of compiled kernels that ends with the session."""
 
 import os
+from functools import lru_cache
 
 import pytest
 import torch
@@ -23,6 +24,13 @@ def kernel_cache(tmp_path_factory):
         yield folder
     for each in (columns, compiler):
         each._build.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def compiled(kernel_cache):
+    """``compiled(*flags)``: the `compiler.Build` of the linears with these. Each is asked for once: to find it in the cache
+    again, the compiler is asked for its version, in a process."""
+    return lru_cache(lambda *flags: compiler.compile_library(flags))
 
 
 @pytest.fixture(scope="session")

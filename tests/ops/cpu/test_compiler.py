@@ -79,7 +79,7 @@ done
 if [ -z "$out" ]; then exec {COMPILER} "$@"; fi
 kept="{folder}/$(echo "$flags" | tr -c 'a-zA-Z0-9=\n' _)"
 [ -e "$kept" ] || {COMPILER} "$@" || exit
-[ -e "$kept" ] || cp "$out" "$kept"
+[ -e "$kept" ] || {{ cp "$out" "$kept.$$" && mv "$kept.$$" "$kept"; }}
 cp "$kept" "$out"
 """
     )
@@ -293,7 +293,7 @@ def test_a_library_of_an_owner_who_is_not_trusted_is_not_found(tmp_path, monkeyp
 
 
 @needs_compiler
-def test_load_library_by_two_processes_at_once_works_in_both(warm, tmp_path):
+def test_load_library_by_two_processes_at_once_works_in_both(linears, warm, tmp_path):
     processes = [start(COMPUTE, tmp_path / "shared", warm / "python") for _ in range(2)]
     for process in processes:
         output, _ = process.communicate(timeout=120)

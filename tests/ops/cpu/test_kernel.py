@@ -33,10 +33,10 @@ PATHS = {
 
 
 @pytest.fixture(params=list(PATHS))
-def path(request, monkeypatch):
+def path(request, monkeypatch, compiled):
     """Each of the kernel's paths that this machine has."""
     number = min(list(PATHS).index(request.param), 2)
-    build = compiler.compile_library(PATHS[request.param])
+    build = compiled(*PATHS[request.param])
     if build.library is None or build.library.sab_path() != number:
         pytest.skip(f"no {request.param} here: {build.reason}")
     monkeypatch.setattr(kernel, "load_library", lambda: build.library)
