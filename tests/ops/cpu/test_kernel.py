@@ -6,7 +6,7 @@ import torch
 from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.ops.cpu import compiler, kernel, layer
+from optimum_sab.ops.cpu import kernel, layer
 from optimum_sab.ops.reference import binary_linear
 
 PLANES = [(1, 0), (1, 1), (2, 1), (2, 2)]
