@@ -32,7 +32,7 @@ if not only_distributes():
 
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
-gc.disable()  # what is imported and collected stays: a second of looking whether it is garbage, in each worker
+    gc.disable()  # until all is imported and collected: it stays, and looking for garbage in it takes a second
 
 
 # so that no worker is left alone with them at the end

@@ -28,8 +28,8 @@ def kernel_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compiled(kernel_cache):
-    """``compiled(*flags)``: the `compiler.Build` of the linears with these, asked for once: finding it in the cache takes
-    a process, in which the compiler says its version."""
+    """``compiled(*flags)``: the `compiler.Build` of the linears with these, asked for once: finding it in the cache
+    takes a process, in which the compiler says its version."""
     return lru_cache(lambda *flags: compiler.compile_library(flags))
 
 
