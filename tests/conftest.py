@@ -1,5 +1,6 @@
 """Shared by all tests: no network, and no surprises from the machine's thread count."""
 
+import gc
 import json
 import os
 import shutil
@@ -18,12 +19,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
-from tests.speed.interpreter import quicken
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+def only_distributes():
+    """Whether this process hands all tests to workers, which import torch while it need not."""
+    counts = [given for option, given in zip(sys.argv, sys.argv[1:]) if option in ("-n", "--numprocesses")]
+    return "PYTEST_XDIST_WORKER" not in os.environ and counts[-1:] not in ([], ["0"])
+
+
+if not only_distributes():
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+    gc.disable()  # until all is imported and collected: it stays, and looking for garbage in it takes a second
 
 
 # so that no worker is left alone with them at the end
@@ -35,6 +44,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
+    from tests.speed.interpreter import quicken
+
+    gc.freeze()
+    gc.enable()
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
         quicken()
 
@@ -126,6 +139,7 @@ def _without_rights():
 @pytest.fixture
 def quick_muon(monkeypatch):
     """Muon that computes in float32 what it computes in bfloat16, which many CPUs multiply tens of times slower."""
+    import torch
     from torch.optim import _muon
 
     real = _muon._zeropower_via_newtonschulz

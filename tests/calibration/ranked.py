@@ -36,11 +36,15 @@ class Outcome:
 
 
 class Server:
-    """Runs functions, one after the other."""
+    """Runs functions, one after the other.
 
-    def __init__(self):
+    Args:
+        python: the program, which may have everything imported already (`warm`).
+    """
+
+    def __init__(self, python):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.calibration.ranked"],
+            [python, "-m", "tests.calibration.ranked"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_THREAD_LIMIT": "1"},
@@ -118,8 +122,11 @@ def gathered(size, request, folder):
 def serve():
     import tempfile
 
+    import torch
+
     import tests.calibration.rank_work  # noqa: F401
 
+    torch.set_num_threads(1)  # nothing is computed here, so those that are forked begin with no thread, and with one
     folder = Path(tempfile.mkdtemp())
     answers = os.fdopen(os.dup(1), "wb")
     while True:

@@ -25,8 +25,8 @@ fused = pytest.mark.skipif(Version(transformers.__version__) < Version("5"), rea
 
 
 @pytest.fixture(scope="module")
-def server():
-    found = Server()
+def server(warm):
+    found = Server(warm / "python")
     yield found
     found.close()
 

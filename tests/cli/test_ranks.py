@@ -20,8 +20,8 @@ QUICK = (
 
 
 @pytest.fixture(scope="module")
-def server():
-    found = Server()
+def server(warm):
+    found = Server(warm / "python")
     yield found
     found.close()
 

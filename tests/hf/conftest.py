@@ -50,20 +50,23 @@ def quicker_config(quick_config):
 
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory):
-    """An untied Llama of three blocks with odd sizes (in_features is no multiple of the block), and a tokenizer."""
-    folder = tmp_path_factory.mktemp("llama")
+    """An untied Llama of two blocks with odd sizes (in_features is no multiple of the block), and a tokenizer."""
+    return save_llama(tmp_path_factory.mktemp("llama"), blocks=2)
+
+
+def save_llama(folder, blocks, **sharding):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=1024,
         hidden_size=144,
         intermediate_size=200,
-        num_hidden_layers=3,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=2,
         attention_bias=True,
         tie_word_embeddings=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(config).save_pretrained(folder, **sharding)
     AutoTokenizer.from_pretrained(checkpoint_path()).save_pretrained(folder)
     return folder
 

@@ -1,11 +1,14 @@
 """What a configuration is refused for before the work, and what the work leaves of it."""
 
+import copy
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from optimum_sab import AutoModelForVision2Seq
+from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stages import allocation, memory
 from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError
@@ -33,19 +36,39 @@ def planes(model):
 # -- the caller's configuration ----------------------------------------------------------------------------------------
 
 
-def test_the_configuration_that_was_given_stays_as_it_was(llama_folder, quick_config, texts):
-    config = quick_config(calibration=texts, block_size=64, target_bits=1.9)
+@dataclass
+class Finished:
+    """A run that chose planes and kept its blocks.
+
+    Attributes:
+        config: that was given.
+        before: what it was before the run.
+    """
+
+    model: nn.Module
+    config: SABConfig
+    before: dict
+
+
+@pytest.fixture(scope="module")
+def finished(llama_folder, quick_config, texts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept") / "run"
+    config = quick_config(calibration=texts, block_size=64, target_bits=1.9, resume_folder=folder)
     before = config.to_dict()
     model = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
-    assert config.to_dict() == before
+    return Finished(model, config, before)
+
+
+def test_the_configuration_that_was_given_stays_as_it_was(finished, texts):
+    config = finished.config
+    assert config.to_dict() == finished.before
     assert config.calibration is texts
-    assert model.config.quantization_config is not config
-    assert model.config.quantization_config.measured["target_bits"] == 1.9
+    assert finished.model.config.quantization_config is not config
+    assert finished.model.config.quantization_config.measured["target_bits"] == 1.9
 
 
-def test_a_run_is_repeated_and_resumed_with_the_same_configuration(llama_folder, quick_config, texts, tmp_path):
-    config = quick_config(calibration=texts, block_size=64, resume_folder=tmp_path / "run")
-    first = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+def test_a_run_is_repeated_and_resumed_with_the_same_configuration(finished, llama_folder):
+    first, config = finished.model, finished.config
     again = LlamaForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
     assert planes(first) == planes(again)
     assert len({(s.base_planes, s.salient_fraction) for s in planes(again).values()}) > 1
@@ -53,17 +76,15 @@ def test_a_run_is_repeated_and_resumed_with_the_same_configuration(llama_folder,
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
 
 
-def test_a_resume_folder_of_another_choice_is_refused(llama_folder, quick_config, texts, tmp_path):
+def test_a_resume_folder_of_another_choice_is_refused(finished, llama_folder):
     """A rule that pins planes to what they are changes no layer's settings, but what is left to choose."""
-    settings = {"calibration": texts, "block_size": 64, "resume_folder": tmp_path / "run"}
-    AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=quick_config(**settings))
-    config = quick_config(**settings)
+    config = copy.copy(finished.config)
     config.dynamic = {"down_proj": {"base_planes": config.base_planes, "residual_planes": config.residual_planes}}
     with pytest.raises(
         CalibrationError,
         match=r"another run: free_linears\.model\.layers\.0\.mlp\.down_proj is True there and None now",
     ):
-        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
+        AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
 
 
 def test_memory_is_looked_at_before_the_allocation(llama_folder, quick_config, texts, monkeypatch):

@@ -75,22 +75,29 @@ def test_weights_are_those_of_the_documented_formula(coded):
     torch.testing.assert_close(packed.dequantize()[:, plain], (dense * packed.column_scale())[:, plain])
 
 
-def test_as_many_bits_as_plain_planes_at_most(coded, llama_folder, quicker_config, texts):
+@pytest.fixture(scope="module")
+def plain(llama_folder, tmp_path_factory, quicker_config, texts):
+    """The Llama with planes as they always were: (model, folder)."""
+    folder = tmp_path_factory.mktemp("llama-plain")
     config = quicker_config(calibration=texts, block_size=128)
-    plain = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
-    sizes = [sum(sum(m.stored_bytes.values()) for m in packed_linears(model).values()) for model in (coded[0], plain)]
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_as_many_bits_as_plain_planes_at_most(coded, plain):
+    models = (coded[0], plain[0])
+    sizes = [sum(sum(m.stored_bytes.values()) for m in packed_linears(model).values()) for model in models]
     assert sizes[0] <= sizes[1]
 
 
-def test_a_plain_model_says_nothing_of_codes(llama_folder, quicker_config, texts, tmp_path):
+def test_a_plain_model_says_nothing_of_codes(plain):
     """Version 1 stays what readers of version 1 know."""
-    config = quicker_config(calibration=texts, block_size=128)
-    model = AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
-    model.save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    folder = plain[1]
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
     assert stored["format_version"] == 1
     assert "code" not in json.dumps(stored)
-    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
         assert "code" not in file.metadata()["sab_layers"]
 
 
@@ -111,10 +118,8 @@ def test_a_changed_configuration_is_refused(coded, tmp_path, edit, error, named)
         AutoModelForCausalLM.from_pretrained(changed(coded[1], tmp_path, edit))
 
 
-def test_a_plain_file_that_is_called_coded_is_refused(llama_folder, quicker_config, texts, tmp_path):
-    config = quicker_config(calibration=texts, block_size=128)
-    AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config).save_pretrained(tmp_path / "plain")
-    folder = changed(tmp_path / "plain", tmp_path, lambda c: c.update(code="trellis16", format_version=2))
+def test_a_plain_file_that_is_called_coded_is_refused(plain, tmp_path):
+    folder = changed(plain[1], tmp_path, lambda c: c.update(code="trellis16", format_version=2))
     with pytest.raises(FormatError, match="was saved with code='none'"):
         AutoModelForCausalLM.from_pretrained(folder)
 

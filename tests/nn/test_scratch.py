@@ -5,7 +5,6 @@ import gc
 import os
 import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -66,14 +65,14 @@ def test_what_is_there_already_is_not_moved_again(tmp_path):
 
 
 @tells
-def test_what_is_put_into_a_file_is_no_longer_in_memory_of_the_process_s_own(tmp_path):
+def test_what_is_put_into_a_file_is_no_longer_in_memory_of_the_process_s_own(warm, tmp_path):
     """In a process of its own: what others have left behind in the allocator may be used again meanwhile."""
     program = (
         "import sys, torch\nfrom tests.nn.test_scratch import LARGE, Scratch, resident\n"
         "files, tensor = Scratch(sys.argv[1]), torch.rand(LARGE)\nown = resident('RssAnon')\n"
         "files.put([tensor])\nprint(own - resident('RssAnon'))"
     )
-    found = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
+    found = subprocess.run([warm / "python", "-c", program, str(tmp_path)], capture_output=True, text=True, check=True)
     assert int(found.stdout) > 3 * LARGE
 
 

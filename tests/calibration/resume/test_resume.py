@@ -34,6 +34,10 @@ class Crash(Exception):
 
 @pytest.fixture
 def llama(build):
+    return _llama(build)
+
+
+def _llama(build):
     subject = build("llama")
     generator = torch.Generator().manual_seed(5)
     subject.samples = [{"input_ids": torch.randint(2, 60, (1, n), generator=generator)} for n in (12,) * 9 + (7, 9)]
@@ -57,6 +61,19 @@ def same(one, other):
     )
 
 
+@pytest.fixture(scope="module")
+def undisturbed(build):
+    """``undisturbed(refine)``: (model, report) of a run of the Llama that nothing ended, to be left as it is."""
+    made = {}
+
+    def run(refine=None):
+        if refine not in made:
+            made[refine] = quantize(_llama(build), refine=refine)
+        return made[refine]
+
+    return run
+
+
 class CrashAt(Silent):
     def __init__(self, index):
         self.index = index
@@ -77,8 +94,8 @@ def solved(monkeypatch):
 
 @pytest.mark.compat
 @pytest.mark.parametrize("refine", [None, REFINE], ids=["solved", "refined"])
-def test_resumed_run_ends_with_the_same_bits(llama, tmp_path, solved, refine):
-    whole, report = quantize(llama, refine=refine)
+def test_resumed_run_ends_with_the_same_bits(llama, undisturbed, tmp_path, solved, refine):
+    whole, report = undisturbed(refine)
     with pytest.raises(Crash):
         quantize(llama, tmp_path / "run", refine, progress=CrashAt(0))
     solved.clear()
@@ -91,8 +108,8 @@ def test_resumed_run_ends_with_the_same_bits(llama, tmp_path, solved, refine):
     assert again.tuning == report.tuning
 
 
-def test_folder_does_not_change_the_result(llama, tmp_path):
-    assert same(quantize(llama)[0], quantize(llama, tmp_path)[0])
+def test_folder_does_not_change_the_result(llama, undisturbed, tmp_path):
+    assert same(undisturbed()[0], quantize(llama, tmp_path)[0])
 
 
 def test_every_family_can_be_resumed(subject, tmp_path):
@@ -111,8 +128,8 @@ def test_finished_run_is_replayed_without_solving(llama, tmp_path, solved):
 
 
 @pytest.mark.parametrize("stop", [3, 5])
-def test_interrupted_tuning_goes_on_to_the_same_bits(llama, tmp_path, monkeypatch, stop):
-    whole, report = quantize(llama, refine=REFINE)
+def test_interrupted_tuning_goes_on_to_the_same_bits(llama, undisturbed, tmp_path, monkeypatch, stop):
+    whole, report = undisturbed(REFINE)
     monkeypatch.setattr(tuning, "SAVE_EVERY", 2)
     original, steps = tuning._gradients, []
 
@@ -166,14 +183,14 @@ def test_folder_with_other_files_is_refused(llama, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_damaged_block_file_is_named(llama, tmp_path):
+def test_damaged_block_file_is_named(llama, undisturbed, tmp_path):
     quantize(llama, tmp_path)
     path = tmp_path / "block-00000.safetensors"
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CalibrationError, match=r"block-00000\.safetensors cannot be used.*delete it"):
         quantize(llama, tmp_path)
     path.unlink()
-    assert same(quantize(llama, tmp_path)[0], quantize(llama)[0])
+    assert same(quantize(llama, tmp_path)[0], undisturbed()[0])
 
 
 def changed_file(path, change):
@@ -196,13 +213,13 @@ def another_error(tensors, metadata):
 
 
 @pytest.mark.parametrize("change", [flipped_sign, another_error])
-def test_block_file_whose_content_has_changed_is_refused(llama, tmp_path, change):
+def test_block_file_whose_content_has_changed_is_refused(llama, undisturbed, tmp_path, change):
     quantize(llama, tmp_path)
     changed_file(tmp_path / "block-00001.safetensors", change)
     with pytest.raises(CalibrationError, match=r"block-00001\.safetensors cannot be used .*damaged.*delete it"):
         quantize(llama, tmp_path)
     (tmp_path / "block-00001.safetensors").unlink()
-    assert same(quantize(llama, tmp_path)[0], quantize(llama)[0])
+    assert same(quantize(llama, tmp_path)[0], undisturbed()[0])
 
 
 def test_block_files_of_another_block_or_run_are_refused(llama, tmp_path):

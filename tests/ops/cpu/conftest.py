@@ -1,5 +1,8 @@
 """Random packed layers, and a cache of compiled kernels that ends with the session."""
 
+import os
+from functools import lru_cache
+
 import pytest
 import torch
 
@@ -12,7 +15,8 @@ from optimum_sab.ops.cpu import columns, compiler
 
 @pytest.fixture(scope="session", autouse=True)
 def kernel_cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("kernels")
+    workers = "PYTEST_XDIST_WORKER" in os.environ  # which share it: each library takes seconds
+    folder = tmp_path_factory.getbasetemp().parent / "kernels" if workers else tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OPTIMUM_SAB_CACHE", str(folder))
         for each in (columns, compiler):
@@ -20,6 +24,13 @@ def kernel_cache(tmp_path_factory):
         yield folder
     for each in (columns, compiler):
         each._build.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def compiled(kernel_cache):
+    """``compiled(*flags)``: the `compiler.Build` of the linears with these, asked for once: finding it in the cache
+    takes a process, in which the compiler says its version."""
+    return lru_cache(lambda *flags: compiler.compile_library(flags))
 
 
 @pytest.fixture(scope="session")

@@ -21,10 +21,10 @@ every_code = pytest.mark.parametrize("code", ["none", "trellis16"])
 
 
 @pytest.fixture(params=["portable", "avx2", "avx512"])
-def path(request, monkeypatch):
+def path(request, monkeypatch, compiled):
     """Each of the kernel's paths that this machine has."""
     number = ["portable", "avx2", "avx512"].index(request.param)
-    build = compiler.compile_library((f"-DSAB_PATH={number}",))
+    build = compiled(f"-DSAB_PATH={number}")
     if build.library is None or build.library.sab_path() != number:
         pytest.skip(f"no {request.param} here: {build.reason}")
     for module in (kernel, experts):

@@ -6,7 +6,7 @@ import torch
 from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.errors import ConfigError, FormatError
 from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.ops.cpu import compiler, kernel, layer
+from optimum_sab.ops.cpu import kernel, layer
 from optimum_sab.ops.reference import binary_linear
 
 PLANES = [(1, 0), (1, 1), (2, 1), (2, 2)]
@@ -37,10 +37,10 @@ PATHS = {
 
 
 @pytest.fixture(params=list(PATHS))
-def path(request, monkeypatch):
+def path(request, monkeypatch, compiled):
     """Each of the kernel's paths that this machine has."""
     number = min(list(PATHS).index(request.param), 2)
-    build = compiler.compile_library(PATHS[request.param])
+    build = compiled(*PATHS[request.param])
     if build.library is None or build.library.sab_path() != number:
         pytest.skip(f"no {request.param} here: {build.reason}")
     monkeypatch.setattr(kernel, "load_library", lambda: build.library)

@@ -61,14 +61,15 @@ def random_inputs(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def start(code, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-c", LAYER + code, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        bufsize=1,
-    )
+@pytest.fixture
+def start(warm):
+    """``start(code, *arguments)``: a process with the layer, which has computed nothing before."""
+
+    def begin(code, *arguments):
+        command = [warm / "python", "-c", LAYER + code, *arguments]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+
+    return begin
 
 
 def finish(process, seconds=60):
@@ -131,7 +132,7 @@ def test_callers_at_the_same_time_do_not_disturb_each_other(random_packed, threa
 
 
 @linux
-def test_helpers_are_fewer_than_cores_and_take_no_signals():
+def test_helpers_are_fewer_than_cores_and_take_no_signals(start):
     code = """
 torch.set_num_threads(1000)
 before = tasks()
@@ -144,7 +145,7 @@ for helper in tasks() - before:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes are forked here")
-def test_forked_processes_compute():
+def test_forked_processes_compute(start):
     """They have none of the threads that their parent used; nor have those that are forked from them."""
     code = """
 from torch.utils.data import DataLoader, Dataset
@@ -223,7 +224,7 @@ def answers(process, seconds):
 
 @linux
 @several_cores
-def test_a_helper_without_a_core_is_not_waited_for():
+def test_a_helper_without_a_core_is_not_waited_for(start):
     process = start(WITH_A_HELPER, str(OWN), str(OWN))
     (helper,) = map(int, process.stdout.readline().split())
     with Stopped(helper):
@@ -236,7 +237,7 @@ def test_a_helper_without_a_core_is_not_waited_for():
 
 @linux
 @several_cores
-def test_own_threads_help_after_openmp_s_have_waited():
+def test_own_threads_help_after_openmp_s_have_waited(start):
     """Its barrier waits for a thread that is stopped for a while, once."""
     if not compiler.load_library().sab_openmp():
         pytest.skip("compiled without OpenMP")
