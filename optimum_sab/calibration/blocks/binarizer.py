@@ -29,6 +29,7 @@ from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.passes import calibration_pass
 from optimum_sab.calibration.streams.arrival import Arrival
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival
+from optimum_sab.calibration.streams.memory import give_back_heap
 from optimum_sab.calibration.streams.passage import BlockPassage
 from optimum_sab.calibration.streams.targets import DecoderTargets
 from optimum_sab.core.hessian import InputStatistics
@@ -73,6 +74,7 @@ class BlockBinarizer:
 
     def solve(self, names: tuple[str, ...], arrivals: Sequence[Arrival]) -> Mapping[str, Tensor]:
         device = self._device or self._linears[names[0]].weight.device
+        give_back_heap(self._linears[names[0]].in_features, device)
         settings = [self._settings[name] for name in names]
         group = self._gathering.inputs(arrivals)
         first, owner = not self._block.packed, self._owner(names)

@@ -1,4 +1,6 @@
+import ctypes
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -68,3 +70,33 @@ def test_too_little_memory_is_warned_of_with_the_remedy(build, monkeypatch, two_
     assert said[:2] == [[], []]
     for part in (f"{tokens} tokens", "GiB", str(device or CPU), "calibration_samples", "max_pixels"):
         assert part in said[2][0]
+
+
+def test_freed_memory_is_given_back_before_a_wide_linear_is_solved_on_the_cpu(monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: asked.append)
+    memory.give_back_heap(memory.WIDE, CPU)
+    assert asked == [0]
+    memory.give_back_heap(memory.WIDE - 1, CPU)
+    memory.give_back_heap(memory.WIDE, torch.device("cuda"))
+    assert asked == [0]
+
+
+def own_memory():
+    """Bytes of the process that no file stands behind."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["RssAnon"].split()[0]) * 1024
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="another C library than glibc")
+def test_what_lies_between_pieces_in_use_is_given_back():
+    pieces, kept = [torch.ones(7 * 2**20)], []
+    pieces.clear()  # 28 MB: from now on pieces up to that come from the heap
+    for _ in range(40):
+        pieces.append(torch.ones(2**20))
+        kept.append(torch.ones(2**15))
+    pieces.clear()
+    before = own_memory()
+    memory.give_back_heap(memory.WIDE, CPU)
+    assert own_memory() < before - 50e6
+    assert len(kept) == 40
