@@ -72,9 +72,9 @@ FAULTS = (
     ),
     Fault(
         "the error of a block not fed back to later blocks",
-        "optimum_sab/core/solver.py",
-        "rest[:, end:] -= errors @ U[start:end, end:]",
-        "rest[:, end:] -= 0.0 * errors @ U[start:end, end:]",
+        "optimum_sab/core/fitting.py",
+        "rest[..., end:] -= errors @ U[..., start:end, end:]",
+        "rest[..., end:] -= 0.0 * errors @ U[..., start:end, end:]",
         ("tests/core/test_solver.py",),
     ),
     Fault(
