@@ -232,7 +232,7 @@ class WeightFit:
             base_sign=torch.stack(stored),
             residual_sign=torch.stack([s[:, columns] > 0 for s in residual]) if residual else no_residual,
             residual_index=columns,
-            row_scale=self.row_scale,
+            row_scale=self.row_scale.contiguous(),
             column_scale=self.column_scale,
             block_size=self.settings.block_size,
             code=self.settings.code,

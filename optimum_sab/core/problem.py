@@ -50,6 +50,11 @@ class Problem:
         return self._each(lambda tensor: tensor[index])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        pull = None if self.pull is None else change(self.pull)
-        rest = self.target, self.hessian, self.inverse_factor, self.dead, self.error_weight
-        return Problem(*map(change, rest), pull)
+        return Problem(
+            change(self.target),
+            change(self.hessian),
+            change(self.inverse_factor),
+            change(self.dead),
+            change(self.error_weight),
+            None if self.pull is None else change(self.pull),
+        )

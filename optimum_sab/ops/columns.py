@@ -60,14 +60,14 @@ def _sweep(block: SweptBlock) -> None:
     fit, (start, end) = block.fit, block.bounds
     base = fit.settings.base_planes
     picker = LevelPicker(fit.row_scale[:, block.index], base)
-    levels = _levels(picker, fit.column_scale[start:end], fit.salient[start:end])
-    signs = tuple(sign[:, start:end] for sign in fit.signs)
-    local = _rows_contiguous(block.hessian[start:end, start:end])
-    fallen = descend(block.gradient, block.value[:, start:end], signs, levels, local, base)
-    block.error[:, start:end] += fallen
+    levels = _levels(picker, fit.column_scale[..., start:end], fit.salient[..., start:end])
+    signs = tuple(sign[..., start:end] for sign in fit.signs)
+    local = _rows_contiguous(block.hessian[..., start:end, start:end])
+    fallen = descend(block.gradient, block.value[..., start:end], signs, levels, local, base)
+    block.error[..., start:end] += fallen
 
 
-IN_TRITON = replace(IN_TORCH, feedback=_feedback, sweep=_sweep)
+IN_TRITON = replace(IN_TORCH, feedback=_feedback, sweep=_sweep, stacks=True)
 """On what Triton compiles for, and under its interpreter."""
 
 
@@ -85,7 +85,7 @@ def _levels(picker: LevelPicker, column_scale: Tensor, salient: Tensor) -> Level
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def disagreement(device: torch.device) -> str | None:
