@@ -17,6 +17,7 @@ from optimum_sab.bench.environment import Environment, describe_environment
 from optimum_sab.bench.parts import forget_peak, peak_memory
 from optimum_sab.bench.shapes import ExpertsShape
 from optimum_sab.bench.verification import WrongResultError
+from optimum_sab.calibration.streams.memory import solving_room
 from optimum_sab.core.columns import ColumnLoops
 from optimum_sab.core.hessian import InputMoments, InputStatistics
 from optimum_sab.core.many import solve_many
@@ -175,7 +176,8 @@ class RandomExperts:
     def together(self, conditions: Conditions, loops: ColumnLoops) -> list[Solution]:
         """All of them as a block's are."""
         names = [f"experts.{expert}" for expert in range(len(self.weights))]
-        return solve_many(self.weights, self.statistics, conditions.settings, names, loops)
+        room = solving_room(conditions.device)
+        return solve_many(self.weights, self.statistics, conditions.settings, names, loops, room)
 
 
 def random_experts(matrix: _Matrix, experts: int, tokens: int, conditions: Conditions) -> RandomExperts:

@@ -48,6 +48,11 @@ def free_memory(device: torch.device) -> int | None:
     return int(psutil.virtual_memory().available)
 
 
+def solving_room(device: torch.device) -> int | None:
+    """Bytes that solving many weights at once may take on an accelerator; None on a CPU, where each has a thread."""
+    return None if device.type == "cpu" else free_memory(device)
+
+
 def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
     """About what the activations of all samples take, in bytes.
 
