@@ -52,15 +52,19 @@ def columns_where(mask: Bool[Tensor, "... width"]) -> Int[Tensor, "... count"]:
 
 def take_columns(values: Float[Tensor, "... rows width"], columns: Tensor | slice) -> Float[Tensor, "... rows count"]:
     """Some columns, of every weight its own [..., count]."""
-    if isinstance(columns, slice) or columns.ndim == 1:
+    if isinstance(columns, slice):
         return values[..., columns]
+    if columns.ndim == 1:
+        return values.index_select(-1, columns)
     return values.gather(-1, columns[..., None, :].expand(*values.shape[:-1], -1))
 
 
 def take_rows(values: Float[Tensor, "... rows width"], rows: Tensor | slice) -> Float[Tensor, "... count width"]:
     """Some rows, of every weight its own [..., count]."""
-    if isinstance(rows, slice) or rows.ndim == 1:
+    if isinstance(rows, slice):
         return values[..., rows, :]
+    if rows.ndim == 1:
+        return values.index_select(-2, rows)
     return values.gather(-2, rows[..., None].expand(*rows.shape, values.shape[-1]))
 
 

@@ -95,7 +95,8 @@ def test_what_the_two_ways_found_is_compared():
 
 
 def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
-    def wrong(weights, statistics, settings, names, loops):
+    def wrong(weights, statistics, settings, names, loops, room):
+        assert room is None  # on a CPU
         return [solve(w, s, settings.replace(base_planes=2), loops=loops) for w, s in zip(weights, statistics)]
 
     monkeypatch.setattr("optimum_sab.bench.solving.solve_many", wrong)
