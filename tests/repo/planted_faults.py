@@ -456,6 +456,20 @@ FAULTS = (
         ("tests/kernels/test_columns.py",),
     ),
     Fault(
+        "salient columns of a stack's first weight for all in the loops over columns",
+        "kernels/torch-ext/sab_kernels/columns.py",
+        "salient_ptr = levels.salient + weight * width",
+        "salient_ptr = levels.salient",
+        ("tests/kernels/test_columns.py",),
+    ),
+    Fault(
+        "a later failure in a stack counts before an earlier one",
+        "optimum_sab/core/many.py",
+        "            failure = error  # those before it may fail yet, and would count\n            break",
+        "            raise error",
+        ("tests/core/test_many.py",),
+    ),
+    Fault(
         "a triangle's corner inverted with the wrong sign",
         "optimum_sab/core/factorization.py",
         "    B.neg_()\n",
