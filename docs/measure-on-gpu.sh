@@ -91,12 +91,12 @@ known() { # whether the benchmark of kernels knows an option or a shape
 gate7=18944x3584 down7=3584x18944 gate72=29568x8192 down72=8192x29568
 model7=qwen2.5-vl-7b model72=qwen2.5-vl-72b size7=7b size8=8b size32=32b block=7b-block
 quantized=(--samples 64 --length 2048 --dtype bfloat16)
-experts30=qwen3-30b-a3b experts235=qwen3-235b-a22b
+experts30=qwen3-30b-a3b experts235=qwen3-235b-a22b solved=(--experts 32)
 decode=(1 4 16 64) many=(256 1024 4096) repeats=20 new=64 prompt=512
 if [ -n "${SMALL:-}" ]; then
   gate7=256x128 down7=128x256 gate72=384x128 down72=128x384
   model7=256x256 model72=256x384 size7=tiny size8=tiny-qwen3 size32=tiny-qwen3 block=tiny
-  experts30=4x2x128x64 experts235=8x2x256x96
+  experts30=4x2x128x64 experts235=8x2x256x96 solved=(--experts 3 --tokens 64)
   quantized=(--samples 4 --length 32 --dtype bfloat16)
   decode=(1 4) many=(16) repeats=2 new=4 prompt=16
 fi
@@ -142,6 +142,7 @@ sab generate-7b 30 70 bench generate --size "$size7" "${generated[@]}"
 
 # Quantizing
 sab quantize-7b-block 45 150 bench quantize --size "$block" "${quantized[@]}" --json
+sab solve-experts 30 100 bench solve-experts --shapes "$experts30" "${solved[@]}" --json
 
 # The rest: all linears at many tokens, the paper's settings, steps without a graph, other tests, tuning
 sab many-7b 20 60 bench kernels --shapes "$model7" --tokens "${many[@]}" "${timed[@]}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from optimum_sab.core.code import TRELLIS16, TRELLIS16X2, Code, find_code
-from optimum_sab.core.factorization import FactoredHessian
 from optimum_sab.core.parts import part
 from optimum_sab.core.planes import WeightFit
+from optimum_sab.core.problem import Problem
 from optimum_sab.core.refit import refit_columns, refit_rows
 from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import LayerSettings
@@ -34,9 +34,7 @@ FURTHER = 0.25
 
 def coded_fit(
     plain: WeightFit,
-    target: Float[Tensor, "out in"],
-    pull: Float[Tensor, "out in"],
-    factored: FactoredHessian,
+    problem: Problem,
     settings: LayerSettings,
     search: Search,
 ) -> WeightFit:
@@ -47,28 +45,27 @@ def coded_fit(
 
     Args:
         plain: a fit of plain planes, row scales refitted.
-        target: T.
-        pull: ``T H``.
-        factored: damped H.
+        problem: of one weight.
         settings: with a code.
         search: `search_bits`, or what gives the same.
     """
     code = find_code(settings.code)
-    assert code is not None
+    target, pull, hessian = problem.target, problem.pull, problem.hessian
+    assert code is not None and pull is not None
     fit = _begin(plain, settings)
     best, least = fit, float("inf")
     for step in range(1 + DESCENTS * settings.sweeps):
         with part("descent" if step else "feedback"):
             if step:
-                _search_windows(fit, code, target, factored.hessian, WINDOW // 2 * (step % 2), search)
+                _search_windows(fit, code, target, hessian, WINDOW // 2 * (step % 2), search)
             else:
-                _put(fit, code, search(target, factored.inverse_factor, _levels(fit), code))
+                _put(fit, code, search(target, problem.inverse_factor, _levels(fit), code))
         with part("refit"):
             if step:
-                refit_columns(fit, pull, factored.hessian)
-            refit_rows(fit, pull, factored.hessian)
+                refit_columns(fit, pull, hessian)
+            refit_rows(fit, pull, hessian)
         with part("errors"):
-            error = float(_error(fit, target, factored.hessian))
+            error = float(_error(fit, target, hessian))
         if error < least:
             pays, best, least = error < (1.0 - PAYS) * least, _copy(fit), error
         else:

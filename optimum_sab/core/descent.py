@@ -16,34 +16,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SweptBlock:
-    """A block of columns while its signs descend.
+    """A block of columns while its signs descend, of one weight or of a stack of them.
 
     Attributes:
         fit: the weight's; ``fit.signs`` is changed in place.
         index: which of its blocks.
-        gradient: ``E H`` of these columns, [out, width], contiguous; may be overwritten.
-        value: Q, all columns, [out, in].
-        error: ``E = T − Q``, all columns, [out, in]; those of the block are brought up to date.
-        hessian: damped H [in, in].
+        gradient: ``E H`` of these columns, [..., out, width], contiguous; may be overwritten.
+        value: Q, all columns, [..., out, in].
+        error: ``E = T − Q``, all columns, [..., out, in]; those of the block are brought up to date.
+        hessian: damped H [..., in, in].
     """
 
     fit: WeightFit
     index: int
-    gradient: Float[Tensor, "out width"]
-    value: Float[Tensor, "out in"]
-    error: Float[Tensor, "out in"]
-    hessian: Float[Tensor, "in in"]
+    gradient: Float[Tensor, "... out width"]
+    value: Float[Tensor, "... out in"]
+    error: Float[Tensor, "... out in"]
+    hessian: Float[Tensor, "... in in"]
 
     @property
     def bounds(self) -> tuple[int, int]:
         """``[start, end)`` of its columns."""
-        return block_bounds(self.value.shape[1], self.fit.settings.block_size)[self.index]
+        return block_bounds(self.value.shape[-1], self.fit.settings.block_size)[self.index]
+
+    def of(self, weight: int) -> SweptBlock:
+        """The block of one weight of a stack; views."""
+        parts = (each[weight] for each in (self.gradient, self.value, self.error, self.hessian))
+        return SweptBlock(self.fit.of(weight), self.index, *parts)
 
 
 def descend_signs(
     fit: WeightFit,
-    target: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    target: Float[Tensor, "... out in"],
+    hessian: Float[Tensor, "... in in"],
     sweep: Callable[[SweptBlock], None] | None = None,
 ) -> None:
     """One sweep over the columns; each takes the level that minimises ``(t − q) H (t − q)ᵀ`` given all others.
@@ -53,20 +58,20 @@ def descend_signs(
     brought up to date between blocks by one product. ``fit.signs`` is changed in place.
 
     Args:
-        fit: planes, their signs chosen.
+        fit: planes, their signs chosen; of a stack of weights where ``sweep`` takes one.
         target: T.
         hessian: damped H.
         sweep: goes through one block; None for `sweep_block`.
     """
     value = fit.dequantize()
     error = target - value
-    for k, (start, end) in enumerate(block_bounds(target.shape[1], fit.settings.block_size)):
-        gradient = error @ hessian[:, start:end]
+    for k, (start, end) in enumerate(block_bounds(target.shape[-1], fit.settings.block_size)):
+        gradient = error @ hessian[..., start:end]
         (sweep or sweep_block)(SweptBlock(fit, k, gradient, value, error, hessian))
 
 
 def sweep_block(block: SweptBlock) -> None:
-    """Go through one block's columns."""
+    """Go through the columns of one weight's block."""
     fit, (start, end) = block.fit, block.bounds
     picker = LevelPicker(fit.row_scale[:, block.index], fit.settings.base_planes)
     gradient = block.gradient.T.contiguous()  # [width, out]

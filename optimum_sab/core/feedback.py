@@ -19,26 +19,26 @@ class LevelPicker:
     """Nearest level of one column at a time, for rows with levels ``c_j · Σ_p ±a_p``.
 
     Args:
-        row_scale: a [planes, out] of the block.
+        row_scale: a [planes, ..., out] of the block, of one weight or of a stack.
         base_planes: how many planes every column has.
 
     Attributes:
         combinations: by number of planes, their signs [2**p, p].
-        levels: by number of planes, ``Σ_p ±a_p`` [2**p, out].
+        levels: by number of planes, ``Σ_p ±a_p`` [..., 2**p, out].
     """
 
-    row_scale: Float[Tensor, "planes out"]
+    row_scale: Float[Tensor, "planes ... out"]
     base_planes: int
 
     def __post_init__(self) -> None:
         planes = self.row_scale.shape[0]
         self.combinations = {p: sign_combinations(p, self.row_scale.device) for p in {self.base_planes, planes}}
-        self.levels = {p: c @ self.row_scale[:p] for p, c in self.combinations.items()}  # [2**p, out]
+        self.levels = {p: c @ self.row_scale[:p].movedim(0, -2) for p, c in self.combinations.items()}
 
     def pick(
         self, column: Float[Tensor, " out"], column_scale: Tensor, salient: bool
     ) -> tuple[Float[Tensor, "active out"], Float[Tensor, " out"]]:
-        """Signs ±1 [active planes, out] and the value [out] nearest to ``column``."""
+        """Signs ±1 [active planes, out] and the value [out] nearest to ``column`` of one weight."""
         planes = self.row_scale.shape[0] if salient else self.base_planes
         if planes == 1:
             scale = self.row_scale[0] * column_scale
@@ -76,7 +76,7 @@ def column_feedback(
 
 
 def block_feedback(
-    weight: Float[Tensor, "out width"], fit: BlockFit, inverse_factor: Float[Tensor, "width width"]
-) -> Float[Tensor, "out width"]:
+    weight: Float[Tensor, "... out width"], fit: BlockFit, inverse_factor: Float[Tensor, "... width width"]
+) -> Float[Tensor, "... out width"]:
     """The lineage's rule (BiLLM, ARB-LLM): keep the fitted signs, scale the block's errors by U's diagonal only."""
-    return (weight - fit.dequantize()) / inverse_factor.diagonal()
+    return (weight - fit.dequantize()) / inverse_factor.diagonal(dim1=-2, dim2=-1)[..., None, :]

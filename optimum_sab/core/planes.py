@@ -36,13 +36,36 @@ def sign_into(place: Float[Tensor, "..."], values: Float[Tensor, "..."]) -> Floa
     return torch.ge(values, 0, out=place).mul_(2.0).sub_(1.0)
 
 
-def block_sums(values: Float[Tensor, "rows in"], block_size: int) -> Float[Tensor, "rows blocks"]:
+def block_sums(values: Float[Tensor, "... in"], block_size: int) -> Float[Tensor, "... blocks"]:
     """Sum over the columns of every block."""
-    blocks = len(block_bounds(values.shape[1], block_size))
-    missing = blocks * block_size - values.shape[1]
+    blocks = len(block_bounds(values.shape[-1], block_size))
+    missing = blocks * block_size - values.shape[-1]
     if missing:
         values = torch.nn.functional.pad(values, (0, missing))
-    return values.view(values.shape[0], blocks, block_size).sum(2)
+    return values.view(*values.shape[:-1], blocks, block_size).sum(-1)
+
+
+def columns_where(mask: Bool[Tensor, "... width"]) -> Int[Tensor, "... count"]:
+    """Which columns are marked, ascending; as many of every weight."""
+    return mask.nonzero()[:, -1].view(*mask.shape[:-1], -1)
+
+
+def take_columns(values: Float[Tensor, "... rows width"], columns: Tensor | slice) -> Float[Tensor, "... rows count"]:
+    """Some columns, of every weight its own [..., count]."""
+    if isinstance(columns, slice):
+        return values[..., columns]
+    if columns.ndim == 1:
+        return values.index_select(-1, columns)
+    return values.gather(-1, columns[..., None, :].expand(*values.shape[:-1], -1))
+
+
+def take_rows(values: Float[Tensor, "... rows width"], rows: Tensor | slice) -> Float[Tensor, "... count width"]:
+    """Some rows, of every weight its own [..., count]."""
+    if isinstance(rows, slice):
+        return values[..., rows, :]
+    if rows.ndim == 1:
+        return values.index_select(-2, rows)
+    return values.gather(-2, rows[..., None].expand(*rows.shape, values.shape[-1]))
 
 
 @dataclass(frozen=True)
@@ -123,71 +146,86 @@ class BinaryPlanes:
 
 @dataclass
 class BlockFit:
-    """Planes of one block while they are fitted.
+    """Planes of one block while they are fitted; of one weight, or of a stack whose dimension is where the dots are.
 
     Attributes:
-        row_scale: a [planes, out].
-        column_scale: c [width].
-        sign: B as ±1 fp32 [planes, out, width]; 0 where a residual plane has no column.
-        salient: bool [width].
+        row_scale: a [planes, ..., out].
+        column_scale: c [..., width].
+        sign: B as ±1 fp32 [planes, ..., out, width]; 0 where a residual plane has no column.
+        salient: bool [..., width].
     """
 
-    row_scale: Float[Tensor, "planes out"]
-    column_scale: Float[Tensor, " width"]
-    sign: Float[Tensor, "planes out width"]
-    salient: Bool[Tensor, " width"]
+    row_scale: Float[Tensor, "planes ... out"]
+    column_scale: Float[Tensor, "... width"]
+    sign: Float[Tensor, "planes ... out width"]
+    salient: Bool[Tensor, "... width"]
 
-    def dequantize(self) -> Float[Tensor, "out width"]:
-        return self.column_scale * (self.row_scale[:, :, None] * self.sign).sum(0)
+    def dequantize(self) -> Float[Tensor, "... out width"]:
+        return self.column_scale[..., None, :] * (self.row_scale[..., None] * self.sign).sum(0)
+
+    def of(self, index: int) -> BlockFit:
+        """One of a stack; views."""
+        return BlockFit(self.row_scale[:, index], self.column_scale[index], self.sign[:, index], self.salient[index])
 
 
 @dataclass
 class WeightFit:
-    """Planes of a whole weight while they are fitted.
+    """Planes of a whole weight while they are fitted, or of a stack of weights, as in `BlockFit`.
 
     Attributes:
-        signs: ±1 fp32 [out, in] of every plane, base planes first; 0 where a residual plane has no column. Of a coded
-            plane ``P_1 + P_2 / 2``.
-        salient: bool [in].
-        row_scale: a [planes, blocks, out].
-        column_scale: c [in].
+        signs: ±1 fp32 [..., out, in] of every plane, base planes first; 0 where a residual plane has no column. Of a
+            coded plane ``P_1 + P_2 / 2``.
+        salient: bool [..., in].
+        row_scale: a [planes, blocks, ..., out].
+        column_scale: c [..., in].
         settings: planes, block size and code.
-        stored: bits u of the coded plane, bool [out, in]; None without a code.
+        stored: bits u of the coded plane, bool [out, in], of one weight; None without a code.
     """
 
-    signs: list[Float[Tensor, "out in"]]
-    salient: Bool[Tensor, " in"]
-    row_scale: Float[Tensor, "planes blocks out"]
-    column_scale: Float[Tensor, " in"]
+    signs: list[Float[Tensor, "... out in"]]
+    salient: Bool[Tensor, "... in"]
+    row_scale: Float[Tensor, "planes blocks ... out"]
+    column_scale: Float[Tensor, "... in"]
     settings: LayerSettings
     stored: Bool[Tensor, "out in"] | None = None
 
     @classmethod
-    def empty(cls, like: Float[Tensor, "out in"], settings: LayerSettings) -> WeightFit:
-        """All zeros, of the shape, dtype and device of a weight."""
-        blocks = len(block_bounds(like.shape[1], settings.block_size))
+    def empty(cls, like: Float[Tensor, "... out in"], settings: LayerSettings) -> WeightFit:
+        """All zeros, of the shape, dtype and device of a weight or a stack."""
+        (*stack, out, width), planes = like.shape, settings.planes
         return cls(
-            [like.new_zeros(like.shape) for _ in range(settings.planes)],
-            like.new_zeros(like.shape[1], dtype=torch.bool),
-            like.new_zeros(settings.planes, blocks, like.shape[0]),
-            like.new_zeros(like.shape[1]),
+            [like.new_zeros(like.shape) for _ in range(planes)],
+            like.new_zeros(*stack, width, dtype=torch.bool),
+            like.new_zeros(planes, len(block_bounds(width, settings.block_size)), *stack, out),
+            like.new_zeros(*stack, width),
             settings,
         )
 
-    def values(self) -> Float[Tensor, "out in"]:
+    def of(self, index: int) -> WeightFit:
+        """One of a stack; views."""
+        return WeightFit(
+            [sign[index] for sign in self.signs],
+            self.salient[index],
+            self.row_scale[:, :, index],
+            self.column_scale[index],
+            self.settings,
+        )
+
+    def values(self) -> Float[Tensor, "... out in"]:
         """The weight they stand for, without column scales."""
         total = torch.zeros_like(self.signs[0])
-        width = total.shape[1]
+        width = total.shape[-1]
         for sign, scale in zip(self.signs, self.row_scale, strict=True):
-            total.addcmul_(sign, scale.T.repeat_interleave(self.settings.block_size, dim=1)[:, :width])
+            spread = scale.movedim(0, -1).repeat_interleave(self.settings.block_size, dim=-1)
+            total.addcmul_(sign, spread[..., :width])
         return total
 
-    def dequantize(self) -> Float[Tensor, "out in"]:
+    def dequantize(self) -> Float[Tensor, "... out in"]:
         """The weight they stand for."""
-        return self.column_scale * self.values()
+        return self.column_scale[..., None, :] * self.values()
 
     def planes(self) -> BinaryPlanes:
-        """What was found, as it is stored."""
+        """What was found of one weight, as it is stored."""
         stored = [sign > 0 for sign in self.signs[: self.settings.base_planes]]
         if self.stored is not None:
             stored[0] = self.stored
@@ -198,7 +236,7 @@ class WeightFit:
             base_sign=torch.stack(stored),
             residual_sign=torch.stack([s[:, columns] > 0 for s in residual]) if residual else no_residual,
             residual_index=columns,
-            row_scale=self.row_scale,
+            row_scale=self.row_scale.contiguous(),
             column_scale=self.column_scale,
             block_size=self.settings.block_size,
             code=self.settings.code,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 
 from optimum_sab.core.factorization import WIDE
-from optimum_sab.core.planes import WeightFit, block_bounds, block_sums
+from optimum_sab.core.planes import WeightFit, block_bounds, block_sums, columns_where, take_columns, take_rows
 from optimum_sab.core.row_scale import round_column_scale, round_row_scale
 
 if TYPE_CHECKING:
@@ -20,12 +21,12 @@ TILE = 2048  # columns of a product that are looked at while they are in the cac
 
 
 def refit_row_scale(
-    signs: list[Float[Tensor, "out in"]],
-    column_scale: Float[Tensor, " in"],
-    pull: Float[Tensor, "out in"],
-    hessian: Float[Tensor, "in in"],
+    signs: list[Float[Tensor, "... out in"]],
+    column_scale: Float[Tensor, "... in"],
+    pull: Float[Tensor, "... out in"],
+    hessian: Float[Tensor, "... in in"],
     block_size: int,
-) -> Float[Tensor, "planes blocks out"]:
+) -> Float[Tensor, "planes blocks ... out"]:
     """Minimise ``(t_i − Σ a v) H (t_i − Σ a v)ᵀ`` over all ``K = planes · blocks`` scales of row i together.
 
     ``v`` is a plane's signs times ``c`` inside one block and zero elsewhere. The basis [out, K, in] is never
@@ -34,28 +35,29 @@ def refit_row_scale(
     residual plane only the columns that it has.
 
     Args:
-        signs: one [out, in] per plane, entries ±1, 0 where a residual plane has no column.
-        column_scale: c [in].
-        pull: ``T H`` [out, in], T the weight to approximate; the same for every refit of a weight.
-        hessian: damped H [in, in].
+        signs: one [..., out, in] per plane, entries ±1, 0 where a residual plane has no column; of a stack of weights
+            where there are dots.
+        column_scale: c [..., in].
+        pull: ``T H`` [..., out, in], T the weight to approximate; the same for every refit of a weight.
+        hessian: damped H [..., in, in].
         block_size: columns per block.
     """
-    out, width = pull.shape
+    *stack, out, width = pull.shape
     planes, blocks = len(signs), len(block_bounds(width, block_size))
     K = planes * blocks
     columns = [_columns(sign, block_size) for sign in signs] if width >= WIDE else None
-    rows = max(1, min(out, GRAM_BYTES // (4 * (K * K + 6 * width))))
-    result = pull.new_empty(out, K)
+    rows = max(1, min(out, GRAM_BYTES // (4 * math.prod(stack) * (K * K + 6 * width))))  # at once, of every weight
+    result = pull.new_empty(*stack, out, K)
     for first in range(0, out, rows):
         part = slice(first, min(first + rows, out))
-        basis = [sign[part] * column_scale for sign in signs]
-        right = torch.cat([block_sums(each * pull[part], block_size) for each in basis], 1)
+        basis = [sign[..., part, :] * column_scale[..., None, :] for sign in signs]
+        right = torch.cat([block_sums(each * pull[..., part, :], block_size) for each in basis], -1)
         gram = _gram(basis, columns, hessian, block_size)
-        diagonal = gram.diagonal(dim1=1, dim2=2)
-        floor = diagonal.amax(1, keepdim=True) * 1e-8 + torch.finfo(gram.dtype).tiny
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        floor = diagonal.amax(-1, keepdim=True) * 1e-8 + torch.finfo(gram.dtype).tiny
         diagonal.add_(RIDGE * diagonal + floor)
-        result[part] = torch.linalg.solve(gram, right[:, :, None])[:, :, 0]
-    return result.view(out, planes, blocks).permute(1, 2, 0).contiguous()
+        result[..., part, :] = torch.linalg.solve(gram, right[..., None])[..., 0]
+    return result.view(*stack, out, planes, blocks).movedim((-2, -1), (0, 1)).contiguous()
 
 
 def refit_column_scale(
@@ -79,7 +81,7 @@ def refit_column_scale(
     return column_scale + torch.linalg.solve(gram, right)
 
 
-def refit_rows(fit: WeightFit, pull: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]) -> None:
+def refit_rows(fit: WeightFit, pull: Float[Tensor, "... out in"], hessian: Float[Tensor, "... in in"]) -> None:
     """Row scales of all planes by least squares under the full Hessian, as stored."""
     found = refit_row_scale(fit.signs, fit.column_scale, pull, hessian, fit.settings.block_size)
     fit.row_scale = round_row_scale(found, fit.settings.row_scale)
@@ -100,39 +102,39 @@ def refit_columns(fit: WeightFit, pull: Float[Tensor, "out in"], hessian: Float[
 
 
 def _columns(sign: Tensor, block_size: int) -> list[Tensor | slice]:
-    """Of every block, the columns that a plane has; all rows have the same."""
-    bounds = block_bounds(sign.shape[1], block_size)
-    present = sign[0] != 0
+    """Of every block, the columns that a plane has; all rows of a weight have the same."""
+    bounds = block_bounds(sign.shape[-1], block_size)
+    present = sign[..., 0, :] != 0
     if bool(present.all()):
         return [slice(start, end) for start, end in bounds]
-    return [start + present[start:end].nonzero()[:, 0] for start, end in bounds]
+    return [start + columns_where(present[..., start:end]) for start, end in bounds]
 
 
 def _gram(basis: list[Tensor], columns: list[list[Tensor | slice]] | None, hessian: Tensor, block_size: int) -> Tensor:
-    """Gram matrices ``v H vᵀ`` of every row, [rows, K, K].
+    """Gram matrices ``v H vᵀ`` of every row, [..., rows, K, K].
 
     Args:
-        basis: of every plane, signs times c [rows, in].
+        basis: of every plane, signs times c [..., rows, in].
         columns: of every plane and block, the columns it has; then one half is the other's mirror image. None computes
             all of it from all columns.
-        hessian: damped H [in, in].
+        hessian: damped H [..., in, in].
         block_size: columns per block.
     """
-    (rows, width), planes = basis[0].shape, len(basis)
+    (*rows, width), planes = basis[0].shape, len(basis)
     bounds = block_bounds(width, block_size)
-    gram = basis[0].new_empty(rows, planes, len(bounds), planes, len(bounds))
+    gram = basis[0].new_empty(*rows, planes, len(bounds), planes, len(bounds))
     tile = width if columns is None else block_size * max(1, TILE // block_size)
     for p in range(planes):
         for k, (start, stop) in enumerate(bounds):
             own = slice(start, stop) if columns is None else columns[p][k]
-            left, weight = basis[p][:, own], hessian[own]
+            left, weight = take_columns(basis[p], own), take_rows(hessian, own)
             for begin in range(0 if columns is None else start, width, tile):
                 end = min(begin + tile, width)
-                product = left @ weight[:, begin:end]
+                product = left @ weight[..., begin:end]
                 blocks = slice(begin // block_size, -(-end // block_size))
                 for q in range(planes):
-                    gram[:, p, k, q, blocks] = block_sums(product * basis[q][:, begin:end], block_size)
+                    gram[..., p, k, q, blocks] = block_sums(product * basis[q][..., begin:end], block_size)
     if columns is not None:
         i, j = torch.triu_indices(len(bounds), len(bounds), 1, device=gram.device)
-        gram[:, :, j, :, i] = gram[:, :, i, :, j].transpose(2, 3)  # [pairs, rows, planes, planes]
-    return gram.view(rows, planes * len(bounds), planes * len(bounds))
+        gram[..., j, :, i] = gram[..., i, :, j].transpose(-2, -1)  # [pairs, ..., rows, planes, planes]
+    return gram.view(*rows, planes * len(bounds), planes * len(bounds))

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def saliency(weight: Float[Tensor, "out in"], divisor: Float[Tensor, " in"]) -> Float[Tensor, "out in"]:
+def saliency(weight: Float[Tensor, "... out in"], divisor: Float[Tensor, "... in"]) -> Float[Tensor, "... out in"]:
     """``S[i,j] = W[i,j]² / d_j²`` (BiLLM's sensitivity, docs/method.md).
 
     Args:
@@ -20,13 +20,13 @@ def saliency(weight: Float[Tensor, "out in"], divisor: Float[Tensor, " in"]) -> 
             diagonal of U with ``UᵀU = H⁻¹``, as their code has it: ``W²/U_jj²`` is what the output loses,
             ``w H wᵀ``, when the weight goes and the columns after it make up for it.
     """
-    return weight.square() / divisor.square()
+    return weight.square() / divisor.square()[..., None, :]
 
 
-def salient_mask(column_saliency: Float[Tensor, " width"], count: int) -> Bool[Tensor, " width"]:
+def salient_mask(column_saliency: Float[Tensor, "... width"], count: int) -> Bool[Tensor, "... width"]:
     """The ``count`` most salient columns of a block; ties go to the lower column so that runs repeat."""
     mask = torch.zeros_like(column_saliency, dtype=torch.bool)
     if count:
         order = torch.sort(column_saliency, descending=True, stable=True).indices
-        mask[order[:count]] = True
+        mask.scatter_(-1, order[..., :count], True)
     return mask

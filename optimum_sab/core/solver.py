@@ -1,4 +1,4 @@
-"""Binarize one weight: significance, block fits with error feedback, then refit and sign descent."""
+"""Binarize one weight: what its planes are to approximate, the fit, and the error that is left."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from optimum_sab.core.alternating import fit_block
 from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.coded import START_ITERATIONS, coded_fit
 from optimum_sab.core.columns import IN_TORCH, ColumnLoops
-from optimum_sab.core.descent import descend_signs
 from optimum_sab.core.factorization import WIDE, FactoredHessian, factor_hessian, quadratic_form
-from optimum_sab.core.feedback import block_feedback
+from optimum_sab.core.fitting import fit_planes
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.magnitude import check_magnitude, extreme_power, times_power, with_outputs_scaled
 from optimum_sab.core.parts import part
-from optimum_sab.core.planes import BinaryPlanes, WeightFit, block_bounds
-from optimum_sab.core.refit import refit_rows
-from optimum_sab.core.row_scale import round_column_scale, round_row_scale
-from optimum_sab.core.saliency import saliency, salient_mask
+from optimum_sab.core.planes import BinaryPlanes, WeightFit
+from optimum_sab.core.problem import Problem
+from optimum_sab.core.row_scale import round_row_scale
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.significance import Significance, significance_map
 from optimum_sab.core.target import cross_validated_alpha, target_of
@@ -93,18 +90,42 @@ def solve(
         ConfigError: W is too large or too small for its row scales to be stored (`check_magnitude`).
         SingularHessianError: see `factor_hessian`.
     """
+    prepared = prepare(weight, statistics, settings, name)
+    return finish(prepared, _fit(prepared.problem, settings, loops), settings)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A weight that is to be solved.
+
+    Attributes:
+        problem: what its planes are fitted to, divided by ``2^power``.
+        hessian: H, undamped [in, in].
+        added: what the damping has added to its diagonal.
+        power: of two, by which an extreme weight is divided; 0 for others.
+        significance: Λ and its parts, or None where the setting is not "modality".
+        propagation: α.
+        name: the module's, for messages.
+    """
+
+    problem: Problem
+    hessian: Float[Tensor, "in in"]
+    added: float
+    power: int
+    significance: Significance | None
+    propagation: float
+    name: str
+
+
+def prepare(
+    weight: Float[Tensor, "out in"], statistics: InputStatistics, settings: LayerSettings, name: str
+) -> Prepared:
+    """All of `solve` that comes before planes are fitted; same arguments and errors."""
     W = weight.detach().to(statistics.hessian.device, torch.float32)
     check_magnitude(W, settings.row_scale, name)
     power = extreme_power(W)
-    if not power:
-        return _solve(W, statistics, settings, name, loops)
-    found = _solve(times_power(W, -power), with_outputs_scaled(statistics, -power), settings, name, loops)
-    scale = round_row_scale(times_power(found.planes.row_scale, power), settings.row_scale)
-    return replace(found, planes=replace(found.planes, row_scale=scale))
-
-
-def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str, loops: ColumnLoops) -> Solution:
-    """`solve` for weights whose squares fp32 holds."""
+    if power:
+        W, statistics = times_power(W, -power), with_outputs_scaled(statistics, -power)
     with part("cross-validation"):
         alpha = _propagation(W, statistics, settings, name)  # first, since it needs other factors for as long
     with part("factorization"):
@@ -125,24 +146,43 @@ def _solve(W: Tensor, statistics: InputStatistics, settings: LayerSettings, name
         with part("refit"):
             pull = target @ factored.hessian
     weight = _error_weight(settings, factored, significance)
-    if settings.code == NO_CODE:
-        fit = _fit(target, pull, factored, weight, settings, loops)
-    else:
-        assert pull is not None
-        start = settings.replace(code=NO_CODE, sweeps=0, iterations=min(settings.iterations, START_ITERATIONS))
-        fit = _fit(target, pull, factored, weight, start, loops)
-        fit = coded_fit(fit, target, pull, factored, settings, loops.search)
-    planes = fit.planes()
+    problem = Problem(target, factored.hessian, factored.inverse_factor, factored.dead, weight, pull)
+    return Prepared(problem, statistics.hessian, factored.added, power, significance, alpha, name)
+
+
+def finish(prepared: Prepared, fit: WeightFit, settings: LayerSettings) -> Solution:
+    """All of `solve` that comes after planes are fitted.
+
+    Args:
+        prepared: the weight.
+        fit: of its problem.
+        settings: that both were made with.
+
+    Raises:
+        NonFiniteError: what was found is not finite.
+    """
+    planes, problem = fit.planes(), prepared.problem
     with part("errors"):
-        some = _judged(*W.shape)
-        energy = None if pull is None else _energy(target[some], pull[some], factored)
-        error = output_error(target[some], planes.rows(some).dequantize(), statistics.hessian, energy)
+        some = _judged(*problem.target.shape)
+        target = problem.target[some]
+        energy = None if problem.pull is None else _energy(target, problem.pull[some], prepared.added)
+        error = output_error(target, planes.rows(some).dequantize(), prepared.hessian, energy)
     if not math.isfinite(error):
         raise NonFiniteError(
-            f"the planes found for {name} hold NaN or inf: its weights or inputs differ by too many powers of ten; "
-            f"leave it dense with modules_to_not_convert={[name]!r}."
+            f"the planes found for {prepared.name} hold NaN or inf: its weights or inputs differ by too many powers of "
+            f"ten; leave it dense with modules_to_not_convert={[prepared.name]!r}."
         )
-    return Solution(planes, error, significance, alpha)
+    if prepared.power:
+        scale = round_row_scale(times_power(planes.row_scale, prepared.power), settings.row_scale)
+        planes = replace(planes, row_scale=scale)
+    return Solution(planes, error, prepared.significance, prepared.propagation)
+
+
+def _fit(problem: Problem, settings: LayerSettings, loops: ColumnLoops) -> WeightFit:
+    if settings.code == NO_CODE:
+        return fit_planes(problem, settings, loops)
+    start = settings.replace(code=NO_CODE, sweeps=0, iterations=min(settings.iterations, START_ITERATIONS))
+    return coded_fit(fit_planes(problem, start, loops), problem, settings, loops.search)
 
 
 def _judged(out: int, width: int) -> slice:
@@ -150,31 +190,11 @@ def _judged(out: int, width: int) -> slice:
     return slice(None, None, max(1, out // JUDGED_ROWS) if width >= WIDE else 1)
 
 
-def _energy(target: Tensor, pull: Tensor, factored: FactoredHessian) -> float | None:
+def _energy(target: Tensor, pull: Tensor, added: float) -> float | None:
     """``tr(T H Tᵀ)`` of the undamped H by way of ``T H`` of the damped one; None where little of that is left."""
     damped = float((pull * target).sum())
-    energy = damped - factored.added * float(target.square().sum())
+    energy = damped - added * float(target.square().sum())
     return energy if energy > 0.01 * damped else None
-
-
-def _fit(
-    target: Tensor,
-    pull: Tensor | None,
-    factored: FactoredHessian,
-    error_weight: Tensor,
-    settings: LayerSettings,
-    loops: ColumnLoops,
-) -> WeightFit:
-    """Plain planes; ``pull`` is ``T H``, None without a refit."""
-    fit = _forward_pass(target, factored, error_weight, settings, loops)
-    if pull is not None:
-        for sweep in range(settings.sweeps + 1):
-            if sweep:
-                with part("descent"):
-                    descend_signs(fit, target, factored.hessian, loops.sweep)
-            with part("refit"):
-                refit_rows(fit, pull, factored.hessian)
-    return fit
 
 
 def _propagation(weight: Tensor, statistics: InputStatistics, settings: LayerSettings, name: str) -> float:
@@ -195,37 +215,3 @@ def _error_weight(settings: LayerSettings, factored: FactoredHessian, significan
     else:
         weight = torch.ones_like(factored.hessian.diagonal())
     return weight.masked_fill(factored.dead, 0.0)
-
-
-def _forward_pass(
-    target: Tensor, factored: FactoredHessian, error_weight: Tensor, settings: LayerSettings, loops: ColumnLoops
-) -> WeightFit:
-    """Fit block after block, each on what the error feedback of the earlier ones made of it."""
-    found = WeightFit.empty(target, settings)
-    width = target.shape[1]
-    U = factored.inverse_factor
-    rest = target.clone()
-    for k, (start, end) in enumerate(block_bounds(width, settings.block_size)):
-        block = rest[:, start:end].masked_fill(factored.dead[start:end], 0.0)
-        score = saliency(block, U.diagonal()[start:end]).sum(0)
-        salient = salient_mask(score, settings.salient_columns(end - start))
-        weight = error_weight[start:end]
-        if not bool((weight > 0).any()):
-            weight = (~factored.dead[start:end]).float()
-        with part("alternating fit"):
-            fit = fit_block(block, weight[None], salient, settings)
-        fit.column_scale = round_column_scale(fit.column_scale.masked_fill(factored.dead[start:end], 0.0))
-        fit.row_scale = round_row_scale(fit.row_scale[:, None], settings.row_scale)[:, 0]
-        corner = U[start:end, start:end]
-        with part("feedback"):
-            if settings.feedback == "column":
-                errors = loops.feedback(block, fit, corner, settings.base_planes)
-            else:
-                errors = block_feedback(block, fit, corner)
-            if end < width:
-                rest[:, end:] -= errors @ U[start:end, end:]
-        for p in range(settings.planes):
-            found.signs[p][:, start:end] = fit.sign[p]
-        found.salient[start:end] = salient
-        found.row_scale[:, k], found.column_scale[start:end] = fit.row_scale, fit.column_scale
-    return found

@@ -60,14 +60,14 @@ def _sweep(block: SweptBlock) -> None:
     fit, (start, end) = block.fit, block.bounds
     base = fit.settings.base_planes
     picker = LevelPicker(fit.row_scale[:, block.index], base)
-    levels = _levels(picker, fit.column_scale[start:end], fit.salient[start:end])
-    signs = tuple(sign[:, start:end] for sign in fit.signs)
-    local = _rows_contiguous(block.hessian[start:end, start:end])
-    fallen = descend(block.gradient, block.value[:, start:end], signs, levels, local, base)
-    block.error[:, start:end] += fallen
+    levels = _levels(picker, fit.column_scale[..., start:end], fit.salient[..., start:end])
+    signs = tuple(sign[..., start:end] for sign in fit.signs)
+    local = _rows_contiguous(block.hessian[..., start:end, start:end])
+    fallen = descend(block.gradient, block.value[..., start:end], signs, levels, local, base)
+    block.error[..., start:end] += fallen
 
 
-IN_TRITON = replace(IN_TORCH, feedback=_feedback, sweep=_sweep)
+IN_TRITON = replace(IN_TORCH, feedback=_feedback, sweep=_sweep, stacks=True)
 """On what Triton compiles for, and under its interpreter."""
 
 
@@ -85,7 +85,7 @@ def _levels(picker: LevelPicker, column_scale: Tensor, salient: Tensor) -> Level
 
 
 def _rows_contiguous(matrix: Tensor) -> Tensor:
-    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+    return matrix if matrix.stride(-1) == 1 else matrix.contiguous()
 
 
 def disagreement(device: torch.device) -> str | None:
@@ -109,18 +109,23 @@ def disagreement(device: torch.device) -> str | None:
 
 
 def _left(loops: ColumnLoops, base: int, residual: int, device: torch.device) -> dict[str, float]:
-    """Squared errors under the Hessian of a feedback, and of a descent behind it, as returned and by the signs."""
+    """Squared errors under the Hessians of a feedback, and of a descent behind it, as returned and by the signs.
+
+    Of a stack of two weights; what goes wrong with one does with them.
+    """
     generator = torch.Generator().manual_seed(base)
     rows, width, planes = 70, 35, base + residual
-    inputs = torch.randn(50, width, generator=generator)
-    factored = factor_hessian((inputs.T @ inputs).to(device), 0.1)
-    H, U = factored.hessian, factored.inverse_factor
-    weight = torch.randn(rows, width, generator=generator).to(device)
-    salient = (torch.arange(width) % 5 == 1).to(device)
-    scale = ((torch.rand(planes, 1, rows, generator=generator) + 0.2) / planes).to(device)
-    column = (torch.rand(width, generator=generator) + 0.5).to(device)
-    fit = BlockFit(scale[:, 0], column, torch.zeros(planes, rows, width, device=device), salient)
-    errors = loops.feedback(weight, fit, U, base)
+    factored = []
+    for _ in range(2):
+        inputs = torch.randn(50, width, generator=generator)
+        factored.append(factor_hessian((inputs.T @ inputs).to(device), 0.1))
+    H, U = (torch.stack([getattr(f, name) for f in factored]) for name in ("hessian", "inverse_factor"))
+    weight = torch.randn(2, rows, width, generator=generator).to(device)
+    salient = torch.stack([torch.arange(width) % 5 == first for first in (1, 3)]).to(device)
+    scale = ((torch.rand(planes, 1, 2, rows, generator=generator) + 0.2) / planes).to(device)
+    column = (torch.rand(2, width, generator=generator) + 0.5).to(device)
+    fit = BlockFit(scale[:, 0], column, torch.zeros(planes, 2, rows, width, device=device), salient)
+    errors = loops.feed_back(weight, fit, U, base)
     settings = LayerSettings(block_size=64, base_planes=base, residual_planes=residual)
     whole = WeightFit(list(fit.sign), salient, scale, column, settings)
     found = {"feedback": float(errors.square().sum())}
@@ -131,7 +136,7 @@ def _left(loops: ColumnLoops, base: int, residual: int, device: torch.device) ->
     value = whole.dequantize()
     error = weight - value
     found["signs of the feedback"] = energy(error)
-    loops.sweep(SweptBlock(whole, 0, error @ H, value, error, H))
+    loops.descend(SweptBlock(whole, 0, error @ H, value, error, H))
     found["descent"] = energy(error)
     found["signs of the descent"] = energy(weight - whole.dequantize())
     return found

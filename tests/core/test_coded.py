@@ -5,10 +5,12 @@ from optimum_sab.core.code import CODES, code_for, find_code
 from optimum_sab.core.coded import _begin, _search_windows, coded_values
 from optimum_sab.core.columns import IN_TORCH
 from optimum_sab.core.factorization import damped, factor_hessian
+from optimum_sab.core.fitting import fit_planes
 from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.problem import Problem
 from optimum_sab.core.refit import refit_columns, refit_rows
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.solver import _fit, output_error, solve
+from optimum_sab.core.solver import output_error, solve
 from optimum_sab.core.trellis import search_bits
 from optimum_sab.format.packed_weight import PackedWeight
 
@@ -47,7 +49,8 @@ def test_searching_windows_never_raises_the_error_of_a_row(settings, first, corr
     factored = factor_hessian(statistics.hessian, 0.1)
     hessian = damped(statistics.hessian, 0.1)
     pull = weight @ factored.hessian
-    plain = _fit(weight, pull, factored, hessian.diagonal(), settings.replace(sweeps=0), IN_TORCH)
+    problem = Problem(weight, hessian, factored.inverse_factor, factored.dead, hessian.diagonal(), pull)
+    plain = fit_planes(problem, settings.replace(sweeps=0), IN_TORCH)
     fit, code = _begin(plain, coded(settings)), find_code(coded(settings).code)
     before = float("inf") * torch.ones(24)
     for _ in range(2):

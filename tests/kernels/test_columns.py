@@ -126,3 +126,60 @@ def test_what_is_given_is_not_changed_but_for_the_signs(device):
     kept = value.clone(), gradient.clone()
     descend(gradient, value, tuple(block.signs), block.levels, block.H, block.base)
     assert all(map(torch.equal, (*given, value, gradient), (*before, *kept)))
+
+
+class Blocks:
+    """Random blocks of one shape as a stack, their signs columns of wider planes; salient columns differ."""
+
+    def __init__(self, shape, planes, device):
+        self.each = [Block(*shape, planes, device, seed) for seed in (3, 4, 5)]
+        for number, block in enumerate(self.each):
+            block.salient.copy_(block.salient.roll(number))
+        self.levels = type(self.each[0].levels)(*(torch.stack(all_) for all_ in zip(*(b.levels for b in self.each))))
+        (rows, width), count = shape, sum(planes)
+        self.whole = torch.full((count, 3, rows, width + 13), 7.0, device=device)
+        self.signs = tuple(self.whole[..., 9 : 9 + width])
+
+    def stacked(self, name):
+        return torch.stack([getattr(block, name) for block in self.each])
+
+
+@pytest.mark.parametrize(("shape", "planes"), SAMPLE)
+def test_weights_of_a_stack_are_each_what_they_are_alone(shape, planes, device):
+    from sab_kernels.columns import descend, feed_back
+
+    blocks = Blocks(shape, planes, device)
+    base, width = planes[0], shape[1]
+    errors = feed_back(blocks.stacked("weight"), blocks.signs, blocks.levels, blocks.stacked("U"), base)
+    for number, block in enumerate(blocks.each):
+        alone = feed_back(block.weight, tuple(block.signs), block.levels, block.U, base)
+        torch.testing.assert_close(errors[number], alone, rtol=1e-5, atol=1e-6)
+        assert torch.equal(torch.stack([sign[number] for sign in blocks.signs]), block.signs)
+    value = torch.stack([block.value() for block in blocks.each])
+    gradient = torch.stack([block.weight @ block.H for block in blocks.each])
+    fallen = descend(gradient, value, blocks.signs, blocks.levels, blocks.stacked("H"), base)
+    for number, block in enumerate(blocks.each):
+        alone = descend(gradient[number], value[number], tuple(block.signs), block.levels, block.H, base)
+        torch.testing.assert_close(fallen[number], alone, rtol=1e-5, atol=1e-6)
+        assert torch.equal(torch.stack([sign[number] for sign in blocks.signs]), block.signs)
+    assert blocks.whole[..., :9].eq(7).all() and blocks.whole[..., 9 + width :].eq(7).all()
+
+
+@pytest.mark.parametrize("function", ["feed_back", "descend"])
+def test_a_stack_takes_the_launches_of_one_weight(function, device, monkeypatch):
+    from sab_kernels import columns
+
+    blocks, grids = Blocks((70, 37), (1, 1), device), []
+
+    class Launches:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return columns_kernel[grid]
+
+    columns_kernel = columns.column_kernel
+    monkeypatch.setattr(columns, "column_kernel", Launches())
+    given = (blocks.signs, blocks.levels, blocks.stacked("U" if function == "feed_back" else "H"), 1)
+    if function == "descend":
+        given = (blocks.stacked("weight"), *given)
+    getattr(columns, function)(blocks.stacked("weight"), *given)
+    assert grids == [(2, 3)] * 3  # sixteen columns each

@@ -7,6 +7,7 @@ import torch
 
 from optimum_sab.core.columns import IN_TORCH
 from optimum_sab.core.hessian import InputMoments
+from optimum_sab.core.many import solve_many
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.core.solver import solve
 from optimum_sab.errors import SABWarning
@@ -91,3 +92,21 @@ def test_solve_leaves_the_same_error_with_either(changes):
     found = solve(weight, statistics, settings, loops=columns.IN_TRITON)
     assert found.error == pytest.approx(expected.error, rel=1e-3)
     assert (found.planes.base_sign == expected.planes.base_sign).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("changes", [{}, {"base_planes": 2, "sweeps": 1}])
+def test_a_stack_of_weights_is_solved_as_each_of_them(changes):
+    pytest.importorskip("triton")
+    generator = torch.Generator().manual_seed(0)
+    weights, statistics = torch.randn(3, 50, 60, generator=generator), []
+    for number in range(3):
+        moments = InputMoments(60, CPU, False, "the test's linear")
+        moments.add("text", torch.randn(200, 60, generator=generator) * torch.logspace(0, -number, 60))
+        statistics.append(moments.statistics())
+    settings = dataclasses.replace(LayerSettings(block_size=32), **changes)
+    found = solve_many(weights, statistics, settings, ["a", "b", "c"], columns.IN_TRITON, room=2**40)
+    for weight, given, one in zip(weights, statistics, found, strict=True):
+        expected = solve(weight, given, settings, loops=columns.IN_TRITON)
+        assert one.error == pytest.approx(expected.error, rel=1e-3)
+        assert (one.planes.base_sign == expected.planes.base_sign).float().mean() > 0.999
+        assert torch.equal(one.planes.residual_index, expected.planes.residual_index)

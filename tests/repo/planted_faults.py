@@ -72,9 +72,9 @@ FAULTS = (
     ),
     Fault(
         "the error of a block not fed back to later blocks",
-        "optimum_sab/core/solver.py",
-        "rest[:, end:] -= errors @ U[start:end, end:]",
-        "rest[:, end:] -= 0.0 * errors @ U[start:end, end:]",
+        "optimum_sab/core/fitting.py",
+        "rest[..., end:] -= errors @ U[..., start:end, end:]",
+        "rest[..., end:] -= 0.0 * errors @ U[..., start:end, end:]",
         ("tests/core/test_solver.py",),
     ),
     Fault(
@@ -454,6 +454,20 @@ FAULTS = (
         "x -= later[:, None] * change[None, :]",
         "x -= 0.0 * later[:, None] * change[None, :]",
         ("tests/kernels/test_columns.py",),
+    ),
+    Fault(
+        "salient columns of a stack's first weight for all in the loops over columns",
+        "kernels/torch-ext/sab_kernels/columns.py",
+        "salient_ptr = levels.salient + weight * width",
+        "salient_ptr = levels.salient",
+        ("tests/kernels/test_columns.py",),
+    ),
+    Fault(
+        "a later failure in a stack counts before an earlier one",
+        "optimum_sab/core/many.py",
+        "            failure = error  # those before it may fail yet, and would count\n            break",
+        "            raise error",
+        ("tests/core/test_many.py",),
     ),
     Fault(
         "a triangle's corner inverted with the wrong sign",

@@ -105,6 +105,7 @@ def test_steps_come_in_the_order_of_their_worth(script):
             "qwen3-30b-a3b --tokens 1 ",
             "generate",
             "quantize",
+            "solve-experts",
         )
     }
     assert list(first.values()) == sorted(first.values())

@@ -1,5 +1,5 @@
 """Loops over the columns of a block while signs are chosen: error feedback, and coordinate descent. Every column needs
-those before it, every row only itself.
+those before it, every row only itself. Weights of one shape are gone through together, each with what is its own.
 
 Sixteen columns are gone through in registers by one launch, and what they change in later columns follows by one
 product, where torch needs a few launches for every column. Columns lie one after the other in memory, so that a thread
@@ -22,15 +22,15 @@ WARPS = 1
 
 
 class Levels(NamedTuple):
-    """What a column's entries may become: ``c_j · Σ_p ±a_p``.
+    """What a column's entries may become: ``c_j · Σ_p ±a_p``. Contiguous, with the weights of a stack first.
 
     Attributes:
-        row_scale: a of the first plane, fp32 [rows].
-        base: ``Σ_p ±a_p`` of the planes that every column has, fp32 [2**base_planes, rows]; bit p of the index says
-            that plane p is positive.
-        all: the same of all planes, [2**planes, rows].
-        column_scale: c, fp32 [width].
-        salient: which columns have all planes, bool [width].
+        row_scale: a of the first plane, fp32 [..., rows].
+        base: ``Σ_p ±a_p`` of the planes that every column has, fp32 [..., 2**base_planes, rows]; bit p of the index
+            says that plane p is positive.
+        all: the same of all planes, [..., 2**planes, rows].
+        column_scale: c, fp32 [..., width].
+        salient: which columns have all planes, bool [..., width].
     """
 
     row_scale: Tensor
@@ -90,54 +90,65 @@ def _with_bits(words, code, bit, PLANES: tl.constexpr):
 
 @triton.jit
 def column_kernel(
-    x_ptr,  # fp32 [width, rows]: what is to be approximated; or the gradient
-    value_ptr,  # fp32 [width, rows], DESCENT only: Q as it is
-    step_ptr,  # fp32 [width, rows]: scaled errors; or, in a descent, by how much Q falls
-    sign_ptrs,  # fp32 [rows, width] of every plane
+    x_ptr,  # fp32 [weights, width, rows]: what is to be approximated; or the gradient
+    value_ptr,  # fp32 [weights, width, rows], DESCENT only: Q as it is
+    step_ptr,  # fp32 [weights, width, rows]: scaled errors; or, in a descent, by how much Q falls
+    sign_ptrs,  # fp32 [weights, rows, width] of every plane
     levels,  # Levels
-    coupling_ptr,  # fp32 [width, width]: U, or H
+    coupling_ptr,  # fp32 [weights, width, width]: U, or H
     rows,
+    width,
     start,
     end,
-    sign_stride,
+    sign_stride,  # between rows
+    sign_next,  # between weights
     coupling_stride,
+    coupling_next,
     BASE: tl.constexpr,
     PLANES: tl.constexpr,
     DESCENT: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """ROWS rows, the columns from start to end in order.
+    """ROWS rows of a weight, the columns from start to end in order.
 
     With x as it is when column j is reached, feedback takes the level nearest to ``x_j``, of which the scaled error is
     ``e = (x_j − q) / U_jj``, and then ``x −= e U_j``. A descent takes the one nearest to ``q_j + x_j / H_jj``, and then
     ``x += (q_j − q) H_j``. Of x only what is in registers is changed.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    weight = tl.program_id(1).to(tl.int64)
     there = row < rows
     place = tl.arange(0, TILE)
     column = start + place
     inside = (column < end)[:, None] & there[None, :]
     wide_rows = rows.to(tl.int64)
-    own = tl.load(levels.row_scale + row, mask=there, other=0.0)
+    x_ptr += weight * width * rows
+    step_ptr += weight * width * rows
+    coupling_ptr += weight * coupling_next
+    base_ptr = levels.base + weight * 2**BASE * rows
+    all_ptr = levels.all + weight * 2**PLANES * rows
+    column_scale_ptr = levels.column_scale + weight * width
+    salient_ptr = levels.salient + weight * width
+    own = tl.load(levels.row_scale + weight * rows + row, mask=there, other=0.0)
     x = tl.load(x_ptr + column[:, None] * wide_rows + row[None, :], mask=inside, other=0.0)
     words = (tl.zeros((ROWS,), tl.int32),) * PLANES
     for j in range(start, end):
-        scale = tl.load(levels.column_scale + j)
-        salient = tl.load(levels.salient + j) != 0
+        scale = tl.load(column_scale_ptr + j)
+        salient = tl.load(salient_ptr + j) != 0
         diagonal = tl.load(coupling_ptr + j * coupling_stride + j) + tl.zeros((ROWS,), tl.float32)
         later = tl.load(coupling_ptr + j * coupling_stride + column, mask=column < end, other=0.0)
         wanted = tl.sum(tl.where((column == j)[:, None], x, 0.0), 0)
         if DESCENT:
-            before = tl.load(value_ptr + j * wide_rows + row, mask=there, other=0.0)
+            before = tl.load(value_ptr + weight * width * rows + j * wide_rows + row, mask=there, other=0.0)
             wanted = before + tl.div_rn(wanted, diagonal)
         if BASE == PLANES:
-            code, value = _pick(own, levels.all, rows, row, wanted, scale, PLANES)
+            code, value = _pick(own, all_ptr, rows, row, wanted, scale, PLANES)
         else:
             if salient:
-                code, value = _pick(own, levels.all, rows, row, wanted, scale, PLANES)
+                code, value = _pick(own, all_ptr, rows, row, wanted, scale, PLANES)
             else:
-                code, value = _pick(own, levels.base, rows, row, wanted, scale, BASE)
+                code, value = _pick(own, base_ptr, rows, row, wanted, scale, BASE)
         if DESCENT:
             change = before - value
             x += later[:, None] * change[None, :]
@@ -146,8 +157,8 @@ def column_kernel(
             x -= later[:, None] * change[None, :]
         tl.store(step_ptr + j * wide_rows + row, change, mask=there)
         words = _with_bits(words, code, j - start, PLANES)
-    salient_here = tl.load(levels.salient + column, mask=column < end, other=0) != 0
-    at = row.to(tl.int64)[None, :] * sign_stride + column[:, None]
+    salient_here = tl.load(salient_ptr + column, mask=column < end, other=0) != 0
+    at = weight * sign_next + row.to(tl.int64)[None, :] * sign_stride + column[:, None]
     for p in tl.static_range(PLANES):
         sign = ((words[p][None, :] >> place[:, None]) & 1).to(tl.float32) * 2.0 - 1.0
         tl.store(sign_ptrs[p] + at, sign, mask=inside if p < BASE else inside & salient_here[:, None])
@@ -159,17 +170,17 @@ def feed_back(
     """Binarize a block column by column; each error moves the later columns.
 
     Args:
-        weight: fp32 [rows, width].
-        signs: fp32 [rows, width] of every plane, of one row stride, columns contiguous; filled with ±1 where a column
-            has the plane.
+        weight: fp32 [..., rows, width]: of one weight, or of a stack of them, as all that follows.
+        signs: fp32 [..., rows, width] of every plane, of the same strides, columns contiguous; filled with ±1 where a
+            column has the plane.
         levels: what may be chosen.
-        inverse_factor: U, upper triangular, fp32 [width, width], columns contiguous.
+        inverse_factor: U, upper triangular, fp32 [..., width, width], columns contiguous.
         base_planes: how many of the planes every column has.
 
     Returns:
-        ``(x_j − q_j) / U_jj`` [rows, width], rows contiguous.
+        ``(x_j − q_j) / U_jj`` [..., rows, width], rows contiguous.
     """
-    rest = weight.T.clone(memory_format=torch.contiguous_format)
+    rest = weight.mT.clone(memory_format=torch.contiguous_format)
     return _go_through(_Block(rest, rest, signs, levels, inverse_factor, base_planes), descent=False)
 
 
@@ -179,18 +190,18 @@ def descend(
     """One sweep over a block's columns; each takes the level at which ``E H Eᵀ`` is least, given all others.
 
     Args:
-        gradient: ``E H`` of these columns, fp32 [rows, width].
-        value: Q, fp32 [rows, width].
+        gradient: ``E H`` of these columns, fp32 [..., rows, width].
+        value: Q, fp32 [..., rows, width].
         signs: as of `feed_back`.
         levels: what may be chosen.
-        hessian: H of these columns, fp32 [width, width], columns contiguous.
+        hessian: H of these columns, fp32 [..., width, width], columns contiguous.
         base_planes: how many of the planes every column has.
 
     Returns:
-        By how much every entry of Q has fallen, and ``E = T − Q`` risen, [rows, width], rows contiguous.
+        By how much every entry of Q has fallen, and ``E = T − Q`` risen, [..., rows, width], rows contiguous.
     """
-    rest = gradient.T.clone(memory_format=torch.contiguous_format)
-    return _go_through(_Block(rest, value.T.contiguous(), signs, levels, hessian, base_planes), descent=True)
+    rest = gradient.mT.clone(memory_format=torch.contiguous_format)
+    return _go_through(_Block(rest, value.mT.contiguous(), signs, levels, hessian, base_planes), descent=True)
 
 
 class _Block(NamedTuple):
@@ -205,12 +216,13 @@ class _Block(NamedTuple):
 
 
 def _go_through(block: _Block, descent: bool) -> Tensor:
-    width, rows = block.x.shape
+    *_, width, rows = block.x.shape
     steps = torch.empty_like(block.x)
-    with on_device(block.x.device):
+    x, step, coupling, sign = (_stack(each) for each in (block.x, steps, block.coupling, block.signs[0]))
+    with on_device(x.device):
         for start in range(0, width, TILE):
             end = min(start + TILE, width)
-            column_kernel[(ceil_div(rows, ROWS),)](
+            column_kernel[(ceil_div(rows, ROWS), len(x))](
                 block.x,
                 block.value,
                 steps,
@@ -218,10 +230,13 @@ def _go_through(block: _Block, descent: bool) -> Tensor:
                 block.levels,
                 block.coupling,
                 rows,
+                width,
                 start,
                 end,
-                block.signs[0].stride(0),
-                block.coupling.stride(0),
+                sign.stride(1),
+                sign.stride(0),
+                coupling.stride(1),
+                coupling.stride(0),
                 BASE=block.base_planes,
                 PLANES=len(block.signs),
                 DESCENT=descent,
@@ -230,6 +245,11 @@ def _go_through(block: _Block, descent: bool) -> Tensor:
                 num_warps=WARPS,
                 num_stages=1,
             )
-            later = block.coupling[start:end, end:].T
-            block.x[end:].addmm_(later, steps[start:end], alpha=1.0 if descent else -1.0)
-    return steps.T
+            later = coupling[:, start:end, end:].mT
+            x[:, end:].baddbmm_(later, step[:, start:end], alpha=1.0 if descent else -1.0)
+    return steps.mT
+
+
+def _stack(matrices: Tensor) -> Tensor:
+    """A stack of matrices as it is, and one matrix as a stack of one."""
+    return matrices if matrices.ndim == 3 else matrices[None]

@@ -20,6 +20,7 @@ from optimum_sab.calibration.streams.experts import (
     arrivals_by_expert,
     pooled_arrivals,
 )
+from optimum_sab.calibration.streams.memory import solving_room
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.many import solve_many
 from optimum_sab.core.parts import part
@@ -29,7 +30,8 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.columns import column_loops
 
 ENOUGH = 2  # tokens for each column, from which on an expert's own are all that counts (core/mixture.py)
-ROOM = 2**30  # bytes of statistics that wait on a rank to be solved together
+ROOM = 2**30  # bytes of statistics that wait on a rank to be solved together; an accelerator's may be more, ...
+SHARE = 4  # ... a quarter of what is free there, since more of them are solved at once
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class _Experts:
         self._shared: InputStatistics | None = None
         self._width = block.linears[next(iter(linears.names.values()))].in_features
         self._mixed = 0  # on this rank
+        self._room = max(ROOM, (solving_room(block.device) or 0) // SHARE)
 
     def solved(self) -> SolvedExperts:
         tokens: list[Mapping[str, int]] = []
@@ -102,7 +105,7 @@ class _Experts:
                 waiting[name] = self._with_others(own)
             tokens.append(came)
             rows[name] = ModalityRows.of(group, self._block.device)
-            if max(self._ranks.exchange("room", sum(map(_bytes, waiting.values())))) > ROOM:
+            if any(self._ranks.exchange("room", sum(map(_bytes, waiting.values())) > self._room)):
                 found.update(self._solve(waiting))
                 waiting = {}
         found.update(self._solve(waiting))
@@ -158,8 +161,9 @@ class _Experts:
             names = [name for name in waiting if self._block.settings[name] == settings]
             weights = [self._block.linears[name].weight.to(device) for name in names]
             statistics = [waiting[name] for name in names]
+            loops, room = column_loops(device), solving_room(device)
             with torch.autocast(device.type, enabled=False):  # the caller's must not reach the solver
-                solutions = solve_many(weights, statistics, settings, names, column_loops(device))
+                solutions = solve_many(weights, statistics, settings, names, loops, room)
             with part("packing"):
                 for name, solution in zip(names, solutions, strict=True):
                     mine[name] = Solved(PackedWeight.pack(solution.planes, settings), solution.error)

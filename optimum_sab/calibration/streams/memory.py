@@ -67,6 +67,11 @@ def _malloc_trim() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
+def solving_room(device: torch.device) -> int | None:
+    """Bytes that solving many weights at once may take on an accelerator; None on a CPU, where each has a thread."""
+    return None if device.type == "cpu" else free_memory(device)
+
+
 def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
     """About what the activations of all samples take, in bytes.
 

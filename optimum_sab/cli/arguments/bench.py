@@ -89,6 +89,7 @@ def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     counts = ("prompt-tokens", "new-tokens", "batch", "repeats")
     generate.set_defaults(run="bench.run_generate", check=partial(check_call, counts))
     _add_quantize(kinds)
+    _add_solving(kinds)
     _add_checkpoint(kinds)
     _add_coverage(kinds)
 
@@ -139,6 +140,32 @@ def _add_quantize(kinds: Any) -> None:
     quantize.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
     add_common(quantize, quiet=False)
     quantize.set_defaults(run="bench.run_quantize", check=partial(check_call, ("samples", "length")))
+
+
+def _add_solving(kinds: Any) -> None:
+    solving = kinds.add_parser(
+        "solve-experts",
+        help="seconds and peak memory of solving the experts of a block, one by one and together",
+        description="Random experts with statistics of random tokens are solved one after the other and together, as "
+        "quantizing does, in turns in one run; says whether both found the same. Nothing is kept.",
+    )
+    solving.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["qwen3-30b-a3b"],
+        metavar="SHAPE",
+        help="qwen3-30b-a3b (the default), qwen3-235b-a22b or EXPERTSxTOPxHIDDENxINTERMEDIATE",
+    )
+    solving.add_argument("--experts", type=int, default=4, metavar="N", help="how many (default: 4; a block has 128)")
+    solving.add_argument("--tokens", type=int, default=4096, metavar="N", help="of each expert (default: 4096)")
+    solving.add_argument("--preset", choices=PRESETS, default="default", help="settings of the linears")
+    solving.add_argument("--device", metavar="DEVICE", help="cpu, cuda or cuda:0 (default: cuda where there is one)")
+    solving.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="of the weights (default: bfloat16)")
+    solving.add_argument("--repeats", type=int, default=2, metavar="N", help="turns per median (default: 2)")
+    solving.add_argument("--seed", type=int, default=0, metavar="N", help="of the random content (default: 0)")
+    add_common(solving, quiet=False)
+    counts = ("experts", "tokens", "repeats")
+    solving.set_defaults(run="bench_solving.run_solving", check=partial(check_call, counts))
 
 
 def _add_checkpoint(kinds: Any) -> None:

@@ -5,12 +5,15 @@ import torch
 import transformers
 from packaging.version import Version
 
+from optimum_sab.calibration.blocks import experts
 from optimum_sab.calibration.blocks.experts import ENOUGH, ExpertsToSolve, solve_experts
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.statistics.gathering import Gathering
 from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
+from optimum_sab.core import many
+from optimum_sab.core.fitting import fit_planes
 from optimum_sab.core.hessian import InputMoments
 from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.core.settings import LayerSettings
@@ -29,10 +32,10 @@ SETTINGS = LayerSettings(iterations=2, sweeps=0, residual_planes=0)
 
 def block():
     own = fused("plain")
-    experts = SABExperts.unfused(own, fused_layout(own))
+    module = SABExperts.unfused(own, fused_layout(own))
     names = {index: f"experts.{index}.gate_up_proj" for index in range(EXPERTS)}
-    linears = ExpertLinears("experts.*.gate_up_proj", experts, "gate_up_proj", names)
-    return linears, {name: experts.linear(index, "gate_up_proj") for index, name in names.items()}
+    linears = ExpertLinears("experts.*.gate_up_proj", module, "gate_up_proj", names)
+    return linears, {name: module.linear(index, "gate_up_proj") for index, name in names.items()}
 
 
 def tokens(count, seed):
@@ -62,12 +65,12 @@ def moments(rows):
 
 
 def test_many_tokens_are_enough_and_few_are_mixed_with_the_others():
-    many = ENOUGH * HIDDEN
-    chosen = [[0]] * many + [[1]] * (many - 1)
+    enough = ENOUGH * HIDDEN
+    chosen = [[0]] * enough + [[1]] * (enough - 1)
     found, members = solved(arrivals(chosen), torch.zeros(len(chosen), dtype=torch.long))
     rows = tokens(len(chosen), 0)
-    alone = solve(members["experts.0.gate_up_proj"].weight, moments(rows[:many]), SETTINGS)
-    mixed = mixed_statistics(moments(rows[many:]), moments(rows), many)
+    alone = solve(members["experts.0.gate_up_proj"].weight, moments(rows[:enough]), SETTINGS)
+    mixed = mixed_statistics(moments(rows[enough:]), moments(rows), enough)
     both = solve(members["experts.1.gate_up_proj"].weight, mixed, SETTINGS)
     for name, wanted in (("experts.0.gate_up_proj", alone), ("experts.1.gate_up_proj", both)):
         mine = found.solved[name]
@@ -104,6 +107,42 @@ def test_the_dense_stream_may_have_routed_everything_elsewhere():
     theirs = RoutedArrival(0, DENSE, RoutedInputs(tokens(160, 5), Routing(torch.full((160,), 4), 1, 160)), 160, 1)
     found, _ = solved([mine, theirs], torch.zeros(160, dtype=torch.long))
     assert len(found.solved) == EXPERTS
+
+
+def test_with_room_on_an_accelerator_experts_are_fitted_as_a_stack(monkeypatch):
+    chosen = [[0, 1]] * 40 + [[2, 3]] * 30
+    labels = torch.zeros(len(chosen), dtype=torch.long)
+    alone, _ = solved(arrivals(chosen), labels)
+    stacks = []
+
+    def watched(problem, *rest):
+        stacks.append(len(problem.target))
+        return fit_planes(problem, *rest)
+
+    monkeypatch.setattr(many, "fit_planes", watched)
+    monkeypatch.setattr(experts, "solving_room", lambda device: 2**40)
+    together, _ = solved(arrivals(chosen), labels)
+    assert stacks == [EXPERTS]
+    for name, mine in together.solved.items():
+        assert mine.error == pytest.approx(alone.solved[name].error, rel=1e-3)
+        torch.testing.assert_close(mine.packed.dequantize(), alone.solved[name].packed.dequantize())
+
+
+@pytest.mark.parametrize(("free", "stacks"), [(None, 5), (40 * 4 * HIDDEN**2, 1)])
+def test_more_statistics_wait_where_an_accelerator_has_room(monkeypatch, free, stacks):
+    """Each is one matrix here; without an accelerator they are solved as soon as any waits."""
+    monkeypatch.setattr(experts, "ROOM", 1)
+    monkeypatch.setattr(experts, "solving_room", lambda device: free)
+    solve_many, calls = experts.solve_many, []
+
+    def watched(weights, *rest):
+        calls.append(len(weights))
+        return solve_many(weights, *rest)
+
+    monkeypatch.setattr(experts, "solve_many", watched)
+    chosen = [[expert] for expert in range(EXPERTS)] * 8
+    solved(arrivals(chosen), torch.zeros(len(chosen), dtype=torch.long))
+    assert calls == [EXPERTS // stacks] * stacks
 
 
 def test_no_token_at_any_expert():
