@@ -67,7 +67,7 @@ def _array(tensor):
 
 @pytest.fixture(scope="module")
 def products(random_packed):
-    """All kinds in all dtypes, for numbers of tokens that take every loop; outliers, and an input that is not finite."""
+    """All kinds in all dtypes, for tokens that take every loop; with outliers, and an input that is not finite."""
     found = []
     for seed, (rows, width, settings) in enumerate(KINDS):
         packed = random_packed(rows, width, seed, **settings)
@@ -89,6 +89,7 @@ def computed(products, monkeypatch):
     """``computed(flags, kind)``: the products of this machine's library of these flags."""
     never = {key: dict.fromkeys(kernel.DTYPES, 2**62) for key in kernel._DENSE_FROM}
     monkeypatch.setattr(kernel, "_DENSE_FROM", never)
+
     def compute(flags, path, dots):
         build = compiler.compile_library(flags)
         if build.library is None or build.library.sab_path() != path:
@@ -152,7 +153,7 @@ def test_every_source_compiles_for_arm(march, source, tmp_path):
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="AMX is of x86")
 def test_the_kernel_compiles_for_a_matrix_unit(tmp_path):
-    """Which no machine at hand has; what is different is the tokens from which torch computes (`kernel._DENSE_FROM`)."""
+    """Which changes the tokens from which torch computes (`kernel._DENSE_FROM`); to run it takes such a machine."""
     found = compiler.find_compiler()
     if found is None:
         pytest.skip("needs a C compiler")
