@@ -17,30 +17,6 @@ enum {
 typedef int8_t bytes_t __attribute__((vector_size(16)));
 typedef int32_t sums_t __attribute__((vector_size(16)));
 
-/* ADD_DOTS: sum[row] + Σ of four bytes of the row and four inputs, those at `at`, a constant. */
-#if defined(__ARM_FEATURE_DOTPROD)
-#define ADD_DOTS(sum, bytes, inputs, at) \
-    (sums_t) vdotq_laneq_s32((int32x4_t)(sum), (int8x16_t)(bytes), (int8x16_t)(inputs), at)
-
-/* sum[row] + the number of bits that are 1. */
-INLINE sums_t count_ones(sums_t sum, bytes_t words) {
-    return (sums_t)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u8(vcntq_u8((uint8x16_t)words)), vdupq_n_s8(1));
-}
-#else
-#define ADD_DOTS add_dots
-INLINE sums_t add_dots(sums_t sum, bytes_t bytes, bytes_t inputs, int at) {
-    for (int i = 0; i < 16; i++)
-        sum[i / 4] += bytes[i] * inputs[4 * at + i % 4];
-    return sum;
-}
-
-INLINE sums_t count_ones(sums_t sum, bytes_t words) {
-    for (int r = 0; r < 4; r++)
-        sum[r] += __builtin_popcount((uint32_t)((sums_t)words)[r]);
-    return sum;
-}
-#endif
-
 /* ---- tables ---- */
 
 /* Integers of `count` inputs, a multiple of 8; returns their unit, or NaN where an input is not finite. */
@@ -111,7 +87,11 @@ typedef struct {
     sums_t ones[VECTORS];                                             /* and how many are */
 } dots_t;
 
-#define BIT(at)                                                                                    \
+#if defined(__ARM_FEATURE_DOTPROD)
+/* sum[row] + Σ of four bytes of the row and four inputs, those at `at`, which instructions hold. */
+#define ADD_DOTS(sum, bytes, inputs, at) \
+    (sums_t) vdotq_laneq_s32((int32x4_t)(sum), (int8x16_t)(bytes), (int8x16_t)(inputs), at)
+#define ADD_BIT(at)                                                                                \
     do {                                                                                           \
         UNROLL for (int r = 0; r < VECTORS; r++) {                                                 \
             bytes_t minus = (bytes_t)((word[r] & (int8_t)(1u << (4 * half + (at)))) != 0);         \
@@ -130,12 +110,40 @@ INLINE void add_word(dots_t *sum, const bytes_t *word, const int8_t *table, int6
             memcpy(&low[t], table + t * next + 16 * half, 16);
             memcpy(&high[t], table + t * next + LIMB_BYTES + 16 * half, 16);
         }
-        BIT(0);
-        BIT(1);
-        BIT(2);
-        BIT(3);
+        ADD_BIT(0);
+        ADD_BIT(1);
+        ADD_BIT(2);
+        ADD_BIT(3);
     }
 }
+
+/* sum[row] + the number of bits that are 1. */
+INLINE sums_t count_ones(sums_t sum, bytes_t words) {
+    return (sums_t)vdotq_s32((int32x4_t)sum, vreinterpretq_s8_u8(vcntq_u8((uint8x16_t)words)), vdupq_n_s8(1));
+}
+#else
+/* The same a bit at a time. */
+static void add_word(dots_t *sum, const bytes_t *word, const int8_t *table, int64_t next, int tokens) {
+    ROLL for (int i = 0; i < tokens * STRIP; i++) {
+        int t = i / STRIP, r = i % STRIP;
+        uint32_t bits = (uint32_t)((sums_t)word[r / 4])[r % 4];
+        const int8_t *own = table + t * next;
+        ROLL for (int column = 0; column < 32; column++) {
+            int at = column % 8 * 4 + column / 8;
+            if (bits >> column & 1) {
+                sum->low[t][r / 4][r % 4] -= own[at];
+                sum->high[t][r / 4][r % 4] -= own[LIMB_BYTES + at];
+            }
+        }
+    }
+}
+
+INLINE sums_t count_ones(sums_t sum, bytes_t words) {
+    for (int r = 0; r < 4; r++)
+        sum[r] += __builtin_popcount((uint32_t)((sums_t)words)[r]);
+    return sum;
+}
+#endif
 
 /* The words of one of a coded plane's two (coded.h), or the stored ones; `stored` has the words before, GROUPS behind. */
 INLINE void derived_words(bytes_t *word, const veci *stored, int plane) {
