@@ -9,7 +9,7 @@ from optimum_sab.bench import generate
 from optimum_sab.bench.conditions import Conditions
 from optimum_sab.bench.environment import Environment, chosen_backend, describe_environment
 from optimum_sab.bench.generate import GreedyDecoder, cache_slots, check_numbers, random_prompt
-from optimum_sab.bench.linear_overhead import python_seconds
+from optimum_sab.bench.linear_overhead import PythonTime, python_seconds
 from optimum_sab.bench.qwen import random_model
 from optimum_sab.bench.room import check_room
 from optimum_sab.bench.timing import call_seconds
@@ -27,6 +27,7 @@ class StepTiming:
         first_seconds: of the first run, which compiles.
         python_seconds_per_linear: what a packed linear takes beside the kernel (`bench.linear_overhead`); None for
             dense ones, and where another backend computes.
+        nothing_seconds_per_linear: what an operator takes in its place that computes nothing; None likewise.
     """
 
     model: str
@@ -34,6 +35,7 @@ class StepTiming:
     decode_tokens_per_second: float
     first_seconds: float
     python_seconds_per_linear: float | None
+    nothing_seconds_per_linear: float | None
 
 
 @dataclass(frozen=True)
@@ -99,18 +101,17 @@ def compare_compiled(
             for which, decoder in decoders.items():
                 decoder.prefill()
                 samples[which].append(call_seconds(decoder.decode))
-        python: list[float | None] = [None, None]
+        python: list[PythonTime | None] = [None, None]
         if chosen == "cpu":
             python = [*python_seconds(models["packed"], batch, conditions.dtype, (None, generate.COMPILER))]
     speed = {which: batch * new_tokens / statistics.median(found) for which, found in samples.items()}
-    rows = tuple(
-        StepTiming(
-            name, compiled, speed[name, compiled], first[name, compiled], python[compiled] if name == "packed" else None
-        )
-        for name, compiled in decoders
-    )
+    rows = []
+    for name, compiled in decoders:
+        spent = python[compiled] if name == "packed" else None
+        layer, nothing = (None, None) if spent is None else (spent.layer, spent.nothing)
+        rows.append(StepTiming(name, compiled, speed[name, compiled], first[name, compiled], layer, nothing))
     ratios = {
         word: speed["packed", compiled] / speed["dense", compiled]
         for word, compiled in (("eager", False), ("compiled", True))
     }
-    return CompiledReport(environment, chosen, rows, ratios)
+    return CompiledReport(environment, chosen, tuple(rows), ratios)

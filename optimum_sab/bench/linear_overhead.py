@@ -1,4 +1,7 @@
-"""What Python costs at a packed linear on the CPU: the time of its call without that inside of the C kernel."""
+"""What Python costs at a packed linear on the CPU: the time of its call without that inside of the C kernel.
+
+Beside it, what an operator costs that is given the same tensors and computes nothing: less is out of reach of any.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,36 @@ from torch import Tensor, nn
 
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.ops.cpu.compiler import Library, usable_library
+from optimum_sab.ops.operands import WEIGHT
 
 ROUNDS = 30  # over all layers
 WARM_ROUNDS = 4  # a group of layers is used once it has been seen to work
 _PRODUCTS = ("sab_linear", "sab_linears")  # the library's functions that compute layers
+
+
+_library = torch.library.Library("optimum_sab_bench", "DEF")
+_library.define(f"nothing(Tensor x, Tensor? bias, {WEIGHT}, int size) -> Tensor")
+
+
+def _nothing(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], arguments[-1])
+
+
+_library.impl("nothing", _nothing, "CompositeExplicitAutograd")
+torch.library.register_fake("optimum_sab_bench::nothing", _nothing, lib=_library)
+
+
+@dataclass(frozen=True)
+class PythonTime:
+    """Seconds of Python per packed linear.
+
+    Attributes:
+        layer: of the layer's call.
+        nothing: of an operator in its place that is given the same tensors and returns memory that nobody has filled.
+    """
+
+    layer: float
+    nothing: float
 
 
 @dataclass
@@ -53,8 +82,10 @@ def kernel_time(library: Library) -> Iterator[KernelTime]:
 
 
 @torch.no_grad()
-def python_seconds(model: nn.Module, rows: int, dtype: torch.dtype, compilers: tuple[str | None, ...]) -> list[float]:
-    """Median seconds of Python per packed linear: all are called, one after the other, siblings with one input.
+def python_seconds(
+    model: nn.Module, rows: int, dtype: torch.dtype, compilers: tuple[str | None, ...]
+) -> list[PythonTime]:
+    """Medians over rounds in which all packed linears are called, one after the other, siblings with one input.
 
     Args:
         model: on the CPU; has packed linears that the kernel computes.
@@ -76,7 +107,19 @@ def python_seconds(model: nn.Module, rows: int, dtype: torch.dtype, compilers: t
     def call(given: list[Tensor]) -> list[Tensor]:
         return [layer(x) for layer, x in zip(layers, given)]
 
-    calls = [call if c is None else torch.compile(call, fullgraph=True, dynamic=False, backend=c) for c in compilers]
+    operator = torch.ops.optimum_sab_bench.nothing
+
+    def call_nothing(given: list[Tensor]) -> list[Tensor]:
+        return [
+            operator(x, layer.bias, layer.tensors, layer.layout, layer.backend, layer.kind, layer.out_features)
+            for layer, x in zip(layers, given)
+        ]
+
+    calls = [
+        work if c is None else torch.compile(work, fullgraph=True, dynamic=False, backend=c)
+        for c in compilers
+        for work in (call, call_nothing)
+    ]
     samples: list[list[float]] = [[] for _ in calls]
     with kernel_time(library) as inside:
         for turn in range(-WARM_ROUNDS, ROUNDS):
@@ -86,4 +129,5 @@ def python_seconds(model: nn.Module, rows: int, dtype: torch.dtype, compilers: t
                 work(inputs)
                 if turn >= 0:
                     found.append((time.perf_counter() - started - inside.seconds) / len(layers))
-    return [statistics.median(found) for found in samples]
+    medians = [statistics.median(found) for found in samples]
+    return [PythonTime(*pair) for pair in zip(medians[::2], medians[1::2])]

@@ -63,6 +63,7 @@ class InputGroup:
         self._stack: list[Tensor] = []
         first = members[0]
         self.shape = LayerShape.of(sum(self.sizes), first.in_features, first.settings)
+        self._kind = self.shape.text
 
     def output_of(self, member: nn.Module, inputs: Tensor) -> Tensor | None:
         """The member's output for these inputs, or None: then it computes alone."""
@@ -79,7 +80,7 @@ class InputGroup:
             biases = [m.bias for m in self.members if m.bias is not None]
             if torch.is_grad_enabled() and any(b.requires_grad for b in biases):
                 return None
-            outputs = stacked_linear(inputs, self._stack, self.shape, self.sizes, biases, self.members[0].backend)
+            outputs = stacked_linear(inputs, self._stack, self._kind, self.sizes, biases, self.members[0].backend)
             self._pending = self._left(inputs, _mode(inputs), outputs, tracing)
             return outputs[0]
         return self._take(index, inputs, _mode(inputs), tracing)

@@ -42,6 +42,7 @@ class SABLinear(nn.Module):
     Attributes:
         backend: what computes (`optimum_sab.ops.backends`); None leaves it to the device.
         layout: of the packed tensors.
+        kind: its `LayerShape.text`.
         group: the layers that share this one's input and are computed with it in one launch, or None.
         direct: the way to the CPU kernel past the dispatcher.
         counted: how many weights of the model it stands for; of a layer that processes share, all of them.
@@ -68,7 +69,8 @@ class SABLinear(nn.Module):
         self.layout = "stored"
         self.group: LayerGroup | None = None
         self.shape = LayerShape.of(out_features, in_features, settings)
-        self._names = self.shape.names  # kept, so that torch.compile does not trace how they are found
+        # kept, so that torch.compile neither traces how they are found nor guards every number
+        self._names, self.kind = self.shape.names, self.shape.text
         self.direct = DirectLinear(self.shape)
         for name, spec in tensor_specs(out_features, in_features, settings).items():
             self._store(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
@@ -209,7 +211,7 @@ class SABLinear(nn.Module):
             output = self.group.output_of(self, inputs)
             if output is not None:
                 return output
-        return binary_linear(inputs, self.tensors, self.shape, self.bias, self.layout, self.backend)
+        return binary_linear(inputs, self.tensors, self.kind, self.bias, self.layout, self.backend)
 
     def _direct_output(self, inputs: Tensor) -> Tensor | None:
         """Past the dispatcher; None where the operator has to be asked."""

@@ -79,7 +79,7 @@ def experts_linear(x: Tensor, experts: Tensor, weights: ExpertWeights, repeats: 
             return found
     refuse_forward_mode(x)
     layout, backend = weights.layout, weights.backend
-    return torch.ops.optimum_sab.experts_linear(x, experts, bias, repeats, tensors, layout, backend, *shape)
+    return torch.ops.optimum_sab.experts_linear(x, experts, bias, repeats, tensors, layout, backend, shape.text)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------

@@ -14,15 +14,12 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.reference import check_input
 from optimum_sab.ops.shape import LayerShape
 
-WEIGHT = (
-    "Tensor[] tensors, str layout, str? backend, int out_features, int in_features, int block_size, int base_planes, "
-    "int residual_planes, float salient_fraction, str row_scale, str code"
-)
+WEIGHT = "Tensor[] tensors, str layout, str? backend, str shape"  # `LayerShape.text`
 library = torch.library.Library("optimum_sab", "DEF")
 
 
 class Weight(NamedTuple):
-    """What operators are given of a weight, flat as `WEIGHT` says, together again."""
+    """What operators are given of a weight as `WEIGHT` says."""
 
     tensors: Sequence[Tensor]
     layout: str
@@ -30,8 +27,8 @@ class Weight(NamedTuple):
     shape: LayerShape
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor], layout: str, backend: str | None, *numbers: Any) -> Weight:
-        return cls(tensors, layout, backend, LayerShape(*numbers))
+    def of(cls, tensors: Sequence[Tensor], layout: str, backend: str | None, shape: str) -> Weight:
+        return cls(tensors, layout, backend, LayerShape.read(shape))
 
     def member(self, index: int) -> Weight:
         """One layer of a stack."""

@@ -7,13 +7,14 @@ order of `LayerShape.names`, either as stored (``layout="stored"``) or as the Tr
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from optimum_sab.ops.backends import backend_name
+from optimum_sab.ops.cpu.direct import direct_linear, only_values
 from optimum_sab.ops.cpu.kernel import dequantize as cpu_dequantize
 from optimum_sab.ops.cpu.kernel import linear_of as cpu_linear
 from optimum_sab.ops.operands import (
@@ -36,7 +37,7 @@ library.define(f"binary_linear_transposed(Tensor grad, {WEIGHT}) -> Tensor")
 def binary_linear(
     x: Tensor,
     tensors: Sequence[Tensor],
-    shape: LayerShape,
+    shape: LayerShape | str,
     bias: Tensor | None = None,
     layout: str = "stored",
     backend: str | None = None,
@@ -46,7 +47,7 @@ def binary_linear(
     Args:
         x: [..., in], floating.
         tensors: the layer's, in the order of ``shape.names``.
-        shape: of the layer.
+        shape: of the layer, or its `text`, of which `torch.compile` has less to guard.
         bias: [out] or None.
         layout: of the tensors, ``"stored"`` or ``"kernel"``.
         backend: what computes (ops/backends.py); None or "auto" leaves it to the device.
@@ -60,13 +61,13 @@ def binary_linear(
         NotImplementedError: x carries a forward-mode derivative.
     """
     refuse_forward_mode(x)
-    return torch.ops.optimum_sab.binary_linear(x, bias, tensors, layout, backend, *shape)
+    return torch.ops.optimum_sab.binary_linear(x, bias, tensors, layout, backend, _text(shape))
 
 
 def stacked_linear(
     x: Tensor,
     tensors: Sequence[Tensor],
-    shape: LayerShape,
+    shape: LayerShape | str,
     sizes: Sequence[int],
     biases: Sequence[Tensor] = (),
     backend: str | None = None,
@@ -76,13 +77,20 @@ def stacked_linear(
     Biases get no gradient here.
     """
     refuse_forward_mode(x)
-    return torch.ops.optimum_sab.stacked_linear(x, biases, sizes, tensors, "kernel", backend, *shape)
+    return torch.ops.optimum_sab.stacked_linear(x, biases, sizes, tensors, "kernel", backend, _text(shape))
+
+
+def _text(shape: LayerShape | str) -> str:
+    return shape if isinstance(shape, str) else shape.text
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
 
 
 def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    found = _direct(x, bias, *arguments)
+    if found is not None:
+        return found
     weight = Weight.of(*arguments)
     weight.check(x)
     shape = weight.shape
@@ -100,6 +108,13 @@ def _forward(x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
     if out.dtype is not x.dtype:
         out = out.to(x.dtype)
     return out if x.dim() == 2 else _shaped(out, x)
+
+
+def _direct(
+    x: Tensor, bias: Tensor | None, tensors: Sequence[Tensor], layout: str, backend: str | None, shape: str
+) -> Tensor | None:
+    """What the operator computes, where nobody but C is to be asked, or None."""
+    return direct_linear(shape).of(x, tensors, bias, backend) if layout == "stored" and only_values(x) else None
 
 
 def _stacked(x: Tensor, biases: list[Tensor], sizes: list[int], *arguments: Any) -> list[Tensor]:
@@ -168,18 +183,44 @@ def _(grad: Tensor, *arguments: Any) -> Tensor:
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+class _Linear(torch.autograd.Function):
     """Nothing dense is kept: the weight is made dense again in the backward pass."""
-    _, bias, *ctx.arguments = inputs
-    ctx.bias_dtype = bias.dtype if isinstance(bias, Tensor) and bias.requires_grad else None
+
+    @staticmethod
+    def forward(ctx: Any, below: Callable[..., Tensor], x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+        ctx.arguments = arguments
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return below(x, bias, *arguments)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        _, wanted, bias_wanted, *_ = ctx.needs_input_grad
+        (grad,) = grads
+        x_grad = torch.ops.optimum_sab.binary_linear_transposed(grad, *ctx.arguments) if wanted else None
+        bias_grad = None
+        if bias_wanted:
+            bias_grad = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+        return None, x_grad, bias_grad, *[None] * len(ctx.arguments)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    x_grad = torch.ops.optimum_sab.binary_linear_transposed(grad, *ctx.arguments) if ctx.needs_input_grad[0] else None
-    bias_grad = None
-    if ctx.bias_dtype is not None:
-        bias_grad = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    return x_grad, bias_grad, *no_gradients(ctx.arguments)
+def _with_gradients(keys: torch._C.DispatchKeySet, x: Tensor, bias: Tensor | None, *arguments: Any) -> Tensor:
+    """The operator at PyTorch's Autograd key, where it arrives first.
+
+    `torch.library.register_autograd` would do, but asks the dispatcher once more at every call, which costs as much as
+    the whole way to C.
+    """
+    found = _direct(x, bias, *arguments)
+    if found is not None:
+        return found
+
+    def below(*arguments: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            operator = torch.ops.optimum_sab.binary_linear.default
+            return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Linear.apply(below, x, bias, *arguments)
+    return below(x, bias, *arguments)
 
 
 def _keep_stacked(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -196,7 +237,7 @@ def _stacked_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     return x_grad, *no_gradients((ctx.biases, *ctx.arguments))
 
 
-torch.library.register_autograd("optimum_sab::binary_linear", _backward, setup_context=_keep, lib=library)
+library.impl("binary_linear", _with_gradients, "Autograd", with_keyset=True)
 torch.library.register_autograd(
     "optimum_sab::stacked_linear", _stacked_backward, setup_context=_keep_stacked, lib=library
 )

@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 
 
 class LayerShape(NamedTuple):
-    """Shape and storage of a packed layer. A flat tuple of numbers and strings, because it is passed through
-    `torch.library` and hashed at every call.
+    """Shape and storage of a packed layer. A flat tuple of numbers and strings, because it is hashed at every call.
 
     Attributes:
         out_features: rows of the weight.
@@ -46,6 +45,17 @@ class LayerShape(NamedTuple):
             settings.code,
         )
 
+    @classmethod
+    def read(cls, text: str) -> LayerShape:
+        """The shape of a `text`."""
+        return _read(text)
+
+    @property
+    def text(self) -> str:
+        """As one string, which operators take: `torch.library` and the guards of `torch.compile` look at every
+        argument at every call."""
+        return " ".join(map(str, self))
+
     @property
     def settings(self) -> LayerSettings:
         """Settings with this storage; what only the solver reads has its default."""
@@ -73,6 +83,14 @@ def _settings(storage: tuple[int, int, int, float, str, str]) -> LayerSettings:
         row_scale=row_scale,
         code=code,
     )
+
+
+@lru_cache(maxsize=1024)
+def _read(text: str) -> LayerShape:
+    *counts, salient_fraction, row_scale, code = text.split(" ")
+    out_features, in_features, block_size, base_planes, residual_planes = map(int, counts)
+    sizes = out_features, in_features, block_size, base_planes, residual_planes
+    return LayerShape(*sizes, float(salient_fraction), row_scale, code)
 
 
 @lru_cache(maxsize=1024)

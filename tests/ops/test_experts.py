@@ -376,7 +376,7 @@ def test_all_on_meta_has_the_shape_and_dtype():
 def test_operators_pass_opcheck(backend):
     stack = Experts(backend)
     x, bias = stack.random(4, COLUMNS).requires_grad_(), stack.random(EXPERTS, ROWS).requires_grad_()
-    experts, weight = stack.routed(8, low=-1), (stack.tensors, "stored", backend, *stack.shape)
+    experts, weight = stack.routed(8, low=-1), (stack.tensors, "stored", backend, stack.shape.text)
     operators = torch.ops.optimum_sab
     torch.library.opcheck(operators.experts_linear.default, (x, experts, bias, 2, *weight))
     torch.library.opcheck(operators.experts_linear.default, (x.detach(), experts, None, 2, *weight))

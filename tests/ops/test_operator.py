@@ -123,7 +123,15 @@ def test_linear_without_a_backend_argument_uses_the_forced_one(name, layout, mon
     used = []
     from optimum_sab.ops import operator
 
-    decide = operator.backend_name
+    decide, directly = operator.backend_name, operator._direct
+
+    def direct(*arguments):
+        found = directly(*arguments)
+        if found is not None:
+            used.append("cpu")
+        return found
+
+    monkeypatch.setattr(operator, "_direct", direct)
     monkeypatch.setattr(operator, "backend_name", lambda *a: used.append(decide(*a)) or used[-1])
     x = layer.random(3, COLUMNS)
     with force_backend(name):
@@ -440,7 +448,7 @@ def test_operators_pass_opcheck(backend, layout, leading):
     assert len(operator_names()) == 3
     linear_, stacked, transposed = (getattr(torch.ops.optimum_sab, n.partition("::")[2]) for n in operator_names())
     x, bias = layer.random(*leading, COLUMNS).requires_grad_(), layer.random(ROWS).requires_grad_()
-    weight = (layer.tensors, layout, backend, *layer.shape)
+    weight = (layer.tensors, layout, backend, layer.shape.text)
     torch.library.opcheck(linear_.default, (x, bias, *weight))
     torch.library.opcheck(linear_.default, (x.detach(), None, *weight))
     torch.library.opcheck(transposed.default, (layer.random(*leading, ROWS), *weight))
@@ -454,7 +462,7 @@ def test_stacked_operator_passes_opcheck_without_the_kernels(backend, leading):
     layer = Layer(backend, "kernel")
     x, bias = layer.random(*leading, COLUMNS).requires_grad_(), layer.random(ROWS).requires_grad_()
     operator = torch.ops.optimum_sab.stacked_linear.default
-    torch.library.opcheck(operator, (x, biases(bias), SIZES, layer.tensors, "kernel", backend, *layer.shape))
+    torch.library.opcheck(operator, (x, biases(bias), SIZES, layer.tensors, "kernel", backend, layer.shape.text))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

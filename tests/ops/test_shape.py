@@ -35,6 +35,14 @@ def test_shape_is_flat_and_equal_shapes_are_one_key(settings):
     assert LayerShape.of(41, 300, settings) != shape
 
 
+@cases
+def test_text_of_a_shape_is_read_as_the_same(settings):
+    shape = LayerShape.of(40, 300, settings.replace(salient_fraction=0.1 + 0.2))  # no short decimal
+    found = LayerShape.read(shape.text)
+    assert found == shape
+    assert [type(value) for value in found] == [type(value) for value in shape]
+
+
 def test_shape_salient_fraction_given_as_an_integer_is_the_same_shape():
     whole = LayerShape.of(40, 300, LayerSettings().replace(residual_planes=0, salient_fraction=0))
     assert whole == LayerShape.of(40, 300, LayerSettings().replace(residual_planes=0, salient_fraction=0.0))

@@ -172,12 +172,16 @@ def _run_compiled(options: argparse.Namespace, size: str, conditions: Conditions
         asked = {name: getattr(options, name) for name in ("dtype", "prompt_tokens", "new_tokens", "batch")}
         print(json_line({"size": size, **asked, **asdict(report)}))
         return
-    print(f"{'model':<8} {'steps':<9} {'decode tok/s':>13} {'first s':>9} {'Python us per linear':>21}")
+    heads = f"{'decode tok/s':>13} {'first s':>9} {'Python us per linear':>21} {'of nothing':>11}"
+    print(f"{'model':<8} {'steps':<9} {heads}")
     for row in report.rows:
-        python = row.python_seconds_per_linear
+        python, nothing = (
+            "-" if seconds is None else f"{1e6 * seconds:.1f}"
+            for seconds in (row.python_seconds_per_linear, row.nothing_seconds_per_linear)
+        )
         print(
             f"{row.model:<8} {'compiled' if row.compiled else 'eager':<9} {row.decode_tokens_per_second:>13.1f} "
-            f"{row.first_seconds:>9.1f} {'-' if python is None else f'{1e6 * python:.1f}':>21}"
+            f"{row.first_seconds:>9.1f} {python:>21} {nothing:>11}"
         )
     for steps, ratio in report.ratios.items():
         print(f"{'ratio':<8} {steps:<9} {ratio:>13.2f}")

@@ -7,8 +7,9 @@
  *
  * Vectors are those of GCC and Clang, which compile them for any processor; only the lookup, the transposition of sign
  * words and the decoding of scales are written again for AVX2 and AVX-512. -DSAB_PATH=0 forces the portable path,
- * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for bf16 inputs with AVX-512 (integers.h) and coded planes with AVX2
- * (coded.h); -ffp-contract=off keeps `dequantize` exact.
+ * -DSAB_PATH=1 AVX2. All arithmetic is fp32, but for bf16 inputs with AVX-512 or Arm's dot products (integers.h) and
+ * coded planes with AVX2 (coded.h); -ffp-contract=off keeps `dequantize` exact. -DSAB_DOTS=1 does in portable code what
+ * dot products do, slowly, to compare with.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 #include <math.h>
@@ -18,6 +19,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_FEATURE_DOTPROD)
+#include <arm_neon.h>
 #endif
 
 #include "pool.h"
@@ -36,6 +39,13 @@
 #else
 #define PATH 0
 #endif
+/* Whether the portable path has products of bytes that are added by fours. */
+#if PATH == 0 && (defined(SAB_DOTS) || (SAB_PATH >= 1 && defined(__ARM_FEATURE_DOTPROD)))
+#define DOTS 1
+#else
+#define DOTS 0
+#endif
+#define INTEGERS (PATH == 2 || DOTS)
 
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
@@ -90,7 +100,8 @@ typedef struct {
     int32_t block;
     int32_t first, last; /* nibbles of the panel */
     int32_t table;       /* index of the first nibble's table, or of the first step's */
-    int32_t steps, bytes; /* integers.h; `bytes`: a step is a byte and not two nibbles of a word's halves */
+    int32_t steps, bytes; /* integers.h; `bytes`: a step is a byte and not two nibbles of a word's halves; dots.h: a
+                             step is a word */
     int64_t bit, end;    /* bits of the plane */
 } piece_t;
 
@@ -306,7 +317,10 @@ static void free_cut(cut_t *cut) {
 INLINE void count_steps(piece_t *piece, int64_t bits) {
     int begins = piece->bit % 32 == 0, ends = piece->end % 32 == 0 || piece->end == bits;
     piece->bytes = !(begins && ends);
-    piece->steps = piece->bytes ? (piece->last + 1) / 2 - piece->first / 2 : (piece->last - piece->first + 7) / 8 * 4;
+    if (DOTS)
+        piece->steps = (piece->last + 7) / 8 - piece->first / 8;
+    else
+        piece->steps = piece->bytes ? (piece->last + 1) / 2 - piece->first / 2 : (piece->last - piece->first + 7) / 8 * 4;
 }
 
 /* Cut `bits` bits per row, `per_block` of them in every block (the last has what is left), into panels and pieces.
@@ -643,13 +657,13 @@ static void finish_strip(const plan_t *plan, const tile_t *tile, float *sum, int
     }
 }
 
-#if PATH == 2
+#if INTEGERS
 #include "integers.h"
 #endif
 
 /* Of one cut's tables for `tokens` tokens. */
 static int64_t floats_of_tables(const plan_t *plan, int cut, int64_t tokens) {
-#if PATH == 2
+#if INTEGERS
     if (plan->integers)
         return integer_floats(&plan->cut[cut], tokens);
 #endif
@@ -662,7 +676,7 @@ static int make_plan(plan_t *plan, const layer_t *layer, int dtype, int64_t toke
     int64_t row_bytes = (layer->columns + 31) / 32 * 4;
     memset(plan, 0, sizeof *plan);
     plan->dtype = dtype;
-    plan->integers = PATH == 2 && dtype == BF16;
+    plan->integers = INTEGERS && dtype == BF16;
     plan->tile = plan->integers ? TILE : FLOAT_TILE;
     if (plan->tile > tokens)
         plan->tile = tokens;
@@ -681,7 +695,7 @@ static int make_plan(plan_t *plan, const layer_t *layer, int dtype, int64_t toke
 }
 
 static void build_tile(float *tables, const plan_t *plan, const tile_t *tile) {
-#if PATH == 2
+#if INTEGERS
     if (plan->integers) {
         build_integers(tables, plan, tile);
         return;
@@ -716,7 +730,7 @@ static void multiply_strip(const plan_t *plan, const tile_t *tile, const float *
 /* Strips that one piece of work has: as many as share what they read of the tables, where that is more than the cache
  * holds, but no more than leave everyone work. */
 static int64_t strips_together(const plan_t *plan, int64_t strips, int threads) {
-#if PATH == 2
+#if INTEGERS
     int64_t share = strips / (4 * (threads > 1 ? threads : 1));
     if (plan->integers && plan->table_floats * 4 > PART_BYTES)
         return share < 1 ? 1 : share < TOGETHER ? share : TOGETHER;
@@ -728,7 +742,7 @@ static int64_t strips_together(const plan_t *plan, int64_t strips, int threads) 
 /* `strips` strips of y, from `row` on, as far as there are. */
 static void multiply_strips(const plan_t *plan, const tile_t *tile, const float *tables, int64_t row, int64_t strips) {
     int64_t end = row + strips * STRIP < tile->layer->rows ? row + strips * STRIP : tile->layer->rows;
-#if PATH == 2
+#if INTEGERS
     if (plan->integers) {
         multiply_integers(plan, tile, tables, row, end);
         return;
@@ -1077,6 +1091,9 @@ EXPORT int sab_vnni(void) {
     return 0;
 #endif
 }
+
+/* 1 where bf16 inputs are multiplied as integers by dot products (dots.h). */
+EXPORT int sab_dots(void) { return DOTS; }
 
 /* 1 on processors with a unit for bf16 matrices, where dense products are several times faster. */
 EXPORT int sab_matrix_unit(void) {

@@ -24,14 +24,16 @@ from optimum_sab.errors import MissingDependencyError
 from optimum_sab.ops.cpu.cache import digest, find_library, keep_library, library_folder
 
 SOURCES = tuple(
-    Path(__file__).with_name(name) for name in ("binary_linear.c", "coded.h", "experts.h", "integers.h", "pool.h")
+    Path(__file__).with_name(name)
+    for name in ("binary_linear.c", "coded.h", "dots.h", "experts.h", "integers.h", "pool.h")
 )
 THREADS = ("-pthread",)
 FLAGS = (
     *("-O3", "-std=gnu11", *THREADS, "-fPIC", "-fvisibility=hidden"),
     *("-ffp-contract=off", "-fno-math-errno", "-Wno-psabi"),
 )
-NATIVE = ("-march=native",)
+# Clang for Arm, Apple's among them, knows -march=native since lately only, and every compiler -mcpu=native.
+NATIVE = ("-mcpu=native",) if platform.machine() in ("aarch64", "arm64") else ("-march=native",)
 COMPILERS = ("cc", "gcc", "clang")
 PATHS = {2: "AVX-512", 1: "AVX2", 0: "portable code"}  # of sab_path
 TIME_LIMIT = 120
@@ -194,8 +196,9 @@ def compile_library(
 
 def _instructions(library: Library) -> str:
     """What the library computes with, for people."""
-    vnni = getattr(library, "sab_vnni", None)  # the linears have it
-    return PATHS[library.sab_path()] + (" with VNNI" if vnni is not None and vnni() else "")
+    more = {"sab_vnni": " with VNNI", "sab_dots": " with dot products"}  # the linears have these functions
+    has = (words for name, words in more.items() if getattr(library, name, int)())
+    return PATHS[library.sab_path()] + "".join(has)
 
 
 def find_compiler() -> list[str] | None:
@@ -262,7 +265,7 @@ def _first_line(text: str) -> str:
 
 
 def _machine() -> str:
-    """What -march=native and the loader look at, so that machines that share a cache share no library."""
+    """What `NATIVE` and the loader look at, so that machines that share a cache share no library."""
     cpuinfo = Path("/proc/cpuinfo")
     found = []
     if cpuinfo.exists():

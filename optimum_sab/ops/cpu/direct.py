@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from operator import itemgetter
 from typing import Any
 
@@ -72,19 +73,23 @@ class DirectLinear:
         Raises:
             MemoryError: no room for the scratch memory.
         """
+        return self.of(x, self._stored(parameters), parameters["bias"], backend)
+
+    def of(self, x: Tensor, tensors: Sequence[Tensor], bias: Tensor | None, backend: str | None) -> Tensor | None:
+        """The same of tensors that belong to no module: as stored, in the order of ``shape.names``."""
         library, dtype, sizes = usable_library(), x.dtype, [*x.shape]
         if library is None or not sizes or sizes[-1] != self.columns or not cpu_may_compute(backend):
             return None
-        known, tokens = self.known(parameters, dtype), x.numel() // self.columns
+        known, tokens = self._known(tensors, bias, dtype), x.numel() // self.columns
         if known is None or tokens >= dense_from(library, dtype):
             return None
-        layer, bias = known
+        layer, added = known
         if not x.is_contiguous():
             x = x.contiguous()
         sizes[-1] = self.rows
-        y = x.new_empty(sizes)
+        y = x.new_empty(*sizes)  # given as a list, sizes take half a microsecond more
         status = library.sab_linear(
-            ctypes.addressof(layer), y.data_ptr(), bias, x.data_ptr(), tokens, DTYPES[dtype], torch.get_num_threads()
+            ctypes.addressof(layer), y.data_ptr(), added, x.data_ptr(), tokens, DTYPES[dtype], torch.get_num_threads()
         )
         if status:
             check_status(status, self.rows, self.columns)
@@ -92,7 +97,12 @@ class DirectLinear:
 
     def known(self, parameters: Parameters, dtype: torch.dtype) -> tuple[Layer, int | None] | None:
         """The layer and the address of its bias, for inputs of a dtype; None where C cannot read them as they are."""
-        bias, address = parameters["bias"], None
+        return self._known(self._stored(parameters), parameters["bias"], dtype)
+
+    def _known(
+        self, tensors: Sequence[Tensor], bias: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Layer, int | None] | None:
+        address = None
         if bias is not None:
             if (
                 bias.dtype is not dtype
@@ -104,9 +114,15 @@ class DirectLinear:
                 return None
             address = bias.data_ptr()
         try:
-            return known_layer(self._stored(parameters), self.shape), address
+            return known_layer(tensors, self.shape), address
         except FormatError:
             return None  # the operator says what is wrong
+
+
+@lru_cache(maxsize=1024)
+def direct_linear(shape: str) -> DirectLinear:
+    """The way of layers of a `LayerShape.text`."""
+    return DirectLinear(LayerShape.read(shape))
 
 
 def direct_linears(
@@ -138,7 +154,7 @@ def direct_linears(
         layers.append(known[0])
         biases.append(known[1])
         sizes[-1] = linear.rows
-        outputs.append(x.new_empty(sizes))
+        outputs.append(x.new_empty(*sizes))
     pointers = _POINTERS[len(layers)]
     if not x.is_contiguous():
         x = x.contiguous()

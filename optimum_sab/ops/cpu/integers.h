@@ -1,12 +1,12 @@
-/* Products of bf16 inputs with AVX-512, in integers (binary_linear.c includes this).
+/* Products of bf16 inputs in integers, with AVX-512 and with Arm's dot products (binary_linear.c includes this).
  *
- * The lookup of 16 floats serves 64 columns, and what is found takes an addition. A lookup of 32 integers of 16 bits
- * serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So the
+ * With AVX-512: the lookup of 16 floats serves 64 columns, and what is found takes an addition. A lookup of 32 integers
+ * of 16 bits serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So the
  * inputs of a piece, times their column scales, become integers in units that let the sum of the sizes of any aligned
  * eight be at most 32,766: rounding moves an input by at most 2⁻¹⁶ of the largest such sum, in the mean square over a
  * piece by no more than 4·10⁻⁴ of the norm of its inputs, which bf16's own rounding (2⁻⁹) hides. Sums of integers are
  * exact, so the order of the additions is free; what pieces add up to is fp32, in the order of the planes and the
- * columns.
+ * columns. dots.h does the same arithmetic with other instructions, to the same bits.
  *
  * A lane of 32 bits holds a row's sign word. Its lower half looks up in the lower half of a table, the other in the
  * upper, so a step takes eight columns of 16 rows. In a piece of whole words, step k has nibbles k and k + 4, and the
@@ -19,6 +19,8 @@ enum {
     ENTRIES = 32,           /* of a table: two of 16 */
     STEP_FLOATS = ENTRIES / 2,
     LINE_WORDS = LINE_BITS / 32,
+    LINE_STEPS = PATH == 2 ? LINE_BITS / 8 : LINE_WORDS,
+    UNIT_FLOATS = PATH == 2 ? 1 : 2, /* of a piece and token */
     PIECE_BITS = LINE_BITS / 2,
     TOGETHER = 8,           /* strips that read a part of the tables while it is in the cache */
     PART_BYTES = 512 << 10, /* of tables */
@@ -28,7 +30,8 @@ enum { STORED, FIRST, SECOND }; /* planes */
 #define SMALLEST 0x1p-100f /* sum of eight, / 8; smaller inputs lose bits as they do at the end of fp32 */
 
 static int64_t integer_floats(const cut_t *cut, int64_t tokens) {
-    return cut->planes ? (((int64_t)cut->table_count * STEP_FLOATS + cut->piece_count) * tokens + 15) / 16 * 16 : 0;
+    int64_t floats = (int64_t)cut->table_count * STEP_FLOATS + UNIT_FLOATS * cut->piece_count;
+    return cut->planes ? (floats * tokens + 15) / 16 * 16 : 0;
 }
 
 INLINE float *units_of(const float *tables, const cut_t *cut, int64_t tokens) {
@@ -40,6 +43,9 @@ INLINE int16_t *tables_of(const float *tables, const piece_t *piece, int64_t tok
     return (int16_t *)tables + (piece->table * tokens + piece->steps * t) * ENTRIES;
 }
 
+#if PATH != 2
+#include "dots.h"
+#else
 /* ---- tables ---- */
 
 /* x of 16 columns, as far as there are, times c. */
@@ -127,15 +133,6 @@ static void build_integer_piece(float *tables, const layer_t *layer, const cut_t
         for (int step = 0; step < piece->steps; step += 4)
             build_four(table + step * width * ENTRIES, width * ENTRIES, integer + 8 * step, piece->bytes,
                        piece->steps - step < 4 ? piece->steps - step : 4);
-    }
-}
-
-static void build_integers(float *tables, const plan_t *plan, const tile_t *tile) {
-    for (int i = CODED; i < CUTS; i++) {
-        const cut_t *cut = &plan->cut[i];
-        for (int32_t k = 0; k < cut->piece_count; k++)
-            build_integer_piece(tables, tile->layer, cut, k, i == RESIDUAL, tile->x, tile->tokens);
-        tables += integer_floats(cut, tile->tokens);
     }
 }
 
@@ -360,6 +357,17 @@ INLINE void add_integers(float *y, const veci *words, const cut_t *cut, const pi
         add_integer_piece(y + t * STRIP, &of, rest, unit + t, scale, code, 1);
 }
 
+#endif
+
+static void build_integers(float *tables, const plan_t *plan, const tile_t *tile) {
+    for (int i = CODED; i < CUTS; i++) {
+        const cut_t *cut = &plan->cut[i];
+        for (int32_t k = 0; k < cut->piece_count; k++)
+            build_integer_piece(tables, tile->layer, cut, k, i == RESIDUAL, tile->x, tile->tokens);
+        tables += integer_floats(cut, tile->tokens);
+    }
+}
+
 /* A plane's panels `first` .. `last` for the rows of one strip. */
 typedef struct {
     const cut_t *cut;
@@ -423,7 +431,7 @@ static void multiply_integers(const plan_t *plan, const tile_t *tile, const floa
     const int64_t count = tile->tokens, strips = (end - row + STRIP - 1) / STRIP;
     float sum[TOGETHER][TILE * STRIP] __attribute__((aligned(64)));
     veci before[TOGETHER][GROUPS];
-    int32_t panels = (int32_t)(PART_BYTES / (count * STEP_FLOATS * 4 * LINE_BITS / 8));
+    int32_t panels = (int32_t)(PART_BYTES / (count * STEP_FLOATS * 4 * LINE_STEPS));
     for (int64_t s = 0; s < strips; s++)
         memset(sum[s], 0, sizeof(float) * (size_t)(count * STRIP));
     for (int i = CODED; i < CUTS; i++) {

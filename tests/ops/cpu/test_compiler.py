@@ -164,8 +164,8 @@ def test_availability_gives_the_compiler_s_error(wrapper, fresh):
 
 
 @needs_compiler
-def test_load_library_does_without_march(wrapper):
-    wrapper("-march=native")
+def test_load_library_does_without_flags_for_this_processor(wrapper):
+    wrapper(*compiler.NATIVE)
     assert compiler.load_library().sab_path() in (0, 1, 2)
 
 
@@ -187,6 +187,11 @@ def test_build_says_what_it_computes_with(path, vnni, words):
     library = SimpleNamespace(sab_path=lambda: path, sab_vnni=lambda: vnni)
     assert compiler._instructions(library) == words
     assert compiler._instructions(SimpleNamespace(sab_path=lambda: path)) == words.removesuffix(" with VNNI")
+
+
+def test_build_says_that_it_computes_with_dot_products():
+    library = SimpleNamespace(sab_path=lambda: 0, sab_vnni=lambda: 0, sab_dots=lambda: 1)
+    assert compiler._instructions(library) == "portable code with dot products"
 
 
 @needs_compiler

@@ -1,5 +1,6 @@
 """The way past the dispatcher: the operator's numbers and errors, and the operator itself wherever somebody listens."""
 
+import copy
 import threading
 
 import pytest
@@ -58,7 +59,7 @@ def _counting(call):
 
     def binary_linear(x, tensors, shape, bias, layout, backend):
         refuse_forward_mode(x)
-        return call(x, bias, tensors, layout, backend, *shape)
+        return call(x, bias, tensors, layout, backend, shape)
 
     return binary_linear
 
@@ -68,7 +69,7 @@ def inputs(*shape, seed=1, dtype=torch.float32):
 
 
 def by_operator(linear, x):
-    return torch.ops.optimum_sab.binary_linear(x, linear.bias, linear.tensors, linear.layout, None, *linear.shape)
+    return torch.ops.optimum_sab.binary_linear(x, linear.bias, linear.tensors, linear.layout, None, linear.shape.text)
 
 
 # -- values ------------------------------------------------------------------------------------------------------------
@@ -342,6 +343,30 @@ def test_tensors_that_were_replaced_are_computed_with(linear, random_packed):
         assert torch.equal(linear(x), expected), put
         put(linear, kept)
         assert torch.equal(linear(x), first), put
+
+
+def test_compiled_layer_computes_with_tensors_that_were_replaced(linear, random_packed):
+    """Moved, loaded or copied: a graph is given the layer's tensors at every call, and the operator keeps none."""
+    torch._dynamo.reset()
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    x = inputs(2, IN)
+    first = compiled(x)
+    assert torch.equal(first, linear(x))
+    other = SABLinear.from_packed(random_packed(OUT, IN, seed=5, code=linear.settings.code), linear.bias)
+    expected = other(x)
+    kept = {name: tensor.clone() for name, tensor in linear.state_dict().items()}
+    for put in (_into_the_dict, _as_data, _loaded, _assigned):
+        put(linear, other.state_dict())
+        assert torch.equal(compiled(x), expected), put
+        copied = copy.deepcopy(linear)
+        put(linear, kept)
+        assert torch.equal(compiled(x), first), put
+        assert torch.equal(torch.compile(copied, fullgraph=True, backend="aot_eager")(x), expected)
+    swapped = torch.compile(
+        lambda tensors: torch.func.functional_call(linear, tensors, (x,)), fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(swapped(dict(other.named_parameters())), expected)
+    assert torch.equal(swapped(dict(linear.named_parameters())), first)
 
 
 def _into_the_dict(linear, tensors):
