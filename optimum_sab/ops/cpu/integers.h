@@ -1,8 +1,8 @@
 /* Products of bf16 inputs in integers, with AVX-512 and with Arm's dot products (binary_linear.c includes this).
  *
  * With AVX-512: the lookup of 16 floats serves 64 columns, and what is found takes an addition. A lookup of 32 integers
- * of 16 bits serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So the
- * inputs of a piece, times their column scales, become integers in units that let the sum of the sizes of any aligned
+ * of 16 bits serves 128, and pairs of them are added in 16 bits before one instruction adds two such sums to 32 bits. So
+ * the inputs of a piece, times their column scales, become integers in units that let the sum of the sizes of any aligned
  * eight be at most 32,766: rounding moves an input by at most 2⁻¹⁶ of the largest such sum, in the mean square over a
  * piece by no more than 4·10⁻⁴ of the norm of its inputs, which bf16's own rounding (2⁻⁹) hides. Sums of integers are
  * exact, so the order of the additions is free; what pieces add up to is fp32, in the order of the planes and the
