@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,19 +21,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import torch
 
+from tests.speed.interpreter import quicken
 
-def only_distributes():
-    """Whether this process hands all tests to workers, which import torch while it need not."""
-    counts = [given for option, given in zip(sys.argv, sys.argv[1:]) if option in ("-n", "--numprocesses")]
-    return "PYTEST_XDIST_WORKER" not in os.environ and counts[-1:] not in ([], ["0"])
-
-
-if not only_distributes():
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # The process that hands out tests reads what workers warn of in a thread for each, which imports the modules that
+    # the warnings are of: two threads that begin at opposite ends of packages that import each other wait for ever.
+    for name in ("optimum_sab.hf", "peft"):
+        if find_spec(name.partition(".")[0]):
+            import_module(name)
+else:
     gc.disable()  # until all is imported and collected: it stays, and looking for garbage in it takes a second
 
 
@@ -44,8 +46,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    from tests.speed.interpreter import quicken
-
     gc.freeze()
     gc.enable()
     if os.environ.get("TRITON_INTERPRET") == "1" and "triton.runtime.interpreter" in sys.modules:
@@ -139,7 +139,6 @@ def _without_rights():
 @pytest.fixture
 def quick_muon(monkeypatch):
     """Muon that computes in float32 what it computes in bfloat16, which many CPUs multiply tens of times slower."""
-    import torch
     from torch.optim import _muon
 
     real = _muon._zeropower_via_newtonschulz
