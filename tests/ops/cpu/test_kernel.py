@@ -245,6 +245,17 @@ def test_linear_of_bf16_is_the_same_for_any_number_of_threads(path, random_packe
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize(("block_size", "fraction"), [(32, 6 / 32), (96, 18 / 96), (128, 5 / 128), (128, 11 / 128)])
+def test_linear_of_bf16_whose_pieces_end_inside_of_words_equals_the_reference(
+    path, random_packed, monkeypatch, block_size, fraction
+):
+    take_route(monkeypatch, "packed")
+    packed = random_packed(70, 300, block_size=block_size, salient_fraction=fraction)
+    inputs = random_inputs(3, 300, dtype=torch.bfloat16)
+    sums = INTEGER_SUMS if path in IN_INTEGERS else SUMS
+    assert_near_slices([kernel.linear(inputs, packed)], [inputs], packed, ROUNDING[torch.bfloat16], sums)
+
+
 WIDE = [*((p, s, "none") for p in PLANES for s in (32, 96, 128, 512)), *((p, 512, code) for p, code in CODED)]
 
 
