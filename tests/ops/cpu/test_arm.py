@@ -32,6 +32,7 @@ KINDS = [  # out, in, settings: rows and columns that end inside of strips, word
     (40, 700, {"block_size": 512, "base_planes": 2}),
     (47, 300, {"code": "trellis16", "block_size": 128}),
     (16, 1033, {"code": "trellis16", "base_planes": 2, "row_scale": "fp16"}),
+    (33, 700, {"code": "trellis16x2", "base_planes": 2, "block_size": 128}),
 ]
 
 
