@@ -1,6 +1,7 @@
 """What the ranks of the tests do: each function is called on every rank, and what it returns is compared."""
 
 import io
+import itertools
 import os
 import signal
 import warnings
@@ -15,19 +16,33 @@ from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.joined_ranks import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
+from optimum_sab.calibration.progress import no_step
+from optimum_sab.calibration.refine import tuning
+from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of
+from optimum_sab.calibration.refine.reconstruction import reconstruct
+from optimum_sab.calibration.refine.sums import add_up_gradients, mean_of_all
+from optimum_sab.calibration.refine.whole_model import make_student
 from optimum_sab.calibration.resume.fingerprint import WeightsDigest, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stages.temperature import ScaleTemperature
+from optimum_sab.calibration.streams.passage import BlockPassage, hidden_states
 from optimum_sab.cli.main import main
+from optimum_sab.core.hessian import InputStatistics
+from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
+from optimum_sab.core.solver import solve
 from optimum_sab.errors import NonFiniteError
+from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.hf.selection import select
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.selection import select_linears
 from optimum_sab.nn.unfusing import unfuse_experts
 from tests.calibration.conftest import IMAGE, TEXT, build
 
 QUICK = LayerSettings(block_size=32, salient_fraction=0.125, iterations=2, sweeps=1)
+REFINED = LayerSettings(block_size=32, iterations=2, propagation=0.01)  # something is left to refine
 # imported once, and not by every process
 FAMILIES = (
     transformers.LlamaForCausalLM,
@@ -93,6 +108,79 @@ def llama(lengths, exact=False, settings=QUICK, folder=None, killed=None, **opti
 
         BlockBinarizer.leave = dying
     return quantized(subject, settings, folder, **options)
+
+
+def refined(folder=None, killed=None):
+    """A Llama whose blocks and whole are refined; the rank ``killed`` dies in a later step of the tuning."""
+    subject = build("llama")
+    subject.samples = texts(*(12, 7, 9, 12, 5, 12, 8, 12))
+    if killed == rank():
+        add, taken = tuning.add_up_gradients, itertools.count(1)
+
+        def dying(*args):
+            if next(taken) == tuning.SAVE_EVERY + 2:
+                os.kill(os.getpid(), signal.SIGKILL)
+            add(*args)
+
+        tuning.add_up_gradients = dying
+    _, report = quantized(subject, REFINED, folder, refine=RefineSettings(epochs=2, steps=tuning.SAVE_EVERY + 4))
+    return subject.model.state_dict(), report
+
+
+def trained():
+    """A Llama that every rank has packed alike, then trained: its first block, then the whole. What came of both."""
+    subject = build("llama")
+    model, inputs = subject.model, texts(*(12, 7, 9, 12, 5, 12, 8, 12, 12, 12, 6, 12))
+    block, called, wanted, given = model.model.layers[0], [], [], []
+    hooks = [
+        block.register_forward_pre_hook(lambda m, args, kwargs: called.append((args, kwargs)), with_kwargs=True),
+        block.register_forward_hook(lambda m, args, output: wanted.append(hidden_states(output))),
+        model.lm_head.register_forward_pre_hook(lambda m, args: given.append(args[0])),
+    ]
+    with torch.no_grad():
+        for each in inputs:
+            model(**each, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    packed = {}
+    for name, settings in select_linears(model, REFINED).settings.items():
+        weight = model.get_submodule(name).weight
+        planes = solve(weight.detach(), InputStatistics.without_data(weight.shape[1], weight.device), settings).planes
+        packed[name] = PackedWeight.pack(planes, settings)
+
+    with joined() as ranks:
+        samples = CalibrationSamples.of(inputs, model.config, ranks)
+
+        def run(sample, parameters):
+            args, kwargs = called[sample]
+            return torch.func.functional_call(block, parameters, args, kwargs)
+
+        start = "model.layers.0."
+        own = {name.removeprefix(start): each for name, each in packed.items() if name.startswith(start)}
+        parameters = ModuleParameters(own, torch.float32, vectors_of(block), torch.device("cpu"))
+        passage = BlockPassage(block, samples.own, run, lambda sample: wanted[sample], lambda sample, output: None)
+        of_block = reconstruct(passage, parameters, 3, 0, ranks)
+        found = [tensor.detach() for tensor in parameters.tensors]
+
+        for name, each in packed.items():
+            set_module(model, name, SABLinear.from_packed(each, None))
+        student = make_student(model, torch.float32)
+        shown = {i: tuning.TuningSample(inputs[i], given[i], samples.modalities[i]) for i in samples.own}
+        of_model = tuning.tune(student, shown, 12, None, no_step, ranks)
+        found += [tensor.detach() for each in student.tuned for tensor in each.parameters.tensors]
+        return of_block, of_model, found
+
+
+def adding_gradients():
+    """Gradients of three tensors of which ranks have some: those of all."""
+    tensors = [torch.zeros(n, requires_grad=True) for n in (2, 3, 1)]
+    with joined() as ranks:
+        tensors[ranks.rank].grad = torch.ones_like(tensors[ranks.rank])
+        if ranks.rank == 0:
+            tensors[1].grad = torch.tensor([1.0, 2.0, 3.0])
+        add_up_gradients(ranks, tensors)
+        errors = [torch.tensor([4.0, 5.0])] if ranks.rank else []
+        return [tensor.grad for tensor in tensors], mean_of_all(ranks, "errors", errors)
 
 
 def pictures():

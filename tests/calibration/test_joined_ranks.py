@@ -1,20 +1,22 @@
 """Several processes give what one gives, stop together, and go on in any number."""
 
+import json
 import os
 
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from safetensors import safe_open
 
 from optimum_sab.calibration import joined_ranks
 from optimum_sab.calibration.joined_ranks import TIMEOUT, joined, launched, timeout
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.ranks import Ranks, require_samples, shares
+from optimum_sab.calibration.refine.tuning import SAVE_EVERY
 from optimum_sab.calibration.stages.agreement import require_shareable
 from optimum_sab.calibration.statistics import passes
 from optimum_sab.calibration.statistics.hessian import HessianPass
-from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError, RankError, SampleError
 from tests.calibration import rank_work
 from tests.calibration.ranked import Server
@@ -93,6 +95,30 @@ def test_rounding_of_sums_is_all_that_differs(server, work):
     assert (work is rank_work.mixture) == any(block.experts for block in one.blocks)
 
 
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.full)])
+def test_training_takes_the_steps_of_one_process(server, size):
+    [(block, model, wanted)] = values(server.run(1, rank_work.trained))
+    assert block.improved and model.improved
+    for of_block, of_model, found in values(server.run(size, rank_work.trained)):
+        for mine, one in ((of_block, block), (of_model, model)):
+            assert (mine.before, mine.after) == pytest.approx((one.before, one.after), rel=1e-4)
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_ranks_that_refine_have_one_model(server):
+    (state, report), (mine, told) = values(server.run(2, rank_work.refined))
+    assert all(torch.equal(tensor, state[name]) for name, tensor in mine.items())
+    assert told.tuning == report.tuning and report.tuning.improved
+    assert [each.reconstruction for each in told.blocks] == [each.reconstruction for each in report.blocks]
+    assert report.blocks[0].reconstruction.improved
+
+
+def test_gradients_are_added_up_where_any_rank_has_one(server):
+    for grads, mean in values(server.run(2, rank_work.adding_gradients)):
+        assert grads[0].tolist() == [1.0, 1.0] and grads[1].tolist() == [2.0, 3.0, 4.0] and grads[2] is None
+        assert mean == 4.5
+
+
 # -- failures ------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +140,16 @@ def test_after_a_kill_any_number_of_ranks_goes_on_to_the_same_bits(server, one, 
         assert same(mine, one[0])
         assert len(report.blocks) == 2
     assert kept.items() <= {each.name: each.stat().st_mtime_ns for each in tmp_path.iterdir()}.items()
+
+
+def test_after_a_kill_the_tuning_goes_on_where_it_was(server, tmp_path):
+    first, killed = server.run(2, rank_work.refined, tmp_path, 1)
+    assert killed.code == -9 and isinstance(first.error, RankError)
+    with safe_open(tmp_path / "tuning.safetensors", framework="pt") as file:
+        kept = json.loads(file.metadata()["about"])
+    assert kept["step"] == SAVE_EVERY
+    for _, report in values(server.run(2, rank_work.refined, tmp_path)):
+        assert report.tuning.before == kept["before"] and report.tuning.after <= kept["best"]
 
 
 def test_a_rank_that_is_silent_is_given_up_in_time(server):
@@ -168,8 +204,6 @@ def test_what_several_processes_cannot_do_is_refused_by_name(monkeypatch):
     require_shareable(RunOptions(calibration_pass="weighted"))
     with pytest.raises(ConfigError, match="calibration_pass='own' gathers what cannot be added up"):
         require_shareable(RunOptions(calibration_pass="own"))
-    with pytest.raises(ConfigError, match="refine trains on all samples in one process"):
-        require_shareable(RunOptions(refine=RefineSettings()))
 
 
 # -- what ranks do together ----------------------------------------------------------------------------------------

@@ -76,10 +76,12 @@ def test_what_another_process_fails_with_is_said_by_the_first(server, smallest_e
 
 
 @pytest.mark.full
-def test_refinement_is_refused_before_a_weight_is_read(server, smallest_example, tmp_path):
-    first, second = quantized(server, 2, smallest_example, tmp_path / "out", "--refine")
-    assert first[0] == 1 and "refine trains on all samples in one process" in first[2]
-    assert second == (1, "", "")
+def test_the_preset_that_refines_goes_through_several_processes(server, smallest_example, tmp_path):
+    preset = ("--preset", "best", "--refine-epochs", "1", "--refine-steps", "4")
+    first, second = quantized(server, 2, smallest_example, tmp_path / "out", *preset)
+    assert (first[0], second) == (0, (0, "", ""))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["tuning"]["after"] <= report["tuning"]["before"] and report["temperature"] is not None
 
 
 @pytest.mark.full

@@ -183,18 +183,19 @@ class BlockBinarizer:
     def _refine(self, passage: BlockPassage) -> bool:
         """Reconstruct the block's output; whether that improved it."""
         refine = self._run.options.refine
-        if refine is None or not refine.epochs or not passage.samples:
+        if refine is None or not refine.epochs:
             return False
         packed = {name.removeprefix(self._start): weight for name, weight in self._block.packed.items()}
         dense = next(iter(self._linears.values())).weight
         parameters = ModuleParameters(packed, dense.dtype, vectors_of(passage.block), dense.device)
-        found = reconstruct(passage, parameters, refine.epochs, seed=self._index)
-        if not found.improved:
-            self._block = replace(self._block, reconstruction=found)
+        found = reconstruct(passage, parameters, refine.epochs, self._index, self._ranks)
+        self._block = replace(self._block, reconstruction=found)
+        if found is None or not found.improved:
             return False
-        refined = {**self._block.packed, **{self._start + n: weight for n, weight in parameters.packed().items()}}
-        vectors = parameters.built_vectors()
-        self._block = replace(self._block, packed=refined, vectors=vectors, reconstruction=found)
+        weights, vectors = self._ranks.give(f"refined block {self._index}", 0, parameters.stored)
+        for name, weight in weights.items():
+            self._block.packed[self._start + name] = weight.to(packed[name].tensors["weight"].device)
+        self._block = replace(self._block, vectors=vectors)
         return True
 
     def _read(self) -> FinishedBlock:

@@ -67,6 +67,10 @@ class ModuleParameters:
         """The linears as they will be stored, by name inside the module."""
         return {name: s.packed() for name, s in self.scales.items()}
 
+    def stored(self) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+        """Linears and one-dimensional parameters as they will be stored, by name inside the module."""
+        return self.packed(), self.built_vectors()
+
     def built_vectors(self) -> dict[str, Tensor]:
         """The one-dimensional parameters as they will be stored, by name inside the module."""
         return {name: v.built().detach() for name, v in self.vectors.items()}

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.refine.hidden_error import hidden_error
 from optimum_sab.calibration.refine.holdout import split_samples
 from optimum_sab.calibration.refine.parameters import ModuleParameters, copied, restore
+from optimum_sab.calibration.refine.sums import add_up_gradients, mean_of_all, of_all
 from optimum_sab.calibration.streams.passage import BlockPassage, hidden_states
 from optimum_sab.errors import CalibrationError
 
@@ -40,24 +42,39 @@ class Reconstruction:
     improved: bool
 
 
-def reconstruct(passage: BlockPassage, parameters: ModuleParameters, epochs: int, seed: int = 0) -> Reconstruction:
+def reconstruct(
+    passage: BlockPassage, parameters: ModuleParameters, epochs: int, seed: int = 0, ranks: Ranks | None = None
+) -> Reconstruction | None:
     """Train ``parameters`` of the passage's block in place and leave the best in them.
 
     Args:
-        passage: of two streams.
-        parameters: of ``passage.block``.
+        passage: of two streams, with this rank's samples.
+        parameters: of ``passage.block``, the same on every rank.
         epochs: rounds over the samples.
         seed: of the order of the samples.
+        ranks: who shares the samples; None for this process alone.
+
+    Returns:
+        None where no sample of any rank came to the block.
 
     Raises:
         CalibrationError: the passage has one stream only.
     """
-    split = split_samples(len(passage.samples))
-    train, judge = ([passage.samples[i] for i in some] for some in (split.train, split.judge))
+    ranks = ranks or Ranks()
+    tokens = of_all(ranks, "tokens in a block", {i: _wanted(passage, i).shape[:-1].numel() for i in passage.samples})
+    if not tokens:
+        return None
+    samples, own = list(tokens), set(passage.samples)
+    split = split_samples(len(samples))
+    train, judge = ([samples[i] for i in some] for some in (split.train, split.judge))
     tensors = parameters.tensors
+
+    def error_now() -> float:
+        return mean_of_all(ranks, "errors of a block", _errors_of(passage, parameters, [i for i in judge if i in own]))
+
     optimizer = torch.optim.Adam(tensors, lr=RATE, betas=BETAS)
     with frozen(passage.block):
-        before = best = _judge(passage, parameters, judge)
+        before = best = error_now()
         kept = copied(tensors)
         generator = torch.Generator().manual_seed(seed)
         total = epochs * -(-len(train) // BATCH)
@@ -67,10 +84,12 @@ def reconstruct(passage: BlockPassage, parameters: ModuleParameters, epochs: int
             for start in range(0, len(order), BATCH):
                 optimizer.param_groups[0]["lr"] = RATE * cosine(step, total)
                 optimizer.zero_grad()
-                _gradients(passage, parameters, order[start : start + BATCH])
+                batch = order[start : start + BATCH]
+                _gradients(passage, parameters, [i for i in batch if i in own], sum(tokens[i] for i in batch))
+                add_up_gradients(ranks, tensors)
                 optimizer.step()
                 step += 1
-            error = _judge(passage, parameters, judge)
+            error = error_now()
             if error < best:
                 best, kept = error, copied(tensors)
         restore(tensors, kept)
@@ -96,14 +115,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 @torch.enable_grad()
-def _gradients(passage: BlockPassage, parameters: ModuleParameters, samples: Sequence[int]) -> None:
-    """Add the gradients of the mean error of these samples' tokens.
+def _gradients(passage: BlockPassage, parameters: ModuleParameters, samples: Sequence[int], tokens: int) -> None:
+    """Add the gradients of these samples' errors, over the ``tokens`` of a step.
 
     The weights are built once for all of them; each sample's activations go as soon as its gradient is in the weights.
     """
+    if not samples:
+        return
     built = parameters.build()
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in built.items()}
-    tokens = sum(_wanted(passage, i).shape[:-1].numel() for i in samples)
     for sample in samples:
         (_errors(passage, leaves, sample).sum() / tokens).backward()
     reached = [name for name in built if leaves[name].grad is not None]  # not the experts that no token chose
@@ -111,9 +131,9 @@ def _gradients(passage: BlockPassage, parameters: ModuleParameters, samples: Seq
 
 
 @torch.no_grad()
-def _judge(passage: BlockPassage, parameters: ModuleParameters, samples: Sequence[int]) -> float:
+def _errors_of(passage: BlockPassage, parameters: ModuleParameters, samples: Sequence[int]) -> list[Tensor]:
     built = parameters.build()
-    return float(torch.cat([_errors(passage, built, i) for i in samples]).mean())
+    return [_errors(passage, built, i) for i in samples]
 
 
 def _errors(passage: BlockPassage, built: Mapping[str, Tensor], sample: int) -> Tensor:

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from optimum_sab.calibration.predictions.divergence import divergence
 from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.refine.holdout import split_samples
 from optimum_sab.calibration.refine.parameters import copied, restore
 from optimum_sab.calibration.refine.reconstruction import BETAS, cosine
 from optimum_sab.calibration.refine.student import Student
+from optimum_sab.calibration.refine.sums import add_up_gradients, mean_of_all, of_all
 from optimum_sab.calibration.refine.tuning_store import TuningStore
 from optimum_sab.calibration.samples.modality import TokenModalities
 
@@ -67,37 +69,49 @@ class TuningSample:
 
 def tune(
     student: Student,
-    samples: Sequence[TuningSample],
+    samples: Mapping[int, TuningSample],
     steps: int,
     store: TuningStore | None = None,
     on_step: OnStep = no_step,
+    ranks: Ranks | None = None,
 ) -> Tuning:
     """Train the student's parameters in place and leave the best in them.
 
     Args:
-        student: of a model in eval mode.
-        samples: what it is trained on; a tenth only judges.
+        student: of a model in eval mode, the same on every rank.
+        samples: what it is trained on, this rank's by their index; a tenth of all only judges.
         steps: of Adam, its rate falling along half a cosine.
         store: keeps the state every `SAVE_EVERY` steps, and gives back that of an interrupted run.
         on_step: told after every step.
+        ranks: who shares the samples; None for this process alone.
     """
-    split = split_samples(len(samples))
+    ranks = ranks or Ranks()
+    tokens = of_all(ranks, "tokens to tune to", {i: int(each.counted.sum()) for i, each in samples.items()})
+    order = list(tokens)
+    split = split_samples(len(order))
+    train, judge = ([order[i] for i in some] for some in (split.train, split.judge))
     tensors = [t for tuned in student.tuned for t in tuned.parameters.tensors]
     optimizer = torch.optim.Adam(tensors, lr=RATE, betas=BETAS)
+
+    def error_now() -> float:
+        return mean_of_all(ranks, "divergences", _divergences_of(student, [samples[i] for i in judge if i in samples]))
+
     with student.prepared():
         state = None if store is None else store.load()
         if state is None:
-            first, before = 0, _judge(student, [samples[i] for i in split.judge])
+            first, before = 0, error_now()
             best, kept = before, copied(tensors)
         else:
             first, before, best, kept = _unpack(state, tensors, optimizer)
         for step in range(first, steps):
             optimizer.param_groups[0]["lr"] = RATE * cosine(step, steps)
             optimizer.zero_grad()
-            _gradients(student, [samples[i] for i in _batch(split.train, step)])
+            batch = _batch(train, step)
+            _gradients(student, [samples[i] for i in batch if i in samples], sum(tokens[i] for i in batch))
+            add_up_gradients(ranks, tensors)
             optimizer.step()
             if (step + 1) % max(1, steps // JUDGEMENTS) == 0 or step + 1 == steps:
-                error = _judge(student, [samples[i] for i in split.judge])
+                error = error_now()
                 if error < best:
                     best, kept = error, copied(tensors)
             if store is not None and ((step + 1) % SAVE_EVERY == 0 or step + 1 == steps):
@@ -118,15 +132,15 @@ def _batch(train: Sequence[int], step: int) -> list[int]:
 
 
 @torch.enable_grad()
-def _gradients(student: Student, samples: Sequence[TuningSample]) -> None:
-    tokens = sum(int(s.counted.sum()) for s in samples)
+def _gradients(student: Student, samples: Sequence[TuningSample], tokens: int) -> None:
+    """Add the gradients of these samples' divergences, over the ``tokens`` of a step."""
     for stack in _stacks(samples):
         (_divergences(student, stack).sum() / tokens).backward()
 
 
 @torch.no_grad()
-def _judge(student: Student, samples: Sequence[TuningSample]) -> float:
-    return float(torch.cat([_divergences(student, stack) for stack in _stacks(samples)]).mean())
+def _divergences_of(student: Student, samples: Sequence[TuningSample]) -> list[Tensor]:
+    return [_divergences(student, stack) for stack in _stacks(samples)]
 
 
 def _divergences(student: Student, stack: Sequence[TuningSample]) -> Tensor:

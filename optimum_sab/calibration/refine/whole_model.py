@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.predictions.head import output_embedding
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of, write_vectors
 from optimum_sab.calibration.refine.student import Student, TunedModule
 from optimum_sab.calibration.streams.placement import device_of
@@ -46,15 +47,17 @@ def make_student(model: nn.Module, dtype: torch.dtype, device: torch.device | No
     return Student(model, list(_tuned_modules(model, dtype, device)), head_to_tune_to(model), device)
 
 
-def adopt(student: Student) -> None:
-    """Put into the model what its student has learned: packed layers, norms and biases."""
+def adopt(student: Student, ranks: Ranks | None = None) -> None:
+    """Put into the model what its student has learned, the first rank's: packed layers, norms and biases."""
+    ranks = ranks or Ranks()
     for each in student.tuned:
-        for name, packed in each.parameters.packed().items():
+        weights, vectors = ranks.give("what was tuned", 0, each.parameters.stored)
+        for name, packed in weights.items():
             old = each.module.get_submodule(name)
             assert isinstance(old, SABLinear)
-            layer = SABLinear.from_packed(packed, old.bias).to(packed.tensors["weight"].device)
+            layer = SABLinear.from_packed(packed, old.bias).to(old.packed.tensors["weight"].device)
             set_module(each.module, name, layer.train(old.training))
-        write_vectors(each.module, each.parameters.built_vectors())
+        write_vectors(each.module, vectors)
 
 
 def _tuned_modules(model: nn.Module, dtype: torch.dtype, device: torch.device | None) -> Iterator[TunedModule]:

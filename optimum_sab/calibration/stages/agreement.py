@@ -19,7 +19,7 @@ from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.statistics.gathering import require_sums
 from optimum_sab.calibration.statistics.passes import calibration_pass
-from optimum_sab.errors import ConfigError, RankError
+from optimum_sab.errors import RankError
 
 _PACKAGES = ("transformers", "safetensors")  # beside those in the fingerprint
 
@@ -37,7 +37,7 @@ class AgreeOnRun(Stage):
         """Refuse what several processes cannot do yet.
 
         Raises:
-            ConfigError: refinement, or a calibration pass that is not "hessian".
+            ConfigError: a calibration pass that is not "hessian".
         """
         if run.ranks.size > 1:
             require_shareable(run.options)
@@ -73,13 +73,8 @@ def require_shareable(options: RunOptions) -> None:
     """Refuse what several processes cannot do yet.
 
     Raises:
-        ConfigError: refinement, or a calibration pass that is not "hessian".
+        ConfigError: a calibration pass that is not "hessian".
     """
-    if options.refine is not None:
-        raise ConfigError(
-            "refine trains on all samples in one process, and this run has several (torchrun); leave refine out, or "
-            "start one process."
-        )
     require_sums(calibration_pass(options.calibration_pass), options.calibration_pass)
 
 

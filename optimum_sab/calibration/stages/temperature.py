@@ -12,7 +12,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.head import Head
-from optimum_sab.calibration.streams.arrival import Worker
+from optimum_sab.calibration.streams.arrival import QUANTIZED, Worker
 
 
 class ScaleTemperature(Stage):
@@ -29,8 +29,10 @@ class ScaleTemperature(Stage):
         head, at_head = run.kept(Head), run.kept(AtHead)
         assert head is not None and head.last_norm is not None and at_head is not None
         last = head.last_norm
+        wanted = {sample for sample, stream in head.awaited if stream == QUANTIZED}
+        own = {worker: tensor for worker, tensor in at_head.given.items() if worker[0] in wanted}
         given: dict[Worker, Tensor] = {}
-        for some in run.ranks.gather("temperature", at_head.given):
+        for some in run.ranks.gather("temperature", own):
             given.update(some)
         all_there = AtHead({worker: given[worker] for worker in head.awaited if worker in given})
 

@@ -26,12 +26,12 @@ class TuneModel(Stage):
         at_head, refine = run.take(AtHead), run.options.refine
         assert at_head is not None and refine is not None
         student = make_student(run.model, run.dtype, run.options.device)
-        samples = [
-            TuningSample(inputs, at_head.teacher(i), modalities)
-            for i, (inputs, modalities) in enumerate(zip(run.samples.inputs, run.samples.modalities, strict=True))
-        ]
+        samples = {
+            i: TuningSample(run.samples.inputs[i], at_head.teacher(i), run.samples.modalities[i])
+            for i in run.samples.own
+        }
         store = None if run.resume is None else FolderTuningStore(run.resume)
-        outcome = tune(student, samples, refine.steps, store, on_step)
+        outcome = tune(student, samples, refine.steps, store, on_step, run.ranks)
         if outcome.improved:
-            adopt(student)
+            adopt(student, run.ranks)
         return outcome
