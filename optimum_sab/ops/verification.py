@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from optimum_sab.core.code import TRELLIS16, TRELLIS16X2
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.format.random_weight import random_packed
@@ -11,21 +12,25 @@ from optimum_sab.ops.shape import LayerShape
 
 ROWS, COLUMNS = 96, 544  # several tiles either way, and a last block that is not full
 TOKENS = (1, 3, 8, 24, 700)  # every kernel, and every width of the one for few tokens
-CODED_TOKENS = (1, 2, 8, 24, 700)  # with a code that one is another for one token and for two
-CODE = "trellis16"
+CODED = {  # with a code that one is another for one token and for two; of the second code, one of each
+    LayerSettings(code=TRELLIS16.name): (1, 2, 8, 24, 700),
+    LayerSettings(code=TRELLIS16X2.name, base_planes=2): (1, 8, 700),
+}
 EXPERTS, PAIRS = 3, (2, 10, 32)  # pairs by themselves, and tiles for few and for many pairs of an expert
 TOLERANCE = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-8, torch.float32: 2.0**-10}
 
 
 def disagreement(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Compare the kernels with the reference on a small layer, on one with a code, and on a few experts.
+    """Compare the kernels with the reference on a small layer, on one with each code, and on a few experts.
 
     Returns:
         None where they agree on ``device``; else what is wrong, as the end of a sentence.
     """
-    plain = _disagreement(LayerSettings(), TOKENS, device, dtype)
-    coded = plain or _disagreement(LayerSettings(code=CODE), CODED_TOKENS, device, dtype)
-    return coded or _experts_disagreement(LayerSettings(), device, dtype)
+    for settings, counts in ((LayerSettings(), TOKENS), *CODED.items()):
+        wrong = _disagreement(settings, counts, device, dtype)
+        if wrong is not None:
+            return wrong
+    return _experts_disagreement(LayerSettings(), device, dtype)
 
 
 def _disagreement(

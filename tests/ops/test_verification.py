@@ -5,9 +5,9 @@ import torch
 
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.packed_weight import PackedWeight
+from optimum_sab.ops.shape import LayerShape
 from optimum_sab.ops.verification import (
-    CODE,
-    CODED_TOKENS,
+    CODED,
     COLUMNS,
     PAIRS,
     ROWS,
@@ -22,10 +22,14 @@ CPU = torch.device("cpu")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are interpreted where there is no GPU")
 
 
+def taps(settings):
+    return LayerShape.of(ROWS, COLUMNS, settings).geometry.code
+
+
 @pytest.fixture
 def kernel(monkeypatch):
     """``kernel(change)``: a right "kernel", quick on a CPU, whose output [tokens, rows] goes through ``change``,
-    which is told whether the layer is coded."""
+    which is told the layer's settings."""
 
     def install(change):
         calls = []
@@ -33,10 +37,10 @@ def kernel(monkeypatch):
         def binary_linear(x, tensors, geometry):
             calls.append(x.shape[0])
             stored = sab_kernels.from_kernel_layout(tensors, geometry)
-            settings = LayerSettings(code=CODE) if geometry.code else LayerSettings()
+            settings = next(each for each in (LayerSettings(), *CODED) if taps(each) == geometry.code)
             dense = PackedWeight(stored, geometry.rows, geometry.columns, settings).dequantize()
             out = (x.float() @ dense.T).to(x.dtype)
-            return change(out, bool(geometry.code))
+            return change(out, settings)
 
         monkeypatch.setattr(sab_kernels, "binary_linear", binary_linear)
         return calls
@@ -57,9 +61,9 @@ def test_disagreement_is_none_on_the_gpu(dtype):
 
 
 def test_disagreement_looks_at_every_number_of_tokens(kernel):
-    calls = kernel(lambda out, coded: out)
+    calls = kernel(lambda out, settings: out)
     assert disagreement(CPU, torch.float16) is None
-    assert tuple(calls) == TOKENS + CODED_TOKENS
+    assert tuple(calls) == sum(CODED.values(), TOKENS)
 
 
 @interpreted
@@ -73,19 +77,19 @@ def test_disagreement_of_kernels_one_percent_off_names_error_and_tokens(monkeypa
 
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_disagreement_at_one_number_of_tokens_is_seen(kernel, tokens):
-    kernel(lambda out, coded: out * 1.01 if len(out) == tokens and not coded else out)
+    kernel(lambda out, settings: out * 1.01 if len(out) == tokens and settings == LayerSettings() else out)
     assert f"with {tokens} tokens" in disagreement(CPU, torch.float16)
 
 
-@pytest.mark.parametrize("tokens", CODED_TOKENS)
-def test_disagreement_on_a_coded_layer_is_seen(kernel, tokens):
-    kernel(lambda out, coded: out * 1.01 if len(out) == tokens and coded else out)
+@pytest.mark.parametrize(("coded", "tokens"), [(each, tokens) for each, counts in CODED.items() for tokens in counts])
+def test_disagreement_on_a_coded_layer_is_seen(kernel, coded, tokens):
+    kernel(lambda out, settings: out * 1.01 if len(out) == tokens and settings == coded else out)
     assert f"with {tokens} tokens" in disagreement(CPU, torch.float16)
 
 
 @pytest.mark.parametrize("pairs", PAIRS)
 def test_disagreement_on_experts_is_seen(kernel, monkeypatch, pairs):
-    kernel(lambda out, coded: out)
+    kernel(lambda out, settings: out)
     right = sab_kernels.experts_linear
 
     def one_percent_off(rows, experts, *arguments):
@@ -98,7 +102,7 @@ def test_disagreement_on_experts_is_seen(kernel, monkeypatch, pairs):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_disagreement_of_one_bad_element_is_seen(kernel, value):
-    def spoil(out, coded):
+    def spoil(out, settings):
         out[-1, -1] = value
         return out
 
@@ -107,12 +111,12 @@ def test_disagreement_of_one_bad_element_is_seen(kernel, value):
 
 
 def test_disagreement_of_a_row_that_is_missing_is_seen(kernel):
-    kernel(lambda out, coded: torch.nn.functional.pad(out[:, :-1], (0, 1)))
+    kernel(lambda out, settings: torch.nn.functional.pad(out[:, :-1], (0, 1)))
     assert "are wrong" in disagreement(CPU, torch.float16)
 
 
 def test_disagreement_reports_what_was_raised_in_one_line(kernel):
-    def fail(out, coded):
+    def fail(out, settings):
         raise RuntimeError("ptxas: out of registers\nand a page of more")
 
     kernel(fail)
