@@ -484,6 +484,27 @@ FAULTS = (
         ("tests/core/test_factorization.py",),
     ),
     Fault(
+        "gradients of a step of which every rank keeps its own",
+        "optimum_sab/calibration/refine/sums.py",
+        "    ranks.sum_to(None, flat)\n",
+        "    flat *= ranks.size\n",
+        ("tests/calibration/test_joined_ranks.py",),
+    ),
+    Fault(
+        "a step's gradients over the tokens of a rank's own samples",
+        "optimum_sab/calibration/refine/reconstruction.py",
+        "sum(tokens[i] for i in batch))",
+        "sum(tokens[i] for i in batch if i in own))",
+        ("tests/calibration/test_joined_ranks.py",),
+    ),
+    Fault(
+        "a refined model judged by a rank's own samples",
+        "optimum_sab/calibration/refine/sums.py",
+        "ranks.exchange(at, own)).mean()",
+        "ranks.exchange(at, own)[: 1]).mean()",
+        ("tests/calibration/test_joined_ranks.py",),
+    ),
+    Fault(
         "rows of a sketch added up without their signs",
         "optimum_sab/core/target.py",
         "matrix * sign.to(matrix.device, matrix.dtype)",
