@@ -484,6 +484,13 @@ FAULTS = (
         ("tests/core/test_factorization.py",),
     ),
     Fault(
+        "a tensor of the solver made on the CPU whatever device it is for",
+        "optimum_sab/core/planes.py",
+        "block_bounds(self.in_features, self.block_size)], device=scale.device)",
+        "block_bounds(self.in_features, self.block_size)])",
+        ("tests/accelerator",),
+    ),
+    Fault(
         "gradients of a step of which every rank keeps its own",
         "optimum_sab/calibration/refine/sums.py",
         "    ranks.sum_to(None, flat)\n",
