@@ -22,6 +22,7 @@ import pytest
 
 from tests.speed.interpreter import quicken
 
+ROOT = Path(__file__).parents[1]
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # of pytest-xdist: gw0, gw1, …
 if WORKER:
     gc.disable()  # until all is imported and collected: it stays, and looking for garbage in it takes a second
@@ -31,7 +32,7 @@ FIRST = ("test_documentation.py", "test_compile.py", "test_linear.py", "test_ope
 
 
 def pytest_addoption(parser, pluginmanager):
-    """Called before the other conftest.py are imported. The process that only hands out tests imports none of their needs."""
+    """Before the other conftest.py are imported. The process that only hands out tests imports nothing for them."""
     given = pluginmanager.get_plugin("pytestconfig").known_args_namespace
     if not WORKER and getattr(given, "numprocesses", 0):
         return
@@ -47,9 +48,11 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_warning_recorded(warning_message):
-    """Of a warning that a worker sends, the process that hands out tests imports the class, each worker's in a thread of
-    its own: two threads that begin at opposite ends of packages that import each other wait for ever. So it is sent as
-    the nearest of Python's own classes."""
+    """Send what a worker warns of as the nearest of Python's own classes.
+
+    The process that hands out tests imports the class, which takes seconds, and each worker's in a thread of its own:
+    two that begin at opposite ends of packages that import each other wait for ever.
+    """
     kind = warning_message.category
     if not WORKER or kind.__module__ in ("builtins", "pytest"):
         return

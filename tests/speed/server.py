@@ -2,11 +2,11 @@
 
     python server.py KIND SOCKET OWNER [EXAMPLE]
 
-KIND is `base`, which has imported torch and nothing that reads the environment for Transformers; `bare`, which has all that
-Transformers imports, and neither Transformers nor this package, for what depends on the order of imports; or `warm`,
-which has Transformers and this package too. The latter two are started by a fork of the first. EXAMPLE is what commands
-of `warm` take for the embedded example, unless their environment has another in EXAMPLE_VLM, and they are given the
-first FEW built-in samples where they ask for more. It serves until the process OWNER has ended.
+KIND is `base`, which has imported torch and nothing that reads the environment for Transformers; `bare`, which has all
+that Transformers imports, and neither Transformers nor this package, for what depends on the order of imports; or
+`warm`, which has Transformers and this package too. The latter two are started by a fork of the first. EXAMPLE is what
+commands of `warm` take for the embedded example, unless their environment has another in EXAMPLE_VLM, and they are
+given the first FEW built-in samples where they ask for more. It serves until the process OWNER has ended.
 
 Of several seconds of a command that is run here nearly all are imports. A fork of a process that has done them, and
 nothing else, is as good as a new process: no model was loaded, no thread was started, no generator was seeded. What is
