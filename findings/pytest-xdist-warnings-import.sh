@@ -11,7 +11,9 @@
 # Matters:   where the packages are large and import each other (PEFT, Transformers, and what registers itself with them), two
 #            such threads can begin at opposite ends and find each other's import locks held: the controller stops with an
 #            internal error after minutes of passing tests, now and then. Importing them in conftest.py, before there are
-#            threads, keeps it from happening; taking imports out of conftest.py to save time brings it about.
+#            threads, keeps it from happening; taking imports out of conftest.py to save time brings it about. What
+#            also helps, without an import, is to send built-in categories alone: a worker's `pytest_warning_recorded`,
+#            called before pytest-xdist's, may change the record.
 set -euo pipefail
 dir="$(mktemp -d)"
 trap 'rm -rf "$dir"' EXIT

@@ -1,5 +1,6 @@
 """Shared by all tests: no network, and no surprises from the machine's thread count."""
 
+import fcntl
 import gc
 import json
 import os
@@ -7,10 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,28 +19,57 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-import torch
 
 from tests.speed.interpreter import quicken
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    # The process that hands out tests reads what workers warn of in a thread for each, which imports the modules that
-    # the warnings are of: two threads that begin at opposite ends of packages that import each other wait for ever.
-    for name in ("optimum_sab.hf", "peft"):
-        if find_spec(name.partition(".")[0]):
-            import_module(name)
-else:
+ROOT = Path(__file__).parents[1]
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")  # of pytest-xdist: gw0, gw1, …
+if WORKER:
     gc.disable()  # until all is imported and collected: it stays, and looking for garbage in it takes a second
-
 
 # so that no worker is left alone with them at the end
 FIRST = ("test_documentation.py", "test_compile.py", "test_linear.py", "test_operator.py", "test_quantizer.py")
 
 
+def pytest_addoption(parser, pluginmanager):
+    """Before the other conftest.py are imported. The process that only hands out tests imports nothing for them."""
+    given = pluginmanager.get_plugin("pytestconfig").known_args_namespace
+    if not WORKER and getattr(given, "numprocesses", 0):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read by triton when a kernel is defined
+
+
 def pytest_configure(config):
     config.option.loadscopereorder = False  # pytest-xdist would begin with the files of many tests, which are short
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_warning_recorded(warning_message):
+    """Send what a worker warns of as the nearest of Python's own classes.
+
+    The process that hands out tests imports the class, which takes seconds, and each worker's in a thread of its own:
+    two that begin at opposite ends of packages that import each other wait for ever.
+    """
+    kind = warning_message.category
+    if not WORKER or kind.__module__ in ("builtins", "pytest"):
+        return
+    own = next(each for each in kind.__mro__ if each.__module__ == "builtins")
+    warning_message.message = own(f"{kind.__module__}.{kind.__qualname__}: {warning_message.message}")
+    warning_message.category = own
+
+
+class Backwards(pytest.Dir):
+    """Read from its end, in one of two workers: what one of them has rewritten for pytest's `assert`, another finds."""
+
+    def collect(self):
+        return reversed(list(super().collect()))
+
+
+def pytest_collect_directory(path, parent):
+    return Backwards.from_parent(parent, path=path) if WORKER[-1:] in tuple("13579") else None
 
 
 def pytest_collection_finish():
@@ -52,9 +79,13 @@ def pytest_collection_finish():
         quicken()
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """The longest come first; those marked gpu are skipped, by name and reason, where there is no CUDA device."""
-    items.sort(key=lambda item: item.path.name not in FIRST)
+    """The longest come first, in every worker; those marked gpu are skipped, by name and reason, where there is no CUDA
+    device."""
+    import torch
+
+    items.sort(key=lambda item: (item.path.name not in FIRST, item.path.parts if WORKER else ()))
     if torch.cuda.is_available():
         return
     for item in items:
@@ -139,6 +170,7 @@ def _without_rights():
 @pytest.fixture
 def quick_muon(monkeypatch):
     """Muon that computes in float32 what it computes in bfloat16, which many CPUs multiply tens of times slower."""
+    import torch
     from torch.optim import _muon
 
     real = _muon._zeropower_via_newtonschulz
@@ -152,35 +184,48 @@ def quick_muon(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def warm(small_example):
-    """A folder for the front of PATH: `optimum-sab`, `optimum-cli` and `python` there need not import anything."""
-    with warm_programs(small_example, os.environ) as folder:
-        yield folder
+def base_python(tmp_path_factory):
+    """A `python` that has imported torch, for all workers: the others below are forks of it."""
+    return _once("base", tmp_path_factory, lambda: start_programs(sys.executable, "base", os.environ)) / "python"
 
 
 @pytest.fixture(scope="session")
-def bare_python():
+def bare_python(base_python, tmp_path_factory):
     """A `python` that has imported what Transformers imports, and neither Transformers nor this package."""
-    with warm_programs(None, os.environ) as folder:
-        yield folder / "python"
+    return _once("bare", tmp_path_factory, lambda: start_programs(base_python, "bare", os.environ)) / "python"
 
 
-@contextmanager
-def warm_programs(example, environment):
-    """The folder of `warm`, or of `bare_python` without an example; the environment is what an import sees."""
+@pytest.fixture(scope="session")
+def warm(base_python, small_example, tmp_path_factory):
+    """A folder for the front of PATH: `optimum-sab`, `optimum-cli` and `python` there need not import anything."""
+    return _once("warm", tmp_path_factory, lambda: start_programs(base_python, "warm", os.environ, small_example))
+
+
+def _once(name, tmp_path_factory, start):
+    """The folder that ``start`` returns, called by the first worker that asks for it."""
+    common = tmp_path_factory.getbasetemp()
+    if WORKER:
+        common = common.parent
+    place = common / f"{name}-programs"
+    with (common / f"{name}-lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not place.exists():
+            place.write_text(str(start()))
+    return Path(place.read_text())
+
+
+def start_programs(python, kind, environment, example=""):
+    """The folder with programs of a kind (tests/speed/server.py); the environment is what an import sees.
+
+    They are there until the tests end, all workers' tests.
+    """
     here = Path(__file__).parent / "speed"
-    with tempfile.TemporaryDirectory() as name:  # the path of a socket must be short
-        folder = Path(name)
-        for program in ("optimum-sab", "optimum-cli", "python"):
-            (folder / program).write_text(f"#!{sys.executable} -IS\n{(here / 'client.py').read_text()}")
-            (folder / program).chmod(0o755)
-        command = [sys.executable, here / "server.py", folder / "socket", *([example] if example else [])]
-        server = subprocess.Popen(command, env=environment)
-        try:
-            while not (folder / "socket").exists():
-                assert server.poll() is None, "the server has ended"
-                time.sleep(0.05)
-            yield folder
-        finally:
-            server.kill()
-            server.wait()
+    folder = Path(tempfile.mkdtemp())  # the path of a socket must be short
+    for program in ("optimum-sab", "optimum-cli", "python"):
+        (folder / program).write_text(f"#!{sys.executable} -IS\n{(here / 'client.py').read_text()}")
+        (folder / program).chmod(0o755)
+    owner = os.getppid() if WORKER else os.getpid()
+    code = f"import runpy; runpy.run_path({str(here / 'server.py')!r}, run_name='__main__')"
+    command = [python, "-c", code, kind, str(folder / "socket"), str(owner), str(example)]
+    subprocess.run(command, env=environment, check=True)
+    return folder

@@ -14,7 +14,7 @@ from optimum_sab.bench.qwen import random_model
 from optimum_sab.example import checkpoint_path
 from optimum_sab.hf.processor import load_processor
 from optimum_sab.hf.quantizer import SABHfQuantizer
-from tests.conftest import warm_programs
+from tests.conftest import start_programs
 from tests.hub.loopback import Repository, serve
 
 FOLDER = Path(__file__).parent
@@ -64,9 +64,8 @@ def environment(server, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def programs(environment, small_example):
-    with warm_programs(small_example, environment) as folder:
-        yield folder
+def programs(environment, base_python, small_example):
+    return start_programs(base_python, "warm", environment, small_example)
 
 
 @pytest.fixture

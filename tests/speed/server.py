@@ -1,10 +1,12 @@
-"""A process that has imported torch, Transformers and this package, and forks for every command that it is handed.
+"""A process that has imported much, and forks for every command that it is handed.
 
-    python server.py SOCKET [EXAMPLE]
+    python server.py KIND SOCKET OWNER [EXAMPLE]
 
-EXAMPLE is what commands take for the embedded example, unless their environment has another in EXAMPLE_VLM, and with it
-they are given the first FEW built-in samples where they ask for more. Without it, only what Transformers imports is
-there, and neither Transformers nor this package: for what depends on the order of imports.
+KIND is `base`, which has imported torch and nothing that reads the environment for Transformers; `bare`, which has all
+that Transformers imports, and neither Transformers nor this package, for what depends on the order of imports; or
+`warm`, which has Transformers and this package too. The latter two are started by a fork of the first. EXAMPLE is what
+commands of `warm` take for the embedded example, unless their environment has another in EXAMPLE_VLM, and they are
+given the first FEW built-in samples where they ask for more. It serves until the process OWNER has ended.
 
 Of several seconds of a command that is run here nearly all are imports. A fork of a process that has done them, and
 nothing else, is as good as a new process: no model was loaded, no thread was started, no generator was seeded. What is
@@ -14,12 +16,14 @@ read from the environment while something is imported is as it was when the serv
 """
 
 import atexit
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -27,8 +31,6 @@ import threading
 import traceback
 import types
 from pathlib import Path
-
-from interpreter import quicken
 
 # what commands import when they run
 LATE = (
@@ -56,42 +58,62 @@ LATE = (
 FEW = 64  # thousands of tokens, for linears of at most 256 inputs
 
 
-# two thirds of the time of importing a model of Transformers
-LIBRARIES = (
-    "accelerate",
-    "huggingface_hub",
-    "jinja2",
-    "PIL.Image",
-    "regex",
-    "safetensors.torch",
-    "torch._dynamo",
-    "yaml",
-)
+IMPORTED = {
+    "base": ("jinja2", "PIL.Image", "regex", "safetensors.torch", "torch._dynamo", "yaml"),
+    "bare": ("accelerate", "huggingface_hub"),  # two thirds of the time of importing a model of Transformers
+    "warm": LATE,
+}
 
 
-def serve(path: str, example: str = "") -> None:
-    sys.path.pop(0)  # this folder
-    if example:
+def start(kind: str, path: str, owner: str, example: str = "") -> None:
+    """Import what belongs to the kind, and return when a fork of this process serves."""
+    sys.path[:] = [each for each in sys.path if each]  # but the folder that it was started in
+    if kind == "warm":
         importlib.import_module("optimum_sab.example").checkpoint_path = lambda: Path(
             os.environ.get("EXAMPLE_VLM", example)
         )
         give_few()
-    for name in LATE if example else LIBRARIES:
+    for name in IMPORTED[kind]:
         importlib.import_module(name)
-    if not example:
+    if kind != "warm":
         assert not {"transformers", "optimum_sab", "peft"} & set(sys.modules)
     elif os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        quicken()
+        runpy.run_path(str(Path(__file__).with_name("interpreter.py")))["quicken"]()
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(path)
     listening.listen()
+    gc.collect()
+    gc.freeze()  # no command looks for garbage in it, or writes to its pages
+    if os.fork() == 0:
+        try:
+            serve(listening, int(owner))
+        finally:
+            shutil.rmtree(Path(path).parent, ignore_errors=True)
+            os._exit(0)
+
+
+def serve(listening: socket.socket, owner: int) -> None:
+    """Fork for each command until the owner has ended."""
     before = signal.signal(signal.SIGCHLD, bury)
+    listening.settimeout(0.5)
     while True:
-        connection, _ = listening.accept()
+        try:
+            connection, _ = listening.accept()
+        except TimeoutError:
+            try:
+                os.kill(owner, 0)
+            except ProcessLookupError:
+                return
+            continue
         if os.fork() == 0:
             signal.signal(signal.SIGCHLD, before)
             listening.close()
-            keep(connection)
+            try:
+                keep(connection)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(1)
         connection.close()
 
 
@@ -189,4 +211,4 @@ def entry_point(name: str):
 PROGRAMS = {"python": python, "optimum-sab": entry_point("optimum-sab"), "optimum-cli": entry_point("optimum-cli")}
 
 if __name__ == "__main__":
-    serve(*sys.argv[1:])
+    start(*sys.argv[1:])

@@ -121,10 +121,10 @@ def test_tuning_on_a_device_brings_there_what_is_not_trained(few, monkeypatch):
     """cpu:0 is not cpu to PyTorch, so that everything is brought there."""
     places = []
     monkeypatch.setattr(student, "brought", lambda *a: places.append(a) or brought(*a))
-    here, report = quantize(few, RefineSettings(epochs=0, steps=4))
+    here, report = quantize(few, RefineSettings(epochs=0, steps=2))
     assert {device for _, device in places} == {None}
     places.clear()
-    there, other = quantize(few, RefineSettings(epochs=0, steps=4), device=torch.device("cpu:0"))
+    there, other = quantize(few, RefineSettings(epochs=0, steps=2), device=torch.device("cpu:0"))
     assert {module for module, _ in places} == {*there.model.layers, there.model.norm}
     assert {device for _, device in places} == {torch.device("cpu:0")}
     assert other.tuning == report.tuning
@@ -189,7 +189,7 @@ def test_refinement_leaves_no_trace(few, dtype):
     few.model.to(dtype)
     few.model.model.embed_tokens.weight.requires_grad_(False)
     flags = {name: p.requires_grad for name, p in few.model.named_parameters() if p.dim() != 2}
-    model, report = quantize(few, RefineSettings(epochs=2, steps=3))
+    model, report = quantize(few, RefineSettings(epochs=1, steps=2))
     named = dict(model.named_parameters())
     assert {name: named[name].requires_grad for name in flags if "proj" not in name} == {
         name: flag for name, flag in flags.items() if "proj" not in name

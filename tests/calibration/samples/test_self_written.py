@@ -232,12 +232,12 @@ def test_self_is_no_source_to_read():
 
 
 def test_from_pretrained_calibrates_on_what_the_model_writes(small_example, tmp_path):
-    settings = {"calibration_samples": 8, "sequence_length": 48, "iterations": 2, "sweeps": 0, "progress": "none"}
+    settings = {"calibration_samples": 4, "sequence_length": 48, "iterations": 2, "sweeps": 0, "progress": "none"}
     settings |= {"allocation": "uniform", "temperature_scaling": False}
     config = SABConfig(calibration="self", seed=1, **settings)
     model = AutoModelForVision2Seq.from_pretrained(small_example, dtype=torch.float32, quantization_config=config)
     dense = AutoModelForVision2Seq.from_pretrained(small_example, dtype=torch.float32)
-    written = self_samples(dense, load_processor(small_example), 8, 48, seed=1)
+    written = self_samples(dense, load_processor(small_example), 4, 48, seed=1)
     counted = [token_modalities(sample, dense.config) for sample in written]
     assert model.config.quantization_config.measured["calibration_tokens"] == {
         kind: sum(each.count(kind) for each in counted) for kind in ("text", "visual")
