@@ -79,13 +79,13 @@ def solve_many(
         width, has = weights[index].shape[1], own.hessian.shape[0]
         if has != width:
             raise CalibrationError(f"{names[index]} has {width} inputs and was given the statistics of {has}.")
-        return own
+        return replace(own)  # a copy, with which its factors go: those of all are waiting
 
     def one(index: int) -> Solution:
         return solve(weights[index], given(index), settings, names[index], loops)
 
     def prepared(index: int) -> Prepared:
-        return prepare(weights[index], replace(given(index)), settings, names[index])  # a copy keeps no factors
+        return prepare(weights[index], given(index), settings, names[index])
 
     total, (out, width) = len(names), weights[0].shape
     size = 1 if room is None or settings.code != NO_CODE else stack_size(out, width, settings, room)

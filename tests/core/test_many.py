@@ -277,10 +277,15 @@ def test_the_first_of_a_stack_that_fails_is_named(expert, monkeypatch, late):
         solve_many(weights, [s for _, s in made], DEFAULT, NAMES, room=PLENTY)
 
 
-def test_a_stack_keeps_no_factors_and_refuses_what_does_not_fit(expert):
+@pytest.mark.parametrize("room", [None, PLENTY], ids=["one by one", "a stack"])
+def test_the_factors_of_those_that_are_done_are_let_go_while_others_wait(expert, room):
     made = [expert(seed) for seed in range(2)]
-    solve_many([w for w, _ in made], [s for _, s in made], DEFAULT, NAMES[:2], room=PLENTY)
+    solve_many([w for w, _ in made], [s for _, s in made], DEFAULT, NAMES[:2], room=room)
     assert not any(s._factored for _, s in made)
+
+
+def test_a_stack_refuses_what_does_not_fit(expert):
+    made = [expert(seed) for seed in range(2)]
     short = InputStatistics.without_data(128, CPU)
     with pytest.raises(CalibrationError, match=r"experts\.1 has 160 inputs and was given the statistics of 128"):
         solve_many([w for w, _ in made], [made[0][1], short], DEFAULT, NAMES[:2], room=PLENTY)

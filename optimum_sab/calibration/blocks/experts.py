@@ -20,7 +20,7 @@ from optimum_sab.calibration.streams.experts import (
     arrivals_by_expert,
     pooled_arrivals,
 )
-from optimum_sab.calibration.streams.memory import solving_room
+from optimum_sab.calibration.streams.memory import give_back_heap, solving_room
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.many import solve_many
 from optimum_sab.core.parts import part
@@ -108,6 +108,7 @@ class _Experts:
             if any(self._ranks.exchange("room", sum(map(_bytes, waiting.values())) > self._room)):
                 found.update(self._solve(waiting))
                 waiting = {}
+                give_back_heap(self._width, self._block.device)
         found.update(self._solve(waiting))
         mixed = sum(self._ranks.exchange("mixed experts", self._mixed))
         report = ExpertsReport(self._linears.key, tuple(tokens), mixed)
