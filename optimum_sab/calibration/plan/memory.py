@@ -213,17 +213,25 @@ def _activations(work: Workload, tokens: int, streams: int, inside: bool, bounde
 
 def _statistics(work: Workload) -> Part:
     """Of the input that takes the most, and its weights while they are solved."""
-    return max((_solving(group, 1 + work.two_streams) for group in work.model.groups), key=lambda part: part.bytes)
+    return max((_solving(work, group) for group in dict.fromkeys(work.model.groups)), key=lambda part: part.bytes)
 
 
-def _solving(group: LinearGroup, streams: int) -> Part:
+def _solving(work: Workload, group: LinearGroup) -> Part:
     square, weights = 4 * group.in_features**2, 4 * group.weights
-    waiting = EXPERTS_WAITING if group.expert else 0
-    return Part(
-        "statistics of the widest linear",
-        matrices(group.in_features, group.out_features, streams) * square + WEIGHT_COPIES * weights + waiting,
-        LEAST_MATRICES * square + LEAST_COPIES * weights,
-    )
+    streams = 1 + work.two_streams
+    expected = matrices(group.in_features, group.out_features, streams) * square + WEIGHT_COPIES * weights
+    if group.expert:
+        expected += _other_experts(work, group)
+    return Part("statistics of the widest linear", expected, LEAST_MATRICES * square + LEAST_COPIES * weights)
+
+
+def _other_experts(work: Workload, group: LinearGroup) -> int:
+    """What waits while one of a block's experts is solved: statistics, signs found with these, and all new weights."""
+    count = max(block.groups.count(group) for block in work.model.blocks)
+    each = 4 * group.in_features**2 * (4 if work.two_streams else 1)  # Hessian and drift, of all and of a half
+    together = min(count, -(-EXPERTS_WAITING // each))
+    signs = together * group.weights * group.settings.planes
+    return together * each + signs + count * group.weights * work.model.item
 
 
 def _graph_bytes(work: Workload) -> int:

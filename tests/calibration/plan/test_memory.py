@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, in_files, memory_of
-from optimum_sab.calibration.plan.workload import SampleSizes
+from optimum_sab.calibration.plan.workload import LinearGroup, SampleSizes
 from optimum_sab.calibration.streams.memory import calibration_bytes, matrices
 from optimum_sab.core.refinement import RefineSettings
+from optimum_sab.core.settings import LayerSettings
 from tests.calibration.plan.conftest import BLOCKS, INNER, VOCABULARY, WIDTH
 
 TOKENS = 512 * 256
@@ -31,6 +33,18 @@ def test_blocks_hold_activations_statistics_and_the_dense_model(work):
     assert both == calibration_bytes(TOKENS, 2, WIDTH, INNER, torch.bfloat16)
     weights = 4 * 4 * WIDTH * INNER  # four arrays of the widest linear in fp32
     assert found["statistics of the widest linear"].bytes == matrices(INNER, WIDTH, 2) * 4 * INNER**2 + weights
+
+
+@pytest.mark.parametrize(("count", "together"), [(128, 4), (3, 3)])
+def test_experts_that_wait_and_what_was_found_for_them_are_counted(work, count, together):
+    inner, width = 2 * WIDTH, 4 * WIDTH
+    expert = LinearGroup(1, inner, width, LayerSettings(), 0.1, expert=True)
+    block = replace(work.model.blocks[0], groups=(*work.model.blocks[0].groups, *[expert] * count))
+    (memory,) = memory_of(replace(work, model=replace(work.model, blocks=(block,) * BLOCKS)))
+    one = matrices(width, inner, 2) * 4 * width**2 + 4 * 4 * width * inner
+    waiting = together * 4 * 4 * width**2  # four matrices of 64 MiB each; a GiB and no more
+    signs, found = together * 2 * width * inner, count * width * inner * 2
+    assert parts(memory, "blocks")["statistics of the widest linear"].bytes == one + waiting + signs + found
 
 
 def test_parts_add_up_to_the_peak_and_no_stage_takes_more(work, changed):
