@@ -47,6 +47,15 @@ _TEXT: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 40,
         "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
     },
+    "72b": {
+        "vocab_size": 152064,
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+    },
     "narrow": {  # many small blocks
         "vocab_size": 8192,
         "hidden_size": 1024,
@@ -114,6 +123,7 @@ QWEN3_VISION = {
 _VISION: dict[str, dict[str, Any]] = {
     "7b": {**_QWEN25_VISION, "out_hidden_size": 3584},
     "13b": {**_QWEN25_VISION, "out_hidden_size": 5120},
+    "72b": {**_QWEN25_VISION, "intermediate_size": 3456, "out_hidden_size": 8192},
     "narrow": {**_QWEN25_VISION, "depth": 4, "fullatt_block_indexes": [3], "out_hidden_size": 1024},
     "tiny": {
         "depth": 2,

@@ -22,8 +22,6 @@ from optimum_sab.example.architecture import model_config
 from optimum_sab.example.processor import write_json
 from optimum_sab.format.random_weight import SCALE
 
-_MIXTURE = "30b-a3b"
-SIZES = (*qwen.SIZES, _MIXTURE)
 _TEXT_30B_A3B = {  # of Qwen3-VL-30B-A3B
     "model_type": "qwen3_vl_moe_text",
     "vocab_size": 151936,
@@ -52,6 +50,17 @@ _VISION_30B_A3B = {
     "spatial_merge_size": 2,
     "temporal_patch_size": 2,
 }
+_MIXTURES: Mapping[str, Mapping[str, Any]] = {  # what is other than with the first of them
+    "30b-a3b": {},
+    "235b-a22b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+}
+SIZES = (*qwen.SIZES, *_MIXTURES)
 _PROCESSOR = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json")
 _STEP = 2**24  # values that are drawn at a time
 
@@ -66,6 +75,7 @@ class RandomCheckpoint:
         dtype: of all weights.
         seed: of their values. Every tensor has a generator of its own, so a model cut to fewer blocks has the same.
         shard_bytes: of a file, at most, but for a tensor that is larger by itself.
+        values: whether there are any: without, files have headers and holes, which take no room on most disks.
     """
 
     size: str
@@ -73,6 +83,7 @@ class RandomCheckpoint:
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     shard_bytes: int = 10**9
+    values: bool = True
 
     def model(self) -> Any:
         """The model without weights.
@@ -83,9 +94,12 @@ class RandomCheckpoint:
         if self.size not in SIZES:
             raise ConfigError(f"--size {self.size!r} must be one of {', '.join(SIZES)}.")
         config: Any
-        if self.size == _MIXTURE:
-            text = {**_TEXT_30B_A3B} if self.blocks is None else {**_TEXT_30B_A3B, "num_hidden_layers": self.blocks}
-            config = Qwen3VLMoeConfig(text_config=text, vision_config=_VISION_30B_A3B, tie_word_embeddings=False)
+        if self.size in _MIXTURES:
+            text = {**_TEXT_30B_A3B, **_MIXTURES[self.size]}
+            if self.blocks is not None:
+                text["num_hidden_layers"] = self.blocks
+            vision = {**_VISION_30B_A3B, "out_hidden_size": text["hidden_size"]}
+            config = Qwen3VLMoeConfig(text_config=text, vision_config=vision, tie_word_embeddings=False)
             kind: Any = Qwen3VLMoeForConditionalGeneration
         else:
             config = qwen.model_config(self.size, self.blocks)
@@ -125,10 +139,27 @@ class RandomCheckpoint:
         places = {}
         for index, names in enumerate(shards, 1):
             file = f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-            save_file({name: self.weight(name, shapes[name]) for name in names}, folder / file, {"format": "pt"})
+            if self.values:
+                save_file({name: self.weight(name, shapes[name]) for name in names}, folder / file, {"format": "pt"})
+            else:
+                self._write_header({name: shapes[name] for name in names}, folder / file)
             places.update(dict.fromkeys(names, file))
         size = sum(shape.numel() for shape in shapes.values()) * self.dtype.itemsize
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+    def _write_header(self, shapes: Mapping[str, torch.Size], file: Path) -> None:
+        """A safetensors file of zeros that nobody has written."""
+        kind = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[self.dtype]
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, shape in shapes.items():
+            start, end = end, end + shape.numel() * self.dtype.itemsize
+            header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with file.open("wb") as opened:
+            opened.write(len(text).to_bytes(8, "little") + text)
+            opened.truncate(8 + len(text) + end)
 
     def _shards(self, shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
         names: list[str] = []

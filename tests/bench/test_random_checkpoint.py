@@ -108,6 +108,24 @@ def test_a_mixture_is_taken(tmp_path, monkeypatch):
     assert len(model.hf_quantizer.report.blocks) == 2
 
 
+@needs_5
+def test_headers_alone_take_no_room_and_can_be_planned(tiny, tmp_path, capsys):
+    folder = tmp_path / "headers"
+    assert main(["bench", "checkpoint", str(folder), "--size", "tiny", "--headers"]) == 0
+    assert "headers for the weights of tiny with 2 blocks" in capsys.readouterr().out
+    files = list(folder.glob("*.safetensors"))
+    assert sum(each.stat().st_blocks * 512 for each in files) < 10**5 < sum(each.stat().st_size for each in files)
+    whole, holes = tensors(tiny), tensors(folder)
+    assert {name: (each.shape, each.dtype) for name, each in whole.items()} == {
+        name: (each.shape, each.dtype) for name, each in holes.items()
+    }
+    plans = []
+    for each in (tiny, folder):
+        assert main(["plan", str(each), "--calibration-samples", "4", "--json"]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    assert plans[0]["disk"] == plans[1]["disk"] and plans[0]["binarized"] == plans[1]["binarized"]
+
+
 @pytest.mark.parametrize(
     ("asked", "named"),
     [

@@ -239,18 +239,20 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     from optimum_sab.hf.output.saving import written_whole
 
     dtype = find_dtype(options.dtype)
-    wanted = RandomCheckpoint(options.size, options.blocks, dtype, options.seed)
+    wanted = RandomCheckpoint(options.size, options.blocks, dtype, options.seed, values=not options.headers)
     model = wanted.model()
     size = sum(each.numel() for each in model.parameters()) * dtype.itemsize
     where = check_output(options.output, options.overwrite)
-    check_size(where, size)
+    if not options.headers:
+        check_size(where, size)
     with written_whole(where) as folder:
         wanted.write(folder)
     if options.json:
         print(json_line({"output": str(options.output), "size": options.size, "bytes": size}))
     elif not options.quiet:
         blocks = model.config.get_text_config().num_hidden_layers
-        print(f"{options.output}: random weights of {options.size} with {blocks} blocks, {size / 1e9:.3f} GB")
+        what = "headers for the weights" if options.headers else "random weights"
+        print(f"{options.output}: {what} of {options.size} with {blocks} blocks, {size / 1e9:.3f} GB")
 
 
 def run_coverage(options: argparse.Namespace) -> None:
