@@ -180,8 +180,8 @@ def _add_checkpoint(kinds: Any) -> None:
         "--size",
         required=True,
         metavar="SIZE",
-        help="7b, 13b or 72b (as Qwen2.5-VL), 8b or 32b (Qwen3-VL), 30b-a3b or 235b-a22b (Qwen3-VL-MoE), narrow (64 small "
-        "blocks), tiny or tiny-qwen3",
+        help="7b, 13b or 72b (as Qwen2.5-VL), 8b or 32b (Qwen3-VL), 30b-a3b or 235b-a22b (Qwen3-VL-MoE), narrow (64 "
+        "small blocks), tiny or tiny-qwen3",
     )
     checkpoint.add_argument(
         "--headers", action="store_true", help="files of headers and holes, which take no room: enough for plan"
