@@ -226,6 +226,10 @@ class SABExperts(nn.Module):
         config: Any = getattr(self.own, "config", None)
         return getattr(config, "_experts_implementation", None) == EAGER
 
+    def stacked_tensors(self) -> Iterator[Tensor]:
+        """What the packed linears' tensors are views of, where they are stacked."""
+        yield from self._stacks.tensors()
+
     def prepare(self, backend: str | None = None) -> None:
         """Stack the packed linears, which then are views, for the launches that compute all experts."""
         self._stacks.build(self._members(), backend)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,12 @@ class ExpertsStack:
             each.group = owner
         return cls(len(packed), tuple(parts))
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All that it holds."""
+        for part in self.parts:
+            more = (part.weights.bias, part.place)
+            yield from (*part.weights.tensors, *(each for each in more if each is not None))
+
     def product(self, inputs: Tensor, pairs: Tensor, repeats: int) -> Tensor:
         """See `SABExperts.product`."""
         found = None
@@ -98,6 +104,11 @@ class ExpertStacks:
         self._backend = backend
         found = {name: ExpertsStack.of(each, self, backend) for name, each in members.items()}
         self._of = {name: stack for name, stack in found.items() if stack is not None}
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Of the stacks that are made; the linears' own are views of them."""
+        for stack in (self._of or {}).values():
+            yield from stack.tensors()
 
     def forget(self) -> None:
         """A linear, or its tensors, are about to change."""

@@ -7,6 +7,7 @@ from torch import nn
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.input_group import group_linears
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.nn.streamed import weights_around
 
 
 def prepare_layers(model: nn.Module, backend: str | None = None) -> None:
@@ -17,13 +18,14 @@ def prepare_layers(model: nn.Module, backend: str | None = None) -> None:
         model: with packed layers.
         backend: what computes; None or "auto" leaves it to the device.
     """
-    experts = []
-    for module in model.modules():
+    experts = {}
+    for name, module in model.named_modules():
         if isinstance(module, SABLinear):
             module.backend = backend
             module.prepare()
         elif isinstance(module, SABExperts):
-            experts.append(module)
+            experts[name] = module
     group_linears(model)
-    for each in experts:
-        each.prepare(backend)
+    for name, each in experts.items():
+        with weights_around(model, name):  # of a model in files, one block's stacks are in memory at a time
+            each.prepare(backend)

@@ -105,6 +105,9 @@ def _places(block: nn.Module, path: str, tensor: Tensor) -> Iterator[tuple[nn.Mo
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+    for each in module.modules():
+        if isinstance(each, SABExperts):
+            yield from each.stacked_tensors()
 
 
 @contextmanager
@@ -169,11 +172,11 @@ def streamed_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def weights_around(model: nn.Module, name: str) -> AbstractContextManager[None]:
-    """Inside, the weights of the block that a dotted name lies in are there."""
+    """Inside, the weights of the block that a dotted name lies in are there; what stays lies in files afterwards."""
     parts = name.split(".")
     module = model
     for part in parts:
-        if is_streamed(module):
+        if _MARK in vars(module):
             break
         module = module.get_submodule(part)
     return weights_here(module)

@@ -18,11 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.stages.blocks import SolveBlocks
+from optimum_sab.calibration.stages.comparison import CompareAnswers
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
 from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.errors import ConfigError, FormatError, SampleError, StreamError
 from optimum_sab.hf import streaming
 from optimum_sab.nn import scratch, streamed
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.scratch import in_scratch
 from tests.hf.conftest import save_llama
 
@@ -123,6 +125,29 @@ def test_experts_that_are_renamed_and_merged_come_block_by_block(mixture, quicke
     found = saved(quantize(mixture, config), tmp_path / "streamed")
     assert found == plain
     assert held["most"] == 1
+
+
+@streams
+def test_stacks_of_experts_lie_in_files_before_and_after_they_compute(mixture, quicker_config, few, monkeypatch):
+    own, seen = CompareAnswers.apply, []
+
+    def apply(self, run, on_step):
+        found = []
+        for computed in (False, True):
+            if computed:
+                found.append(own(self, run, on_step))
+            stacks = [each for each in run.model.modules() if isinstance(each, SABExperts)]
+            tensors = [tensor for each in stacks for tensor in each.stacked_tensors()]
+            seen.append((len(tensors), all(map(in_scratch, tensors))))
+            memory = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            views = [parameter for each in stacks for expert in each.experts() for parameter in expert.parameters()]
+            assert views and {each.untyped_storage().data_ptr() for each in views} <= memory  # held once
+        return found[0]
+
+    monkeypatch.setattr(CompareAnswers, "apply", apply)
+    model = quantize(mixture, quicker_config(calibration=few, stream_weights=True))
+    assert seen[0] == seen[1] and seen[0][0] > 0 and seen[0][1]
+    assert section(model, "comparison")["text"].kl > 0
 
 
 @streams
