@@ -21,6 +21,7 @@ from optimum_sab.example import checkpoint_path
 from optimum_sab.example.architecture import model_config
 from optimum_sab.example.processor import write_json
 from optimum_sab.format.random_weight import SCALE
+from optimum_sab.hf.tensor_file import write_holes
 
 _TEXT_30B_A3B = {  # of Qwen3-VL-30B-A3B
     "model_type": "qwen3_vl_moe_text",
@@ -142,24 +143,11 @@ class RandomCheckpoint:
             if self.values:
                 save_file({name: self.weight(name, shapes[name]) for name in names}, folder / file, {"format": "pt"})
             else:
-                self._write_header({name: shapes[name] for name in names}, folder / file)
+                hollow = {name: torch.empty(shapes[name], dtype=self.dtype, device="meta") for name in names}
+                write_holes(hollow, folder / file, {"format": "pt"})
             places.update(dict.fromkeys(names, file))
         size = sum(shape.numel() for shape in shapes.values()) * self.dtype.itemsize
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": places})
-
-    def _write_header(self, shapes: Mapping[str, torch.Size], file: Path) -> None:
-        """A safetensors file of zeros that nobody has written."""
-        kind = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[self.dtype]
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        for name, shape in shapes.items():
-            start, end = end, end + shape.numel() * self.dtype.itemsize
-            header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        with file.open("wb") as opened:
-            opened.write(len(text).to_bytes(8, "little") + text)
-            opened.truncate(8 + len(text) + end)
 
     def _shards(self, shapes: Mapping[str, torch.Size]) -> Iterator[list[str]]:
         names: list[str] = []

@@ -34,6 +34,33 @@ def write_tensors(tensors: Mapping[str, Tensor], filename: str | os.PathLike[str
     Raises:
         OSError: it cannot be written.
     """
+    header, names, _ = _header(tensors, metadata)
+    with _replacing(Path(filename)) as file:
+        file.write(header)
+        for name in names:
+            content = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+            for part in content.split(_STEP):
+                file.write(part.cpu().numpy().data)
+                give_back(tensors[name])
+
+
+def write_holes(tensors: Mapping[str, Tensor], filename: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write the file of these tensors' names, dtypes and shapes, with a hole for values: zeros that take no room on
+    most disks.
+
+    Args: those of `write_tensors`, but that tensors may be on meta.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    header, _, size = _header(tensors, metadata)
+    with _replacing(Path(filename)) as file:
+        file.write(header)
+        file.truncate(len(header) + size)
+
+
+def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[bytes, list[str], int]:
+    """The file up to the values, the tensors' names in the order of these, and how many bytes they take."""
     spelled = _spelled(tensor.dtype for tensor in tensors.values())
     order = {dtype: place for place, dtype in enumerate(spelled)}
     names = sorted(tensors, key=lambda name: (order[tensors[name].dtype], name))
@@ -48,13 +75,7 @@ def write_tensors(tensors: Mapping[str, Tensor], filename: str | os.PathLike[str
         }
     written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     written += b" " * (-len(written) % _LENGTH)
-    with _replacing(Path(filename)) as file:
-        file.write(len(written).to_bytes(_LENGTH, "little") + written)
-        for name in names:
-            content = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
-            for part in content.split(_STEP):
-                file.write(part.cpu().numpy().data)
-                give_back(tensors[name])
+    return len(written).to_bytes(_LENGTH, "little") + written, names, end
 
 
 @contextmanager
