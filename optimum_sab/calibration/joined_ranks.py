@@ -1,24 +1,22 @@
-"""Several processes in one run, by torch.distributed: the only place where they speak to each other.
+"""Several processes in one run, by torch.distributed: the only place where they speak to each other. How they come
+together is in `joining`.
 
 Every step begins with an exchange in which each rank says where it is, or that it has failed and why. So a rank that
 raises comes to the next exchange once more and all stop with what it said, and a rank that does something else is named
 instead of waited for. Tensors travel right behind an exchange, when all are known to be there. A rank that dies closes
-its connections, which the others see at once; one that is silent is given up after `TIMEOUT`.
+its connections, which the others see at once; one that is silent is given up after `joining.timeout`.
 """
 
 from __future__ import annotations
 
 import io
-import itertools
 import os
 import pickle
 import re
 import socket
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,112 +26,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from optimum_sab.calibration.ranks import Ranks
-from optimum_sab.errors import ConfigError, RankError, SABWarning
+from optimum_sab.errors import RankError
 
 T = TypeVar("T")
-TIMEOUT = "OPTIMUM_SAB_RANK_TIMEOUT"
-SECONDS = 3600.0  # that a rank is waited for: one may be solving the widest linear, or still be loading
 LAST_WORDS = 3.0  # seconds in which ranks that are still there say so when one is gone
-_LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun sets
-_CURRENT: ContextVar[Ranks | None] = ContextVar("ranks", default=None)
-_JOINED = itertools.count()  # times that this process has joined others: theirs is the same
-
-
-def launched() -> tuple[int, int]:
-    """This process's rank and how many there are: by the process group that is there, or else the launcher's variables.
-
-    Raises:
-        ConfigError: the variables are no numbers that go together.
-    """
-    if not dist.is_available():
-        return 0, 1
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    given = [os.environ.get(name) for name in _LAUNCHER]
-    if None in given:
-        return 0, 1
-    try:
-        rank, size = int(given[0] or ""), int(given[1] or "")
-    except ValueError:
-        rank, size = -1, 0
-    if not 0 <= rank < size:
-        raise ConfigError(
-            f"RANK={given[0]!r} and WORLD_SIZE={given[1]!r} do not say which of how many processes this is; start them "
-            "with torchrun, or unset both for a run of one process."
-        )
-    return rank, size
-
-
-def timeout() -> float:
-    """Seconds that a rank is waited for.
-
-    Raises:
-        ConfigError: the variable holds no number above 0.
-    """
-    given = os.environ.get(TIMEOUT)
-    try:
-        seconds = SECONDS if given is None else float(given)
-    except ValueError:
-        seconds = 0.0
-    if not 0.0 < seconds < 10**8:
-        raise ConfigError(f"{TIMEOUT}={given!r} must be seconds above 0, such as 600.")
-    return seconds
-
-
-@contextmanager
-def joined() -> Iterator[Ranks]:
-    """Join the processes of this run for as long as the context is open; inside of another such context, its ranks.
-
-    What is raised inside is told to the other ranks. On all but the first, warnings of ours are not shown.
-
-    Raises:
-        ConfigError: see `launched` and `timeout`.
-        RankError: the others do not come.
-    """
-    current = _CURRENT.get()
-    if current is not None:
-        yield current
-        return
-    if launched()[1] == 1:
-        yield Ranks()
-        return
-    with _connected() as ranks, warnings.catch_warnings():
-        if not ranks.first:
-            warnings.simplefilter("ignore", SABWarning)
-        token = _CURRENT.set(ranks)
-        try:
-            with ranks.telling():
-                yield ranks
-        finally:
-            _CURRENT.reset(token)
-
-
-@contextmanager
-def _connected() -> Iterator[JoinedRanks]:
-    """A group of our own: of the caller's processes, or where the caller has joined none, of the launcher's."""
-    rank, size = launched()
-    wait = timedelta(seconds=timeout())
-    prefix = f"optimum-sab-{next(_JOINED)}"
-    ours = not dist.is_initialized()
-    try:
-        if ours:
-            found, _, _ = next(dist.rendezvous("env://", timeout=wait))
-            store = dist.PrefixStore(prefix, found)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
-            group: Any = dist.group.WORLD
-        else:
-            store = dist.PrefixStore(prefix, dist.distributed_c10d._get_default_store())
-            group = dist.new_group(backend="gloo", timeout=wait)
-    except (RuntimeError, ValueError) as error:
-        raise RankError(
-            f"rank {rank} of {size} does not reach the others ({_short(error)}); every process has to make the same "
-            f"call, and is waited for {wait.total_seconds():g} seconds ({TIMEOUT})."
-        ) from error
-    try:
-        yield JoinedRanks(group, store, wait)
-    finally:
-        with suppress(RuntimeError, ValueError):  # of connections that are gone already
-            dist.destroy_process_group(None if ours else group)
 
 
 @dataclass(frozen=True)
@@ -301,7 +197,8 @@ class JoinedRanks(Ranks):
         who = f"rank {names} of {self.size} does not answer" if missing else "the connection between the ranks broke"
         return (
             f"{who} (killed, out of memory, stopped, or its machine or the network is down): nothing came at {at!r} "
-            f"({_short(error)}). What is finished is kept in the resume folder, if there is one; start all again."
+            f"({first_sentence(error)}). What is finished is kept in the resume folder, if there is one; start all "
+            "again."
         )
 
     def _of(self, rank: int) -> int:
@@ -318,7 +215,7 @@ def _read(blob: Tensor) -> Any:
     return torch.load(io.BytesIO(blob.numpy().data), map_location="cpu", weights_only=False)
 
 
-def _short(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """The first sentence of what torch says, without its place in the source."""
     line = str(error).partition("\n")[0]
     return re.sub(r"^\[[^\]]*\]\s*", "", line).partition(". ")[0][:200].rstrip(".")

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from optimum_sab.calibration.joined_ranks import joined
+from optimum_sab.calibration.joining import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.resume.folder import ResumeFolder

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_sab.calibration.joined_ranks import joined
+from optimum_sab.calibration.joining import joined
 from optimum_sab.calibration.pipeline import STAGES
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.run import Run

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from optimum_sab.calibration.joined_ranks import launched
+from optimum_sab.calibration.joining import launched
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.ranks import require_samples

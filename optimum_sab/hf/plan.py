@@ -17,8 +17,9 @@ from optimum_sab.calibration.plan.fit import DiskUse
 from optimum_sab.calibration.plan.limits import Room, process_bytes
 from optimum_sab.calibration.plan.memory import DeviceMemory, memory_of
 from optimum_sab.calibration.plan.reads import Pass, passes
+from optimum_sab.calibration.plan.shapes import sample_sizes
 from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
-from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload, sample_sizes
+from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.data.named_source import BUILTIN, named_source

@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.plan.fit import DiskUse
+from optimum_sab.calibration.plan.holdings import activations, in_files
 from optimum_sab.calibration.plan.limits import Room, accelerator_room, machine_room
-from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, activations, in_files
-from optimum_sab.calibration.plan.workload import SampleSizes, Workload, model_shape, sample_sizes
+from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE
+from optimum_sab.calibration.plan.shapes import model_shape, sample_sizes
+from optimum_sab.calibration.plan.workload import SampleSizes, Workload
 from optimum_sab.calibration.samples.inputs import UNSEEN_LENGTH
 from optimum_sab.data.unseen import unseen_texts
 from optimum_sab.hf.config import SABConfig

@@ -13,7 +13,7 @@ from torch import nn
 
 from optimum_sab import SABConfig
 from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
-from optimum_sab.calibration.joined_ranks import joined
+from optimum_sab.calibration.joining import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
 from optimum_sab.calibration.progress import no_step

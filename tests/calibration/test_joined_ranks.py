@@ -10,7 +10,7 @@ from packaging.version import Version
 from safetensors import safe_open
 
 from optimum_sab.calibration import joined_ranks
-from optimum_sab.calibration.joined_ranks import TIMEOUT, joined, launched, timeout
+from optimum_sab.calibration.joining import TIMEOUT, joined, launched, timeout
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.ranks import Ranks, require_samples, shares
 from optimum_sab.calibration.refine.tuning import SAVE_EVERY

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from optimum_sab.calibration.allocation.ladder import ANCHORS
 from optimum_sab.calibration.allocation.probe import ROWS
 from optimum_sab.calibration.plan import operations
-from optimum_sab.calibration.plan.memory import activations
+from optimum_sab.calibration.plan.holdings import activations
 from optimum_sab.calibration.plan.speeds import Speeds
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.calibration.predictions.temperature import TOKENS

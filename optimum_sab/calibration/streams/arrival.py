@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -44,3 +45,14 @@ class Arrival:
 def row_count(inputs: Tensor) -> int:
     """Rows of [..., width]."""
     return inputs.shape[:-1].numel()
+
+
+def rows_given(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
+    """Rows of the hidden states a block is called with, which are the first that holds numbers; 0 without any.
+
+    Args:
+        call: positional and named arguments.
+    """
+    args, kwargs = call
+    given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
+    return next((row_count(t) for t in given), 0)

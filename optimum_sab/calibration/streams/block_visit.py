@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.ranks import Ranks
-from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival, Worker, row_count
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival, Worker, rows_given
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.drift import drift
 from optimum_sab.calibration.streams.expert_calls import ExpertCalls
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, RoutedInputs
 from optimum_sab.calibration.streams.groups import Group, Groups, names_by_input
@@ -66,7 +67,7 @@ class BlockVisit:
             waiting = self._solve_groups(waiting, visitor)
         if finisher is not None:
             finisher.finish(self._block.index, self._passage(entries, waiting))
-        visitor.leave(self._block.index, self._drift(waiting) if self._two_streams else None)
+        visitor.leave(self._block.index, drift(self._ranks, self._block.index, waiting) if self._two_streams else None)
         return waiting
 
     # -- what the wrapped forwards call, inside a coroutine --------------------------------------------------------
@@ -117,7 +118,7 @@ class BlockVisit:
         company = sum(map(len, there))
         sources = self._learn(there, next(iter(waiting.values()), None))
         assert self._groups is not None
-        entered = {worker: _rows_given(pause.payload) for worker, pause in waiting.items()}
+        entered = {worker: rows_given(pause.payload) for worker, pause in waiting.items()}
         reached: set[str] = set()
         self._residuals = {worker: {} for worker in self._coroutines.workers}
         with read_arguments(sources, self._keep_residual):
@@ -236,12 +237,6 @@ class BlockVisit:
         samples = [sample for sample, stream in entries if stream == QUANTIZED]
         return BlockPassage(self._block.module, samples, run, dense, replace)
 
-    def _drift(self, waiting: Waiting) -> float:
-        """``Σ ‖h − ĥ‖² / Σ ‖h‖²`` of the block's outputs, dense against quantized stream."""
-        sums = self._ranks.exchange(f"the end of block {self._block.index}", _differences(waiting))
-        above, below = (sum(each) for each in zip(*sums, strict=True))
-        return above / below if below else 0.0
-
     @contextmanager
     def _nobody_waits(self) -> Iterator[None]:
         self._unstopped = True
@@ -249,21 +244,3 @@ class BlockVisit:
             yield
         finally:
             self._unstopped = False
-
-
-def _rows_given(call: tuple[tuple[Any, ...], dict[str, Any]]) -> int:
-    """Rows of the hidden states a block is called with, which are the first that holds numbers; 0 without any."""
-    args, kwargs = call
-    given = (t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and t.is_floating_point())
-    return next((row_count(t) for t in given), 0)
-
-
-def _differences(waiting: Waiting) -> tuple[float, float]:
-    """``Σ ‖h − ĥ‖²`` and ``Σ ‖h‖²`` of this rank's samples."""
-    outputs = {w: hidden_states(p.payload) for w, p in waiting.items()}
-    above = below = 0.0
-    for (sample, stream), dense in outputs.items():
-        if stream == DENSE:
-            above += float((dense.float() - outputs[sample, QUANTIZED].float()).square().sum())
-            below += float(dense.float().square().sum())
-    return above, below

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from optimum_sab.calibration.joined_ranks import joined
+from optimum_sab.calibration.joining import joined
 from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
 from optimum_sab.errors import ConfigError

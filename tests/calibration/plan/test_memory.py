@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, in_files, memory_of
+from optimum_sab.calibration.plan.holdings import in_files
+from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, memory_of
 from optimum_sab.calibration.plan.workload import LinearGroup, SampleSizes
 from optimum_sab.calibration.streams.memory import calibration_bytes, matrices
 from optimum_sab.core.refinement import RefineSettings

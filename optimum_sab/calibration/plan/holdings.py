@@ -1,0 +1,136 @@
+"""Bytes of each thing that a run holds, from shapes: the one place with the formulas of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from optimum_sab.calibration.blocks.experts import ROOM
+from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.calibration.refine.tuning import BATCH
+from optimum_sab.calibration.stages.allocation import SAMPLES
+from optimum_sab.calibration.streams.memory import activation_bytes, matrices
+
+LEAST_MATRICES = 3  # of those [in, in]: a Hessian, damped, and the factor of its inverse
+WEIGHT_COPIES = 4  # fp32 arrays of a weight's shape while it is solved: W, target, pull, what is left
+LEAST_COPIES = 2
+LOGITS = 8  # arrays of the logits' size while predictions are compared or differentiated
+ALLOCATOR = 200 * 2**20  # what earlier stages leave behind in the process when they let go of small pieces, at the most
+SCATTERED = 0.2  # of the activations, that lies between them unused: measured with the embedded example
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes memory.
+
+    Attributes:
+        name: what it is.
+        bytes: expected.
+        certain: of these, that no way of computing can do without; 0 where the system may drop or spare it.
+    """
+
+    name: str
+    bytes: int
+    certain: int = 0
+
+
+def activations(work: Workload, tokens: int, streams: int, inside: bool = True) -> tuple[int, int]:
+    """Bytes of all samples' activations between two groups of linears: expected, and the least.
+
+    Args:
+        work: the run.
+        tokens: of all samples.
+        streams: 1 or 2.
+        inside: whether they are inside of a block, where the widest input is held; else hidden states alone.
+    """
+    model = work.model
+    widest = max(group.in_features for group in model.groups)
+    if not inside:
+        hidden = tokens * streams * model.width * model.item
+        return 2 * hidden, hidden
+    expected = activation_bytes(tokens, streams, model.width, widest, model.dtype)
+    return expected, tokens * streams * (widest + model.width) * model.item
+
+
+def in_files(work: Workload) -> int:
+    """Bytes of activations that lie in memory-mapped files."""
+    room = work.options.activation_memory
+    if room is None or work.home != "cpu":
+        return 0
+    inside = work.worker == "cpu"
+    return max(0, activations(work, work.samples.total, 1 + work.two_streams, inside)[0] - room)
+
+
+def activations_part(work: Workload, tokens: int, streams: int, inside: bool, bounded: bool = True) -> Part:
+    expected, least = activations(work, tokens, streams, inside)
+    room = work.options.activation_memory
+    if bounded and room is not None and work.home == "cpu":
+        expected, least = min(expected, room), min(least, room)
+    return Part("activations of all samples", expected, least if work.samples.exact else 0)
+
+
+def statistics_part(work: Workload) -> Part:
+    """Of the input that takes the most, and its weights while they are solved."""
+    return max((_solving(work, group) for group in dict.fromkeys(work.model.groups)), key=lambda part: part.bytes)
+
+
+def _solving(work: Workload, group: LinearGroup) -> Part:
+    square, weights = 4 * group.in_features**2, 4 * group.weights
+    streams = 1 + work.two_streams
+    expected = matrices(group.in_features, group.out_features, streams) * square + WEIGHT_COPIES * weights
+    if group.expert:
+        expected += _other_experts(work, group)
+    return Part("statistics of the widest linear", expected, LEAST_MATRICES * square + LEAST_COPIES * weights)
+
+
+def _other_experts(work: Workload, group: LinearGroup) -> int:
+    """What waits while one of a block's experts is solved: statistics, signs found with these, and all new weights."""
+    count = max(block.groups.count(group) for block in work.model.blocks)
+    each = 4 * group.in_features**2 * (4 if work.two_streams else 1)  # Hessian and drift, of all and of a half
+    together = min(count, -(-ROOM // each))
+    signs = together * group.weights * group.settings.planes
+    return together * each + signs + count * group.weights * work.model.item
+
+
+def graph_bytes(work: Workload) -> int:
+    """What autograd keeps of a token in one block: inputs and outputs of its linears, a few times the hidden state."""
+    block = max(work.model.blocks, key=lambda each: each.weights)
+    features = sum(group.share * (group.in_features + group.out_features) for group in block.groups)
+    return round((features + 6 * work.model.width) * max(work.model.item, 4))
+
+
+def sensitivity_bytes(work: Workload) -> int:
+    """Graphs, and the logits of a sample with what becomes of them on the way back."""
+    model, samples = work.model, work.samples
+    logits = LOGITS * samples.longest * model.vocabulary * 4
+    if work.streamed:  # of all samples, what goes into blocks and comes out; and one block's graph
+        held = sum(samples.spread(SAMPLES)) * len(model.blocks) * 3 * model.width * model.item
+        return logits + held + samples.longest * graph_bytes(work)
+    room = activations(work, samples.total, 1 + work.two_streams)[0] if work.options.device is None else 0
+    inputs = samples.longest * len(model.blocks) * model.width * model.item
+    return logits + inputs + max(samples.longest * graph_bytes(work), min(room, _whole_graph(work)))
+
+
+def _whole_graph(work: Workload) -> int:
+    return work.samples.longest * graph_bytes(work) * len(work.model.blocks)
+
+
+def training_bytes(work: Workload, blocks: int) -> int:
+    """A block's weights, their leaves and gradients, its graph; with several blocks, what goes in, and logits."""
+    model, longest = work.model, work.samples.longest
+    built = 3 * max(block.binarized for block in model.blocks) * max(model.item, 4)
+    if blocks == 1:
+        return built + longest * graph_bytes(work)
+    inputs = BATCH * longest * blocks * model.width * model.item
+    logits = LOGITS * BATCH * longest * model.vocabulary * 4
+    return built + inputs + logits + BATCH * longest * graph_bytes(work)
+
+
+def slack_of(work: Workload, activations: int = 0) -> Part:
+    """Grows with what has been let go before, the logits of a sample and the statistics; and with activations."""
+    logits = LOGITS * work.samples.longest * work.model.vocabulary * 4
+    before = min(ALLOCATOR, logits + statistics_part(work).bytes)
+    return Part("freed, not given back", before + round(SCATTERED * activations))
+
+
+def copied_block(work: Workload) -> Part:
+    return Part("one block on its way", work.model.largest_block)
