@@ -2,7 +2,8 @@
 
 Rows can be cut anywhere. Columns are cut at multiples of 32, which is a word of signs. Where that is inside of a block,
 the block's columns on either side are a layer of their own: their row scales are the block's, and how many of them are
-salient is what there happens to be.
+salient is what there happens to be. With a code a column's weights depend on the bits of the columns before it too, so
+there a share is one layer of whole blocks, in which columns that are not its own have a scale of 0.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import pad
 
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.bits import pack_bits, unpack_bits
 from optimum_sab.format.packed_weight import PackedWeight
@@ -28,6 +31,21 @@ COLUMN_DIMENSIONS = {"weight": 2, "col_scale": 0}
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Consecutive columns of a layer.
+
+    Attributes:
+        layers: whose products with consecutive inputs add up.
+        front, back: columns of theirs before the first and behind the last that is meant: they have a scale of 0, and
+            want an input, of zeros.
+    """
+
+    layers: tuple[PackedWeight, ...]
+    front: int = 0
+    back: int = 0
+
+
+@dataclass(frozen=True)
 class _Piece:
     """Consecutive columns [start, stop) that have blocks as the format knows them, or lie within one block."""
 
@@ -36,24 +54,45 @@ class _Piece:
     inside: bool  # of one block
 
 
-def columns_of(whole: PackedWeight, local: Mapping[str, Tensor], start: int, stop: int) -> list[PackedWeight]:
-    """The columns [start, stop) of a layer, as layers whose products with consecutive inputs add up.
+def columns_of(
+    whole: PackedWeight, local: Mapping[str, Tensor], start: int, stop: int, before: Tensor | None = None
+) -> Columns:
+    """The columns [start, stop) of a layer, as layers.
 
-    ``Σ_pieces x[a:b] Ŵ_pieceᵀ = x[start:stop] Ŵ[:, start:stop]ᵀ``, and every entry of Ŵ is what it was.
+    ``Σ_layers x[a:b] Ŵ_layerᵀ = x[start:stop] Ŵ[:, start:stop]ᵀ``, and every entry of Ŵ is what it was.
 
     Args:
         whole: the layer; of its tensors, those that `COLUMN_DIMENSIONS` names are not looked at.
         local: those, cut to the columns: ``weight`` int32 [base_planes, out, (stop - start)/32], ``col_scale`` int16.
-        start, stop: multiples of 32. The layer has no code: its bits mean something with those before them alone.
+        start, stop: multiples of 32.
+        before: int32 [out], the coded plane's word before ``start``, where the layer has a code and there is one.
 
     Returns:
-        One to three layers, in the order of their columns.
+        One to three layers, in the order of their columns; one with a code.
     """
     salient = whole.salient_columns()
-    return [
-        _piece_of(whole, local, piece, start, salient)
-        for piece in _pieces(start, stop, whole.in_features, whole.settings)
-    ]
+    if whole.settings.code != NO_CODE:
+        return _coded(whole, local, (start, stop), before, salient)
+    pieces = _pieces(start, stop, whole.in_features, whole.settings)
+    return Columns(tuple(_piece_of(whole, local, piece, start, salient) for piece in pieces))
+
+
+def _coded(
+    whole: PackedWeight, local: Mapping[str, Tensor], own: tuple[int, int], before: Tensor | None, salient: Tensor
+) -> Columns:
+    """The blocks that hold these columns and the word before them."""
+    start, stop = own
+    size = whole.settings.block_size
+    first = max(0, start - WORD) // size * size
+    last = min(whole.in_features, -(-stop // size) * size)
+    front, back = start - first, last - stop
+    weight = pad(local["weight"], (front // WORD, back // WORD))
+    if front:
+        assert before is not None
+        weight[0, :, front // WORD - 1] = before
+    filled = {"weight": weight, "col_scale": pad(local["col_scale"], (front, back))}
+    piece = _Piece(first, last, False)
+    return Columns((_piece_of(whole, filled, piece, first, salient),), front, back)
 
 
 def _pieces(start: int, stop: int, width: int, settings: LayerSettings) -> list[_Piece]:

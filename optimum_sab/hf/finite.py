@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from optimum_sab.errors import FormatError
-from optimum_sab.hf.sharing import own_part
+from optimum_sab.hf.shares import own_part
 from optimum_sab.hf.stored_files import StoredFile
 
 

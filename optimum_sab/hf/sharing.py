@@ -10,33 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from optimum_sab.core.code import NO_CODE
 from optimum_sab.errors import ConfigError
-from optimum_sab.format.packed_weight import PackedWeight
-from optimum_sab.format.share import WORD, columns_of
+from optimum_sab.format.share import WORD
+from optimum_sab.hf.shares import place_shares
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.modules import set_module
-from optimum_sab.nn.shared import SABShare
 
 _HARMLESS = (None, "local_params", "replicate", "mla_kv_a_proj")  # of a module that packed layers are, or are in
 _EXPERTS = "moe_tp_experts"
 _PER_HEAD = ("q_proj", "k_proj", "v_proj")
 _ELSE = "or leave distributed_config out and spread the blocks over devices with device_map='auto'"
-
-
-def is_shared(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, of which this process has a part."""
-    return hasattr(tensor, "full_tensor")
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process has of it, a plain tensor; all of one that is not shared."""
-    shared: Any = tensor
-    return shared.to_local() if is_shared(tensor) else tensor
 
 
 class Sharing:
@@ -141,12 +126,6 @@ class Sharing:
             unit, size, what = (2 if style == FUSED else 1), layer.out_features, "rows"
         else:
             unit, size, what = WORD, layer.in_features, "input columns"
-            if layer.settings.code != NO_CODE:
-                raise ConfigError(
-                    f"{name}: its columns are to be shared by {self._size} processes, and its coded planes "
-                    f"(code={layer.settings.code!r}) cannot be read from the middle of a row. Quantize with "
-                    f"code='none', {_ELSE}."
-                )
         if size % (unit * self._size):
             fits = [count for count in range(2, self._size) if size % (unit * count) == 0]
             fewer = (
@@ -194,51 +173,13 @@ class Sharing:
             if fused not in rules:  # those of a call are looked for in the plan
                 model.tp_plan.pop(fused, None)
 
-    # -- after weights are read ------------------------------------------------------------------------------------
-
     def place(self, model: nn.Module) -> None:
-        """Put this process's share in the place of every layer that is shared.
+        """Put this process's share in the place of every layer that is shared, after weights were read.
 
         Raises:
             FormatError: a share's scales are not finite, or its salient columns not in order.
         """
-        from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
-
-        for name, style in self._inside.items():
-            share = self._share_of(model, name, style)
-            set_module(model, name, share.pieces[0] if len(share.pieces) == 1 else share)  # linears can be stacked
-        for name, style in self._styles.items():
-            share = self._share_of(model, name, style)
-            ALL_PARALLEL_STYLES[style].install_forward(share, self._mesh)
-            set_module(model, name, share)
-
-    @torch.no_grad()
-    def _share_of(self, model: nn.Module, name: str, style: str) -> SABShare:
-        from optimum_sab.hf.sharing_styles import COLUMNS
-
-        layer = model.get_submodule(name)
-        assert isinstance(layer, SABLinear)
-        whole = (layer.in_features, layer.out_features)
-        tensors = {each: own_part(layer.get_parameter(each)).detach() for each in layer.shape.names}
-        bias = layer.bias
-        if style in COLUMNS:
-            columns = layer.in_features // self._size
-            start = columns * self._mesh.get_local_rank()
-            packed = PackedWeight(tensors, layer.out_features, layer.in_features, layer.settings)
-            parts = columns_of(packed, tensors, start, start + columns)
-            own = None
-        else:
-            parts = [PackedWeight(tensors, layer.out_features // self._size, layer.in_features, layer.settings)]
-            own, bias = None if bias is None else own_part(bias), None
-        for part in parts:
-            part.validate(name)
-        pieces = [SABLinear.from_packed(part, own) for part in parts]
-        elsewhere = layer.out_features - own.numel() if own is not None else 0
-        for piece in pieces:
-            piece.counted = 0
-        pieces[0].counted = layer.counted + elsewhere
-        layer._parameters.clear()  # the forward that was installed around it holds it, until garbage is collected
-        return SABShare(whole, pieces, bias).train(layer.training)
+        place_shares(model, self._mesh, self._styles, self._inside)
 
 
 def _wildcard(name: str) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 
 from optimum_sab.errors import FormatError
 from optimum_sab.format.digest import digest, digest_of_bytes
-from optimum_sab.hf.sharing import is_shared
+from optimum_sab.hf.shares import is_shared
 from optimum_sab.hf.stored_files import StoredFile
 from optimum_sab.nn.linear import SABLinear
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.nn.linear import SABLinear
@@ -17,6 +18,7 @@ class SABShare(nn.Module):
         whole: (in, out) of the linear that is shared.
         pieces: the share: one layer, or several of consecutive columns, whose products add up.
         bias: [out] of the linear, where columns are shared. That of rows is their layer's own.
+        around: inputs of zeros that the pieces want before and behind the share's own (format/share.py).
 
     Attributes:
         in_features, out_features: of the linear that is shared.
@@ -25,16 +27,25 @@ class SABShare(nn.Module):
     bias: nn.Parameter | None
     _hf_quantized_needs_local_tp = True  # Transformers: give and take plain tensors, not DTensors
 
-    def __init__(self, whole: tuple[int, int], pieces: Sequence[SABLinear], bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self,
+        whole: tuple[int, int],
+        pieces: Sequence[SABLinear],
+        bias: nn.Parameter | None = None,
+        around: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = whole
         for index, piece in enumerate(pieces):
             self.add_module(str(index), piece)
         self._widths = [piece.in_features for piece in pieces]
+        self.around = around
         self.register_parameter("bias", bias)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``x`` [..., in of the share] → [..., out of the share] in x's dtype; plus the bias, if it is here."""
+        if self.around != (0, 0):
+            inputs = pad(inputs, self.around)
         only = self.only
         if only is not None:
             output: Tensor = only(inputs)  # the tensor itself, by which layers find that they share it

@@ -24,7 +24,8 @@ def cut(packed, start, stop):
     local["col_scale"] = packed.tensors["col_scale"][start:stop]
     kept = {name: tensor for name, tensor in packed.tensors.items() if name not in COLUMN_DIMENSIONS}
     whole = PackedWeight({**kept, **local}, packed.out_features, packed.in_features, packed.settings)
-    return columns_of(whole, local, start, stop)
+    before = packed.tensors["weight"][0, :, start // 32 - 1] if start else None
+    return columns_of(whole, local, start, stop, before)
 
 
 @pytest.mark.parametrize("kind", SETTINGS)
@@ -45,12 +46,47 @@ def test_shares_of_columns_are_the_columns(kind, block, width, parts, pieces):
     dense = packed.dequantize()
     each = width // parts
     for part in range(parts):
-        found = cut(packed, part * each, (part + 1) * each)
+        columns = cut(packed, part * each, (part + 1) * each)
+        found = columns.layers
+        assert (columns.front, columns.back) == (0, 0)
         for piece in found:
             piece.validate()
         assert torch.equal(torch.cat([piece.dequantize() for piece in found], 1), dense[:, part * each :][:, :each])
         assert pieces is None or len(found) == pieces[part]
         assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for p in found for tensor in p.tensors.values())
+
+
+@pytest.mark.parametrize("kind", ["one", "two", "no residual"])
+@pytest.mark.parametrize(
+    ("block", "width", "parts", "around"),
+    [
+        (128, 512, 2, [(0, 0), (128, 0)]),  # at blocks' bounds: the block before, for its last word
+        (128, 384, 2, [(0, 64), (64, 0)]),  # in the middle of a block
+        (256, 192, 3, [(0, 128), (64, 64), (128, 0)]),  # all within one
+        (128, 480, 3, [(0, 96), (32, 64), (64, 0)]),  # and a narrower last block
+        (128, 416, 1, [(0, 0)]),
+        (512, 1184, 37, None),
+    ],
+)
+def test_a_share_of_coded_columns_holds_what_they_depend_on(kind, block, width, parts, around):
+    settings = {
+        "one": {"code": "trellis16"},
+        "two": {"code": "trellis16x2", "base_planes": 2, "salient_fraction": 0.125},
+        "no residual": {"code": "trellis16", "residual_planes": 0},
+    }[kind]
+    packed = random_packed(OUT, width, LayerSettings(block_size=block, **settings))
+    dense = packed.dequantize()
+    each = width // parts
+    for part in range(parts):
+        columns = cut(packed, part * each, (part + 1) * each)
+        [layer] = columns.layers
+        layer.validate()
+        assert layer.in_features == columns.front + each + columns.back
+        weight = layer.dequantize()
+        assert torch.equal(weight[:, columns.front : columns.front + each], dense[:, part * each :][:, :each])
+        assert not weight[:, : columns.front].any() and not weight[:, columns.front + each :].any()
+        assert around is None or (columns.front, columns.back) == around[part]
+        assert columns.front <= block and columns.back < block
 
 
 @pytest.mark.parametrize("salient", [0, 64])
@@ -60,7 +96,7 @@ def test_a_piece_without_salient_columns_or_with_nothing_else_is_a_layer_too(sal
     packed.tensors["residual_index"].copy_(torch.arange(64))  # all in the first half
     dense = packed.dequantize()
     start = 0 if salient else 64
-    [piece] = cut(packed, start, start + 64)
+    [piece] = cut(packed, start, start + 64).layers
     piece.validate()
     assert piece.settings.residual_planes == bool(salient)
     assert torch.equal(piece.dequantize(), dense[:, start : start + 64])

@@ -36,6 +36,19 @@ def test_layers_of_consecutive_columns_add_up(biased):
     assert share.only is None and (share.in_features, share.out_features) == (192, OUT)
 
 
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_layer_with_columns_around_its_own_is_given_zeros_there(biased):
+    bias = nn.Parameter(torch.randn(OUT), requires_grad=False) if biased else None
+    layer = SABLinear.from_packed(random_packed(OUT, 256, LayerSettings(block_size=128, code="trellis16")))
+    share = SABShare((2 * HALF, OUT), [layer], bias, (128, 32))
+    x = torch.randn(2, 3, HALF, requires_grad=True)
+    weight = layer.packed.dequantize()[:, 128:-32]
+    output = share(x)
+    torch.testing.assert_close(output, nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
+    [gradient] = torch.autograd.grad(output.sum(), x)
+    torch.testing.assert_close(gradient, weight.sum(0).expand_as(x), rtol=1e-5, atol=1e-5)
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(not NEWEST, reason="the interface is that of Tra
 LAYERS = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
 LAYERS |= {"num_hidden_layers": 1, "eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
 EXPERTS = {"head_dim": 32, "moe_intermediate_size": 192, "num_experts": 4, "num_experts_per_tok": 2}
-KINDS = ("llama", "tp_plan", "pictures", "fused", "experts")
+KINDS = ("llama", "tp_plan", "pictures", "fused", "experts", "coded", "coded experts")
+MOST = {"coded": 0.75, "coded experts": 0.75}  # the blocks in which a share begins and ends are there whole
 TEXT = {"input_ids": torch.arange(20, 50).view(2, 15)}
 
 
@@ -77,7 +78,12 @@ def found(warm, tmp_path_factory):
     save(folder / "pictures", model, SABConfig.two_bit(**quiet), row)
     save(folder / "fused", Phi3ForCausalLM(Phi3Config(**LAYERS, intermediate_size=256)), SABConfig(**quiet))
     save(folder / "experts", mixture(**EXPERTS), SABConfig(**{**quiet, "block_size": 128}))
-    save(folder / "coded", llama(), SABConfig(**{**quiet, "block_size": 128}, code="trellis16"))
+    wide = {"hidden_size": 256, "intermediate_size": 768}
+    coded = {**quiet, "block_size": 128}
+    save(folder / "coded", llama(**wide), SABConfig(**coded, code="trellis16"))
+    two = {"code": "trellis16x2", "allocation": "uniform"}
+    experts = mixture(**{**EXPERTS, "moe_intermediate_size": 384})
+    save(folder / "coded experts", experts, SABConfig.two_bit(**coded, **two))
     save(folder / "one head", llama(num_key_value_heads=1), SABConfig(**quiet))
     save(folder / "narrow", llama(intermediate_size=160), SABConfig(**quiet))
     biased = mixture("gpt_oss", num_local_experts=4, head_dim=32)
@@ -105,7 +111,7 @@ def test_gradients_go_through_shares(found, kind):
 def test_a_process_reads_and_holds_about_half(found, kind):
     for results in found:
         assert results[kind]["read"] == [0.5]
-        assert results[kind]["held"] <= 0.6
+        assert results[kind]["held"] <= MOST.get(kind, 0.6)
 
 
 def test_shares_of_siblings_are_grouped(found):
@@ -122,7 +128,6 @@ def test_blocks_may_be_shared(found):
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        ("coded", r"o_proj: its columns .* coded planes .* code='none'"),
         ("one head", r"k_proj: its 1 attention heads cannot be shared by 2 processes"),
         ("narrow", r"down_proj: its 160 input columns cannot be shared in multiples of 32 by 2 processes"),
         ("experts with biases", r"mlp\.experts: these experts cannot be shared by 2 processes"),

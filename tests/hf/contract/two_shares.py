@@ -16,14 +16,14 @@ from transformers.distributed import DistributedConfig
 
 from optimum_sab import SABConfig
 from optimum_sab.bench.coverage.samples import run
-from optimum_sab.hf.sharing import Sharing, own_part
+from optimum_sab.hf.shares import own_part
+from optimum_sab.hf.sharing import Sharing
 from optimum_sab.nn.input_group import InputGroup
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.shared import SABShare
 
 DOWN = "model.layers.*.mlp.down_proj"
 REFUSED = {
-    "coded": {"distributed_config": {"tp_size": 2}},
     "one head": {"distributed_config": {"tp_size": 2}},
     "narrow": {"distributed_config": {"tp_size": 2}},
     "experts with biases": {
@@ -153,6 +153,8 @@ def main(folder, result):
         "pictures": compared(folder / "pictures", distributed_config=two),
         "fused": compared(folder / "fused", distributed_config=two),
         "experts": compared(folder / "experts", distributed_config=two),
+        "coded": compared(folder / "coded", distributed_config=two),
+        "coded experts": compared(folder / "coded experts", distributed_config=two),
         "refused": refusals(folder),
         "damaged": message(load, folder / "damaged", distributed_config=two),
         "afterwards": afterwards(folder / "llama", Path(result).with_suffix(".saved")),
