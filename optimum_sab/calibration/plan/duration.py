@@ -10,7 +10,7 @@ from optimum_sab.calibration.allocation.probe import ROWS
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.holdings import activations
 from optimum_sab.calibration.plan.speeds import Speeds
-from optimum_sab.calibration.plan.workload import Workload
+from optimum_sab.calibration.plan.workload import LinearGroup, Workload
 from optimum_sab.calibration.predictions.temperature import TOKENS
 from optimum_sab.calibration.refine.tuning import BATCH, JUDGEMENTS
 from optimum_sab.calibration.samples.prompts import EACH, OPENING
@@ -129,7 +129,7 @@ def _allocation(work: Workload, speeds: Speeds) -> float:
     seconds = _Forward(work, speeds)(few, patches)
     for group in work.model.groups:
         seconds += operations.second_moments(group, sum(few), False, work.worker == "cpu") / speeds.moments
-        seconds += operations.factorization(group.in_features) / speeds.factorization
+        seconds += speeds.factoring(group.in_features)
         rows = min(ROWS * group.members, group.out_features)
         for base, fraction in ANCHORS:
             quick = group.settings.replace(
@@ -143,7 +143,8 @@ def _allocation(work: Workload, speeds: Speeds) -> float:
             )
             counts = operations.solving(rows, group.in_features, quick, False)
             counts["errors"] *= 2  # once more of every linear by itself
-            seconds += _solve(counts, speeds, factored=True)
+            del counts["factorization"], counts["packing"]  # once for all anchors; never
+            seconds += speeds.least + _solve(counts, speeds.solving, speeds)
     return seconds
 
 
@@ -157,20 +158,24 @@ def _blocks(work: Workload, speeds: Speeds) -> float:
     seconds, on_cpu = times * once, work.worker == "cpu"
     for group in work.model.groups:
         seconds += operations.second_moments(group, tokens, work.two_streams, on_cpu) / speeds.moments
-        counts = operations.solving(group.out_features, group.in_features, group.settings, work.two_streams)
-        seconds += _solve(counts, speeds)
+        seconds += operations.errors_by_modality(group, tokens, work.samples.kinds) / speeds.moments
+        seconds += _group(group, work.two_streams, speeds)
     return seconds
 
 
-def _solve(counts: Mapping[str, float], speeds: Speeds, factored: bool = False) -> float:
+def _group(group: LinearGroup, two_streams: bool, speeds: Speeds) -> float:
+    """Seconds of solving linears that share an input, factors included."""
+    corrected = operations.gathers_correction(group, two_streams)
+    counts = operations.solving(group.out_features, group.in_features, group.settings, two_streams, corrected)
+    if group.expert:
+        return speeds.least + _solve(counts, speeds.experts, speeds)
+    del counts["factorization"]
+    return speeds.least + speeds.factoring(group.in_features) + _solve(counts, speeds.solving, speeds)
+
+
+def _solve(counts: Mapping[str, float], solving: Mapping[str, float], speeds: Speeds) -> float:
     """Seconds of a solve by its parts; what was not met on trial goes at the speed of second moments."""
-    seconds = 0.0
-    for name, count in counts.items():
-        if not count or (factored and name == "factorization"):
-            continue
-        speed = speeds.factorization if name == "factorization" else speeds.solving.get(name, speeds.moments)
-        seconds += count / speed
-    return seconds
+    return sum(count / solving.get(name, speeds.moments) for name, count in counts.items() if count)
 
 
 def _tuning(work: Workload, speeds: Speeds) -> float:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from optimum_sab.calibration.blocks.measured import ROWS
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.calibration.statistics.gathering import fewer_as_correction
 from optimum_sab.core.factorization import WIDE
 from optimum_sab.core.hessian import STRIP
 from optimum_sab.core.settings import LayerSettings
@@ -24,6 +26,7 @@ SOLVING = (
     "feedback",
     "descent",
     "errors",
+    "packing",
 )
 """Parts of `optimum_sab.core.solver.solve`, as it names them (`core.parts`)."""
 
@@ -68,17 +71,31 @@ def hessian(tokens: float, n: int, on_cpu: bool = True) -> float:
     return tokens * n * (n + (min(STRIP, n) if on_cpu else n))
 
 
+def gathers_correction(group: LinearGroup, two_streams: bool) -> bool:
+    """Whether ``W C + R`` is gathered in the place of the drift C (statistics/gathering.py)."""
+    alone = two_streams and group.members == 1 and not group.expert
+    return alone and fewer_as_correction(group.out_features, group.in_features, group.at_residual)
+
+
 def second_moments(group: LinearGroup, tokens: float, two_streams: bool, on_cpu: bool = True) -> float:
     """Statistics of one input.
 
     They are `hessian`; with a dense stream also ``2 T n²`` for the drift, and, where the output is added to the hidden
-    state, ``2 T o n`` for the residual.
+    state, ``2 T o n`` for the residual; or ``4 T o n`` for both where that is less.
     """
     rows, n = tokens * group.share, group.in_features
+    product = 2.0 * rows * group.out_features * n
     found = hessian(rows, n, on_cpu)
-    if two_streams:
-        found += 2.0 * rows * n**2 + (2.0 * rows * group.out_features * n if group.at_residual else 0.0)
+    if gathers_correction(group, two_streams):
+        found += 2.0 * product
+    elif two_streams:
+        found += 2.0 * rows * n**2 + (product if group.at_residual else 0.0)
     return found
+
+
+def errors_by_modality(group: LinearGroup, tokens: float, modalities: int) -> float:
+    """``W x`` and ``Q x̂`` of `ROWS` tokens of each modality, ``4 T o n``."""
+    return 4.0 * min(ROWS * modalities, tokens * group.share) * group.weights
 
 
 def factorization(n: int) -> float:
@@ -88,7 +105,7 @@ def factorization(n: int) -> float:
     return (2.0 if n >= WIDE else 4.0) * n**3 / 3.0
 
 
-def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dict[str, float]:
+def solving(out: int, n: int, settings: LayerSettings, two_streams: bool, corrected: bool = False) -> dict[str, float]:
     """One `solve`, part by part. What no product dominates counts entries, in a unit that only ratios are taken of.
 
     - cross-validation, of two halves: a Cholesky factor ``n³/3`` each, solving with it ``2 o n²``, ``D H`` ``2 o n²``,
@@ -100,13 +117,15 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
     - alternating fit: entries times rounds, planes and one;
     - feedback: ``o n²`` between blocks and ``2 o n b`` inside of blocks of b columns;
     - descent: ``2 o n² + 2 o n b`` a sweep;
-    - errors: ``2 o n²``, from `WIDE` columns on ``n²`` for each of some `JUDGED_ROWS`; as much again without a refit.
+    - errors: ``2 o n²``, from `WIDE` columns on ``n²`` for each of some `JUDGED_ROWS`; as much again without a refit;
+    - packing, and what is packed dense again: entries times planes.
 
     Args:
         out: o.
         n: columns.
         settings: of the linears.
         two_streams: whether there is a dense stream to aim at.
+        corrected: `gathers_correction`; then there is no ``W C`` to compute.
     """
     entries, square = float(out) * n, float(out) * n**2
     block = min(settings.block_size, n)
@@ -118,12 +137,13 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool) -> dic
     aims = two_streams and settings.propagation != 0.0
     chosen = two_streams and settings.propagation is None
     return {
-        "cross-validation": 2.0 * n**3 / 3.0 + 12.0 * few if chosen else 0.0,
+        "cross-validation": 2.0 * n**3 / 3.0 + (8.0 if corrected else 12.0) * few if chosen else 0.0,
         "factorization": factorization(n),
-        "target": 4.0 * square if aims else 0.0,
+        "target": (2.0 if corrected else 4.0) * square if aims else 0.0,
         "refit": 2.0 * square + (settings.sweeps + 1) * refit if settings.refit else 0.0,
         "alternating fit": entries * settings.iterations * (settings.base_planes + extra + 1.0),
         "feedback": square + 2.0 * entries * block,
         "descent": settings.sweeps * (2.0 * square + 2.0 * entries * block) if settings.refit else 0.0,
+        "packing": entries * (settings.base_planes + extra),
         "errors": (1.0 if settings.refit else 2.0) * (judged * n**2 if n >= WIDE else 2.0 * square),
     }

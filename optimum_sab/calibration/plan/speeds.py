@@ -1,30 +1,25 @@
-"""How fast this machine is at what a run is made of: a few representative products and one small real `solve`."""
+"""How fast this machine is at what a run is made of: a few representative products and a small real `solve`."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from optimum_sab.calibration.plan import operations
-from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.calibration.plan.timer import Timer
+from optimum_sab.calibration.plan.trial import time_factorization, time_least, time_solving
+from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.calibration.predictions.divergence import divergence
-from optimum_sab.core.hessian import InputMoments, accumulate_hessian, factor_hessian
-from optimum_sab.core.parts import watched_by
-from optimum_sab.core.settings import LayerSettings
-from optimum_sab.core.solver import solve
+from optimum_sab.core.hessian import accumulate_hessian
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.ops.columns import column_loops
 
-ENOUGH = 0.15  # seconds for which a product is repeated
-PATIENCE = 6.0  # seconds of wall time from which on nothing is repeated more than once
-WIDEST, TALLEST = 1024, 512  # of what is solved and multiplied on trial
-SOLVES = 3  # tries; the first meets cold caches
+WIDEST, TALLEST = 2048, 512  # of what is solved and multiplied on trial
 LARGEST = 4096  # of a product of a forward
 MOST_PRODUCTS = 8
 HIDDEN = 32
@@ -47,12 +42,15 @@ class Speeds:
         packed: products with a packed weight.
         packed_row: the same of a single row.
         moments: second moments in fp32.
-        factorization: of a Hessian.
+        factorization: of a Hessian so wide that nearly all of it is products.
+        factored_entry: seconds for every entry of a Hessian that is factored, which come on top.
         attention: of a sample's tokens to each other.
         elementwise: numbers of hidden states of a sample that are multiplied with others, per second.
         predictions: logits whose divergence is taken, per second.
         reading: bytes in memory that are looked at, per second.
         solving: of every part of a `solve`.
+        experts: the same of experts, of which a CPU solves one a thread.
+        least: seconds of a `solve` of next to nothing.
         seconds: that all this took.
     """
 
@@ -65,12 +63,19 @@ class Speeds:
     packed_row: float
     moments: float
     factorization: float
+    factored_entry: float
     attention: float
     elementwise: float
     predictions: float
     reading: float
     solving: Mapping[str, float]
+    experts: Mapping[str, float]
+    least: float
     seconds: float
+
+    def factoring(self, n: int) -> float:
+        """Seconds of factoring a Hessian of n inputs."""
+        return operations.factorization(n) / self.factorization + n**2 * self.factored_entry
 
 
 def measure_speeds(work: Workload) -> Speeds:
@@ -97,15 +102,15 @@ def measure_speeds(work: Workload) -> Speeds:
     x, one = drawn(rows, n, dtype=dtype), drawn(1, n, dtype=dtype)
     large = torch.ones(MEGABYTES * 2**20 // (n * dtype.itemsize), n, dtype=dtype, device=device)
     packed = SABLinear.from_packed(random_packed(out, n, group.settings, device=device)).to(device)
-    timed = _Timer(device)
+    timed = Timer(device)
     product = 2.0 * out * n
-    gram = operations.hessian(2.0 * n, n, device.type == "cpu")
+    gram = operations.hessian(float(n), n, device.type == "cpu")
     with torch.no_grad():
-        inputs, hessian = drawn(2 * n, n), torch.zeros(n, n, device=device)
+        inputs, hessian = drawn(n, n), torch.zeros(n, n, device=device)
         many, other = drawn(32, VOCABULARY), drawn(32, VOCABULARY)
         block = torch.ones(MEGABYTES * 2**20 // 4, device=device)
-        square = inputs.T @ inputs / n
-        solving = _solving(drawn, group, (out, n), work.two_streams, timed)
+        factorization, entry = time_factorization(inputs.T @ inputs / n, timed)
+        solving, experts = time_solving(drawn, group, (out, n), work.two_streams, timed)
         return Speeds(
             str(device),
             (out, n),
@@ -118,12 +123,15 @@ def measure_speeds(work: Workload) -> Speeds:
             packed=timed.rate(lambda: packed(x), rows * product),
             packed_row=timed.rate(lambda: packed(one), product),
             moments=timed.rate(lambda: accumulate_hessian(hessian, inputs), gram),
-            factorization=timed.rate(lambda: factor_hessian(square, 0.1), operations.factorization(n)),
+            factorization=factorization,
+            factored_entry=entry,
             attention=timed.rate(lambda: scaled_dot_product_attention(heads, heads, heads), 4.0 * rows * heads.numel()),
             elementwise=timed.rate(lambda: [each * each for each in hidden], float(HIDDEN * hidden[0].numel())),
             predictions=timed.rate(lambda: divergence(many, other), float(many.numel())),
             reading=timed.rate(lambda: torch.isfinite(block).all(), float(block.nbytes)),
             solving=solving,
+            experts=experts,
+            least=time_least(drawn, group, work.two_streams, timed),
             seconds=time.perf_counter() - started,
         )
 
@@ -137,103 +145,3 @@ def _shapes(work: Workload) -> list[tuple[int, int]]:
         if not group.expert or shape not in found:
             found += [shape] * (1 if group.expert else group.members)
     return found[:MOST_PRODUCTS]
-
-
-def _solving(
-    drawn: Callable[..., Tensor], group: LinearGroup, shape: tuple[int, int], two_streams: bool, timed: _Timer
-) -> dict[str, float]:
-    """Operations per second of each part of a real `solve` with the run's settings."""
-    out, n = shape
-    weight = drawn(out, n)
-    seconds = _solve_seconds(drawn, weight, group.settings, two_streams, timed)
-    counts = operations.solving(out, n, group.settings, two_streams)
-    return {name: counts[name] / seconds[name] for name in counts if counts[name] and seconds.get(name)}
-
-
-def _solve_seconds(
-    drawn: Callable[..., Tensor], weight: Tensor, settings: LayerSettings, two_streams: bool, timed: _Timer
-) -> dict[str, float]:
-    out, n = weight.shape
-    halves = [InputMoments(n, weight.device, two_streams, "a trial") for _ in range(2)]
-    for half in halves:
-        x = drawn(n, n)
-        if two_streams:
-            half.add("text", x, x + 0.1 * drawn(n, n), 0.1 * drawn(n, out))
-        else:
-            half.add("text", x)
-    by_modality = settings.significance == "modality"
-    least: dict[str, float] = {}
-    statistics = halves[1].statistics(part=halves[0] if two_streams else None, by_modality=by_modality)
-    for tries in range(SOLVES):
-        if tries and timed.late:
-            break
-        watch = _Watch(timed)
-        with watched_by(watch):
-            solve(weight, statistics, settings, "a trial", column_loops(weight.device))
-        for name, found in watch.seconds.items():
-            least[name] = min(found, least.get(name, found))
-        statistics._factored.clear()
-    return least
-
-
-@dataclass
-class _Watch:
-    """Adds up the seconds of parts, without those inside of them."""
-
-    timed: _Timer
-    seconds: dict[str, float] = field(default_factory=dict)
-    _open: list[str] = field(default_factory=list)
-    _since: float = 0.0
-
-    def enter(self, name: str) -> None:
-        self._account()
-        self._open.append(name)
-
-    def leave(self) -> None:
-        self._account()
-        self._open.pop()
-
-    def _account(self) -> None:
-        now = self.timed.now()
-        if self._open:
-            name = self._open[-1]
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
-        self._since = now
-
-
-class _Timer:
-    """Time on a device, the least of several tries: what else runs on the machine makes it longer, never shorter.
-
-    On a CPU it is the processor time of this thread, which takes its share of every product and waits for the others,
-    so that a busy machine is measured as if it were idle.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._begun = time.perf_counter()
-
-    @property
-    def late(self) -> bool:
-        """Whether patience is at its end."""
-        return time.perf_counter() - self._begun > PATIENCE
-
-    def now(self) -> float:
-        if self._device.type == "cpu":
-            return time.thread_time()
-        torch.accelerator.synchronize(self._device)
-        return time.perf_counter()
-
-    def rate(self, run: Callable[[], object], count: float) -> float:
-        """Of ``count`` operations in a run, per second."""
-        begun = self.now()
-        run()
-        first = self.now() - begun
-        if first > ENOUGH:
-            return count / first
-        least, spent = float("inf"), 0.0  # the first met cold caches
-        while not spent or (spent < ENOUGH and not self.late):
-            started = self.now()
-            run()
-            taken = self.now() - started
-            least, spent = min(least, taken), spent + taken
-        return count / max(least, 1e-9)

@@ -96,6 +96,16 @@ class Gathering:
         return self.collector.statistics(sums, bool(group.half)) if mine else None
 
 
+def fewer_as_correction(out: int, width: int, known: bool) -> bool:
+    """Whether ``W C + R`` of a linear alone is gathered in the place of C, since that is less work.
+
+    Args:
+        out, width: outputs and inputs.
+        known: whether R is, with which there is a product anyway.
+    """
+    return width >= WIDE and width + known * out > 2 * out
+
+
 def require_sums(collector: type[CalibrationPass], name: str) -> None:
     """Several ranks need a pass whose findings can be added up.
 
@@ -130,8 +140,7 @@ def _few_outputs(weights: Mapping[str, Tensor], group: GroupInputs, device: torc
         return None
     [weight] = weights.values()
     out, width = weight.shape
-    # where the residual is known there is a product with it anyway
-    if width < WIDE or width + group.known * out <= 2 * out:
+    if not fewer_as_correction(out, width, group.known):
         return None
     found = weight.detach().to(device, torch.float32)
     return None if extreme_power(found) else found  # whose products fp32 may not hold

@@ -6,6 +6,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.workload import LinearGroup
+from optimum_sab.calibration.samples.modality import TokenModalities
+from optimum_sab.calibration.statistics.gathering import Gathering
+from optimum_sab.calibration.statistics.hessian import HessianPass
+from optimum_sab.calibration.streams.arrival import DENSE, QUANTIZED, Arrival
 from optimum_sab.core.factorization import WIDE, invert_upper, upper_root
 from optimum_sab.core.hessian import InputMoments, accumulate_hessian
 from optimum_sab.core.settings import LayerSettings
@@ -31,9 +35,9 @@ def counted(run):
     return counter.found
 
 
-def moments(out, n, tokens, two_streams):
+def moments(out, n, tokens, two_streams, weight=None):
     x = torch.randn(tokens, n, generator=torch.Generator().manual_seed(0))
-    found = InputMoments(n, torch.device("cpu"), two_streams, "x")
+    found = InputMoments(n, torch.device("cpu"), two_streams, "x", weight=weight)
     if two_streams:
         found.add("text", x, x + 0.1, torch.ones(tokens, out))
     else:
@@ -54,6 +58,27 @@ def test_second_moments(two_streams, residual):
 
     group = LinearGroup(1, out, n, LayerSettings(), at_residual=residual)
     assert counted(run) == operations.second_moments(group, tokens, two_streams)
+
+
+@pytest.mark.parametrize("members", [1, 2])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("out", [256, 600])
+def test_what_a_linear_of_few_outputs_gathers(out, residual, members):
+    n, tokens = 1152, 32  # whole strips
+    group = LinearGroup(members, out * members, n, LayerSettings(), at_residual=residual and members == 1)
+    modalities = [TokenModalities(("text",), torch.zeros(tokens, dtype=torch.long))] * 2
+    x, r = torch.randn(2, tokens, n), torch.randn(2, tokens, out) if group.at_residual else (None, None)
+    arrivals = [
+        Arrival(sample, stream, x[0] + 0.1 * x[int(stream == DENSE)], r[int(stream == DENSE)], tokens, 2)
+        for sample in range(2)
+        for stream in (DENSE, QUANTIZED)
+    ]
+    gathering = Gathering(HessianPass(), modalities)
+    weights = {str(member): torch.randn(out, n) for member in range(members)}
+    inputs = gathering.inputs(arrivals)
+    found = counted(lambda: gathering.statistics(weights, inputs, [LayerSettings()], torch.device("cpu")))
+    assert found == operations.second_moments(group, 2 * tokens, True)
+    assert operations.gathers_correction(group, True) == (members == 1 and (out == 256 or residual))
 
 
 def test_half_of_a_second_moment_is_computed():
@@ -80,6 +105,18 @@ def test_solving(n, changes):
     wide = (3 if two_streams else 1) * counted(lambda: upper_root(torch.eye(n))) if n >= WIDE else 0.0
     wide += counted(lambda: invert_upper(torch.eye(n))) if n >= WIDE else 0.0
     assert found - wide == pytest.approx(products - uncounted - inside, rel=0.2)
+
+
+def test_solving_with_a_correction_that_was_gathered():
+    out, n, settings = 128, 1024, LayerSettings(iterations=1, block_size=128)
+    weight = torch.randn(out, n, generator=torch.Generator().manual_seed(1))
+    found, told = [], []
+    for given in (None, weight):
+        parts = [moments(out, n, n, True, given) for _ in range(2)]
+        statistics = parts[1].statistics(part=parts[0], by_modality=False)
+        found.append(counted(lambda of=statistics: solve(weight, of, settings)))
+        told.append(sum(operations.solving(out, n, settings, True, given is not None).values()))
+    assert found[0] - found[1] == told[0] - told[1] == 6 * out * n**2  # of both halves, and of all
 
 
 def test_a_factorization_is_a_factor_an_inverse_and_a_factor():
