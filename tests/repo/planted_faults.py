@@ -518,6 +518,27 @@ FAULTS = (
         "matrix",
         ("tests/core/test_target.py",),
     ),
+    Fault(
+        "coded columns of a share without the word before them",
+        "optimum_sab/format/share.py",
+        "        weight[0, :, front // WORD - 1] = before\n",
+        "",
+        ("tests/format/test_share.py",),
+    ),
+    Fault(
+        "coded columns of a share behind this process's own last word",
+        "optimum_sab/hf/shares.py",
+        "gathered[self._rank - 1]",
+        "gathered[self._rank]",
+        ("tests/hf/contract/test_sharing.py",),
+    ),
+    Fault(
+        "zeros around a share's inputs on the wrong sides",
+        "optimum_sab/nn/shared.py",
+        "pad(inputs, self.around)",
+        "pad(inputs, self.around[::-1])",
+        ("tests/nn/test_shared.py",),
+    ),
 )
 
 
