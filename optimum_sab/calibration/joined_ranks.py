@@ -14,9 +14,8 @@ import os
 import pickle
 import re
 import socket
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -25,11 +24,11 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from optimum_sab.calibration.last_words import last_words, leave_words
 from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.errors import RankError
 
 T = TypeVar("T")
-LAST_WORDS = 3.0  # seconds in which ranks that are still there say so when one is gone
 
 
 @dataclass(frozen=True)
@@ -144,8 +143,7 @@ class JoinedRanks(Ranks):
     def _tell(self, failure: str) -> bool:
         """Whether the others have heard it."""
         if self._speaking:  # the others are in the middle of something else: they see that this one is gone
-            with suppress(RuntimeError):
-                self._store.set(f"gone/{self.rank}", failure)
+            leave_words(self._store, self.rank, failure)
             return False
         try:
             self._meet(_Word("", failure=failure))
@@ -178,21 +176,9 @@ class JoinedRanks(Ranks):
 
     def _lost(self, at: str, error: Exception) -> str:
         """Who is gone: whoever is still there says so, for a few seconds."""
-        missing, said = list(range(self.size)), ""
-        try:
-            self._store.set(f"gone/{self.rank}", "")
-            end = time.monotonic() + LAST_WORDS
-            while missing and time.monotonic() < end:
-                for rank in list(missing):
-                    if self._store.check([f"gone/{rank}"]):
-                        missing.remove(rank)
-                        words = self._store.get(f"gone/{rank}").decode()
-                        said = said or (f"rank {rank} of {self.size} has stopped: {words}" if words else "")
-                time.sleep(0.05)
-        except RuntimeError:
-            missing = [0]  # which holds the store, where no launcher does
-        if said:
-            return said
+        missing, said = last_words(self._store, self.rank, self.size)
+        if said is not None:
+            return f"rank {said[0]} of {self.size} has stopped: {said[1]}"
         names = ", ".join(map(str, missing))
         who = f"rank {names} of {self.size} does not answer" if missing else "the connection between the ranks broke"
         return (

@@ -1,9 +1,11 @@
 """What the ranks of the tests do: each function is called on every rank, and what it returns is compared."""
 
+import ctypes
 import io
 import itertools
 import os
 import signal
+import time
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 
@@ -50,6 +52,7 @@ FAMILIES = (
     transformers.MixtralForCausalLM,
     transformers.MllamaForConditionalGeneration,
 )
+ENDS = ("10.77.0.1", "10.77.0.2")  # of the cable
 STEP = 16.0  # what numbers are rounded to a part of where sums are to be exact
 
 
@@ -314,6 +317,20 @@ def silent_second():
         if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         ranks.exchange("after", None)
+
+
+def over_a_cable(networks, folder):
+    """Each rank in the network of one of these processes; they speak until nothing comes any more."""
+    network = os.open(f"/proc/{networks[rank()]}/ns/net", os.O_RDONLY)
+    if ctypes.CDLL(None, use_errno=True).setns(network, 0):
+        raise OSError(ctypes.get_errno(), "setns")
+    os.environ.update(MASTER_ADDR=ENDS[0], GLOO_SOCKET_IFNAME=f"sab{rank()}")
+    with joined() as ranks:
+        for step in itertools.count():
+            ranks.exchange(f"step {step}", None)
+            if step == 10:
+                (folder / str(ranks.rank)).touch()
+            time.sleep(0.01)
 
 
 def elsewhere():

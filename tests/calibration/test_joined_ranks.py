@@ -9,8 +9,8 @@ import transformers
 from packaging.version import Version
 from safetensors import safe_open
 
-from optimum_sab.calibration import joined_ranks
 from optimum_sab.calibration.joining import TIMEOUT, joined, launched, timeout
+from optimum_sab.calibration.last_words import LAST_WORDS
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.ranks import Ranks, require_samples, shares
 from optimum_sab.calibration.refine.tuning import SAVE_EVERY
@@ -132,7 +132,7 @@ def test_what_one_rank_raises_stops_all_with_what_it_said(server):
 @pytest.mark.parametrize("size", [1, pytest.param(3, marks=pytest.mark.full)])
 def test_after_a_kill_any_number_of_ranks_goes_on_to_the_same_bits(server, one, tmp_path, size):
     first, killed = server.run(2, rank_work.llama, LENGTHS, True, rank_work.QUICK, tmp_path, 1)
-    assert killed.code == -9 and first.seconds - killed.seconds < joined_ranks.LAST_WORDS + 3
+    assert killed.code == -9 and first.seconds - killed.seconds < LAST_WORDS + 3
     assert isinstance(first.error, RankError) and "rank 1 of 2 does not answer" in str(first.error)
     kept = {each.name: each.stat().st_mtime_ns for each in tmp_path.iterdir()}
     assert sorted(kept) == ["block-00000.safetensors", "fingerprint.json"]
@@ -155,7 +155,7 @@ def test_after_a_kill_the_tuning_goes_on_where_it_was(server, tmp_path):
 def test_a_rank_that_is_silent_is_given_up_in_time(server):
     first, _ = server.run(2, rank_work.silent_second, environment={TIMEOUT: "2"})
     assert isinstance(first.error, RankError) and "rank 1 of 2 does not answer" in str(first.error)
-    assert 2 <= first.seconds < 2 + joined_ranks.LAST_WORDS + 3
+    assert 2 <= first.seconds < 2 + LAST_WORDS + 3
 
 
 @pytest.mark.parametrize(
