@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
 from optimum_sab.errors import ConfigError, FormatError, warn, warnings_heard
@@ -27,7 +27,7 @@ from optimum_sab.hf.one_save import check_one_save
 from optimum_sab.hf.origin import loading_call, origin_of
 from optimum_sab.hf.parallel import refuse_split
 from optimum_sab.hf.recipe import as_recipe
-from optimum_sab.hf.saving import describe_save, refuse_wrapped
+from optimum_sab.hf.saving import describe_save, refuse_wrapped, state_to_save
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.sharing import Sharing
 from optimum_sab.hf.stored_files import SAVE_KEY, StoredFile, described, local_files, read_headers
@@ -256,7 +256,7 @@ class SABHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(
         self, model: nn.Module, safe_serialization: bool | None = None
-    ) -> tuple[None, dict[str, str]]:
+    ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Asked when the model is saved: its files and its config are to say which save they are of."""
         adapters_only = getattr(model, "_hf_peft_config_loaded", False)
         if adapters_only or not any(isinstance(module, SABLinear) for module in model.modules()):
@@ -268,7 +268,7 @@ class SABHfQuantizer(HfQuantizer):
         for each in (self.quantization_config, config.quantization_config):
             each.saved_as = metadata[SAVE_KEY]
         write_companions(model, self.quantization_config, self.processor)
-        return None, metadata
+        return state_to_save(model), metadata
 
     @property
     def is_trainable(self) -> bool:

@@ -25,8 +25,9 @@ from optimum_sab.format.layout import STORED_SETTINGS
 from optimum_sab.hf.stored_files import DIGESTS_KEY, LAYERS_KEY, SAVE_KEY
 from optimum_sab.hf.tensor_file import write_tensors
 from optimum_sab.nn.decoder import find_decoder_blocks
+from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
-from optimum_sab.nn.scratch import give_back
+from optimum_sab.nn.scratch import apart, give_back
 
 
 def install() -> None:
@@ -90,6 +91,32 @@ def describe_save(model: nn.Module) -> dict[str, str]:
         if isinstance(module, SABLinear)
     }
     return {SAVE_KEY: _identity(model), LAYERS_KEY: json.dumps(layers)}
+
+
+def state_to_save(model: nn.Module) -> dict[str, Tensor] | None:
+    """The model's state where stacked experts are views of one tensor; None where it has none.
+
+    Each is given a storage of its own, in the same memory. Transformers copies what shares a storage, all of it at
+    once, which is as much memory as all packed experts take.
+
+    Args:
+        model: as it is now.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    views = []
+    for name, module in model.named_modules():
+        if isinstance(module, SABExperts):
+            inside = (f"{name}.{each}" for each in module.state_dict())
+            views += [each for each in inside if _is_view(state.get(each))]
+    for name in views:
+        state[name] = apart(state[name])
+    return state if views else None
+
+
+def _is_view(tensor: Tensor | None) -> bool:
+    if type(tensor) is not Tensor or tensor.is_meta or not tensor.is_contiguous():
+        return False
+    return tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 def _stored_settings(settings: LayerSettings) -> dict[str, object]:

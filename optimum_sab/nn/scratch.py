@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from optimum_sab.errors import StreamError
 
@@ -123,6 +124,21 @@ def give_back(tensor: Tensor) -> None:
 def in_scratch(tensor: Tensor) -> bool:
     """Whether a tensor lies in a file whose pages can be given back."""
     return _mapping_of(tensor) is not None
+
+
+def apart(tensor: Tensor) -> Tensor:
+    """The same memory, as a tensor that has a storage of its own; where it lies in a file, its pages can be given back.
+
+    Args:
+        tensor: dense and contiguous, on any device but meta; it may be a view of a larger one.
+    """
+    found = _mapping_of(tensor)
+    if found is None:
+        return from_dlpack(tensor.detach())
+    storage = tensor.untyped_storage()
+    start = _PLACES[storage.data_ptr()].offset + int(tensor.storage_offset()) * tensor.element_size()
+    moved = torch.empty(0, dtype=tensor.dtype)
+    return moved.set_(_storage(found, start, tensor.nbytes), 0, tensor.size(), tensor.stride())
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_utils
 
 from optimum_sab import SABConfig
 from optimum_sab.errors import ConfigError, SABWarning
@@ -146,6 +146,32 @@ def test_a_second_save_is_the_first(packed, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+
+
+def test_stacked_experts_are_saved_without_a_copy(packed, tmp_path, monkeypatch):
+    """Transformers copies what is in one storage with something else."""
+    model = packed["qwen3_moe"][0]
+    model(TOKENS)  # experts are stacked
+    views = {
+        f"{name}.{key}": tensor
+        for name, module in model.named_modules()
+        if isinstance(module, SABExperts)
+        for key, tensor in module.state_dict().items()
+    }
+    assert any(each.untyped_storage().nbytes() > each.nbytes for each in views.values())
+    handed, own = {}, modeling_utils.remove_tied_weights_from_state_dict
+
+    def watched(state, whole):
+        handed.update(before := dict(state))
+        after = own(state, whole)
+        assert all(after[name] is tensor for name, tensor in before.items() if name in after)
+        return after
+
+    monkeypatch.setattr(modeling_utils, "remove_tied_weights_from_state_dict", watched)
+    model.save_pretrained(tmp_path / "again")
+    assert all(handed[name].data_ptr() == tensor.data_ptr() for name, tensor in views.items())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_it_counts_as_the_dense_model_does(dense, packed):

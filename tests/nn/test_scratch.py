@@ -13,7 +13,7 @@ from torch import nn
 
 from optimum_sab.errors import StreamError
 from optimum_sab.nn import scratch
-from optimum_sab.nn.scratch import Scratch, give_back, in_scratch, make_private, staying_shared
+from optimum_sab.nn.scratch import Scratch, apart, give_back, in_scratch, make_private, staying_shared
 
 LARGE = 1 << 24  # values, so 64 MiB in float32
 STATUS = Path("/proc/self/status")
@@ -52,6 +52,37 @@ def test_what_shares_memory_still_does_and_what_does_not_has_a_storage_of_its_ow
     views[0][15] = -1.0
     assert views[1][5] == -1.0 and whole[25] == 25.0
     assert views[2].tolist() == list(range(60, 70))
+
+
+@pytest.mark.parametrize("filed", [False, True])
+def test_a_view_is_given_a_storage_of_its_own_in_the_same_memory(tmp_path, filed):
+    whole = torch.arange(60, dtype=torch.int16).view(3, 4, 5)
+    if filed:
+        Scratch(tmp_path).put([whole])
+    views = [apart(view) for view in whole]
+    for place, view in enumerate(views):
+        assert torch.equal(view, whole[place]) and view.dtype == torch.int16
+        assert view.data_ptr() == whole[place].data_ptr()
+        assert (view.storage_offset(), view.untyped_storage().nbytes()) == (0, 40)
+        assert in_scratch(view) == filed
+    whole.zero_()
+    assert not any(view.any() for view in views)
+    del whole
+    gc.collect()
+    views[1][2, 3] = 7
+    assert apart(views[1])[2, 3] == 7 and not views[0].any()
+
+
+@tells
+def test_pages_of_a_view_that_was_given_a_storage_can_be_given_back(tmp_path):
+    whole = torch.ones(4, LARGE // 4)
+    Scratch(tmp_path).put([whole])
+    view, before = apart(whole[2]), resident("RssFile")
+    assert view.sum() == LARGE // 4
+    assert resident("RssFile") > before + LARGE // 2
+    give_back(view)
+    assert resident("RssFile") < before + LARGE // 4
+    assert view[5] == 1
 
 
 def test_what_is_there_already_is_not_moved_again(tmp_path):
