@@ -533,6 +533,20 @@ FAULTS = (
         ("tests/hf/contract/test_sharing.py",),
     ),
     Fault(
+        "stacked experts handed over to be copied",
+        "optimum_sab/hf/saving.py",
+        "        state[name] = apart(state[name])\n",
+        "        pass\n",
+        ("tests/hf/test_experts.py",),
+    ),
+    Fault(
+        "a network that is cut waited for",
+        "optimum_sab/calibration/last_words.py",
+        "self._thread.join(seconds)",
+        "self._thread.join()",
+        ("tests/calibration/test_network.py",),
+    ),
+    Fault(
         "zeros around a share's inputs on the wrong sides",
         "optimum_sab/nn/shared.py",
         "pad(inputs, self.around)",
