@@ -53,5 +53,5 @@ def _measured(selection: Selection, report: BinarizationReport) -> dict[str, Any
 
 
 def _rounded(error: float | None) -> float | None:
-    """Four digits that count."""
-    return None if error is None else float(f"{error:.4g}")
+    """Seven digits that count: whoever shows fewer rounds them as the number itself."""
+    return None if error is None else float(f"{error:.7g}")

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
+from optimum_sab.cli.commands.inspect import _rules
 from optimum_sab.cli.main import main
 from optimum_sab.hf.estimate import expected_bytes
 from optimum_sab.ops.backends import _triton_problem as triton_problem
@@ -133,6 +134,19 @@ def test_inspect_prints_modules_and_settings(packed, capsys):
     assert "\nverdict: " in text
     assert "iterations: 2" in text
     assert "format version 1" in text
+
+
+def test_inspect_shows_rules_that_set_the_same_together():
+    chosen = {"base_planes": 1, "residual_planes": 0, "salient_fraction": 0.1875}
+    dynamic = {f"layers.{block}.mlp.up_proj": chosen for block in range(5)}
+    dynamic |= {"layers.0.self_attn": {"base_planes": 2}, "layers.4.mlp.gate_proj": False}
+    assert list(_rules(dynamic)) == [
+        "  dynamic: 7 rules, what the allocation of bits chose among them",
+        "    base_planes 1, residual_planes 0: "
+        "layers.0.mlp.up_proj, layers.1.mlp.up_proj, layers.2.mlp.up_proj and 2 more",
+        "    base_planes 2: layers.0.self_attn",
+        "    dense: layers.4.mlp.gate_proj",
+    ]
 
 
 def test_inspect_verifies_and_names_every_tensor_that_differs(packed, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Of mixtures of experts as they are published, nearly all of the language model is binarized: default sizes, on meta."""
+"""Of mixtures of experts at the sizes that are published, nearly all of the language model is binarized; on meta."""
 
 import gc
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from optimum_sab.calibration.options import RunOptions
+from optimum_sab.calibration.samples.forward_inputs import token_count
 from optimum_sab.format.layout import FORMAT_VERSIONS
 from optimum_sab.nn.selection import Selection
 from optimum_sab.nn.streamed import parameters_in_turn
@@ -79,7 +80,7 @@ def fingerprint(
         "torch": torch.__version__,
         "format_version": max(FORMAT_VERSIONS),
         "model": weights.hexdigest(),
-        "samples": data.hexdigest(),
+        "samples": f"{len(samples)} of {sum(map(token_count, samples))} tokens, {data.hexdigest()}",
         "calibration_pass": options.calibration_pass,
         "expert_tokens": options.expert_tokens,
         "refine": None if options.refine is None else asdict(options.refine),

@@ -31,5 +31,7 @@ def run(options: argparse.Namespace) -> None:
         f"whole checkpoint    {result.bytes_dense:,} → {result.bytes_packed:,} bytes "
         "(embeddings and vision tower stay dense, and are large in a model this small)\n"
         f"reloaded in a fresh process: logits {'bit-identical' if result.reload_identical else 'DIFFER'}\n"
-        f"{result.seconds:.0f} s in all"
+        f"{result.seconds:.0f} s in all; "
+        + ("nothing is kept" if options.output is None else f"the packed model is in {options.output}")
+        + ". Your own: optimum-sab quantize MODEL --output DIR"
     )

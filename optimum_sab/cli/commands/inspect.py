@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -12,6 +13,7 @@ from optimum_sab.hf.hub.fetch import checkpoint_folder
 from optimum_sab.hf.inventory import Inventory, Verification, read_inventory, verify_inventory
 from optimum_sab.json_values import json_line
 
+SHOWN = 3  # rules that are named of those that set the same
 _FORMS = {"kl": "{:.2f}", "top1": "{:.0%}"}
 
 
@@ -51,7 +53,9 @@ def _print_table(inventory: Inventory) -> None:
         f"format version {inventory.config.format_version}; settings other than the defaults:"
     )
     for name, value in inventory.config.to_diff_dict().items():
-        if name not in ("quant_method", "format_version", "measured"):
+        if name == "dynamic":
+            print("\n".join(_rules(value)))
+        elif name not in ("quant_method", "format_version", "measured"):
             print(f"  {name}: {value}")
     measured = inventory.config.measured or {}
     for kind, each in measured.get("agreement", {}).items():
@@ -59,6 +63,24 @@ def _print_table(inventory: Inventory) -> None:
         print(f"against the dense model, on {kind}: KL {kl} nats per token, {same} the same")
     if "verdict" in measured:
         print(f"verdict: {measured['verdict']['words']}")
+
+
+def _rules(dynamic: Mapping[str, Any]) -> Iterator[str]:
+    """The rules of one kind together: an allocation by sensitivity leaves one for every linear, or group."""
+    together: dict[str, list[str]] = {}
+    for rule, changes in dynamic.items():
+        together.setdefault(_change(changes), []).append(rule)
+    yield f"  dynamic: {len(dynamic)} rules, what the allocation of bits chose among them"
+    for change, rules in sorted(together.items(), key=lambda each: -len(each[1])):
+        more = f" and {len(rules) - SHOWN} more" if len(rules) > SHOWN else ""
+        yield f"    {change}: {', '.join(rules[:SHOWN])}{more}"
+
+
+def _change(changes: Mapping[str, Any] | bool) -> str:
+    if not isinstance(changes, Mapping):
+        return "dense"
+    without = changes.get("residual_planes") == 0  # then no column has one
+    return ", ".join(f"{k} {v}" for k, v in changes.items() if not (without and k == "salient_fraction")) or "as set"
 
 
 def as_json(inventory: Inventory, verification: Verification | None = None) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def changed_sample(subject):
     ("change", "options", "named"),
     [
         (changed_weight, {}, "model is"),
-        (changed_sample, {}, "samples is"),
+        (changed_sample, {}, r"samples is '\d+ of \d+ tokens, "),
         (None, {"settings": QUICK.replace(damping=0.02)}, r"q_proj\.damping is 0\.1 there and 0\.02 now"),
         (None, {"refine": REFINE}, "refine is None there"),
     ],
