@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from optimum_sab.calibration.blocks.measured import ROWS
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
 from optimum_sab.calibration.statistics.gathering import fewer_as_correction
+from optimum_sab.core.code import NO_CODE
+from optimum_sab.core.coded import DESCENTS, START_ITERATIONS
 from optimum_sab.core.factorization import WIDE
 from optimum_sab.core.hessian import STRIP
 from optimum_sab.core.settings import LayerSettings
@@ -118,6 +120,8 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool, correc
     - feedback: ``o n²`` between blocks and ``2 o n b`` inside of blocks of b columns;
     - descent: ``2 o n² + 2 o n b`` a sweep;
     - errors: ``2 o n²``, from `WIDE` columns on ``n²`` for each of some `JUDGED_ROWS`; as much again without a refit;
+    - with a code, feedback and descent are searches, which count entries, and `DESCENTS` descents a sweep, at most, end
+      with column scales, ``2 o n² + 2 n³/3``, row scales and an error, ``2 o n²``;
     - packing, and what is packed dense again: entries times planes.
 
     Args:
@@ -136,14 +140,22 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool, correc
     refit = square * ((settings.base_planes + extra) if halved else 2.0 * settings.planes)
     aims = two_streams and settings.propagation != 0.0
     chosen = two_streams and settings.propagation is None
+    coded = settings.code != NO_CODE
+    searches = 1 + DESCENTS * settings.sweeps if coded else 0
+    sweeps = 0 if coded else settings.sweeps
+    iterations = min(settings.iterations, START_ITERATIONS) if coded else settings.iterations
+    scales = max(0, searches - 1) * (2.0 * square + 2.0 * n**3 / 3.0) + searches * refit
     return {
         "cross-validation": 2.0 * n**3 / 3.0 + (8.0 if corrected else 12.0) * few if chosen else 0.0,
         "factorization": factorization(n),
         "target": (2.0 if corrected else 4.0) * square if aims else 0.0,
-        "refit": 2.0 * square + (settings.sweeps + 1) * refit if settings.refit else 0.0,
-        "alternating fit": entries * settings.iterations * (settings.base_planes + extra + 1.0),
-        "feedback": square + 2.0 * entries * block,
-        "descent": settings.sweeps * (2.0 * square + 2.0 * entries * block) if settings.refit else 0.0,
+        "refit": 2.0 * square + (sweeps + 1) * refit + scales if settings.refit else 0.0,
+        "alternating fit": entries * iterations * (settings.base_planes + extra + 1.0),
+        "feedback": entries if coded else square + 2.0 * entries * block,
+        "descent": (searches - 1) * entries
+        if coded
+        else sweeps * (2.0 * square + 2.0 * entries * block) * settings.refit,
         "packing": entries * (settings.base_planes + extra),
-        "errors": (1.0 if settings.refit else 2.0) * (judged * n**2 if n >= WIDE else 2.0 * square),
+        "errors": (1.0 if settings.refit else 2.0) * (judged * n**2 if n >= WIDE else 2.0 * square)
+        + searches * 2.0 * square,
     }

@@ -107,6 +107,15 @@ def test_solving(n, changes):
     assert found - wide == pytest.approx(products - uncounted - inside, rel=0.2)
 
 
+def test_a_search_of_coded_planes_goes_with_the_entries():
+    for code, times in (("none", 4.0), ("trellis16", 2.0)):
+        narrow, wide = (operations.solving(64, n, LayerSettings(code=code), True) for n in (1024, 2048))
+        for name in ("feedback", "descent"):
+            assert wide[name] / narrow[name] == pytest.approx(times, rel=0.35), (code, name)
+        assert wide["refit"] / narrow["refit"] > 3.9
+    assert operations.solving(64, 1024, LayerSettings(code="trellis16", sweeps=0), True)["descent"] == 0
+
+
 def test_solving_with_a_correction_that_was_gathered():
     out, n, settings = 128, 1024, LayerSettings(iterations=1, block_size=128)
     weight = torch.randn(out, n, generator=torch.Generator().manual_seed(1))
