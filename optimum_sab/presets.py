@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from optimum_sab.core.bounds import check_integer, shown
+from optimum_sab.core.code import TRELLIS16
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
@@ -102,8 +103,8 @@ PRESETS: Mapping[str, Preset] = {
     "default": Preset("1.22 bits at 7B shapes", {}),
     "light": Preset("the default's bits in less time", {"calibration_samples": 64, "sweeps": 0, "iterations": 4}),
     "best": Preset(
-        "the default's bits and training, in several times the time; wants many samples",
-        {"refine": True, "refine_epochs": 2, "refine_steps": 60},
+        "the default's bits, coded and trained, in several times the time; wants many samples",
+        {"code": TRELLIS16.name, "refine": True, "refine_epochs": 2, "refine_steps": 60},
     ),
     "two-bit": Preset(
         "2.18 bits at 7B shapes, near the dense model",  # sweeps pay at two bits and not at one (docs/benchmarks.md)

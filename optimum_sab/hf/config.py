@@ -237,7 +237,7 @@ class SABConfig(QuantizationConfigMixin):
 
     @classmethod
     def best(cls, **changes: Any) -> SABConfig:
-        """The default's bits, trained after solving, for several times the time; with few samples it overfits."""
+        """The default's bits with a code, trained after solving, for several times the time; wants many samples."""
         return cls.preset("best", **changes)
 
     @classmethod
