@@ -16,6 +16,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.patterns import PLAIN, NameSearch, steps
+from optimum_sab.wording import nearest
 
 PATTERNS = 1000  # of a configuration
 STEPS = 250_000  # to search all of them
@@ -80,6 +81,23 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
         for rule in found & covered.keys():
             covered[rule].append(name)
     return covered
+
+
+def nearest_rule(rule: str, names: Sequence[str]) -> str | None:
+    """What a rule that covers nothing was meant to be: a run of as many parts in one of the names, or None.
+
+    Args:
+        rule: of ``modules_to_not_convert`` or ``dynamic``; for one that is more than plain parts there is none.
+        names: of modules.
+    """
+    if not PLAIN.fullmatch(rule):
+        return None
+    count = rule.count(".") + 1
+    runs: dict[str, None] = {}  # in the order of the names, each once
+    for name in names:
+        parts = name.split(".")
+        runs.update((".".join(parts[start : start + count]), None) for start in range(len(parts) - count + 1))
+    return nearest(rule, runs)
 
 
 def found_in(rules: Iterable[str], names: Sequence[str], lists: BlockLists) -> dict[str, list[str]]:

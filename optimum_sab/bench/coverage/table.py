@@ -28,7 +28,8 @@ def row(outcome: Outcome) -> str:
 def total_line(outcomes: Sequence[Outcome]) -> str:
     """How many there are of each outcome."""
     counts = ", ".join(f"{count} {name}" for name, count in totals(outcomes).items())
-    return f"{len(outcomes)} families: {counts} (Transformers {transformers.__version__})"
+    families = "1 family" if len(outcomes) == 1 else f"{len(outcomes)} families"
+    return f"{families}: {counts} (Transformers {transformers.__version__})"
 
 
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -53,5 +53,7 @@ def _parsed(line: str, label: str) -> Any:
         return json.loads(line)
     except RecursionError as error:
         raise SampleError(f"{label} is nested too deeply to be read.") from error
+    except json.JSONDecodeError as error:  # its own line is the first and only one of what was read
+        raise SampleError(f"{label} is not JSON: {error.msg} at column {error.colno}.") from error
     except ValueError as error:  # also numbers of more digits than Python converts
         raise SampleError(f"{label} is not JSON: {error}") from error
