@@ -84,7 +84,7 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
 
 
 def nearest_rule(rule: str, names: Sequence[str]) -> str | None:
-    """What a rule that covers nothing was meant to be: a run of as many parts in one of the names, or None.
+    """What a rule that covers nothing was meant to be: a run of parts with its numbers in one of the names, or None.
 
     Args:
         rule: of ``modules_to_not_convert`` or ``dynamic``; for one that is more than plain parts there is none.
@@ -92,12 +92,18 @@ def nearest_rule(rule: str, names: Sequence[str]) -> str | None:
     """
     if not PLAIN.fullmatch(rule):
         return None
-    count = rule.count(".") + 1
+    count, numbers = rule.count(".") + 1, _numbers(rule.split("."))
     runs: dict[str, None] = {}  # in the order of the names, each once
     for name in names:
         parts = name.split(".")
-        runs.update((".".join(parts[start : start + count]), None) for start in range(len(parts) - count + 1))
+        for start in range(len(parts) - count + 1):
+            if _numbers(parts[start : start + count]) == numbers:  # a block that is not there was not another one
+                runs[".".join(parts[start : start + count])] = None
     return nearest(rule, runs)
+
+
+def _numbers(parts: Sequence[str]) -> list[str]:
+    return [part for part in parts if part.isdigit()]
 
 
 def found_in(rules: Iterable[str], names: Sequence[str], lists: BlockLists) -> dict[str, list[str]]:

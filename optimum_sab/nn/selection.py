@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -37,7 +37,7 @@ class Selection:
     settings: dict[str, LayerSettings]
     left_dense: tuple[str, ...]
     experts: tuple[str, ...] = ()
-    asked_dense: frozenset[str] = frozenset()
+    asked_dense: frozenset[str] = field(default=frozenset(), compare=False)  # why, not what
 
     def with_rules(self, dynamic: Mapping[str, Mapping[str, Any]]) -> Selection:
         """The same linears with the settings that more rules of ``dynamic`` give them."""

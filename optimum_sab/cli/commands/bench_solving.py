@@ -65,6 +65,6 @@ def run_solving(options: argparse.Namespace) -> None:
     )
     print(
         f"{where.device}, {options.preset}, {counted(options.tokens, 'token')}, {options.dtype}, "
-        f"{counted(options.repeats, 'turn')}, torch {where.torch}, triton {where.triton or 'none'}, {counted(where.threads, 'thread')}; copies move "
-        f"{where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
+        f"{counted(options.repeats, 'turn')}, torch {where.torch}, triton {where.triton or 'none'}, "
+        f"{counted(where.threads, 'thread')}; copies move {where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
     )
