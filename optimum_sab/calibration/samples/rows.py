@@ -66,10 +66,9 @@ def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]
         return read_inputs(columns, label)
     sample = _read_columns(columns, label, folder)
     if sample is None:
-        needed = f"one of {FORMS} is needed"
         near = next(filter(None, (nearest(name, (*CHATS, *PROMPTS, *IDS)) for name in columns)), None)
-        hint = f"; {needed}." if near is None else f"; did you mean {near!r}? {needed.capitalize()}."
-        raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}{hint}")
+        hint = "one of" if near is None else f"did you mean {near!r}? One of"
+        raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; {hint} {FORMS} is needed.")
     for name in columns:
         if name in _UNREAD or names_media(name):
             raise SampleError(
