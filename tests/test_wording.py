@@ -41,9 +41,8 @@ def test_one_is_no_plural():
 
 def docstrings(tree):
     for node in ast.walk(tree):
-        for each in getattr(node, "body", None) or () if isinstance(getattr(node, "body", None), list) else ():
-            if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):
-                yield each.value
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield node.value
 
 
 def test_no_message_points_into_a_folder_that_is_not_installed():
@@ -52,9 +51,9 @@ def test_no_message_points_into_a_folder_that_is_not_installed():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         silent = {id(each) for each in docstrings(tree)}
         for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in silent:
-                if "docs/" in node.value:
-                    found.append(f"{path.relative_to(root)}:{node.lineno}")
+            text = node.value if isinstance(node, ast.Constant) and id(node) not in silent else None
+            if isinstance(text, str) and "docs/" in text:
+                found.append(f"{path.relative_to(root)}:{node.lineno}")
     assert found == []
 
 

@@ -282,7 +282,7 @@ def test_source_that_is_not_understood_is_named(source, message):
         ({"messages": [{"from": "human"}]}, "'messages' must be a list of messages"),
         (
             {"text": "a", "image": "gone.png"},
-            "the picture '.*gone.png' does not exist; mend the path, which counts from the folder of the calibration file",
+            "the picture '.*gone.png' does not exist; mend the path, which counts from the folder of the calib",
         ),
         ({"text": "a", "image": "text.png"}, "the picture '.*text.png' cannot be read"),
         ({"text": "a", "image": "torn.png"}, "the picture '.*torn.png' cannot be read"),
