@@ -30,9 +30,9 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = ".") -> str:
     return otherwise if close is None else f"; did you mean {close!r}?"
 
 
-def counted(count: int, noun: str) -> str:
-    """A number with its noun, ``"1 thread"`` or ``"1,024 threads"``; the plural takes an s."""
-    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun, ``"1 thread"`` or ``"1,024 threads"``; the plural takes an s unless it is given."""
+    return f"{count:,} {noun if count == 1 else plural or f'{noun}s'}"
 
 
 def page(name: str) -> str:

@@ -39,6 +39,10 @@ def test_one_is_no_plural():
     ]
 
 
+def test_plural_of_its_own_is_taken():
+    assert [counted(count, "process", "processes") for count in (1, 2)] == ["1 process", "2 processes"]
+
+
 def docstrings(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):

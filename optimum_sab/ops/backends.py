@@ -134,6 +134,7 @@ def _known(name: str | None, origin: str) -> str | None:
     if name in _OPEN:
         return None
     if name not in BACKENDS:
-        hint = did_you_mean(str(name), ("auto", *BACKENDS), f"; use one of auto, {', '.join(BACKENDS)}.")
-        raise ConfigError(f"{origin}={name!r} is no backend{hint}")
+        known = ("auto", *BACKENDS)
+        hint = did_you_mean(str(name), known)
+        raise ConfigError(f"{origin}={name!r} is no backend; use one of {', '.join(known)}{hint}")
     return name

@@ -106,7 +106,8 @@ def _run_linears(
         return report
     where = report.environment
     if report.busy:
-        print(f"quiet, busy: calls one after the other, alone and beside processes that never rest: {report.busy}")
+        busy = counted(report.busy, "process", "processes")
+        print(f"quiet, busy: calls one after the other, alone and beside {busy} that never rest")
     print(
         f"{where.device}, backend {report.rows[0].backend}, {options.dtype}, torch {where.torch}, "
         f"triton {where.triton or 'none'}, {counted(where.threads, 'thread')}; copies move "

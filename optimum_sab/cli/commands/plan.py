@@ -140,7 +140,7 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
     if plan.reads:
         times = sum(each.times for each in plan.reads)
         yield "\nReads of the decoder blocks (arithmetic)"
-        yield f"  {times} {'pass' if times == 1 else 'passes'}, {times * work.model.block_bytes / 1e9:,.2f} GB:"
+        yield f"  {counted(times, 'pass', 'passes')}, {times * work.model.block_bytes / 1e9:,.2f} GB:"
         yield "  " + ", ".join(f"{each.name} {each.times}" for each in plan.reads)
     if plan.speeds is not None:
         yield from _time_lines(plan)
