@@ -102,7 +102,9 @@ def _nearest(name: str) -> str:
     if folder and not os.path.isdir(folder):
         return f", nor does its folder {_shown(folder)}."
     close = _near_file(file, _entries(folder or "."))
-    return f"; did you mean {os.path.join(folder, close)!r}?" if close else "."
+    if close is None:
+        return "; name one that is there, or an absolute path: others count from the working directory."
+    return f"; did you mean {os.path.join(folder, close)!r}?"
 
 
 def _near_file(file: str, entries: Iterable[str]) -> str | None:

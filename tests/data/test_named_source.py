@@ -39,7 +39,7 @@ def test_files_and_datasets_are_told_apart(here):
         ("dta/train.jsonl", "the calibration file 'dta/train.jsonl' does not exist, nor does its folder 'dta'"),
         ("/no/such/place", "the calibration file '/no/such/place' does not exist, nor does its folder '/no/such'"),
         ("./data/train", "the calibration file './data/train' does not exist; did you mean './data/train.jsonl'?"),
-        ("nope.jsonl", "the calibration file 'nope.jsonl' does not exist."),
+        ("nope.jsonl", "the calibration file 'nope.jsonl' does not exist; name one that is there"),
         ("~/other.jsonl", "the calibration file '~/other.jsonl' does not exist"),
         (r"C:\data\train", r"the calibration file 'C:\\data\\train' does not exist"),
         ("my data.jsonl", "the calibration file 'my data.jsonl' does not exist; did you mean 'data.jsonl'?"),
@@ -91,7 +91,7 @@ def test_a_path_is_never_a_text(here):
     ("place", "name", "message"),
     [
         ("passed", "", "is a folder; name a file."),
-        ("passed", "dta.jsonl", "dta.jsonl' does not exist."),
+        ("passed", "dta.jsonl", "dta.jsonl' does not exist; name one that is there"),
         ("barred", "data.jsonl", "data.jsonl' may not be looked at; have the permissions of its folder changed"),
         ("barred", "below/data.jsonl", "data.jsonl' may not be looked at"),
     ],
