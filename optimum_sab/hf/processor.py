@@ -127,7 +127,11 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
 
 def _is_bare(folder: str) -> bool:
     """Whether this is a folder here, without anything that a processor or a tokenizer is read from."""
-    return os.path.isdir(folder) and not any(_OF_PROCESSORS.search(each) for each in os.listdir(folder))
+    try:
+        inside = os.listdir(folder)
+    except OSError:  # a repository, or what may not be looked into
+        return False
+    return not any(_OF_PROCESSORS.search(each) for each in inside)
 
 
 def knows_no_token(tokenizer: Any) -> bool:

@@ -63,7 +63,8 @@ def read_tools(tools: Any, label: str) -> list[Any]:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise SampleError(f"{label}: 'tools' is a string that is not JSON ({error}); give a list.") from error
+            reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+            raise SampleError(f"{label}: 'tools' is a string that is not JSON ({reason}); give a list.") from error
     if not isinstance(tools, (list, tuple)) or not all(isinstance(each, Mapping) or callable(each) for each in tools):
         raise SampleError(f"{label}: 'tools' must be a list of JSON schemas; it is {str(tools)[:80]!r}.")
     return [without_nothing(each) if isinstance(each, Mapping) else each for each in tools]

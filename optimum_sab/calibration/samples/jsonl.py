@@ -26,7 +26,9 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     label = f"{path.name} line {number}"
                     yield label, _parsed(line, label)
     except UnicodeDecodeError as error:
-        raise SampleError(f"the calibration file {str(path)!r} is not UTF-8 behind line {number}: {error}") from error
+        raise SampleError(
+            f"the calibration file {str(path)!r} is not UTF-8 behind line {number} ({error.reason}); save it as UTF-8."
+        ) from error
     except OSError as error:
         raise SampleError(f"the calibration file {str(path)!r} cannot be read: {error}") from error
 
