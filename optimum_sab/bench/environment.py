@@ -13,6 +13,7 @@ import torch
 
 from optimum_sab.bench.timing import copy_bandwidth
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -75,7 +76,7 @@ def find_device(name: str | None) -> torch.device:
 def find_dtype(name: str) -> torch.dtype:
     """The dtype of this name; raises `ConfigError` for others than `DTYPES`."""
     if name not in DTYPES:
-        raise ConfigError(f"--dtype {name!r} must be one of {', '.join(DTYPES)}.")
+        raise ConfigError(f"--dtype {name!r} must be one of {', '.join(DTYPES)}{did_you_mean(name, DTYPES)}")
     return DTYPES[name]
 
 

@@ -27,6 +27,7 @@ from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
 from optimum_sab.nn.scratch import staying_shared
 from optimum_sab.nn.unfusing import unfuse_experts
+from optimum_sab.wording import did_you_mean
 
 _SMOLLM2 = {
     "vocab_size": 49152,
@@ -197,7 +198,7 @@ def measure_random(size: str, samples: int, length: int, conditions: QuantizingC
         ConfigError: the size is unknown.
     """
     if size not in SIZES:
-        raise ConfigError(f"--size {size!r} must be one of {', '.join(SIZES)}.")
+        raise ConfigError(f"--size {size!r} must be one of {', '.join(SIZES)}{did_you_mean(size, SIZES)}")
     environment, watch = describe_environment(conditions.device), PartWatch(conditions.device)
     model = random_language_model(size, conditions)
     vocabulary = model.config.vocab_size

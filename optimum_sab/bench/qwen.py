@@ -27,6 +27,7 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.format.random_weight import SCALE
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.selection import select_linears
+from optimum_sab.wording import did_you_mean
 
 _TEXT: dict[str, dict[str, Any]] = {
     "7b": {
@@ -160,7 +161,7 @@ def model_config(size: str, blocks: int | None = None) -> Qwen2_5_VLConfig | Qwe
         ConfigError: the size is not one of `SIZES`.
     """
     if size not in SIZES:
-        raise ConfigError(f"size={size!r} must be one of {', '.join(SIZES)}.")
+        raise ConfigError(f"size={size!r} must be one of {', '.join(SIZES)}{did_you_mean(size, SIZES)}")
     text = {
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,

@@ -22,6 +22,7 @@ from optimum_sab.example.architecture import model_config
 from optimum_sab.example.processor import write_json
 from optimum_sab.format.random_weight import SCALE
 from optimum_sab.hf.tensor_file import write_holes
+from optimum_sab.wording import did_you_mean
 
 _TEXT_30B_A3B = {  # of Qwen3-VL-30B-A3B
     "model_type": "qwen3_vl_moe_text",
@@ -93,7 +94,7 @@ class RandomCheckpoint:
             ConfigError: the size is unknown.
         """
         if self.size not in SIZES:
-            raise ConfigError(f"--size {self.size!r} must be one of {', '.join(SIZES)}.")
+            raise ConfigError(f"--size {self.size!r} must be one of {', '.join(SIZES)}{did_you_mean(self.size, SIZES)}")
         config: Any
         if self.size in _MIXTURES:
             text = {**_TEXT_30B_A3B, **_MIXTURES[self.size]}

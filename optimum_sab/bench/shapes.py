@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ def model_shapes(model: str) -> list[LinearShape]:
     """
     decoder = _DECODERS.get(model)
     if decoder is None:
-        raise ConfigError(
-            f"{model!r} is not a known model; use {', '.join((*MODELS, *_EXPERTS))}, or a shape as OUTxIN."
-        )
+        known = (*MODELS, *_EXPERTS)
+        hint = did_you_mean(model, known, f"; use {', '.join(known)}, or a shape as OUTxIN.")
+        raise ConfigError(f"{model!r} is not a known model{hint}")
     return [
         LinearShape(f"{model} q/o", decoder.hidden, decoder.hidden),
         LinearShape(f"{model} k/v", decoder.keys, decoder.hidden),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 if TYPE_CHECKING:
     from jaxtyping import Bool
@@ -88,7 +89,8 @@ def find_code(name: object) -> Code | None:
     if name == NO_CODE:
         return None
     if not isinstance(name, str) or name not in CODES:
-        raise ConfigError(f"code={name!r} must be one of {', '.join((NO_CODE, *CODES))}.")
+        known = (NO_CODE, *CODES)
+        raise ConfigError(f"code={name!r} must be one of {', '.join(known)}{did_you_mean(str(name), known)}")
     return CODES[name]
 
 

@@ -9,6 +9,7 @@ from optimum_sab.core.bounds import check_integer as _integer
 from optimum_sab.core.bounds import check_number as _number
 from optimum_sab.core.code import NO_CODE, find_code
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 SIGNIFICANCE = ("modality", "hessian", "uniform")
 FEEDBACK = ("column", "block")
@@ -146,10 +147,11 @@ class LayerSettings:
         names = {f.name for f in fields(self)}
         unknown = sorted(set(changes) - names)
         if unknown:
-            raise ConfigError(f"unknown layer setting {unknown[0]!r}; the settings are {', '.join(sorted(names))}.")
+            hint = did_you_mean(str(unknown[0]), names, f"; the settings are {', '.join(sorted(names))}.")
+            raise ConfigError(f"unknown layer setting {unknown[0]!r}{hint}")
         return LayerSettings(**{**asdict(self), **changes})
 
 
 def _choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}.")
+        raise ConfigError(f"{name}={value!r} must be one of {', '.join(allowed)}{did_you_mean(str(value), allowed)}")

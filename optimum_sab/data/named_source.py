@@ -5,10 +5,12 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from optimum_sab.errors import SampleError
 from optimum_sab.sources import is_barred
+from optimum_sab.wording import nearest
 
 BUILTIN = "builtin"
 SELF = "self"
@@ -60,14 +62,15 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
             return Path(name)
         raise SampleError(
             f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. "
-            "Give the texts in another file as a list of strings."
+            'On the command line give a .jsonl file with a line such as {"text": "..."} for each text; in Python also '
+            f"a list of texts, such as calibration={_opened(str(source), suffix)}."
         )
     if isinstance(source, str) and names_dataset(name):
         return name
     if not isinstance(source, str) or (_names_file(name) and "\n" not in name) or _looks_like_path(name):
         raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}")
-    close = difflib.get_close_matches(name.lower(), (BUILTIN, SELF), 1, 0.7)
-    hint = f"did you mean {close[0]!r}? Otherwise give" if close else "give"
+    close = nearest(name.lower(), (BUILTIN, SELF))
+    hint = f"did you mean {close!r}? Otherwise give" if close else "give"
     raise SampleError(f"calibration={_shown(name)} is one text, which is no calibration data; {hint} {_TO_GIVE}.")
 
 
@@ -85,7 +88,7 @@ def recorded_source(source: str | os.PathLike[str]) -> str:
 def _names_file(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
     known = (*SUFFIXES, *_OTHER_SUFFIXES)
-    return bool(suffix) and (suffix in known or bool(difflib.get_close_matches(suffix, SUFFIXES, 1, 0.7)))
+    return bool(suffix) and (suffix in known or nearest(suffix, SUFFIXES) is not None)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -98,8 +101,27 @@ def _nearest(name: str) -> str:
     folder, file = os.path.split(name)
     if folder and not os.path.isdir(folder):
         return f", nor does its folder {_shown(folder)}."
-    close = difflib.get_close_matches(file, _entries(folder or "."), 1)
-    return f"; did you mean {os.path.join(folder, close[0])!r}?" if close else "."
+    close = _near_file(file, _entries(folder or "."))
+    if close is None:
+        return "; name one that is there, or an absolute path: others count from the working directory."
+    return f"; did you mean {os.path.join(folder, close)!r}?"
+
+
+def _near_file(file: str, entries: Iterable[str]) -> str | None:
+    """The file that was meant, by its name without the suffix, which makes any two .jsonl files look alike."""
+    stems: dict[str, list[str]] = {}
+    for each in entries:
+        stems.setdefault(os.path.splitext(each)[0], []).append(each)
+    stem = nearest(os.path.splitext(file)[0], stems)
+    return None if stem is None else difflib.get_close_matches(file, stems[stem], 1, 0.0)[0]
+
+
+def _opened(name: str, suffix: str) -> str:
+    """Python that makes a list of texts of a file: of rows where it is a table, else of paragraphs."""
+    if suffix in (".csv", ".tsv"):
+        delimiter = ", delimiter='\\t'" if suffix == ".tsv" else ""
+        return f'[row["text"] for row in csv.DictReader(open({name!r}){delimiter})]'
+    return f'open({name!r}).read().split("\\n\\n")'
 
 
 def _entries(folder: str) -> list[str]:

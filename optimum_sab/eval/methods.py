@@ -11,6 +11,7 @@ from optimum_sab.eval import weightings as weightings  # registers calibration p
 from optimum_sab.eval.baselines import BASELINES, Baseline
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.presets import PRESETS
+from optimum_sab.wording import did_you_mean
 
 DENSE = "dense"
 
@@ -57,7 +58,9 @@ def read_method(spec: str) -> Method:
             raise ConfigError(f"the baseline {name!r} takes no settings; remove {', '.join(changes)!r}.")
         return Method(spec, name.split("-")[0], baseline=BASELINES[name])
     if name not in PRESETS:
-        raise ConfigError(f"method {name!r} is unknown; use one of {', '.join([*PRESETS, *BASELINES])}.")
+        known = (*PRESETS, *BASELINES)
+        hint = did_you_mean(name, known, f"; use one of {', '.join(known)}.")
+        raise ConfigError(f"method {name!r} is unknown{hint}")
     settings: dict[str, Any] = {}
     for change in changes:
         key, sign, value = change.partition("=")

@@ -10,6 +10,7 @@ from torch import Tensor
 from optimum_sab.data.passages import passages
 from optimum_sab.data.reference import reference_topics
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 SOURCES = ("reference", "passages")
 MIXED = "mixed"
@@ -44,7 +45,8 @@ def text_windows(tokenizer: Any, source: str, part: str, count: int, length: int
         ConfigError: the source is unknown, or the text has fewer tokens than asked for.
     """
     if source not in SOURCES:
-        raise ConfigError(f"text={source!r} is unknown; use one of {', '.join(SOURCES)}, or {MIXED!r} for both.")
+        hint = did_you_mean(source, (*SOURCES, MIXED), f"; use one of {', '.join(SOURCES)}, or {MIXED!r} for both.")
+        raise ConfigError(f"text={source!r} is unknown{hint}")
     return _drawn(_windows(tokenizer, source, part, length), source, part, count, seed)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import inspect
 import os
 from collections.abc import Mapping, Sequence, Sized
@@ -25,6 +24,7 @@ from optimum_sab.hf.replay import replayed
 from optimum_sab.hf.verification import VERIFY
 from optimum_sab.nn.rules import check_rules
 from optimum_sab.presets import RunSettings, check_values, find_preset
+from optimum_sab.wording import did_you_mean
 
 QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
@@ -432,6 +432,5 @@ def _check_readable(version: int) -> None:
 def _unknown(name: str) -> ConfigError:
     if name == "preset":
         return ConfigError("a preset is no setting; write SABConfig.preset('two-bit') or SABConfig.two_bit().")
-    close = difflib.get_close_matches(name, _PARAMETERS, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else f"; the settings are {', '.join(_PARAMETERS)}."
-    return ConfigError(f"unknown setting {name!r}{hint}")
+    every = f"; the settings are {', '.join(_PARAMETERS)}."
+    return ConfigError(f"unknown setting {name!r}{did_you_mean(name, _PARAMETERS, every)}")

@@ -100,7 +100,10 @@ def _settings(folder: Path) -> SABConfig:
         (p["quantization_config"] for p in parts if isinstance(p, dict) and p.get("quantization_config")), None
     )
     if not isinstance(settings, dict) or settings.get("quant_method") != QUANT_METHOD:
-        raise FormatError(f"{str(folder)!r} is not a packed SAB checkpoint: its config.json has no such settings.")
+        raise FormatError(
+            f"{str(folder)!r} is not a packed SAB checkpoint: its config.json has no such settings; "
+            f"'optimum-sab quantize {folder} --output PACKED' makes one of a dense checkpoint, or name another folder."
+        )
     found: SABConfig = SABConfig.from_dict(settings)
     found.refuse_call_settings()
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from optimum_sab.hf.origin import DOWNLOAD, Origin
 
 _MARK = re.compile(r"[\W_]*|<.*>|\[.*\]")  # no letter or digit, or a name in brackets
 _MADE_UP = 1000  # tokens; one that is made up has a hundred for spans at most
+# Names of files; chat templates alone are none of them.
+_OF_PROCESSORS = re.compile(r"token|vocab|merges|processor|tekken|spm|spiece|sentencepiece|bpe|\.model$", re.IGNORECASE)
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 
@@ -110,13 +113,25 @@ def find_processor(given: Any, origin: Origin, visual: bool) -> Any:
         if knows_no_token(getattr(found, "tokenizer", found)):  # which Transformers 5 makes up for many a model
             raise ValueError("there is no vocabulary of a tokenizer")
         return found
-    except MissingDependencyError:
-        raise
     except (OSError, ValueError, ImportError) as error:  # 4.57 asks for protobuf where there is no tokenizer at all
+        bare = _is_bare(os.path.join(source.name, source.place.get("subfolder") or ""))
+        if isinstance(error, MissingDependencyError) and not bare:
+            raise
         within = "".join(f", {name}={value!r}" for name, value in source.place.items())
+        reason = "that folder holds no file of a tokenizer or processor" if bare else str(error).strip()
         raise SampleError(
-            f"no processor can be loaded from {source.name!r}{within} ({error}); give one as SABConfig(processor=...)."
+            f"no processor can be loaded from {source.name!r}{within} ({reason}); name a folder or repository that has "
+            "one, such as the base model's: --processor PATH, in Python SABConfig(processor=...)."
         ) from error
+
+
+def _is_bare(folder: str) -> bool:
+    """Whether this is a folder here, without anything that a processor or a tokenizer is read from."""
+    try:
+        inside = os.listdir(folder)
+    except OSError:  # a repository, or what may not be looked into
+        return False
+    return not any(_OF_PROCESSORS.search(each) for each in inside)
 
 
 def knows_no_token(tokenizer: Any) -> bool:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from optimum_sab.calibration.blocks.report import BlockReport
 from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.wording import counted
 
 INTERVAL = 30.0  # seconds between two lines about the same stage
 
@@ -76,7 +77,7 @@ def _written(title: str, unit: str) -> OnStep:
         now = time.monotonic()
         if done >= total or now - told >= INTERVAL:
             told = now
-            tqdm.write(f"{title}: {done} of {total} {unit}s, {now - started:.0f} s", file=sys.stderr)
+            tqdm.write(f"{title}: {done:,} of {counted(total, unit)}, {now - started:.0f} s", file=sys.stderr)
 
     return on_step
 

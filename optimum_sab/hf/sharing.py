@@ -17,6 +17,7 @@ from optimum_sab.format.share import WORD
 from optimum_sab.hf.shares import place_shares
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
+from optimum_sab.wording import page
 
 _HARMLESS = (None, "local_params", "replicate", "mla_kv_a_proj")  # of a module that packed layers are, or are in
 _EXPERTS = "moe_tp_experts"
@@ -51,8 +52,8 @@ class Sharing:
         if not (self._styles or self._inside):
             raise ConfigError(
                 f"the plan for tensor parallelism of {type(model).__name__} shares none of its packed layers, so every "
-                "process would have all of them; name them in DistributedConfig(tp_plan=…), as docs/large-models.md "
-                f"does, {_ELSE}."
+                "process would have all of them; name them in DistributedConfig(tp_plan=…), as "
+                f"{page('large-models')} does, {_ELSE}."
             )
         self._refuse_tensors(model, rules or {})
         self._ask(model, rules or {})

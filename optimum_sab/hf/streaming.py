@@ -75,7 +75,7 @@ def check_streaming(call: Mapping[str, Any], device_map: Any) -> None:
         raise ConfigError(
             f"stream_weights does not go with device_map={device_map!r}, which places all of the dense model, and with "
             "it no more than a block at a time is there. Leave device_map out, name the accelerator in "
-            "SABConfig(calibration_device=...), and bring the packed model to it afterwards."
+            "SABConfig(calibration_device=...), --calibration-device, and bring the packed model to it afterwards."
         )
 
 

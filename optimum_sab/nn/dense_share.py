@@ -10,6 +10,7 @@ from torch import nn
 from optimum_sab.errors import warn
 from optimum_sab.nn.decoder import foreign_modules
 from optimum_sab.nn.selection import Selection
+from optimum_sab.wording import page
 
 WORTH_A_WARNING = 0.1
 _NO_MATRICES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -20,7 +21,7 @@ class DenseShare:
     """Of the language model's matrices, embeddings of tokens aside.
 
     Attributes:
-        share: of their weights, that is not binarized.
+        share: of their weights, that is not binarized although no rule asks for that.
         parts: the same for each kind of tensor, by its name without the numbers in it, the largest first.
     """
 
@@ -30,7 +31,8 @@ class DenseShare:
     def __str__(self) -> str:
         some = [f"{name} ({share:.0%})" for name, share in list(self.parts.items())[:3] if share >= 0.005]
         more = ", and others" if len(self.parts) > len(some) else ""
-        return f"{self.share:.0%} of the language model's matrices stay dense: {', '.join(some) or 'small ones'}{more}"
+        named = f"{', '.join(some) or 'small ones'}{more}"
+        return f"{self.share:.0%} of the language model's matrices stay dense without a rule that says so: {named}"
 
 
 def dense_share(model: nn.Module, selection: Selection) -> DenseShare:
@@ -53,6 +55,8 @@ def dense_share(model: nn.Module, selection: Selection) -> DenseShare:
             if parameter.ndim < 2 or not parameter.is_floating_point():
                 continue
             total += parameter.numel()
+            if f"{start}{name}" in selection.asked_dense:
+                continue
             if f"{start}{name}" not in selection.settings or tensor != "weight":
                 kind = _without_numbers(f"{name}.{tensor}")
                 dense[kind] = dense.get(kind, 0) + parameter.numel()
@@ -64,7 +68,11 @@ def warn_of_dense(model: nn.Module, selection: Selection) -> None:
     """Say what stays dense where it is more than `WORTH_A_WARNING`."""
     found = dense_share(model, selection)
     if found.share > WORTH_A_WARNING:
-        warn(f"{found}. See docs/models.md.")
+        warn(
+            f"{found}. They are no linears that can be packed, so the model takes more memory than its bits per weight "
+            "say; 'optimum-sab plan MODEL' shows how much. Fused experts are packed with Transformers 5; the families "
+            f"that are packed whole are on {page('models')}."
+        )
 
 
 def _without_numbers(name: str) -> str:

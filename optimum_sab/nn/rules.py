@@ -16,6 +16,7 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.nn.decoder import BlockLists
 from optimum_sab.nn.patterns import PLAIN, NameSearch, steps
+from optimum_sab.wording import nearest
 
 PATTERNS = 1000  # of a configuration
 STEPS = 250_000  # to search all of them
@@ -80,6 +81,29 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
         for rule in found & covered.keys():
             covered[rule].append(name)
     return covered
+
+
+def nearest_rule(rule: str, names: Sequence[str]) -> str | None:
+    """What a rule that covers nothing was meant to be: a run of parts with its numbers in one of the names, or None.
+
+    Args:
+        rule: of ``modules_to_not_convert`` or ``dynamic``; for one that is more than plain parts there is none.
+        names: of modules.
+    """
+    if not PLAIN.fullmatch(rule):
+        return None
+    count, numbers = rule.count(".") + 1, _numbers(rule.split("."))
+    runs: dict[str, None] = {}  # in the order of the names, each once
+    for name in names:
+        parts = name.split(".")
+        for start in range(len(parts) - count + 1):
+            if _numbers(parts[start : start + count]) == numbers:  # a block that is not there was not another one
+                runs[".".join(parts[start : start + count])] = None
+    return nearest(rule, runs)
+
+
+def _numbers(parts: Sequence[str]) -> list[str]:
+    return [part for part in parts if part.isdigit()]
 
 
 def found_in(rules: Iterable[str], names: Sequence[str], lists: BlockLists) -> dict[str, list[str]]:

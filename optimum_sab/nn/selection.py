@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,7 @@ from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.routers import find_routers
-from optimum_sab.nn.rules import covered_by, overridden
+from optimum_sab.nn.rules import covered_by, nearest_rule, overridden
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Selection:
         left_dense: linears inside the decoder blocks that a rule, a tied weight or their place keeps dense.
         experts: modules of experts that are linears (`SABExperts`), by dotted name: of blocks with a selected one, or,
             where a packed model is loaded, as they were when it was saved.
+        asked_dense: modules that ``modules_to_not_convert`` names, and fused experts with one that it names.
     """
 
     lists: BlockLists
@@ -36,6 +37,7 @@ class Selection:
     settings: dict[str, LayerSettings]
     left_dense: tuple[str, ...]
     experts: tuple[str, ...] = ()
+    asked_dense: frozenset[str] = field(default=frozenset(), compare=False)  # why, not what
 
     def with_rules(self, dynamic: Mapping[str, Mapping[str, Any]]) -> Selection:
         """The same linears with the settings that more rules of ``dynamic`` give them."""
@@ -84,7 +86,8 @@ def select_linears(
     routers = find_routers(model) if keep_routers else set()
     names = [name for name, _ in model.named_modules() if name]
     covered = covered_by(modules_to_not_convert, names)
-    dense = routers.union(*covered.values())
+    asked: set[str] = set().union(*covered.values())
+    dense = routers | asked
     chosen: dict[str, LayerSettings] = {}
     left_dense: list[str] = []
     for name, module in model.named_modules():
@@ -106,15 +109,16 @@ def select_linears(
             )
         raise ConfigError(f"nothing is left to binarize in {kind}; loosen modules_to_not_convert.")
     if strict and unused:
-        example = next(iter(settings))
-        raise ConfigError(
-            f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; names look like {example!r}."
-        )
+        among = names if unused[0] in modules_to_not_convert else list(settings)
+        close = nearest_rule(unused[0], among)
+        hint = f"names look like {next(iter(settings))!r}." if close is None else f"did you mean {close!r}?"
+        raise ConfigError(f"the module rule {unused[0]!r} matches no module of {type(model).__name__}; {hint}")
     unfused = [name for name, module in model.named_modules() if isinstance(module, SABExperts)]
     experts = [name for name in unfused if not strict or _beside_selected(name, decoder, unfused, settings)]
     fused = tuple(f"{name}." for name in unfused if name not in experts)  # stay as the model has them
     rest = tuple(name for name in left_dense if not name.startswith(fused))
-    return Selection(decoder.lists, tuple(decoder.named), settings, rest, tuple(experts))
+    asked |= {name[:-1] for name in fused if any(each.startswith(name) for each in asked)}
+    return Selection(decoder.lists, tuple(decoder.named), settings, rest, tuple(experts), frozenset(asked))
 
 
 def _beside_selected(

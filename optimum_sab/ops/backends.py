@@ -14,6 +14,7 @@ import torch
 
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.presets import BACKENDS as BACKENDS
+from optimum_sab.wording import did_you_mean
 
 ENVIRONMENT = "OPTIMUM_SAB_BACKEND"
 
@@ -133,5 +134,7 @@ def _known(name: str | None, origin: str) -> str | None:
     if name in _OPEN:
         return None
     if name not in BACKENDS:
-        raise ConfigError(f"{origin}={name!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
+        known = ("auto", *BACKENDS)
+        hint = did_you_mean(str(name), known)
+        raise ConfigError(f"{origin}={name!r} is no backend; use one of {', '.join(known)}{hint}")
     return name

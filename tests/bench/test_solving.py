@@ -56,7 +56,7 @@ def test_a_row_is_printed_for_every_matrix(one_thread, capsys):
     assert "one by one s" in head and "together s" in head and "peak GB" in head
     assert gate_up.split()[1:4] == ["gate/up", "64x96", "2"] and down.split()[1:4] == ["down", "96x32", "2"]
     assert gate_up.split()[-2] == "none" and "differ" in legend
-    assert "40 tokens, bfloat16, 1 turns" in last and "1 threads" in last
+    assert "40 tokens, bfloat16, 1 turn, torch" in last and "1 thread;" in last
 
 
 def test_experts_are_the_same_again_and_differ_among_each_other():

@@ -114,6 +114,7 @@ def test_a_folder_that_is_not_there_is_told_before_anything_is_imported():
         (["--backend", "cuda"], "backend='cuda' is no backend"),
         (["--dynamic", "{"], "is not JSON"),
         (["--dynamic", '{"down_proj": {"planes": 2}}'], "unknown layer setting 'planes'"),
+        (["--dynamic", '{"down_proj": {"base_plane": 2}}'], "layer setting 'base_plane'; did you mean 'base_planes'?"),
         (["--dynamic", '{"down_proj": {"sweeps": -1}}'], "sweeps=-1 must be"),
         (["--calibration", "./nothing.jsonl"], "'./nothing.jsonl' does not exist"),
     ],

@@ -82,14 +82,27 @@ def test_processor_is_loaded_before_a_weight_is_read(weightless, tmp_path, capsy
     shutil.copytree(weightless, broken)
     (broken / "tokenizer.json").write_text("{")
     (broken / "tokenizer_config.json").write_text("{")
-    assert "no processor can be loaded" in refused(capsys, "quantize", broken, "--output", tmp_path / "out")
+    line = refused(capsys, "quantize", broken, "--output", tmp_path / "out")
+    assert "no processor can be loaded" in line and "holds no file" not in line
+    assert "--processor PATH, in Python SABConfig(processor=...)" in line
 
 
 @pytest.mark.parametrize("config", [Qwen2Config, LlamaConfig], ids=["made up by Transformers 5", "refused by it"])
 def test_model_without_a_tokenizer_is_not_calibrated_with_one_that_knows_no_token(tmp_path, capsys, config):
     config(hidden_size=64, intermediate_size=64, num_hidden_layers=1).save_pretrained(tmp_path / "model")
     line = refused(capsys, "quantize", tmp_path / "model", "--output", tmp_path / "out")
-    assert "no processor can be loaded" in line and "SABConfig(processor=...)" in line
+    assert "no processor can be loaded" in line and "SABConfig(processor=...)" in line and "--processor PATH" in line
+    assert "(that folder holds no file of a tokenizer or processor)" in line and "sentencepiece" not in line
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_picture_model_without_a_processor_is_told_that_its_folder_holds_none(weightless, tmp_path, capsys, below):
+    model = tmp_path / "model" / below
+    model.mkdir(parents=True)
+    shutil.copy(weightless / "config.json", model)
+    more = ["--subfolder", below] if below else []
+    line = refused(capsys, "quantize", tmp_path / "model", "--output", tmp_path / "out", *more)
+    assert "no processor can be loaded" in line and "(that folder holds no file of a tokenizer or processor)" in line
 
 
 @pytest.mark.parametrize(
@@ -158,7 +171,12 @@ def test_eval_looks_at_the_picture_first(tmp_path, monkeypatch, capsys, picture,
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(["--samples", "0"], "--samples 0"), (["--calibration", "nowhere.jsonl"], "nowhere.jsonl")]
+    ("arguments", "words"),
+    [
+        (["--samples", "0"], "--samples 0"),
+        (["--calibration", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--methods", "defualt"], "method 'defualt' is unknown; did you mean 'default'?"),
+    ],
 )
 def test_eval_looks_at_its_values_first(monkeypatch, capsys, arguments, words):
     monkeypatch.setattr("optimum_sab.eval.subject.find_subject", lambda *_: pytest.fail("has begun"))

@@ -1,5 +1,6 @@
 """The command line in one process: what it prints, what it writes, and what it refuses."""
 
+import argparse
 import importlib.metadata
 import json
 import re
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
+from optimum_sab.cli.arguments.parser import build_parser, command_names
 from optimum_sab.cli.commands.inspect import _rules
 from optimum_sab.cli.main import main
 from optimum_sab.hf.estimate import expected_bytes
@@ -187,7 +189,9 @@ def test_inspect_says_that_there_is_nothing_to_verify(packed, tmp_path, capsys):
 
 def test_inspect_refuses_a_dense_checkpoint(small_example, capsys):
     assert main(["inspect", str(small_example)]) == 1
-    assert "not a packed SAB checkpoint" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "not a packed SAB checkpoint" in said
+    assert f"'optimum-sab quantize {small_example} --output PACKED' makes one" in said and "another folder" in said
 
 
 @pytest.fixture
@@ -222,9 +226,30 @@ def test_env_says_what_computes_and_why(capsys, monkeypatch):
     cpu = found["devices"][0]
     assert (cpu["device"], cpu["backend"]) == ("cpu", "cpu")
     assert found["packages"]["torch"]
+    optional = {"accelerate", "greenlet", "jinja2", "matplotlib", "peft", "pillow"}
+    assert all(found["packages"][name] == importlib.metadata.version(name) for name in optional)
     assert found["forced"] is None
     assert main(["env"]) == 0
     assert f"backend  cpu ({cpu['reason']})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "cpu: 1 thread\n"), (2, "cpu: 2 threads\n")])
+def test_env_counts_threads(capsys, monkeypatch, threads, words):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert main(["env"]) == 0
+    assert words in capsys.readouterr().out
+
+
+def test_optimum_cli_lists_the_commands_one_a_line():
+    pytest.importorskip("optimum.commands")
+    from optimum_sab.cli.register.register_sab import SABCommand
+
+    parser = argparse.ArgumentParser("optimum-cli")
+    lines = SABCommand(parser.add_subparsers()).parser.format_help().splitlines()
+    table = lines[lines.index("commands:") + 1 : lines.index("", lines.index("commands:"))]
+    names = command_names(build_parser("optimum-cli sab"))
+    assert [line.split(maxsplit=1) for line in table] == [[name, purpose] for name, purpose in names.items()]
+    assert len({line.index(purpose) for line, purpose in zip(table, names.values())}) == 1
 
 
 def test_env_shows_a_forced_backend_that_cannot_be_used(capsys, monkeypatch):

@@ -47,13 +47,35 @@ def test_nothing_is_dense_beside_tower_embedding_and_head():
     warned(model)
 
 
-def test_what_a_rule_leaves_dense_is_counted_and_named():
+@pytest.mark.parametrize("rule", ["down_proj", "re:down", "layers.0"])
+def test_what_a_rule_asks_for_is_not_counted(rule):
     model = Model()
+    selection = select_linears(model, SETTINGS, [rule])
+    assert len(selection.left_dense) == 2
+    assert dense_share(model, selection).share == 0.0
+    warned(model, [rule])
+
+
+def test_what_stays_dense_beside_what_a_rule_asks_for_is_counted_and_named():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = Model()
+    model.layers[0].up_proj = Scaled(64, 128)
     found = dense_share(model, select_linears(model, SETTINGS, ["down_proj"]))
-    assert found.share == 0.5
-    assert dict(found.parts) == {"layers.down_proj": 0.5}
-    with pytest.warns(SABWarning, match=r"50% of the language model's matrices stay dense: layers\.down_proj \(50%\)"):
+    assert found.share == 0.25
+    assert dict(found.parts) == {"layers.up_proj": 0.25}
+    message = r"25% of the language model's matrices stay dense without a rule that says so: layers\.up_proj \(25%\)\. "
+    with pytest.warns(SABWarning, match=message):
         warn_of_dense(model, select_linears(model, SETTINGS, ["down_proj"]))
+
+
+def test_fused_experts_that_a_rule_names_are_not_counted():
+    model = Model()
+    model.layers[1].experts = nn.Module()
+    model.layers[1].experts.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 128))
+    warned(model, ["experts"])
 
 
 def test_fused_experts_are_counted_and_named():
@@ -62,8 +84,10 @@ def test_fused_experts_are_counted_and_named():
     model.layers[1].experts.gate_up_proj = nn.Parameter(torch.zeros(4, 64, 128))
     found = dense_share(model, select_linears(model, SETTINGS))
     assert found.share == 32768 / 65536
-    with pytest.warns(SABWarning, match=r"layers\.experts\.gate_up_proj \(50%\)\. See docs"):
+    with pytest.warns(SABWarning, match=r"layers\.experts\.gate_up_proj \(50%\)\. They are no linears") as heard:
         warn_of_dense(model, select_linears(model, SETTINGS))
+    assert "docs/" not in str(heard[0].message)
+    assert "'optimum-sab plan MODEL'" in str(heard[0].message)
 
 
 def test_a_convolution_is_no_matrix():

@@ -136,6 +136,23 @@ def test_a_rule_that_matches_nothing_is_refused_by_name(rule):
     assert "model.language_model.layers.0.self_attn.q_proj" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rule", "meant"),
+    [
+        ("layer.1", "layers.1"),
+        ("o_porj", "o_proj"),
+        ("mlp.down_prj", "mlp.down_proj"),
+        ("model.language_modle.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_rule_that_was_misspelt_is_told_what_was_meant(rule, meant, dynamic):
+    rules = ([], {rule: {"base_planes": 2}}) if dynamic else ([rule], {})
+    with pytest.raises(ConfigError) as caught:
+        select_linears(VisionLanguage(), SMALL, *rules)
+    assert str(caught.value) == f"the module rule {rule!r} matches no module of VisionLanguage; did you mean {meant!r}?"
+
+
 def test_a_rule_that_matches_nothing_passes_where_rules_are_not_strict():
     found = select_linears(VisionLanguage(), SMALL, ["gate_proj", "o_proj"], {"gate": {"base_planes": 2}}, strict=False)
     assert len(found.left_dense) == 2

@@ -436,8 +436,8 @@ FAULTS = (
     ),
     Fault(
         "shares: every process takes the first columns' scales and residual signs",
-        "optimum_sab/hf/sharing.py",
-        "start = columns * self._mesh.get_local_rank()",
+        "optimum_sab/hf/shares.py",
+        "start = columns * self._rank",
         "start = 0",
         ("tests/hf/contract/test_sharing.py",),
     ),
@@ -446,13 +446,6 @@ FAULTS = (
         "optimum_sab/hf/sharing.py",
         "if not (fits and plain and packed):",
         "if not (fits and packed):",
-        ("tests/hf/contract/test_sharing.py",),
-    ),
-    Fault(
-        "shares: coded planes read from the middle of a row",
-        "optimum_sab/hf/sharing.py",
-        "if layer.settings.code != NO_CODE:",
-        "if layer.settings.code == '':",
         ("tests/hf/contract/test_sharing.py",),
     ),
     Fault(

@@ -17,7 +17,7 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "sab_kernels"
 
 # A module may import its own layer and the layers before it.
 LAYERS = (
-    ("version", "errors", "after_import", "sources", "explanation", "failure", "json_values"),
+    ("version", "errors", "after_import", "sources", "explanation", "failure", "json_values", "wording"),
     ("core",),
     ("presets",),
     ("format",),

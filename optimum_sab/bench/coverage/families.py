@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 TEXT = (
     "llama",
@@ -93,8 +93,7 @@ def find_families(names: Sequence[str] = ()) -> tuple[Family, ...]:
     known = [family.name for family in there]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(known)}."
+            hint = did_you_mean(name, known, f"; there are {', '.join(known)}.")
             raise ConfigError(f"Transformers {transformers.__version__} has no family {name!r} that is tried{hint}")
     return tuple(family for family in there if not names or family.name in names)
 

@@ -12,6 +12,7 @@ import transformers
 
 from optimum_sab.bench.coverage.outcome import Outcome, totals
 from optimum_sab.version import __version__
+from optimum_sab.wording import counted
 
 HEADER = f"{'family':<24} {'outcome':<10} {'pictures':>8} {'sound':>6} {'share':>6} {'seconds':>8}  reason"
 
@@ -28,7 +29,8 @@ def row(outcome: Outcome) -> str:
 def total_line(outcomes: Sequence[Outcome]) -> str:
     """How many there are of each outcome."""
     counts = ", ".join(f"{count} {name}" for name, count in totals(outcomes).items())
-    return f"{len(outcomes)} families: {counts} (Transformers {transformers.__version__})"
+    families = counted(len(outcomes), "family", "families")
+    return f"{families}: {counts} (Transformers {transformers.__version__})"
 
 
 def as_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from torch import nn
 
 from optimum_sab.errors import CalibrationError, warn
+from optimum_sab.wording import counted
 
 MISSED = 0.25  # of the weights that are binarized in a block: so many may be those of experts without a token
 
@@ -34,7 +35,7 @@ def allow_idle_experts(names: Sequence[str], linears: Mapping[str, nn.Linear], r
             f"no calibration token goes through {strange[0]}, and it is no expert among others that one goes "
             f"through: the model may read its weight in another way, or not use it with these samples. {remedy}"
         )
-    what = f"no calibration token reached {len(names)} linears of experts, such as {names[0]}"
+    what = f"no calibration token reached {counted(len(names), 'linear')} of experts, such as {names[0]}"
     if missed > MISSED * selected:
         raise CalibrationError(f"{what}, {missed / selected:.0%} of what is binarized in their block. {remedy}")
     warn(f"{what}: they are binarized to approximate their weights, without data. {remedy}")

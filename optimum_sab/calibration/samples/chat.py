@@ -10,6 +10,7 @@ from typing import Any
 from optimum_sab.calibration.samples.media import names_media
 from optimum_sab.calibration.samples.parts import read_content
 from optimum_sab.errors import SampleError
+from optimum_sab.wording import did_you_mean
 
 Sample = str | list[dict[str, Any]] | dict[str, Any]
 """A text; a list of messages; ``{"messages": …, "tools": …}``; or arguments of the model's forward."""
@@ -62,7 +63,8 @@ def read_tools(tools: Any, label: str) -> list[Any]:
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
-            raise SampleError(f"{label}: 'tools' is a string that is not JSON ({error}); give a list.") from error
+            reason = f"{error.msg} at character {error.pos}" if isinstance(error, json.JSONDecodeError) else error
+            raise SampleError(f"{label}: 'tools' is a string that is not JSON ({reason}); give a list.") from error
     if not isinstance(tools, (list, tuple)) or not all(isinstance(each, Mapping) or callable(each) for each in tools):
         raise SampleError(f"{label}: 'tools' must be a list of JSON schemas; it is {str(tools)[:80]!r}.")
     return [without_nothing(each) if isinstance(each, Mapping) else each for each in tools]
@@ -105,7 +107,8 @@ def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -
             **given,
         }
         if given["role"] is None:
-            raise SampleError(f"{label} has a message from {speaker!r}; use one of {', '.join(_ROLES)}.")
+            hint = did_you_mean(str(speaker), _ROLES)
+            raise SampleError(f"{label} has a message from {speaker!r}; use one of {', '.join(_ROLES)}{hint}")
     role, content = given.pop("role", None), given.pop("content", None)
     if not isinstance(role, str):
         raise SampleError(f"{label} has a message with the role {role!r}; give 'user', 'assistant' or the like.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from optimum_sab.calibration.samples.encoding import Encoding, encode_sample, takes_pictures
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
 from optimum_sab.errors import SABError, SampleError, warn
+from optimum_sab.wording import nearest
 
 _ANY = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 _PARTS = ("tokenizer", "image_processor", "video_processor", "feature_extractor", "audio_processor")
@@ -56,8 +56,8 @@ class ForwardArguments:
             if name in self.named or (self.takes_any and (name in self._asked_for or name in self._produced)):
                 self._passed.add(name)
                 continue
-            close = difflib.get_close_matches(name, [*self.named, *self._produced], 1)
-            hint = f"did you mean {close[0]!r}?" if close else "remove it."
+            close = nearest(name, [*self.named, *self._produced])
+            hint = "remove it." if close is None else f"did you mean {close!r}?"
             kind = type(self.model).__name__
             if self.takes_any and self._hidden:
                 self._passed.add(name)

@@ -26,7 +26,9 @@ def jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:
                     label = f"{path.name} line {number}"
                     yield label, _parsed(line, label)
     except UnicodeDecodeError as error:
-        raise SampleError(f"the calibration file {str(path)!r} is not UTF-8 behind line {number}: {error}") from error
+        raise SampleError(
+            f"the calibration file {str(path)!r} is not UTF-8 behind line {number} ({error.reason}); save it as UTF-8."
+        ) from error
     except OSError as error:
         raise SampleError(f"the calibration file {str(path)!r} cannot be read: {error}") from error
 
@@ -53,5 +55,7 @@ def _parsed(line: str, label: str) -> Any:
         return json.loads(line)
     except RecursionError as error:
         raise SampleError(f"{label} is nested too deeply to be read.") from error
+    except json.JSONDecodeError as error:  # its own line is the first and only one of what was read
+        raise SampleError(f"{label} is not JSON: {error.msg} at column {error.colno}.") from error
     except ValueError as error:  # also numbers of more digits than Python converts
         raise SampleError(f"{label} is not JSON: {error}") from error

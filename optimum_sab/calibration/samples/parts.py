@@ -10,6 +10,7 @@ from optimum_sab.calibration.samples.media import SERVED, SOURCES
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.sounds import load_sound
 from optimum_sab.errors import SampleError, warn
+from optimum_sab.wording import did_you_mean
 
 
 def read_content(content: Any, label: str, folder: Path | None = None) -> str | list[dict[str, Any]]:
@@ -50,7 +51,7 @@ def _read_part(part: dict[str, Any], content: Any, label: str, folder: Path | No
     if kind not in SOURCES:
         raise SampleError(
             f"{label} has a part of type {kind!r}, which is not understood; the types are text, "
-            f"{', '.join((*SOURCES, *SERVED))}."
+            f"{', '.join((*SOURCES, *SERVED))}{did_you_mean(kind, ('text', *SOURCES, *SERVED))}"
         )
     found = {key: part.pop(key) for key in SOURCES[kind] if key in part}
     index = None if found else part.pop("index", None)  # which of the pictures beside the messages
@@ -75,7 +76,7 @@ def _address(source: Any, kind: str, label: str) -> Any:
     if source.get("detail") not in (None, "auto"):
         warn(
             "calibration samples have pictures with 'detail', by which servers choose a size: it is left out. The "
-            "processor's own settings decide (SABConfig(processor=...))."
+            "processor's own settings decide (--processor, SABConfig(processor=...))."
         )
     return source.get("url")
 
@@ -84,7 +85,8 @@ def _refuse_keys(rest: Mapping[str, Any], kind: str, label: str) -> None:
     if rest:
         raise SampleError(
             f"{label} has a part of type {kind!r} with {', '.join(map(repr, rest))}, which is not understood; remove it"
-            " (what the processor shall do differently, set in the processor and give SABConfig(processor=...))."
+            " (what the processor shall do differently, set in the processor and give it as --processor PATH, "
+            "SABConfig(processor=...))."
         )
 
 

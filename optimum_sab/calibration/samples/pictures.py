@@ -78,7 +78,7 @@ def local_name(source: Any, label: str, folder: Path | None = None) -> Any:
         return source
     path = _local_path(os.fspath(source), folder)
     if not os.path.isfile(path):
-        raise SampleError(f"{label}: the file {_shown(path)} {_missing(path)}.")
+        raise SampleError(f"{label}: the file {_shown(path)} {_missing(path, folder)}.")
     return path
 
 
@@ -100,7 +100,7 @@ def _named_picture(name: str, label: str, folder: Path | None) -> Any:
         return _decoded(content, label, _shown(path))
     if _BASE64.fullmatch(name):
         return _decoded(_from_base64(name, label), label, _shown(name))
-    raise SampleError(f"{label}: the picture {_shown(path)} {_missing(path)}.")
+    raise SampleError(f"{label}: the picture {_shown(path)} {_missing(path, folder)}.")
 
 
 def _local_path(name: str, folder: Path | None) -> str:
@@ -110,8 +110,12 @@ def _local_path(name: str, folder: Path | None) -> str:
     return path if folder is None else os.path.join(folder, path)  # an absolute one stays
 
 
-def _missing(path: str) -> str:
-    return "may not be looked at; have the permissions of its folder changed" if is_barred(path) else "does not exist"
+def _missing(path: str, folder: Path | None) -> str:
+    """What is wrong with a path, and what to do; of a folder it is relative to, `_local_path` made it a part."""
+    if is_barred(path):
+        return "may not be looked at; have the permissions of its folder changed"
+    start = "the working directory" if folder is None else "the folder of the calibration file"
+    return f"does not exist; mend the path, which counts from {start} unless it is absolute, or remove the sample"
 
 
 def _from_base64(text: str, label: str) -> bytes:
@@ -122,12 +126,19 @@ def _from_base64(text: str, label: str) -> bytes:
 
 
 def _decoded(content: bytes, label: str, shown: str) -> Any:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     try:
         picture = Image.open(io.BytesIO(content))
+    except UnidentifiedImageError as error:  # whose words are of an object in memory
+        raise SampleError(
+            f"{label}: the picture {shown} cannot be read: it is no picture file of a kind that Pillow knows, such as "
+            "PNG or JPEG; convert it, or remove the sample."
+        ) from error
     except Exception as error:  # decoders fail on a damaged file in any way they like
-        raise SampleError(f"{label}: the picture {shown} cannot be read: {error}") from error
+        raise SampleError(
+            f"{label}: the picture {shown} cannot be read: {error}; fetch it again, or remove the sample."
+        ) from error
     with picture:
         return _rgb(picture, label, shown)
 
@@ -144,7 +155,9 @@ def _rgb(picture: Any, label: str, shown: str) -> Any:
     try:
         return ImageOps.exif_transpose(picture).convert("RGB")
     except Exception as error:  # pixels are decoded only now
-        raise SampleError(f"{label}: the picture {shown} cannot be read: {error}") from error
+        raise SampleError(
+            f"{label}: the picture {shown} cannot be read: {error}; fetch it again, or remove the sample."
+        ) from error
 
 
 def _pixels(source: Any, label: str) -> Any:

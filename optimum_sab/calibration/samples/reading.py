@@ -59,7 +59,8 @@ def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterat
             warn(f"{label} has columns that are not calibrated on: {named}.")
         yield label, sample
     if not found:
-        raise SampleError("there are no calibration samples; give at least one, or calibration='builtin'.")
+        where = f" in {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else ""
+        raise SampleError(f"there are no calibration samples{where}; give at least one, or calibration='builtin'.")
 
 
 def _rows(source: Any, count: int, seed: int) -> tuple[Path | None, Iterator[tuple[str, Any]]]:

@@ -13,6 +13,7 @@ from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
 from optimum_sab.calibration.samples.sounds import load_sound
 from optimum_sab.errors import SampleError
+from optimum_sab.wording import nearest
 
 CHATS = ("messages", "conversations", "conversation")
 PROMPTS = {  # a question or a beginning, and what may hold its answer
@@ -65,7 +66,9 @@ def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]
         return read_inputs(columns, label)
     sample = _read_columns(columns, label, folder)
     if sample is None:
-        raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; one of {FORMS} is needed.")
+        near = next(filter(None, (nearest(name, (*CHATS, *PROMPTS, *IDS)) for name in columns)), None)
+        hint = "one of" if near is None else f"did you mean {near!r}? One of"
+        raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; {hint} {FORMS} is needed.")
     for name in columns:
         if name in _UNREAD or names_media(name):
             raise SampleError(

@@ -69,5 +69,5 @@ def check_tokens(inputs: Mapping[str, Any], config: Any, label: str) -> None:
     if len(foreign):
         raise SampleError(
             f"{label} has the token {int(foreign[0])}, and the model's vocabulary {size} entries; the processor is not "
-            "this model's: give SABConfig(processor=...)."
+            "this model's: give its own (--processor PATH, SABConfig(processor=...))."
         )

@@ -12,6 +12,7 @@ from optimum_sab.calibration.statistics.pairing import PairedInputs
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.mixture import mixed_statistics
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 PASSES: dict[str, type[CalibrationPass]] = {}
 
@@ -35,7 +36,8 @@ def register_pass(name: str) -> Callable[[type[CalibrationPass]], type[Calibrati
 def calibration_pass(name: str) -> type[CalibrationPass]:
     """The pass registered under ``name``; `ConfigError` names the known ones."""
     if name not in PASSES:
-        raise ConfigError(f"calibration_pass={name!r} is not registered; known are {', '.join(sorted(PASSES))}.")
+        hint = did_you_mean(name, PASSES, f"; known are {', '.join(sorted(PASSES))}.")
+        raise ConfigError(f"calibration_pass={name!r} is not registered{hint}")
     return PASSES[name]
 
 

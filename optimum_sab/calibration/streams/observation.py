@@ -21,6 +21,7 @@ from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.nn.decoder import behind_number
 from optimum_sab.nn.streamed import weights_here
+from optimum_sab.wording import counted
 
 T = TypeVar("T")
 # what may be asked of a weight because a packed layer's answers the same
@@ -193,7 +194,9 @@ class Observation:
 
 def told(left: Mapping[str, Sequence[str]]) -> str:
     """Linears that stay dense by the reason, in words."""
-    return " ".join(f"{len(names)} linears, such as {names[0]}: {reason}." for reason, names in left.items() if names)
+    return " ".join(
+        f"{counted(len(names), 'linear')}, such as {names[0]}: {reason}." for reason, names in left.items() if names
+    )
 
 
 class _WatchedWeight(nn.Parameter):

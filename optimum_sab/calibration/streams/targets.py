@@ -70,7 +70,7 @@ def refuse_offloaded(model: nn.Module, selection: Selection) -> None:
         if target_linear(model, name).weight.device.type == "meta" and not name.startswith(coming):
             raise CalibrationError(
                 f"the weight of {name} is offloaded; load the model on the CPU for binarization (device_map='cpu') and "
-                "name the accelerator in SABConfig(calibration_device=...)."
+                "name the accelerator in SABConfig(calibration_device=...), --calibration-device."
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from optimum_sab.cli.arguments.common import add_common, check_amounts, check_counts, check_seeds
 from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.presets import PRESETS
+from optimum_sab.wording import page
 
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
@@ -221,7 +222,7 @@ def _add_coverage(kinds: Any) -> None:
         help="seconds of computing, each half (default: 120)",
     )
     coverage.add_argument("--memory", type=float, default=6.0, metavar="GB", help="of each family (default: 6)")
-    coverage.add_argument("--markdown", action="store_true", help="print the table of docs/models.md")
+    coverage.add_argument("--markdown", action="store_true", help=f"print the table of {page('models')}")
     add_common(coverage, quiet=False)
     coverage.set_defaults(run="bench.run_coverage", check=check_coverage)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from optimum_sab.core.bounds import shown
 from optimum_sab.errors import ConfigError, SABError
 from optimum_sab.presets import MOST_SAMPLES, MOST_SEED
+from optimum_sab.wording import nearest
 
 _MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
 
@@ -42,8 +42,8 @@ class Parser(argparse.ArgumentParser):
         misspelt = _MISSPELT.fullmatch(message)
         known = self._option_string_actions if misspelt is None or misspelt["option"] else self._choices()
         word = misspelt and (misspelt["option"] or misspelt["choice"])
-        close = difflib.get_close_matches(word, known, n=1) if word else []
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        close = nearest(word, known) if word else None
+        hint = f" Did you mean {close!r}?" if close else ""
         raise WrongCall(f"{message}.{hint} See: {self.prog} --help")
 
     def _choices(self) -> list[str]:

@@ -12,6 +12,7 @@ from optimum_sab.cli.commands.bench_experts import run_experts
 from optimum_sab.core.code import NO_CODE
 from optimum_sab.errors import ConfigError
 from optimum_sab.json_values import json_line
+from optimum_sab.wording import counted
 
 if TYPE_CHECKING:
     from optimum_sab.bench.conditions import Conditions
@@ -105,10 +106,11 @@ def _run_linears(
         return report
     where = report.environment
     if report.busy:
-        print(f"quiet, busy: calls one after the other, alone and beside {report.busy} processes that never rest")
+        busy = counted(report.busy, "process", "processes")
+        print(f"quiet, busy: calls one after the other, alone and beside {busy} that never rest")
     print(
         f"{where.device}, backend {report.rows[0].backend}, {options.dtype}, torch {where.torch}, "
-        f"triton {where.triton or 'none'}, {where.threads} threads; copies move "
+        f"triton {where.triton or 'none'}, {counted(where.threads, 'thread')}; copies move "
         f"{where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
     )
     return report
@@ -187,7 +189,7 @@ def _run_compiled(options: argparse.Namespace, size: str, conditions: Conditions
         print(f"{'ratio':<8} {steps:<9} {ratio:>13.2f}")
     print(
         f"{report.environment.device}, size {size}, backend {report.backend}, {options.dtype}, batch {options.batch}, "
-        f"{options.prompt_tokens}+{options.new_tokens} tokens, {report.environment.threads} threads"
+        f"{options.prompt_tokens}+{options.new_tokens} tokens, {counted(report.environment.threads, 'thread')}"
     )
 
 
@@ -221,8 +223,8 @@ def run_quantize(options: argparse.Namespace) -> None:
     where = report.environment
     print(
         f"{report.model}, {options.preset}, {options.samples} x {options.length} tokens, {options.dtype}, "
-        f"{report.bits_per_weight:.4f} bits, error {report.error:.5f}; {where.device}, {where.threads} threads, torch "
-        f"{where.torch}"
+        f"{report.bits_per_weight:.4f} bits, error {report.error:.5f}; {where.device}, "
+        f"{counted(where.threads, 'thread')}, torch {where.torch}"
     )
 
 
@@ -252,7 +254,7 @@ def run_checkpoint(options: argparse.Namespace) -> None:
     elif not options.quiet:
         blocks = model.config.get_text_config().num_hidden_layers
         what = "headers for the weights" if options.headers else "random weights"
-        print(f"{options.output}: {what} of {options.size} with {blocks} blocks, {size / 1e9:.3f} GB")
+        print(f"{options.output}: {what} of {options.size} with {counted(blocks, 'block')}, {size / 1e9:.3f} GB")
 
 
 def run_coverage(options: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from optimum_sab.wording import counted
+
 if TYPE_CHECKING:
     from optimum_sab.bench.conditions import Conditions
     from optimum_sab.bench.experts import ExpertsReport, ExpertsTiming
@@ -41,6 +43,6 @@ def run_experts(shapes: list[ExpertsShape], conditions: Conditions, options: arg
     if not options.json:
         print(
             f"{report.environment.device}, backend {report.rows[0].backend}, {options.dtype}, torch "
-            f"{report.environment.torch}, {report.environment.threads} threads"
+            f"{report.environment.torch}, {counted(report.environment.threads, 'thread')}"
         )
     return report

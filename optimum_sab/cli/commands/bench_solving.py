@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from optimum_sab.errors import ConfigError
 from optimum_sab.json_values import json_line
+from optimum_sab.wording import counted
 
 if TYPE_CHECKING:
     from optimum_sab.bench.solving import SolvingTiming
@@ -63,7 +64,7 @@ def run_solving(options: argparse.Namespace) -> None:
         "seconds are of an expert; differ: share of signs that the two ways chose otherwise, none: bit for bit the same"
     )
     print(
-        f"{where.device}, {options.preset}, {options.tokens} tokens, {options.dtype}, {options.repeats} turns, torch "
-        f"{where.torch}, triton {where.triton or 'none'}, {where.threads} threads; copies move "
-        f"{where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
+        f"{where.device}, {options.preset}, {counted(options.tokens, 'token')}, {options.dtype}, "
+        f"{counted(options.repeats, 'turn')}, torch {where.torch}, triton {where.triton or 'none'}, "
+        f"{counted(where.threads, 'thread')}; copies move {where.bandwidth_bytes_per_second / 1e9:.1f} GB/s"
     )

@@ -14,6 +14,7 @@ from optimum_sab.errors import ConfigError
 from optimum_sab.json_values import json_line
 from optimum_sab.ops.backends import BACKENDS, ENVIRONMENT, choose_backend, why_not
 from optimum_sab.version import __version__
+from optimum_sab.wording import counted
 
 PACKAGES = (
     "torch",
@@ -22,6 +23,13 @@ PACKAGES = (
     "accelerate",
     "safetensors",
     "optimum",
+    "peft",
+    "greenlet",
+    "jinja2",
+    "matplotlib",
+    "pillow",
+    "datasets",
+    "pyarrow",
     "kernels",
     "gemlite",
     "humming-kernels",
@@ -60,7 +68,7 @@ def describe() -> dict[str, Any]:
 
 
 def _describe_device(device: torch.device) -> dict[str, Any]:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else counted(torch.get_num_threads(), "thread")
     problems = {backend: why_not(backend, device) for backend in BACKENDS}
     found = {"device": str(device), "name": name, "unusable": {b: p for b, p in problems.items() if p is not None}}
     try:

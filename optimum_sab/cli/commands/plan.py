@@ -20,6 +20,7 @@ from optimum_sab.hf.processor import find_processor
 from optimum_sab.hf.stored_files import StoredFile, local_files, read_headers
 from optimum_sab.hf.streaming import check_stored, check_streaming
 from optimum_sab.json_values import json_line
+from optimum_sab.wording import counted
 
 
 def run(options: argparse.Namespace) -> None:
@@ -115,13 +116,14 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
     work = plan.work
     yield f"{name}: a plan; no weight was read"
     yield "\nBinarized (arithmetic)"
-    yield f"  {plan.linears} linears, {plan.share:.2%} of the weights in the decoder blocks"
+    yield f"  {counted(plan.linears, 'linear')}, {plan.share:.2%} of the weights in the decoder blocks"
     yield f"  {plan.bits_per_weight:.3f} bits per weight, {plan.output / 1e6:,.1f} MB in all"
     for why, count in sorted(plan.dense.items(), key=lambda each: -each[1]):
         yield f"  dense: {count / 1e6:,.2f} million in {why}"
     bound = "" if work.samples.exact else "at most "
     yield "\nCalibration"
-    yield f"  {len(work.samples.tokens)} samples, {bound}{work.samples.total:,} tokens ({plan.tokens_from})"
+    samples, tokens = counted(len(work.samples.tokens), "sample"), counted(work.samples.total, "token")
+    yield f"  {samples}, {bound}{tokens} ({plan.tokens_from})"
     for memory in plan.memory:
         room, peak = plan.rooms[memory.device], memory.peak
         yield f"\nMemory: {memory.device} (arithmetic; the process as measured here)"
@@ -138,7 +140,7 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
     if plan.reads:
         times = sum(each.times for each in plan.reads)
         yield "\nReads of the decoder blocks (arithmetic)"
-        yield f"  {times} passes, {times * work.model.block_bytes / 1e9:,.2f} GB:"
+        yield f"  {counted(times, 'pass', 'passes')}, {times * work.model.block_bytes / 1e9:,.2f} GB:"
         yield "  " + ", ".join(f"{each.name} {each.times}" for each in plan.reads)
     if plan.speeds is not None:
         yield from _time_lines(plan)

@@ -5,7 +5,7 @@ along until a command runs. This folder must never hold an `__init__.py`: it wou
 namespace package.
 """
 
-from argparse import REMAINDER, ArgumentParser
+from argparse import REMAINDER, ArgumentParser, RawDescriptionHelpFormatter
 
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
@@ -24,6 +24,7 @@ class SABCommand(BaseOptimumCLICommand):
         commands = command_names(build_parser(PROGRAM))
         width = max(map(len, commands))
         parser.add_argument("arguments", nargs=REMAINDER, metavar="COMMAND …", help="as for optimum-sab")
+        parser.formatter_class = RawDescriptionHelpFormatter  # others make one paragraph of the table
         parser.epilog = "\n".join(
             [
                 "commands:",

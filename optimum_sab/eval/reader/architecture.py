@@ -22,11 +22,12 @@ from optimum_sab.example.chatml import chat_template
 from optimum_sab.example.processor import ProcessorClasses, special_token, write_json, write_processor_files
 from optimum_sab.hf.output.place import check_output
 from optimum_sab.hf.output.saving import written_whole
+from optimum_sab.wording import page
 
 WEIGHTS = Path(__file__).with_name("vision.safetensors")
 IMAGE_TOKEN = "<image>"
 MARK = "optimum_sab_reader"  # in config.json, by which `optimum_sab.eval` knows the checkpoint
-RECIPE = "docs/benchmarks.md says how to make the checkpoint of SmolLM2-135M-Instruct"
+RECIPE = f"{page('benchmarks')} says how to make the checkpoint of SmolLM2-135M-Instruct"
 EMBEDDINGS = "model.embed_tokens.weight"
 # Of the folder's tokens; Transformers' two lines name their classes and store roles differently, so they are read.
 ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")

@@ -80,7 +80,7 @@ def test_picture_is_turned_upright():
     [
         (5, "a picture given as int"),
         ({"bytes": b"", "width": 3}, "a picture given as dict"),
-        ("gone.png", "the picture 'gone.png' does not exist"),
+        ("gone.png", "the picture 'gone.png' does not exist; mend the path, which counts from the working directory"),
         ("file:///gone.png", "the picture '/gone.png' does not exist"),
         ("a\0b.png", "does not exist"),
         ("a" * 5000 + ".png", "does not exist"),
@@ -88,7 +88,11 @@ def test_picture_is_turned_upright():
         ("data:image/png;base64,!", "is not base64"),
         ("data:image/png;base64,aaaa", "cannot be read"),
         ("A" * 64, "cannot be read"),
-        (b"no picture", "the picture of 10 bytes cannot be read"),
+        (
+            b"no picture",
+            "the picture of 10 bytes cannot be read: it is no picture file of a kind that Pillow knows, such as PNG or "
+            "JPEG; convert it, or remove the sample.$",
+        ),
         (Image.new("I;16", (4, 4)), "has the mode 'I;16', more than 8 bits a channel"),
         (Image.new("F", (4, 4)), "has the mode 'F', more than 8 bits a channel"),
         (np.zeros((5, 4, 5), np.uint8), r"a picture of shape \[5, 4, 5\]"),
@@ -105,7 +109,7 @@ def test_what_is_no_picture_is_named(source, message):
 def test_torn_picture_is_named(png):
     file = io.BytesIO()
     Image.effect_noise((64, 64), 50).save(file, "PNG")
-    with pytest.raises(SampleError, match="cannot be read"):
+    with pytest.raises(SampleError, match=r"cannot be read: .*; fetch it again, or remove the sample\.$"):
         load_picture(file.getvalue()[:600], "sample")
 
 
@@ -113,7 +117,7 @@ def test_video_is_a_file_or_frames(path):
     assert load_video(path, "sample") == load_video(path.as_uri(), "sample") == str(path)
     assert load_video("https://example.org/a.mp4", "sample") == "https://example.org/a.mp4"
     assert [frame.size for frame in load_video([str(path), path], "sample")] == [(6, 4)] * 2
-    with pytest.raises(SampleError, match=r"^sample: the file 'a.mp4' does not exist"):
+    with pytest.raises(SampleError, match=r"^sample: the file 'a.mp4' does not exist; mend the path, which"):
         load_video("a.mp4", "sample")
 
 

@@ -255,7 +255,12 @@ def test_text_with_a_slash_is_not_a_dataset(datasets):
             "what a finished model records of samples that were given as objects; give the samples again",
         ),
         (["ok", 42], "calibration sample 1 is a int; give a text, a list of messages"),
-        (["ok", "ok", {"texts": "a"}], "calibration sample 2 has columns texts; one of 'messages', 'text'"),
+        (["ok", "ok", {"texts": "a"}], r"calibration sample 2 has columns texts; did you mean 'text'\? One of 'mess"),
+        (
+            [{"quesiton": "a", "answer": "b"}],
+            r"columns quesiton, answer; did you mean 'question'\? One of 'messages', '",
+        ),
+        ([{"label": "a"}], "calibration sample 0 has columns label; one of 'messages', 'text'"),
         (["ok", []], "calibration sample 1 is a list"),
         ([CHAT, [{"role": "user"}]], "calibration sample 1 is a list"),
         ("missing.jsonl", "the calibration file 'missing.jsonl' does not exist"),
@@ -269,13 +274,16 @@ def test_source_that_is_not_understood_is_named(source, message):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ("{'text': 'a'}", "is not JSON"),
-        ({"captions": "a"}, "has columns captions; one of 'messages', 'text'"),
+        ("{'text': 'a'}", r" is not JSON: Expecting property name enclosed in double quotes at column 2\.$"),
+        ({"captions": "a"}, r"has columns captions; did you mean 'caption'\? One of 'messages', 'text'"),
         ({"text": 5}, "'text' must be a text; it is a int"),
         ("[1, 2]", "is a list; give a text, a list of messages"),
         ({"messages": "hello"}, "'messages' must be a list of messages with 'role' and 'content'"),
         ({"messages": [{"from": "human"}]}, "'messages' must be a list of messages"),
-        ({"text": "a", "image": "gone.png"}, "the picture '.*gone.png' does not exist"),
+        (
+            {"text": "a", "image": "gone.png"},
+            "the picture '.*gone.png' does not exist; mend the path, which counts from the folder of the calib",
+        ),
         ({"text": "a", "image": "text.png"}, "the picture '.*text.png' cannot be read"),
         ({"text": "a", "image": "torn.png"}, "the picture '.*torn.png' cannot be read"),
         ({"text": "a", "image": 5}, "has a picture given as int, which is not understood; give a path"),
@@ -299,6 +307,13 @@ def test_bad_line_is_named_by_its_number(tmp_path, record, message):
     path = write_lines(tmp_path / "samples.jsonl", {"text": "fine"}, "", record)
     with pytest.raises(SampleError, match=rf"^samples\.jsonl line 3.*{message}"):
         read(path)
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json"])
+def test_a_file_without_samples_is_named(tmp_path, name):
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(SampleError, match=rf"there are no calibration samples in '.*{name}'; give at least one"):
+        read(tmp_path / name)
 
 
 def test_byte_order_mark_is_no_part_of_a_file(tmp_path):

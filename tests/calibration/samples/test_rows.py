@@ -190,7 +190,10 @@ def test_columns_that_are_no_part_of_the_sample_are_told():
         ([{"from": "human", "value": "a", "content": "b"}], "with 'from', 'value' and 'content'; remove"),
         ({"messages": [{"role": "system", "content": "a"}, *ASK], "system": "b"}, "messages that begin with their own"),
         ({"messages": ASK, "system": 5}, "'system' must be a text; it is a int"),
-        ({"messages": ASK, "tools": "clock"}, "'tools' is a string that is not JSON"),
+        (
+            {"messages": ASK, "tools": "clock"},
+            r"'tools' is a string that is not JSON \(Expecting value at character 0\)",
+        ),
         ({"messages": ASK, "tools": {"name": "clock"}}, "'tools' must be a list of JSON schemas"),
         ({"messages": [{"from": "narrator", "value": "a"}]}, "a message from 'narrator'; use one of human, user"),
         ({"messages": [{"role": 5, "content": "a"}]}, "a message with the role 5"),

@@ -48,5 +48,5 @@ def test_taken_name_is_refused_and_stays_with_its_owner():
 
 
 def test_unknown_pass_names_the_known_ones():
-    with pytest.raises(ConfigError, match="calibration_pass='hesian' is not registered; known are hessian"):
+    with pytest.raises(ConfigError, match="calibration_pass='hesian' is not registered; did you mean 'hessian'"):
         calibration_pass("hesian")

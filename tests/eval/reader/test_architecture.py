@@ -141,7 +141,7 @@ def test_write_reader_reads_weights_in_several_files(language, vision, model, tm
 def test_write_reader_names_what_is_missing(language, vision, tmp_path, name):
     broken = shutil.copytree(language, tmp_path / "broken")
     (broken / name).unlink()
-    with pytest.raises(ConfigError, match=r"(?s)broken.*docs/benchmarks.md"):
+    with pytest.raises(ConfigError, match=r"(?s)broken.*the page 'benchmarks' of optimum-sab's documentation says"):
         write_reader(broken, tmp_path / "reader", vision)
     assert not (tmp_path / "reader").exists()
 
