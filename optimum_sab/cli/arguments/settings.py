@@ -52,7 +52,8 @@ SETTINGS = {
     "allocation": Setting("where planes go: by what errors cost there, or the same everywhere", choices=ALLOCATION),
     "target_bits": Setting("stored bits per weight at most, in the place of what the planes above take", "BITS", float),
     "calibration": Setting(
-        "'builtin', 'self' (the model writes it), a .jsonl, .json or .parquet file, or a dataset owner/name[:split]",
+        "'builtin', 'self' (the model writes it), a .jsonl, .ndjson, .json or .parquet file, or a dataset "
+        "owner/name[:split]",
         "DATA",
         str,
     ),
