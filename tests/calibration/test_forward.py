@@ -129,7 +129,7 @@ def test_what_one_block_does_to_a_linear_keeps_it_dense_in_all(way, part, reason
 
 
 def test_a_linear_that_no_sample_comes_to_stays_dense_where_that_is():
-    with pytest.warns(SABWarning, match=r"1 linears, such as layers\.1\.down_proj: no calibration sample comes"):
+    with pytest.warns(SABWarning, match=r"1 linear, such as layers\.1\.down_proj: no calibration sample comes"):
         run, _ = looked_at(Tiny("", "leaves"))
     assert run.selection.left_dense == ("layers.1.down_proj",)
 

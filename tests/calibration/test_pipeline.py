@@ -561,7 +561,7 @@ def test_few_idle_experts_are_binarized_by_their_weights_with_a_warning():
     torch.manual_seed(0)
     model = Stack(Experts(5, 0), Experts(5, 1))
     dense = model.layers[1].experts[5].weight.detach().clone()
-    wanted = r"1 linears of experts, such as layers\.1\.experts\.5.*without data.*\['layers\.1\.experts\.5'\]"
+    wanted = r"1 linear of experts, such as layers\.1\.experts\.5.*without data.*\['layers\.1\.experts\.5'\]"
     with pytest.warns(SABWarning, match=wanted):
         report = binarize(model, select_linears(model, QUICK), [{"x": torch.randn(1, 40, 32)}])
     packed = model.layers[1].experts[5].dequantize().weight
