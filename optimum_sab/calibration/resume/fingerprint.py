@@ -80,7 +80,7 @@ def fingerprint(
         "torch": torch.__version__,
         "format_version": max(FORMAT_VERSIONS),
         "model": weights.hexdigest(),
-        "samples": f"{len(samples)} of {sum(map(token_count, samples))} tokens, {data.hexdigest()}",
+        "samples": f"{len(samples)} of {sum(map(token_count, samples))} tokens, {data.hexdigest()[:16]}",
         "calibration_pass": options.calibration_pass,
         "expert_tokens": options.expert_tokens,
         "refine": None if options.refine is None else asdict(options.refine),

@@ -53,8 +53,7 @@ class AgreeOnRun(Stage):
         """
         weights = run.kept(WeightsDigest) or WeightsDigest.of(run.model)
         marks = fingerprint(weights, run.selection, run.samples.inputs, run.options)
-        short = {name: marks[name][:12] for name in ("model", "samples")}  # digests
-        mine = {**_versions(), **marks, **short, **_steps(run.options)}
+        mine = {**_versions(), **marks, "model": marks["model"][:16], **_steps(run.options)}  # a digest
         digests = run.ranks.exchange("agreement", hashlib.sha256(json.dumps(mine).encode()).hexdigest())
         if len(set(digests)) > 1:
             usual = Counter(digests).most_common(1)[0][0]  # of two that differ, the first rank's
