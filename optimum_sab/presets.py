@@ -15,6 +15,7 @@ from optimum_sab.core.code import TRELLIS16
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import did_you_mean
 
 ALLOCATION = ("sensitivity", "uniform")
 MOST_SAMPLES = 1_000_000_000
@@ -163,5 +164,6 @@ def find_preset(name: str) -> Preset:
         ConfigError: there is none.
     """
     if name not in PRESETS:
-        raise ConfigError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}.")
+        hint = did_you_mean(name, PRESETS)
+        raise ConfigError(f"preset {name!r} is unknown; use one of {', '.join(PRESETS)}{hint}")
     return PRESETS[name]

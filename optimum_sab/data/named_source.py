@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import mimetypes
 import os
 import re
 from collections.abc import Iterable
@@ -60,6 +62,12 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
     if os.path.isfile(name):
         if suffix in SUFFIXES:
             return Path(name)
+        if (mimetypes.guess_type(name)[0] or "").startswith("image/"):
+            row = json.dumps({"question": "What is it?", "answer": "...", "image": str(source)})
+            raise SampleError(
+                f"calibration={str(source)!r} is a picture; name it in a row, such as {row}, and give a .jsonl file of "
+                "such rows, or a list of them."
+            )
         raise SampleError(
             f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. "
             'On the command line give a .jsonl file with a line such as {"text": "..."} for each text; in Python also '

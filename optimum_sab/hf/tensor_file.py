@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,13 +81,13 @@ def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple
 @contextmanager
 def _replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file that gets its name at the end, as safetensors does it: what is written may be mapped from the old one."""
-    handle, beside = tempfile.mkstemp(prefix=".tmp", dir=path.parent)
+    beside = path.with_name(f".tmp-{uuid.uuid4().hex}")
     try:
-        with open(handle, "wb") as file:
+        with open(beside, "xb") as file:  # with the permissions that any new file has, as config.json beside it
             yield file
         os.replace(beside, path)
     except BaseException:
-        os.unlink(beside)
+        beside.unlink(missing_ok=True)
         raise
 
 

@@ -1,6 +1,7 @@
 """Files that are written tensor by tensor are those that safetensors writes."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -38,6 +39,15 @@ def test_bytes_are_those_of_safetensors(tmp_path):
     write_tensors(content(), tmp_path / "mine", {"format": "pt"})
     save_file(content(), tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "mine").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions are POSIX's")
+def test_a_file_has_the_permissions_of_any_new_one(tmp_path):
+    """safetensors 0.8 makes it its owner's alone."""
+    (tmp_path / "other").touch()
+    write_tensors({"a": torch.ones(3)}, tmp_path / "file", {})
+    assert (tmp_path / "file").stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["file", "other"]
 
 
 def test_metadata_are_sorted(tmp_path):

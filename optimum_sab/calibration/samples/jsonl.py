@@ -52,7 +52,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parsed(line: str, label: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.rstrip("\r\n"))  # else what is cut off is missed on the next line
     except RecursionError as error:
         raise SampleError(f"{label} is nested too deeply to be read.") from error
     except json.JSONDecodeError as error:  # its own line is the first and only one of what was read

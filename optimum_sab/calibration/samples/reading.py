@@ -12,10 +12,11 @@ from typing import Any
 from optimum_sab.calibration.samples.chat import Sample, is_chat
 from optimum_sab.calibration.samples.hub_dataset import hub_rows, parquet_rows
 from optimum_sab.calibration.samples.jsonl import json_rows, jsonl_rows
-from optimum_sab.calibration.samples.rows import FORMS, read_row
+from optimum_sab.calibration.samples.rows import FORMS, KNOWN_COLUMNS, read_row
 from optimum_sab.data.builtin import builtin_samples
 from optimum_sab.data.named_source import BUILTIN, SELF, named_source
 from optimum_sab.errors import SampleError, warn, warnings_heard
+from optimum_sab.wording import did_you_mean
 
 
 def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sample]:
@@ -56,7 +57,8 @@ def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterat
         if set(unused) - told:
             told |= set(unused)
             named = ", ".join(map(repr, unused))
-            warn(f"{label} has columns that are not calibrated on: {named}.")
+            hints = [did_you_mean(name, KNOWN_COLUMNS, "") for name in unused]
+            warn(f"{label} has columns that are not calibrated on: {named}{next(filter(None, hints), '.')}")
         yield label, sample
     if not found:
         where = f" in {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else ""

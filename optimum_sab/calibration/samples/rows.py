@@ -23,6 +23,13 @@ PROMPTS = {  # a question or a beginning, and what may hold its answer
     "instruction": ("output", "response"),
     "caption": (),
 }
+KNOWN_COLUMNS = (
+    *CHATS,
+    *PROMPTS,
+    *(answer for answers in PROMPTS.values() for answer in answers),
+    *COLUMNS,
+    *("input", "system", "tools"),
+)
 _MEDIA = {"image": load_picture, "video": load_video, "audio": load_sound}
 _UNREAD = ("functions", "function_call")  # would change what the model sees, as media do
 FORMS = "'messages', 'text', 'question' or 'prompt' (with 'image' or 'images'), or 'input_ids'"

@@ -185,6 +185,12 @@ def test_columns_that_are_not_calibrated_on_are_named_once(datasets):
     assert len(told) == 1
 
 
+def test_a_column_that_is_nearly_one_that_is_read_is_told_what_was_meant(datasets):
+    datasets.rows = Rows([{"question": "What?", "anwser": "A cup."}])
+    with pytest.warns(SABWarning, match=r"not calibrated on: 'anwser'; did you mean 'answer'\?$"):
+        read("owner/name")
+
+
 class Countless:
     """Rows as a torch dataset has them, which ends by its length alone."""
 
@@ -274,6 +280,7 @@ def test_source_that_is_not_understood_is_named(source, message):
 @pytest.mark.parametrize(
     ("record", "message"),
     [
+        ('{"text": \n', r" is not JSON: Expecting value at column 10\.$"),
         ("{'text': 'a'}", r" is not JSON: Expecting property name enclosed in double quotes at column 2\.$"),
         ({"captions": "a"}, r"has columns captions; did you mean 'caption'\? One of 'messages', 'text'"),
         ({"text": 5}, "'text' must be a text; it is a int"),
