@@ -46,7 +46,7 @@ def test_files_and_datasets_are_told_apart(here):
         ("missing.txt", "the calibration file 'missing.txt' does not exist"),
         ("a/b\0c", "the calibration file 'a/b\\x00c' does not exist"),
         ("data", "calibration='data' is a folder; name a file in it, such as 'train.jsonl'"),
-        ("dot.png", 'calibration=\'dot.png\' is a picture; name it in a row, such as {.*"image": "dot.png"}'),
+        ("dot.png", """calibration='dot.png' is a picture; name it in a row, such as {"question": "What is it?", """),
         ("notes.txt", "calibration='notes.txt' is a file of a kind that is not read; the kinds are .jsonl"),
         ("notes.txt", 'a .jsonl file with a line such as {"text": "..."} for each text'),
         ("notes.txt", r"""such as calibration=open('notes.txt').read().split("\n\n")."""),
