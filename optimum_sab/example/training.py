@@ -10,11 +10,11 @@ conversation; then 1200 further steps as the script stands now, from other data 
 Sums in bfloat16 depend on the processor, so a rerun gives a model as good, not the same bits.
 
 ``--mixture`` trains a Qwen3-VL-MoE of 17.6 million parameters that begins as the shipped checkpoint (see `mixture`),
-in about half an hour on one core. It is not shipped (35 MB). The one that was measured came about piece by piece,
+in about half an hour on one core. It is not shipped (35 MB). The first one that was measured came about piece by piece,
 each from the one before (``--initial``): 500 steps of sight; then of the second stage 50 (of a schedule of 400) with
 4 scenes, 2 signs and 6 texts, 280 with 5, 4 and 3 (seed 1), and 180 as the script stands now (seed 2), which gave the
-"earlier" one of the benchmarks; then 600 of sight and 120 of the second stage (seed 3). The steps of one run are as
-many as these together, and have not been run in one.
+"earlier" one of the benchmarks; then 600 of sight and 120 of the second stage (seed 3). One run has about as many steps
+as these together, and gave a better one.
 """
 
 import argparse
