@@ -20,7 +20,7 @@ from optimum_sab.wording import nearest
 
 PATTERNS = 1000  # of a configuration
 STEPS = 250_000  # to search all of them
-_SEARCHED = "re:"  # stands before an expression in ``modules_to_not_convert``
+_EXPRESSION = "re:"  # stands before an expression in ``modules_to_not_convert``
 # what the allocation wrote up to release 0.1, and writes for a name that is found in another one
 _LISTED = re.compile(r"(\^|\(\?:\^\|\\\.\))((?:\w|\\[.-])+\\\.)?\(\?:((?:\w|\\[.-]|\|)+)\)\$")
 
@@ -36,7 +36,7 @@ def check_rules(modules_to_not_convert: Iterable[str], dynamic: Iterable[str]) -
     for rule in (*modules_to_not_convert, *dynamic):
         if not isinstance(rule, str):
             raise ConfigError(f"the module rule {rule!r} is no text; write names, or regular expressions, in quotes.")
-    patterns = [(_SEARCHED, rule.removeprefix(_SEARCHED)) for rule in modules_to_not_convert if _is_searched(rule)]
+    patterns = [(_EXPRESSION, rule.removeprefix(_EXPRESSION)) for rule in modules_to_not_convert if is_expression(rule)]
     patterns += [("", rule) for rule in dynamic if not (PLAIN.fullmatch(rule) or _LISTED.fullmatch(rule))]
     if len(patterns) > PATTERNS:
         raise ConfigError(
@@ -67,8 +67,8 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
     runs: dict[str, set[int]] = {}  # first part -> numbers of parts
     search = NameSearch(names)
     for rule in covered:
-        if _is_searched(rule):
-            covered[rule] = search.find(rule.removeprefix(_SEARCHED))
+        if is_expression(rule):
+            covered[rule] = search.find(rule.removeprefix(_EXPRESSION))
         else:
             parts = rule.split(".")
             runs.setdefault(parts[0], set()).add(len(parts))
@@ -85,8 +85,9 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
     return covered
 
 
-def _is_searched(rule: str) -> bool:
-    return rule.startswith(_SEARCHED)
+def is_expression(rule: str) -> bool:
+    """Whether a rule of ``modules_to_not_convert`` is a regular expression, rather than dotted parts."""
+    return rule.startswith(_EXPRESSION)
 
 
 def nearest_rule(rule: str, names: Sequence[str]) -> str | None:
