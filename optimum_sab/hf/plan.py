@@ -20,10 +20,12 @@ from optimum_sab.calibration.plan.reads import Pass, passes
 from optimum_sab.calibration.plan.shapes import sample_sizes
 from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
 from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload
+from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
+from optimum_sab.calibration.stages.samples import count_tokens, warn_of_few_tokens
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.data.named_source import BUILTIN, named_source
-from optimum_sab.errors import SABError, SABWarning
+from optimum_sab.errors import SABError, SABWarning, warnings_heard
 from optimum_sab.hf.binarization import check_settings
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.estimate import checkpoint_bytes
@@ -31,7 +33,7 @@ from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.workload import at_most, disk_uses, rooms_of, workload
 from optimum_sab.nn.decoder import foreign_modules, input_embedding
-from optimum_sab.nn.selection import Selection
+from optimum_sab.nn.selection import Selection, warn_of_idle_rules
 from optimum_sab.nn.unfusing import unfuse_experts
 
 EMBEDDINGS = "embeddings of tokens and the output embedding: predictions are read off there"
@@ -78,6 +80,7 @@ class Plan:
         reads: of the decoder blocks, where they are streamed.
         speeds: that were measured; None without timing.
         times: by stage; none without timing.
+        warnings: that quantizing will give of the model, the rules and the samples, as far as these could be read.
     """
 
     work: Workload
@@ -93,6 +96,7 @@ class Plan:
     reads: tuple[Pass, ...]
     speeds: Speeds | None
     times: tuple[StageTime, ...]
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -114,14 +118,15 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
     """
     with torch.device("meta"):
         empty = model.factory.from_config(model.source).to(model.dtype)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SABWarning)  # they come with the work
+    with warnings_heard() as heard, warnings.catch_warnings():
+        warnings.simplefilter("ignore", SABWarning)  # whoever asked for the plan finds them in it
         selection = select(empty, config, strict=True)
         check_settings(empty, config)
         unfuse_experts(empty, selection.experts)
+        warn_of_idle_rules(empty, selection, config.modules_to_not_convert)
         place = model.files, model.device_map
         work = workload(empty, selection, config, at_most(config), place)
-        sizes, tokens_from = _samples(empty, processor, config, work.model)
+        sizes, tokens_from = _samples(empty, selection, processor, config, work.model)
     work = replace(work, samples=sizes)
     memory = memory_of(work, process_bytes() or 0)
     speeds = measure_speeds(work) if timing else None
@@ -141,15 +146,20 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
         passes(work),
         speeds,
         stage_times(work, speeds) if speeds else (),
+        tuple(heard),
     )
 
 
-def _samples(model: nn.Module, processor: Any, config: SABConfig, shape: ModelShape) -> tuple[SampleSizes, str]:
+def _samples(
+    model: nn.Module, selection: Selection, processor: Any, config: SABConfig, shape: ModelShape
+) -> tuple[SampleSizes, str]:
     """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
     source = run_options(config).source
     if not _at_hand(config):
         return at_most(config), "an upper bound, samples times sequence_length; pictures are not cut"
     inputs = given_inputs(model, processor, source)
+    tokens = count_tokens(CalibrationSamples.of(inputs, model.config).modalities, model.config)
+    warn_of_few_tokens(sum(tokens.values()), model, selection)
     try:
         unseen = [each for some in unseen_inputs(model, processor).values() for each in some]
     except SABError:  # such a model is not compared

@@ -40,7 +40,7 @@ from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.preparation import prepare_layers
 from optimum_sab.nn.scratch import Scratch
-from optimum_sab.nn.selection import replace_with_skeletons
+from optimum_sab.nn.selection import replace_with_skeletons, warn_of_idle_rules
 from optimum_sab.nn.shared import refuse_shares
 from optimum_sab.nn.streamed import streamed
 from optimum_sab.nn.unfusing import experts_unfused, fuse_experts, unfuse_experts
@@ -126,6 +126,7 @@ class SABHfQuantizer(HfQuantizer):
             if self._streams:
                 check_stored(origin.files)
             with warnings_heard() as self._heard, experts_unfused(model, selection.experts):
+                warn_of_idle_rules(model, selection, self.quantization_config.modules_to_not_convert)
                 warn_of_dense(model, selection)
                 device_map = kwargs.get("device_map")
                 self._stages = check_before_loading(model, self.quantization_config, origin, device_map)

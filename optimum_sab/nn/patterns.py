@@ -136,8 +136,12 @@ class NameSearch:
 
 
 @lru_cache(maxsize=4096)
-def parse(pattern: str) -> tuple[list[Any], int]:
+def parse(pattern: str, prefix: str = "") -> tuple[list[Any], int]:
     """The parts of a regular expression, and its flags.
+
+    Args:
+        pattern: the expression.
+        prefix: what stood before it in the rule, which errors show as it was given.
 
     Raises:
         ConfigError: it is none, or it has what the search does not follow: more than `LONGEST` characters or `STEPS`
@@ -145,46 +149,54 @@ def parse(pattern: str) -> tuple[list[Any], int]:
     """
     if PLAIN.fullmatch(pattern):  # nothing to parse, and there may be many
         return [(_ops.ANY, None) if each == "." else (_ops.LITERAL, ord(each)) for each in pattern], 0
+    rule = prefix + pattern
     if len(pattern) > LONGEST:
         raise ConfigError(
-            f"the module rule {pattern[:60]!r}… has {len(pattern)} characters, more than the {LONGEST} that are "
+            f"the module rule {rule[:60]!r}… has {len(pattern)} characters, more than the {LONGEST} that are "
             "searched; write several rules, or whole module names."
         )
     try:
         parsed = _regex.parse(pattern)
-        taken = _steps(parsed, pattern, 0)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"the module rule {pattern!r} is no regular expression: {error}.") from error
+        taken = _steps(parsed, rule, 0)
+    except re.error as error:
+        place = "" if error.pos is None else f" at character {error.pos + len(prefix) + 1}"
+        plain = f"a plain name without {prefix!r}" if prefix else "a plain name"
+        raise ConfigError(
+            f"the module rule {rule!r} is no regular expression: {error.msg}{place}; put a backslash before what is to "
+            rf"be found as it stands, such as '\(' for '(', or write {plain}."
+        ) from error
+    except (RecursionError, OverflowError) as error:
+        raise ConfigError(f"the module rule {rule!r} is no regular expression: {error}; simplify it.") from error
     if taken > STEPS:
         raise ConfigError(
-            f"the module rule {pattern!r} takes {taken} steps to search, more than the {STEPS} that are allowed: "
+            f"the module rule {rule!r} takes {taken} steps to search, more than the {STEPS} that are allowed: "
             "it repeats what is repeated already; use a simpler expression, or several."
         )
     return list(parsed), parsed.state.flags
 
 
-def steps(pattern: str) -> int:
-    """Steps that searching takes, at most; raises as `parse` does."""
-    return _steps(parse(pattern)[0], pattern, 0)
+def steps(pattern: str, prefix: str = "") -> int:
+    """Steps that searching takes, at most; takes and raises what `parse` does."""
+    return _steps(parse(pattern, prefix)[0], prefix + pattern, 0)
 
 
-def _steps(parts: Any, pattern: str, depth: int) -> int:
+def _steps(parts: Any, rule: str, depth: int) -> int:
     if depth > DEPTH:
-        raise ConfigError(f"the module rule {pattern!r} has more than {DEPTH} groups inside each other; simplify it.")
+        raise ConfigError(f"the module rule {rule!r} has more than {DEPTH} groups inside each other; simplify it.")
     total = 0
     for kind, value in parts:
         if kind is _ops.BRANCH:
-            total += sum(_steps(branch, pattern, depth + 1) for branch in value[1])
+            total += sum(_steps(branch, rule, depth + 1) for branch in value[1])
         elif kind is _ops.SUBPATTERN:
-            total += _steps(value[3], pattern, depth + 1)
+            total += _steps(value[3], rule, depth + 1)
         elif kind in _REPEATS:
             least, most, inner = value
-            total += min(int(most), least + _NAME_LENGTH) * _steps(inner, pattern, depth + 1)
+            total += min(int(most), least + _NAME_LENGTH) * _steps(inner, rule, depth + 1)
         elif kind in (_ops.ASSERT, _ops.ASSERT_NOT):
-            total += _steps(value[1], pattern, depth + 1)
+            total += _steps(value[1], rule, depth + 1)
         elif kind not in (_ops.AT, _ops.IN, _ops.ANY, _ops.LITERAL, _ops.NOT_LITERAL):
             raise ConfigError(
-                f"the module rule {pattern!r} has a {str(kind).lower()}, which module rules do not take; write it "
+                f"the module rule {rule!r} has a {str(kind).lower()}, which module rules do not take; write it "
                 "without references to groups, conditions and possessive repeats."
             )
         total += 1

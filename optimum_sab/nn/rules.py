@@ -20,6 +20,7 @@ from optimum_sab.wording import nearest
 
 PATTERNS = 1000  # of a configuration
 STEPS = 250_000  # to search all of them
+_EXPRESSION = "re:"  # stands before an expression in ``modules_to_not_convert``
 # what the allocation wrote up to release 0.1, and writes for a name that is found in another one
 _LISTED = re.compile(r"(\^|\(\?:\^\|\\\.\))((?:\w|\\[.-])+\\\.)?\(\?:((?:\w|\\[.-]|\|)+)\)\$")
 
@@ -35,16 +36,17 @@ def check_rules(modules_to_not_convert: Iterable[str], dynamic: Iterable[str]) -
     for rule in (*modules_to_not_convert, *dynamic):
         if not isinstance(rule, str):
             raise ConfigError(f"the module rule {rule!r} is no text; write names, or regular expressions, in quotes.")
-    patterns = [rule[3:] for rule in modules_to_not_convert if rule.startswith("re:")]
-    patterns += [rule for rule in dynamic if not (PLAIN.fullmatch(rule) or _LISTED.fullmatch(rule))]
+    patterns = [(_EXPRESSION, rule.removeprefix(_EXPRESSION)) for rule in modules_to_not_convert if is_expression(rule)]
+    patterns += [("", rule) for rule in dynamic if not (PLAIN.fullmatch(rule) or _LISTED.fullmatch(rule))]
     if len(patterns) > PATTERNS:
         raise ConfigError(
             f"the configuration has {len(patterns)} regular expressions as module rules, more than {PATTERNS}; one "
             "that covers several modules takes the place of many, and whole module names are not counted."
         )
-    costs = {pattern: steps(pattern) for pattern in patterns}
+    costs = {pattern: steps(pattern, prefix) for prefix, pattern in patterns}
     if sum(costs.values()) > STEPS:
-        worst = max(costs, key=lambda pattern: costs[pattern])
+        costliest = max(costs, key=lambda pattern: costs[pattern])
+        worst = next(prefix + pattern for prefix, pattern in patterns if pattern == costliest)
         raise ConfigError(
             f"the module rules take {sum(costs.values())} steps to search, more than {STEPS}; the costliest is "
             f"{worst!r}. Use fewer or simpler regular expressions; whole module names are not counted."
@@ -65,8 +67,8 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
     runs: dict[str, set[int]] = {}  # first part -> numbers of parts
     search = NameSearch(names)
     for rule in covered:
-        if rule.startswith("re:"):
-            covered[rule] = search.find(rule[3:])
+        if is_expression(rule):
+            covered[rule] = search.find(rule.removeprefix(_EXPRESSION))
         else:
             parts = rule.split(".")
             runs.setdefault(parts[0], set()).add(len(parts))
@@ -81,6 +83,11 @@ def covered_by(rules: Sequence[str], names: Sequence[str]) -> dict[str, list[str
         for rule in found & covered.keys():
             covered[rule].append(name)
     return covered
+
+
+def is_expression(rule: str) -> bool:
+    """Whether a rule of ``modules_to_not_convert`` is a regular expression, rather than dotted parts."""
+    return rule.startswith(_EXPRESSION)
 
 
 def nearest_rule(rule: str, names: Sequence[str]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -9,13 +10,13 @@ from typing import Any
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, warn
 from optimum_sab.nn.decoder import BlockLists, DecoderBlocks, find_decoder_blocks
 from optimum_sab.nn.experts import SABExperts
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.routers import find_routers
-from optimum_sab.nn.rules import covered_by, nearest_rule, overridden
+from optimum_sab.nn.rules import covered_by, is_expression, nearest_rule, overridden
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,41 @@ def select_linears(
     rest = tuple(name for name in left_dense if not name.startswith(fused))
     asked |= {name[:-1] for name in fused if any(each.startswith(name) for each in asked)}
     return Selection(decoder.lists, tuple(decoder.named), settings, rest, tuple(experts), frozenset(asked))
+
+
+def warn_of_idle_rules(model: nn.Module, selection: Selection, modules_to_not_convert: Sequence[str]) -> None:
+    """Say which plain rules keep nothing dense although they stand in names of linears that are binarized.
+
+    ``"proj"`` is part of a vision tower's names and only stands in ``"q_proj"``. A rule outside of the decoder blocks
+    that stands in no such name, as ``"lm_head"``, is no mistake.
+
+    Args:
+        model: as `select_linears` was given it.
+        selection: what it gave.
+        modules_to_not_convert: the rules it was given.
+    """
+    plain = [rule for rule in modules_to_not_convert if not is_expression(rule)]
+    for rule, found in covered_by(plain, [name for name, _ in model.named_modules() if name]).items():
+        if any(selection.lists.holds(name) for name in found):
+            continue
+        names = [name for name in selection.settings if rule and rule in name]
+        if not found or not names:
+            continue
+        missed = list(dict.fromkeys(_parts_around(rule, name) for name in names))
+        end = "$" if all(name.endswith(rule) for name in names) else ""
+        more = " and others" if len(missed) > 3 else ""
+        warn(
+            f"the module rule {rule!r} keeps nothing dense that would not be dense without it: it matches modules such "
+            f"as {found[0]!r}, and not {', '.join(map(repr, missed[:3]))}{more}. Rules are whole dotted names or parts "
+            f"between dots; if those were meant, write 're:.*{re.escape(rule)}{end}', or name them."
+        )
+
+
+def _parts_around(rule: str, name: str) -> str:
+    """The whole dotted parts of a name that a text stands in."""
+    start = name.rindex(rule)
+    end = name.find(".", start + len(rule))
+    return name[name.rfind(".", 0, start) + 1 : end if end >= 0 else None]
 
 
 def _beside_selected(

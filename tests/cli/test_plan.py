@@ -42,6 +42,7 @@ def test_json_has_every_figure(weightless, tmp_path, capsys):
         "stages",
         "seconds",
         "refused",
+        "warnings",
     }
     assert found["model"] == str(weightless)
     assert found["calibration"]["exact"] is True
@@ -114,6 +115,49 @@ def test_quantize_refuses_by_the_plan_unless_told_otherwise(small_example, tmp_p
     assert said.startswith("error: quantizing needs at least") and "ignore_plan=True" in said
     assert list(tmp_path.iterdir()) == []
     assert main([*command, "--allocation", "uniform", "--ignore-plan"]) == 0
+
+
+@pytest.fixture
+def doubtful(tmp_path):
+    """Arguments with samples and a rule that `quantize` warns of."""
+    row = {"messages": [{"role": "usr", "content": "Who has the key?"}], "id": 1}
+    path = tmp_path / "samples.jsonl"
+    path.write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
+    return ["--calibration", str(path), "--keep-dense", "proj", *QUICK]
+
+
+def warned(capsys, *arguments):
+    """The warnings of a command, without those of what it measured."""
+    assert main([*map(str, arguments), "--quiet"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    said = [line.removeprefix("warning: ") for line in printed.err.splitlines() if line.startswith("warning: ")]
+    return [each for each in said if not each.startswith("the binarized model is")]
+
+
+def test_what_quantize_will_warn_of_is_told_by_the_plan_once(small_example, doubtful, tmp_path, capsys):
+    said = warned(capsys, "plan", small_example, "--no-timing", *doubtful)
+    begins = (
+        "the module rule 'proj' keeps nothing dense",
+        "calibration samples have messages with the role 'usr'",
+        "samples.jsonl line 1 has columns that are not calibrated on: 'id'",
+        "no calibration sample has visual tokens",
+        "24 calibration tokens are fewer than the 256 input features of",
+    )
+    assert len(said) == len(begins)
+    assert all(each.startswith(begin) for each, begin in zip(said, begins, strict=True))
+    output = ("--output", tmp_path / "out", "--allocation", "uniform", "--no-examples")
+    assert said == warned(capsys, "quantize", small_example, *output, *doubtful)
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["warnings"][: len(said)] == said
+    assert main(["plan", str(small_example), "--no-timing", "--json", *doubtful]) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["warnings"] == said
+    assert "warning: " not in printed.err
+
+
+def test_a_plan_without_doubts_warns_of_nothing(weightless, capsys):
+    assert warned(capsys, "plan", weightless, "--no-timing", *QUICK, "--keep-dense", "lm_head") == []
+    assert plan(capsys, weightless, "--no-timing", *QUICK)["warnings"] == []
 
 
 def both(capsys, folder, tmp_path, *arguments):

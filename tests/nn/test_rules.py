@@ -157,7 +157,7 @@ def test_patterns_are_searched_once_for_all_names(searched):
     [
         ([f"layers\\.{i}\\." for i in range(1001)], "1001 regular expressions as module rules, more than 1000"),
         (["x" * 500 + "+" + "y" * 501], "1002 characters, more than the 1000"),
-        (["((a*)*)*b"], r"'\(\(a\*\)\*\)\*b' takes .* steps to search, more than the"),
+        (["((a*)*)*b"], r"'(re:)?\(\(a\*\)\*\)\*b' takes .* steps to search, more than the"),
         ([f"(?:(?:a|b)*c){{100}}{i}" for i in range(30)], "the module rules take .* steps to search, more than 250000"),
         (["(a)\\1"], "has a groupref"),
         (["(" * 60 + "a" + ")" * 60], "more than 40 groups inside each other"),
@@ -174,6 +174,25 @@ def test_rules_that_take_long_are_refused_by_name(rules, named):
     if isinstance(rules[0], str):
         with pytest.raises(ConfigError, match=named):
             check_rules([f"re:{rule}" for rule in rules], ())
+
+
+def test_a_bad_expression_is_shown_as_it_was_given_and_what_mends_it():
+    said = r"is no regular expression: missing \), unterminated subpattern at character {}; put a backslash .* '\\\(' "
+    with pytest.raises(ConfigError, match=r"the module rule 're:v_proj\(' " + said.format(10) + ".* without 're:'\\.$"):
+        check_rules(["re:v_proj("], ())
+    with pytest.raises(
+        ConfigError, match=r"the module rule 'v_proj\(' " + said.format(7) + ".* or write a plain name\\.$"
+    ):
+        check_rules((), ["v_proj("])
+    check_rules([r"re:v_proj\(", "v_proj"], [r"v_proj\("])
+
+
+@pytest.mark.parametrize(
+    "rule", ["((a*)*)*b", "x+" * 501, "(" * 60 + "a" + ")" * 60, r"(a)\1", "a{99999999999999999999}"]
+)
+def test_whatever_is_wrong_with_an_expression_shows_the_rule_as_it_was_given(rule):
+    with pytest.raises(ConfigError, match=re.escape(f"the module rule {f're:{rule}'[:57]!r}"[:-1])):
+        check_rules([f"re:{rule}"], ())
 
 
 def test_what_users_write_is_within_the_bounds():

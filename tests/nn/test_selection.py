@@ -1,12 +1,14 @@
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, SABWarning
 from optimum_sab.nn.linear import SABLinear
 from optimum_sab.nn.modules import set_module
-from optimum_sab.nn.selection import replace_with_skeletons, select_linears
+from optimum_sab.nn.selection import replace_with_skeletons, select_linears, warn_of_idle_rules
 
 SMALL = LayerSettings(block_size=32)
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -160,7 +162,7 @@ def test_a_rule_that_matches_nothing_passes_where_rules_are_not_strict():
 
 
 def test_a_rule_that_is_no_regular_expression_is_refused_by_name():
-    with pytest.raises(ConfigError, match=r"module rule '\('"):
+    with pytest.raises(ConfigError, match=r"module rule 're:\('"):
         select_linears(VisionLanguage(), SMALL, ["re:("])
 
 
@@ -168,6 +170,45 @@ def test_a_rule_that_is_no_regular_expression_is_refused_by_name():
 def test_rules_that_leave_nothing_are_refused(strict):
     with pytest.raises(ConfigError, match="VisionLanguage"):
         select_linears(VisionLanguage(), SMALL, ["language_model"], strict=strict)
+
+
+def idle_rules(rules):
+    """What is said of rules, of a model whose tower has parts named as linears of its language model end and begin."""
+    model = VisionLanguage()
+    for block in model.model.visual.layers:
+        block.attn, block.up = nn.Module(), nn.Linear(4, 4)
+        block.attn.proj = nn.Linear(4, 4)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        warn_of_idle_rules(model, select_linears(model, SMALL, rules), rules)
+    assert all(each.category is SABWarning for each in told)
+    return [str(each.message) for each in told]
+
+
+def test_a_rule_that_keeps_nothing_dense_and_stands_in_names_of_linears_is_told_once():
+    (said,) = idle_rules(["proj", "lm_head", "proj"])
+    assert said == (
+        "the module rule 'proj' keeps nothing dense that would not be dense without it: it matches modules such as "
+        "'model.visual.layers.0.attn.proj', and not 'q_proj', 'o_proj', 'up_proj' and others. Rules are whole dotted "
+        "names or parts between dots; if those were meant, write 're:.*proj$', or name them."
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "missed", "remedy", "then_dense"), [("up", "up_proj", "re:.*up", 2), ("attn", "self_attn", "re:.*attn", 4)]
+)
+def test_what_an_idle_rule_is_told_to_be_does_what_was_meant(rule, missed, remedy, then_dense):
+    (said,) = idle_rules([rule])
+    assert f", and not {missed!r}. Rules are" in said and f"write {remedy!r}, or" in said
+    assert idle_rules([remedy]) == []
+    assert len(select_linears(VisionLanguage(), SMALL, [remedy]).left_dense) == then_dense
+
+
+@pytest.mark.parametrize(
+    "rule", ["lm_head", "visual", "embed_tokens", "norm", "q_proj", "layers.1", "self_attn", "re:attn.proj$"]
+)
+def test_a_rule_for_what_is_dense_anyway_or_that_keeps_some_dense_is_passed_over(rule):
+    assert idle_rules([rule]) == []
 
 
 # --- dynamic ---

@@ -9,7 +9,7 @@ from typing import Any
 
 from optimum_sab.calibration.samples.media import names_media
 from optimum_sab.calibration.samples.parts import read_content
-from optimum_sab.errors import SampleError
+from optimum_sab.errors import SampleError, warn
 from optimum_sab.wording import did_you_mean
 
 Sample = str | list[dict[str, Any]] | dict[str, Any]
@@ -21,6 +21,11 @@ _ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+# of chat templates; which of them a template shows, and whether others, is its own business
+_USUAL_ROLES = (
+    *("user", "assistant", "system", "developer", "tool", "function", "model", "ipython", "document", "context"),
+    *("environment", "observation"),
+)
 
 
 def is_chat(sample: Any) -> bool:
@@ -49,6 +54,8 @@ def read_chat(chat: Sequence[Mapping[str, Any]], label: str, folder: Path | None
 
     Raises:
         SampleError: a role, a content or a part is not understood, or a message has pictures or the like beside them.
+
+    Warns of a role that is none of the usual ones.
     """
     return [_read_message(message, label, folder) for message in chat]
 
@@ -112,6 +119,7 @@ def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -
     role, content = given.pop("role", None), given.pop("content", None)
     if not isinstance(role, str):
         raise SampleError(f"{label} has a message with the role {role!r}; give 'user', 'assistant' or the like.")
+    _warn_of_role(role)
     for key in given:
         if names_media(key):
             raise SampleError(
@@ -130,6 +138,17 @@ def _read_message(message: Mapping[str, Any], label: str, folder: Path | None) -
     for text in [content] if isinstance(content, str) else [p["text"] for p in content if p["type"] == "text"]:
         check_text(text, label)
     return {"role": check_text(role, label), "content": content, **others}
+
+
+def _warn_of_role(role: str) -> None:
+    """In the same words for every sample, so that it is told once for a set of them."""
+    if role in _USUAL_ROLES or role in _ROLES:
+        return
+    hint = did_you_mean(role.lower(), _USUAL_ROLES, f"; the usual ones are {', '.join(_USUAL_ROLES)}.")
+    warn(
+        f"calibration samples have messages with the role {role!r}, which is none of the usual ones and goes to the "
+        f"model's chat template as it is{hint}"
+    )
 
 
 def _texts(value: Any) -> list[str]:

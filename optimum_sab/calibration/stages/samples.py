@@ -22,6 +22,7 @@ from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.errors import SampleError, warn
 from optimum_sab.nn.modalities import TEXT, VISUAL, model_modalities
+from optimum_sab.nn.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ class ReadSamples(Stage):
         require_samples(len(inputs), run.ranks.size)
         given = map_tensors([dict(sample) for sample in inputs], run.home)
         samples = CalibrationSamples.of(given, _config(run), run.ranks)
-        tokens = _count_tokens(samples.modalities, _config(run))
-        _warn_few_tokens(sum(tokens.values()), run)
+        tokens = count_tokens(samples.modalities, _config(run))
+        warn_of_few_tokens(sum(tokens.values()), run.model, run.selection)
         run.keep(samples)
         source = run.options.source
         return SampleReport(
@@ -120,7 +121,13 @@ def _shows_a_picture(inputs: Mapping[str, Any], modalities: TokenModalities) -> 
     return modalities.count(VISUAL) > 0 or any("pixel" in name for name in inputs)
 
 
-def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[str, int]:
+def count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[str, int]:
+    """The tokens of each modality that there is; warns of one that the model reads and no sample has.
+
+    Args:
+        modalities: of every sample's tokens.
+        config: of the model.
+    """
     expected = model_modalities(config)
     names = dict.fromkeys([*expected, *(n for m in modalities for n in m.names)])
     tokens = {name: sum(m.count(name) for m in modalities) for name in names}
@@ -133,8 +140,15 @@ def _count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[st
     return {name: count for name, count in tokens.items() if count}
 
 
-def _warn_few_tokens(tokens: int, run: Run) -> None:
-    width, widest = max((target_linear(run.model, name).in_features, name) for name in run.selection.settings)
+def warn_of_few_tokens(tokens: int, model: nn.Module, selection: Selection) -> None:
+    """Warn where a linear's Hessian has not full rank.
+
+    Args:
+        tokens: of all samples.
+        model: may be on meta.
+        selection: the linears that are binarized.
+    """
+    width, widest = max((target_linear(model, name).in_features, name) for name in selection.settings)
     if tokens < width:
         warn(
             f"{tokens} calibration tokens are fewer than the {width} input features of {widest}: its Hessian is "

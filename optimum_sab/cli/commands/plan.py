@@ -12,7 +12,7 @@ import torch
 
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
-from optimum_sab.errors import ConfigError
+from optimum_sab.errors import ConfigError, warn
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
 from optimum_sab.hf.plan import Plan, PlannedModel, make_plan
@@ -24,7 +24,7 @@ from optimum_sab.wording import counted
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print the plan; what `quantize` refuses by name is refused the same way."""
+    """Print the plan, then what `quantize` will warn of; what it refuses by name is refused the same way."""
     hush_libraries(options)
     config = read_settings(options)
     check_device_map(options.device_map)
@@ -45,8 +45,11 @@ def run(options: argparse.Namespace) -> None:
     refusal = _refusal(plan)
     if options.json:
         print(json_line(as_json(options.model, plan, refusal)))
-    elif not options.quiet:
-        print("\n".join(_lines(options.model, plan, refusal)))
+        return
+    if not options.quiet:
+        print("\n".join(_lines(options.model, plan, refusal)), flush=True)
+    for message in plan.warnings:
+        warn(message)
 
 
 def as_json(model: str, plan: Plan, refusal: str | None) -> dict[str, Any]:
@@ -91,6 +94,7 @@ def as_json(model: str, plan: Plan, refusal: str | None) -> dict[str, Any]:
         "stages": [asdict(each) for each in plan.times],
         "seconds": plan.seconds if plan.times else None,
         "refused": refusal,
+        "warnings": list(plan.warnings),
     }
 
 

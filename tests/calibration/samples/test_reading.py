@@ -1,5 +1,6 @@
 import json
 import sys
+import warnings
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -189,6 +190,35 @@ def test_a_column_that_is_nearly_one_that_is_read_is_told_what_was_meant(dataset
     datasets.rows = Rows([{"question": "What?", "anwser": "A cup."}])
     with pytest.warns(SABWarning, match=r"not calibrated on: 'anwser'; did you mean 'answer'\?$"):
         read("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("role", "hint"),
+    [
+        ("usr", "; did you mean 'user'?"),
+        ("Assistant", "; did you mean 'assistant'?"),
+        ("critic", "; the usual ones are user, assistant, system, developer, tool, "),
+    ],
+)
+def test_a_role_that_is_none_of_the_usual_ones_is_named_once(tmp_path, role, hint):
+    message = {"role": role, "content": "Who has the key?"}
+    path = write_lines(tmp_path / "s.jsonl", *[{"messages": [message, message, CHAT[1]]}] * 3)
+    with pytest.warns(SABWarning) as told:
+        samples = read(path)
+    assert samples == [[message, message, CHAT[1]]] * 3  # as it was given
+    (said,) = [str(each.message) for each in told]
+    assert said.startswith(
+        f"calibration samples have messages with the role {role!r}, which is none of the usual ones and goes to the "
+        f"model's chat template as it is{hint}"
+    )
+
+
+def test_the_usual_roles_and_known_speakers_are_passed_over():
+    roles = "user assistant system developer tool function model ipython document context environment observation"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read([[{"role": role, "content": "x"}] for role in (*roles.split(), "human", "gpt")])
+        read([{"conversations": [{"from": "gpt", "value": "x"}]}])
 
 
 class Countless:
