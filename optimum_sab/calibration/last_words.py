@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 LAST_WORDS = 3.0  # seconds in which ranks that are still there say so
@@ -31,7 +30,8 @@ def last_words(store: Any, rank: int, size: int) -> tuple[list[int], tuple[int, 
         size: how many there are.
 
     Returns:
-        The ranks of which nothing was heard within `LAST_WORDS`, and one that has stopped with what it says, if any.
+        The ranks of which nothing was heard within `LAST_WORDS`, or rank 0 where the store has gone; and one that has
+        stopped with what it says, if any.
     """
     talk = _Talk(store, rank, "", [other for other in range(size) if other != rank])
     talk.ended(LAST_WORDS)
@@ -54,13 +54,18 @@ class _Talk:
         self._thread.join(seconds)
 
     def _run(self) -> None:
-        with suppress(RuntimeError):  # the store has gone with the rank that holds it, where no launcher does
-            self._store.set(f"gone/{self._rank}", self._words)
-            while self.missing and time.monotonic() < self._end:
-                for other in list(self.missing):
-                    if self._store.check([f"gone/{other}"]):
-                        self.missing.remove(other)
-                        words = self._store.get(f"gone/{other}").decode()
-                        if words and self.said is None:
-                            self.said = other, words
-                time.sleep(0.05)
+        try:
+            self._talk()
+        except RuntimeError:
+            self.missing = [0]  # which holds the store, where no launcher does
+
+    def _talk(self) -> None:
+        self._store.set(f"gone/{self._rank}", self._words)
+        while self.missing and time.monotonic() < self._end:
+            for other in list(self.missing):
+                if self._store.check([f"gone/{other}"]):
+                    self.missing.remove(other)
+                    words = self._store.get(f"gone/{other}").decode()
+                    if words and self.said is None:
+                        self.said = other, words
+            time.sleep(0.05)

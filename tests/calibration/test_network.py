@@ -104,6 +104,14 @@ def test_last_words_are_of_those_that_are_still_there():
     assert last_words(Store(gone_0="", gone_2=""), 1, 3) == ([], None)
 
 
+def test_a_store_that_is_gone_was_held_by_the_first_rank():
+    class Gone(Store):
+        def check(self, names):
+            raise RuntimeError("Connection reset by peer")
+
+    assert last_words(Gone(), 2, 3) == ([0], None)
+
+
 def test_a_store_that_never_answers_is_not_waited_for():
     ever = threading.Event()
 
