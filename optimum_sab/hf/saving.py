@@ -94,26 +94,25 @@ def describe_save(model: nn.Module) -> dict[str, str]:
 
 
 def state_to_save(model: nn.Module) -> dict[str, Tensor] | None:
-    """The model's state where stacked experts are views of one tensor; None where it has none.
+    """The model's state where it has packed experts; None, which has Transformers ask for it, where it has none.
 
-    Each is given a storage of its own, in the same memory. Transformers copies what shares a storage, all of it at
-    once, which is as much memory as all packed experts take.
+    Those that are stacked, and so views of one tensor, are each given a storage of its own, in the same memory.
+    Transformers copies what shares a storage, all of it at once, which is as much memory as all packed experts take.
 
     Args:
         model: as it is now.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
-    views = []
-    for name, module in model.named_modules():
-        if isinstance(module, SABExperts):
-            inside = (f"{name}.{each}" for each in module.state_dict())
-            views += [each for each in inside if _is_view(state.get(each))]
-    for name in views:
-        state[name] = apart(state[name])
-    return state if views else None
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, SABExperts))
+    if not inside:
+        return None
+    state: dict[str, Tensor] = model.state_dict()
+    for name, tensor in state.items():
+        if name.startswith(inside) and _is_view(tensor):
+            state[name] = apart(tensor)
+    return state
 
 
-def _is_view(tensor: Tensor | None) -> bool:
+def _is_view(tensor: Tensor) -> bool:
     if type(tensor) is not Tensor or tensor.is_meta or not tensor.is_contiguous():
         return False
     return tensor.untyped_storage().nbytes() > tensor.nbytes

@@ -528,8 +528,8 @@ FAULTS = (
     Fault(
         "stacked experts handed over to be copied",
         "optimum_sab/hf/saving.py",
-        "        state[name] = apart(state[name])\n",
-        "        pass\n",
+        "            state[name] = apart(tensor)\n",
+        "            pass\n",
         ("tests/hf/test_experts.py",),
     ),
     Fault(

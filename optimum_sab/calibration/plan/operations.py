@@ -141,10 +141,10 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool, correc
     aims = two_streams and settings.propagation != 0.0
     chosen = two_streams and settings.propagation is None
     coded = settings.code != NO_CODE
-    searches = 1 + DESCENTS * settings.sweeps if coded else 0
-    sweeps = 0 if coded else settings.sweeps
+    sweeps, again = (0, DESCENTS * settings.sweeps) if coded else (settings.sweeps, 0)
+    searches = coded + again
     iterations = min(settings.iterations, START_ITERATIONS) if coded else settings.iterations
-    scales = max(0, searches - 1) * (2.0 * square + 2.0 * n**3 / 3.0) + searches * refit
+    scales = again * (2.0 * square + 2.0 * n**3 / 3.0) + searches * refit
     return {
         "cross-validation": 2.0 * n**3 / 3.0 + (8.0 if corrected else 12.0) * few if chosen else 0.0,
         "factorization": factorization(n),
@@ -152,9 +152,7 @@ def solving(out: int, n: int, settings: LayerSettings, two_streams: bool, correc
         "refit": 2.0 * square + (sweeps + 1) * refit + scales if settings.refit else 0.0,
         "alternating fit": entries * iterations * (settings.base_planes + extra + 1.0),
         "feedback": entries if coded else square + 2.0 * entries * block,
-        "descent": (searches - 1) * entries
-        if coded
-        else sweeps * (2.0 * square + 2.0 * entries * block) * settings.refit,
+        "descent": again * entries + sweeps * (2.0 * square + 2.0 * entries * block),  # which is nothing without refits
         "packing": entries * (settings.base_planes + extra),
         "errors": (1.0 if settings.refit else 2.0) * (judged * n**2 if n >= WIDE else 2.0 * square)
         + searches * 2.0 * square,

@@ -93,7 +93,7 @@ def _groups(
         by_parent.setdefault((name.rpartition(".")[0], inner, settings), []).append((name, out))
     found = []
     for (parent, inner, settings), members in by_parent.items():
-        expert = any(parent.startswith(f"{each}.") for each in experts) or _numbered_expert(parent)
+        expert = any(parent.startswith(f"{each}.") for each in experts) or bool(_numbers_of_experts(parent))
         here = share if expert else 1.0
         together, last = members, None
         if len(members) > 1 and members[-1][1] == width:
@@ -104,11 +104,6 @@ def _groups(
                 alone = len(some) == 1 and outs[0] == width and not expert
                 found.append(LinearGroup(len(some), sum(outs), inner, settings, here, alone, expert))
     return tuple(found)
-
-
-def _numbered_expert(parent: str) -> bool:
-    parts = parent.split(".")
-    return any(part.isdigit() and before == "experts" for before, part in zip(parts, parts[1:], strict=False))
 
 
 def _expert_share(model: nn.Module, selection: Selection) -> float:
