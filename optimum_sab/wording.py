@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 NEAR = 0.7
 """Of a ratio of `difflib`, from which on a name is near enough to have been meant."""
+TYPO = 0.85
+"""Likewise, from which on a letter or two are wrong and nothing else."""
+MOST_MEANT = 3
+LEAST_LETTERS = 3  # of a word that tells what was meant
+_SEPARATOR = re.compile(r"[-_ ]+")
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
     """The known name that a misspelt one was meant to be; None where none is near."""
     close = difflib.get_close_matches(word, list(known), 1, NEAR)
     return close[0] if close else None
+
+
+def meant(word: str, known: Iterable[str]) -> list[str]:
+    """The known names, of one word or several, that an unknown one may have been meant to be.
+
+    Args:
+        word: as it was written, such as ``samples``.
+        known: names of words with hyphens or underscores between them.
+
+    Returns:
+        The one of nearly the same letters; else those with all of its words, or the beginnings of them
+        (``calibration_samples``); else those with its last word; else the one of somewhat the same letters.
+    """
+    own = {_SEPARATOR.sub("-", name.lower()): name for name in known}
+    written = _SEPARATOR.sub("-", word.lower())
+    asked = [part for part in written.split("-") if part]
+    spelt = [name for name in [nearest(written, own)] if name]
+    typo = [name for name in spelt if difflib.SequenceMatcher(None, written, name).ratio() > TYPO]
+
+    def with_words(begun: list[str]) -> list[str]:
+        words = {name: name.split("-") for name in own if not name.startswith("no-")}
+        found = [name for name, of in words.items() if all(any(part.startswith(each) for part in of) for each in begun)]
+        return found[:MOST_MEANT] if any(len(each) >= LEAST_LETTERS for each in begun) else []
+
+    return [own[name] for name in typo or with_words(asked) or with_words(asked[-1:]) or spelt]
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = ".") -> str:
@@ -24,10 +55,10 @@ def did_you_mean(word: str, known: Iterable[str], otherwise: str = ".") -> str:
         otherwise: the end where none of them is near, such as what there is.
 
     Returns:
-        ``"; did you mean 'name'?"``, or ``otherwise``.
+        ``"; did you mean 'name'?"``, of several with an "or" between them; or ``otherwise``.
     """
-    close = nearest(word, known)
-    return otherwise if close is None else f"; did you mean {close!r}?"
+    close = meant(word, known)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:

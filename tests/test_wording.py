@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import optimum_sab
-from optimum_sab.wording import counted, did_you_mean, nearest, page
+from optimum_sab.wording import counted, did_you_mean, meant, nearest, page
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,32 @@ from optimum_sab.wording import counted, did_you_mean, nearest, page
 )
 def test_nearest_is_near_or_none(word, known, expected):
     assert nearest(word, known) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("samples", ["calibration_samples"]),  # by letters alone it would be examples
+        ("num-samples", ["calibration_samples"]),
+        ("seq_len", ["sequence_length"]),
+        ("batch_size", ["block_size"]),
+        ("planes", ["base_planes", "residual_planes"]),
+        ("Base-Planes", ["base_planes"]),
+        ("exampels", ["examples"]),
+        ("calibratoin", []),
+        ("model", []),  # code has half of its letters
+        ("of-it", []),
+        ("", []),
+        ("_", []),
+    ],
+)
+def test_whole_words_tell_more_than_letters(word, expected):
+    known = (
+        *("base_planes", "residual_planes", "block_size", "calibration_samples", "sequence_length"),
+        *("examples", "code", "iterations"),
+    )
+    assert meant(word, known) == expected
+    assert did_you_mean(word, known) == (f"; did you mean {' or '.join(map(repr, expected))}?" if expected else ".")
 
 
 def test_sentence_ends_with_the_name_or_otherwise():

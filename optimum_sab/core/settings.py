@@ -144,8 +144,8 @@ class LayerSettings:
 
     def replace(self, **changes: Any) -> LayerSettings:
         """A copy with some settings changed; unknown names raise `ConfigError`."""
-        names = {f.name for f in fields(self)}
-        unknown = sorted(set(changes) - names)
+        names = [f.name for f in fields(self)]
+        unknown = sorted(set(changes) - set(names))
         if unknown:
             hint = did_you_mean(str(unknown[0]), names, f"; the settings are {', '.join(sorted(names))}.")
             raise ConfigError(f"unknown layer setting {unknown[0]!r}{hint}")

@@ -77,6 +77,17 @@ def test_wrong_call_is_two_and_says_what_is_missing(capsys):
             "unrecognized arguments: --calibration-sample 3. Did you mean '--calibration-samples'? "
             "See: optimum-sab quantize --help",
         ),
+        (
+            ["plan", "m", "--samples", "3"],
+            "unrecognized arguments: --samples 3. Did you mean '--calibration-samples'? See:",
+        ),
+        (["quantize", "m", "--output", "o", "--num_samples=3"], "Did you mean '--calibration-samples'? See:"),
+        (
+            ["quantize", "m", "--output", "o", "--device", "cuda"],
+            "Did you mean '--device-map' or '--calibration-device'?",
+        ),
+        (["quantize", "m", "--output", "o", "--no-refin"], "Did you mean '--no-refine'?"),
+        (["quantize", "m", "--output", "o", "--model", "m"], "unrecognized arguments: --model m. See:"),
         (["quantise", "m"], "Did you mean 'quantize'? See: optimum-sab --help"),
         (["quantize", "m", "--output", "o", "--preset", "two_bit"], "Did you mean 'two-bit'?"),
         (["inspect", "m", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it. See:"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from optimum_sab.core.code import NO_CODE, code_for
@@ -31,6 +32,21 @@ def ladder_of(settings: LayerSettings) -> dict[tuple[int, float], LayerSettings]
                 settings, base_planes=base, residual_planes=1, salient_fraction=fraction
             )
     return steps
+
+
+@lru_cache
+def probed_settings(settings: LayerSettings, level: tuple[int, float]) -> LayerSettings:
+    """What a linear with these settings is solved with to measure its error at a level: quickly, with its code.
+
+    Args:
+        settings: of the linear.
+        level: one of `ANCHORS`; without residual planes where blocks are too narrow for its share of columns.
+    """
+    base, fraction = level
+    found = ladder_of(settings).get((base, fraction))
+    if found is None:  # blocks too narrow for an eighth
+        found = with_planes(settings, base_planes=base, residual_planes=0)
+    return found.replace(iterations=3, sweeps=0, propagation=0.0)
 
 
 def with_planes(settings: LayerSettings, **planes: Any) -> LayerSettings:

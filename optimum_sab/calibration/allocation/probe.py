@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.allocation.ladder import ANCHORS, ladder_of, with_planes
+from optimum_sab.calibration.allocation.ladder import ANCHORS, probed_settings
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.ranks import solving_cost
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
@@ -160,13 +160,9 @@ def _measured(settings: LayerSettings, weights: Mapping[str, Tensor], statistics
         some[name] = weight[rows].to(statistics.hessian.device, torch.float32)
         errors[name] = {}
     stack, sizes = torch.cat(list(some.values())), [len(each) for each in some.values()]
-    ladder = ladder_of(settings)
-    for base, fraction in ANCHORS:
-        quick = ladder.get((base, fraction))
-        if quick is None:  # blocks too narrow for an eighth
-            quick = with_planes(settings, base_planes=base, residual_planes=0)
-        quick = quick.replace(iterations=3, sweeps=0, propagation=0.0)
+    for level in ANCHORS:
+        quick = probed_settings(settings, level)
         solution = solve(stack, statistics, quick, next(iter(some)), column_loops(stack.device))
         for (name, each), found in zip(some.items(), solution.planes.dequantize().split(sizes), strict=True):
-            errors[name][base, fraction] = output_error(each, found, statistics.hessian)
+            errors[name][level] = output_error(each, found, statistics.hessian)
     return errors

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from optimum_sab.calibration.allocation.ladder import ANCHORS
+from optimum_sab.calibration.allocation.ladder import ANCHORS, probed_settings
 from optimum_sab.calibration.allocation.probe import ROWS
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.holdings import activations
@@ -131,20 +131,12 @@ def _allocation(work: Workload, speeds: Speeds) -> float:
         seconds += operations.second_moments(group, sum(few), False, work.worker == "cpu") / speeds.moments
         seconds += speeds.factoring(group.in_features)
         rows = min(ROWS * group.members, group.out_features)
-        for base, fraction in ANCHORS:
-            quick = group.settings.replace(
-                code="none",
-                base_planes=base,
-                residual_planes=int(fraction > 0),
-                salient_fraction=fraction or group.settings.salient_fraction,
-                iterations=3,
-                sweeps=0,
-                propagation=0.0,
-            )
+        for level in ANCHORS:
+            quick = probed_settings(group.settings, level)
             counts = operations.solving(rows, group.in_features, quick, False)
             counts["errors"] *= 2  # once more of every linear by itself
             del counts["factorization"], counts["packing"]  # once for all anchors; never
-            seconds += speeds.least + _solve(counts, speeds.solving, speeds)
+            seconds += speeds.solve(counts, quick)
     return seconds
 
 
@@ -168,14 +160,9 @@ def _group(group: LinearGroup, two_streams: bool, speeds: Speeds) -> float:
     corrected = operations.gathers_correction(group, two_streams)
     counts = operations.solving(group.out_features, group.in_features, group.settings, two_streams, corrected)
     if group.expert:
-        return speeds.least + _solve(counts, speeds.experts, speeds)
+        return speeds.solve(counts, group.settings, expert=True)
     del counts["factorization"]
-    return speeds.least + speeds.factoring(group.in_features) + _solve(counts, speeds.solving, speeds)
-
-
-def _solve(counts: Mapping[str, float], solving: Mapping[str, float], speeds: Speeds) -> float:
-    """Seconds of a solve by its parts; what was not met on trial goes at the speed of second moments."""
-    return sum(count / solving.get(name, speeds.moments) for name, count in counts.items() if count)
+    return speeds.factoring(group.in_features) + speeds.solve(counts, group.settings)
 
 
 def _tuning(work: Workload, speeds: Speeds) -> float:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
 
+from optimum_sab.calibration.allocation.ladder import ANCHORS, probed_settings
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.timer import Timer
-from optimum_sab.calibration.plan.trial import time_factorization, time_least, time_solving
+from optimum_sab.calibration.plan.trial import SolvingSpeeds, time_factorization, time_solving
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.calibration.predictions.divergence import divergence
+from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.hessian import accumulate_hessian
+from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.random_weight import random_packed
 from optimum_sab.nn.linear import SABLinear
 
@@ -48,9 +51,7 @@ class Speeds:
         elementwise: numbers of hidden states of a sample that are multiplied with others, per second.
         predictions: logits whose divergence is taken, per second.
         reading: bytes in memory that are looked at, per second.
-        solving: of every part of a `solve`.
-        experts: the same of experts, of which a CPU solves one a thread.
-        least: seconds of a `solve` of next to nothing.
+        solving: of a `solve`, by whether its settings have a code.
         seconds: that all this took.
     """
 
@@ -68,14 +69,25 @@ class Speeds:
     elementwise: float
     predictions: float
     reading: float
-    solving: Mapping[str, float]
-    experts: Mapping[str, float]
-    least: float
+    solving: Mapping[bool, SolvingSpeeds]
     seconds: float
 
     def factoring(self, n: int) -> float:
         """Seconds of factoring a Hessian of n inputs."""
         return operations.factorization(n) / self.factorization + n**2 * self.factored_entry
+
+    def solve(self, counts: Mapping[str, float], settings: LayerSettings, expert: bool = False) -> float:
+        """Seconds of a solve of so many operations, part by part.
+
+        Args:
+            counts: of `operations.solving`.
+            settings: what it is solved with; a search counts other things than a plain fit, at another speed.
+            expert: whether it is one of several that are solved at the same time.
+        """
+        met = self.solving[settings.code != NO_CODE]
+        speeds = met.experts if expert else met.parts
+        # what was not met on trial goes at the speed of second moments
+        return met.least + sum(count / speeds.get(name, self.moments) for name, count in counts.items() if count)
 
 
 def measure_speeds(work: Workload) -> Speeds:
@@ -110,7 +122,10 @@ def measure_speeds(work: Workload) -> Speeds:
         many, other = drawn(32, VOCABULARY), drawn(32, VOCABULARY)
         block = torch.ones(MEGABYTES * 2**20 // 4, device=device)
         factorization, entry = time_factorization(inputs.T @ inputs / n, timed)
-        solving, experts = time_solving(drawn, group, (out, n), work.two_streams, timed)
+        solving = {
+            coded: time_solving(drawn, settings, (out, n), work.two_streams, timed)
+            for coded, settings in _tried(work).items()
+        }
         return Speeds(
             str(device),
             (out, n),
@@ -130,10 +145,19 @@ def measure_speeds(work: Workload) -> Speeds:
             predictions=timed.rate(lambda: divergence(many, other), float(many.numel())),
             reading=timed.rate(lambda: torch.isfinite(block).all(), float(block.nbytes)),
             solving=solving,
-            experts=experts,
-            least=time_least(drawn, group, work.two_streams, timed),
             seconds=time.perf_counter() - started,
         )
+
+
+def _tried(work: Workload) -> dict[bool, LayerSettings]:
+    """Settings to solve with on trial, by whether they have a code: those of the largest group that has such."""
+    found: dict[bool, LayerSettings] = {}
+    by_size = sorted(work.model.groups, key=lambda each: each.weights, reverse=True)
+    for settings in dict.fromkeys(group.settings for group in by_size):
+        probed = [] if work.options.allocation is None else [probed_settings(settings, level) for level in ANCHORS]
+        for each in (settings, *probed):
+            found.setdefault(each.code != NO_CODE, each)
+    return found
 
 
 def _shapes(work: Workload) -> list[tuple[int, int]]:

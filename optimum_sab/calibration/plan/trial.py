@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from optimum_sab.calibration.plan import operations
 from optimum_sab.calibration.plan.timer import Clocks, Timer
-from optimum_sab.calibration.plan.workload import LinearGroup
 from optimum_sab.core.factorization import WIDE, factor_hessian
 from optimum_sab.core.hessian import InputMoments
 from optimum_sab.core.parts import part, watched_by
@@ -21,6 +20,21 @@ from optimum_sab.ops.columns import column_loops
 
 SOLVES = 3  # tries; the first meets cold caches
 LEAST = 32  # rows and columns of what is hardly any work
+
+
+@dataclass(frozen=True)
+class SolvingSpeeds:
+    """Of a `solve`.
+
+    Attributes:
+        parts: operations per second of every part.
+        experts: the same of experts, of which a CPU solves one a thread.
+        least: seconds of one of next to nothing.
+    """
+
+    parts: Mapping[str, float]
+    experts: Mapping[str, float]
+    least: float
 
 
 def time_factorization(hessian: Tensor, timed: Timer) -> tuple[float, float]:
@@ -43,32 +57,28 @@ def time_factorization(hessian: Tensor, timed: Timer) -> tuple[float, float]:
 
 
 def time_solving(
-    drawn: Callable[..., Tensor], group: LinearGroup, shape: tuple[int, int], two_streams: bool, timed: Timer
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Operations per second of each part of a real `solve` with the run's settings: by itself, and beside others."""
-    counts = operations.solving(*shape, group.settings, two_streams)
+    drawn: Callable[..., Tensor], settings: LayerSettings, shape: tuple[int, int], two_streams: bool, timed: Timer
+) -> SolvingSpeeds:
+    """Of a real `solve`: by itself, beside others, and with hardly anything to compute."""
+    counts = operations.solving(*shape, settings, two_streams)
 
     def speeds() -> dict[str, float]:
-        seconds = _solve_seconds(drawn, drawn(*shape), group.settings, two_streams, timed)
+        seconds = _solve_seconds(drawn, drawn(*shape), settings, two_streams, timed)
         return {name: counts[name] / seconds[name] for name in counts if counts[name] and seconds.get(name)}
 
     together, threads = speeds(), torch.get_num_threads()
-    if not timed.on_cpu or threads == 1:
-        return together, together
-    torch.set_num_threads(1)
-    try:
-        alone = speeds()
-    finally:
-        torch.set_num_threads(threads)
+    alone = together
+    if timed.on_cpu and threads > 1:
+        torch.set_num_threads(1)
+        try:
+            alone = speeds()
+        finally:
+            torch.set_num_threads(threads)
+    least = sum(_solve_seconds(drawn, drawn(LEAST, LEAST), settings, two_streams, timed).values())
     # several threads of a busy machine wait for each other, and are not slower than one on a quiet one
-    solving = {name: max(found, alone.get(name, 0.0)) for name, found in together.items()}
-    return solving, {name: threads * found for name, found in alone.items()}
-
-
-def time_least(drawn: Callable[..., Tensor], group: LinearGroup, two_streams: bool, timed: Timer) -> float:
-    """Seconds of a `solve` that has hardly anything to compute: what any takes besides."""
-    seconds = _solve_seconds(drawn, drawn(LEAST, LEAST), group.settings, two_streams, timed)
-    return sum(seconds.values())
+    parts = {name: max(found, alone.get(name, 0.0)) for name, found in together.items()}
+    beside = {name: (threads if timed.on_cpu else 1) * found for name, found in alone.items()}
+    return SolvingSpeeds(parts, beside, least)
 
 
 def _solve_seconds(

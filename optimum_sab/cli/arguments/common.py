@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from optimum_sab.core.bounds import shown
 from optimum_sab.errors import ConfigError, SABError
 from optimum_sab.presets import MOST_SAMPLES, MOST_SEED
-from optimum_sab.wording import nearest
+from optimum_sab.wording import meant
 
 _MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
 
@@ -40,10 +40,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         misspelt = _MISSPELT.fullmatch(message)
-        known = self._option_string_actions if misspelt is None or misspelt["option"] else self._choices()
-        word = misspelt and (misspelt["option"] or misspelt["choice"])
-        close = nearest(word, known) if word else None
-        hint = f" Did you mean {close!r}?" if close else ""
+        close: list[str] = []
+        if misspelt and misspelt["option"]:
+            written = misspelt["option"].split("=")[0].strip("-")
+            options = {name.strip("-"): name for name in self._option_string_actions if name.startswith("--")}
+            close = [options[name] for name in meant(written, options)]
+        elif misspelt:
+            close = meant(misspelt["choice"], self._choices())
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise WrongCall(f"{message}.{hint} See: {self.prog} --help")
 
     def _choices(self) -> list[str]:

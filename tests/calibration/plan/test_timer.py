@@ -6,7 +6,6 @@ import torch
 from optimum_sab.calibration.plan import operations, timer, trial
 from optimum_sab.calibration.plan.timer import Timer
 from optimum_sab.calibration.plan.trial import time_factorization, time_solving
-from optimum_sab.calibration.plan.workload import LinearGroup
 from optimum_sab.core.settings import LayerSettings
 
 CPU = torch.device("cpu")
@@ -69,15 +68,16 @@ def test_a_solve_is_timed_with_all_threads_and_experts_with_one_each(monkeypatch
     monkeypatch.setattr(trial, "_solve_seconds", lambda *_: used.append(torch.get_num_threads()) or seconds[used[-1]])
     monkeypatch.setattr(trial.operations, "solving", lambda *_: {"refit": 60.0, "descent": 40.0})
     seconds = {3: {"refit": 3.0, "descent": 8.0}, 1: {"refit": 6.0, "descent": 5.0}}
-    group, before = LinearGroup(1, 64, 64, LayerSettings()), torch.get_num_threads()
+    before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        solving, experts = time_solving(torch.randn, group, (64, 64), True, Timer(CPU))
-        assert used == [3, 1] and torch.get_num_threads() == 3
+        found = time_solving(torch.randn, LayerSettings(), (64, 64), True, Timer(CPU))
+        assert used == [3, 1, 3] and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
-    assert solving == {"refit": 20.0, "descent": 8.0}  # no slower than one thread
-    assert experts == {"refit": 30.0, "descent": 24.0}
+    assert found.parts == {"refit": 20.0, "descent": 8.0}  # no slower than one thread
+    assert found.experts == {"refit": 30.0, "descent": 24.0}
+    assert found.least == 11.0
 
 
 def test_a_trial_times_every_part_of_a_solve():
@@ -87,8 +87,7 @@ def test_a_trial_times_every_part_of_a_solve():
     def drawn(*shape):
         return torch.randn(*shape, generator=generator)
 
-    group = LinearGroup(1, 64, 256, LayerSettings(iterations=1, block_size=128))
-    solving, experts = time_solving(drawn, group, (64, 256), True, timed)
-    assert set(solving) == set(experts) == set(operations.SOLVING)
-    assert solving["target"] < 100 * solving["refit"]
-    assert 0 < trial.time_least(drawn, group, True, timed) < 5
+    found = time_solving(drawn, LayerSettings(iterations=1, block_size=128), (64, 256), True, timed)
+    assert set(found.parts) == set(found.experts) == set(operations.SOLVING)
+    assert found.parts["target"] < 100 * found.parts["refit"]
+    assert 0 < found.least < 5
