@@ -59,8 +59,9 @@ def test_a_model_quantized_block_by_block_on_an_accelerator_is_the_cpu_s(server,
     assert report.temperature is not None
 
 
-def test_coded_planes_and_refinement_go_there_too(server):
-    (_, cpu), (_, there) = value(server, work.family, "llama", "coded", True)
+@pytest.mark.parametrize("settings", ["partly coded", pytest.param("coded", marks=full)])
+def test_coded_planes_and_refinement_go_there_too(server, settings):
+    (_, cpu), (_, there) = value(server, work.family, "llama", settings, True)
     for mine, own in zip(there.blocks, cpu.blocks, strict=True):
         assert mine.error == pytest.approx(own.error, rel=0.05)
         assert mine.reconstruction.after == pytest.approx(own.reconstruction.after, rel=0.15)

@@ -26,12 +26,15 @@ from tests.calibration.conftest import TEXT, build
 from tests.calibration.rank_work import texts
 
 QUICK = LayerSettings(block_size=32, salient_fraction=0.125, iterations=2, sweeps=1)
-CODED = QUICK.replace(block_size=128, base_planes=2, iterations=1, code="trellis16x2")
+PLAIN = QUICK.replace(block_size=128, base_planes=2, iterations=1)
 KINDS = {
     "default": QUICK,
     "paper": QUICK.replace(significance="modality", feedback="block", refit=False, sweeps=0, row_scale="fp16"),
-    "coded": CODED,
+    "coded": PLAIN.replace(code="trellis16x2"),
+    "partly coded": PLAIN,
 }
+# a search is thousands of operations, each of which goes through Python here
+RULES = {"partly coded": {r"layers\.(0\.self_attn\.o_proj|1\.mlp\.down_proj)": {"code": "trellis16x2"}}}
 
 
 def family(name, settings="default", refine=False):
@@ -46,7 +49,8 @@ def family(name, settings="default", refine=False):
             allocation=None if refine else AllocationSettings(),
             refine=RefineSettings(epochs=1, steps=2) if refine else None,
         )
-        report = binarize(subject.model, select_linears(subject.model, KINDS[settings]), subject.samples, options)
+        selection = select_linears(subject.model, KINDS[settings], dynamic=RULES.get(settings))
+        report = binarize(subject.model, selection, subject.samples, options)
         return stored(subject.model), report
 
     return both(on)
