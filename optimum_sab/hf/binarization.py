@@ -21,6 +21,7 @@ from optimum_sab.hf.about import about
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import computes_elsewhere
 from optimum_sab.hf.early_rehearsal import RehearseUnloaded
+from optimum_sab.hf.early_resume import LookIntoResumeFolder
 from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.hold_to_plan import HoldToPlan
 from optimum_sab.hf.origin import Origin
@@ -45,7 +46,7 @@ def stages(config: SABConfig, origin: Origin | None = None, device_map: Any = No
     early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
     tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
     plan = HoldToPlan(config, reader, origin, device_map)
-    return (processor, *tried, reader, plan, early, *STAGES)
+    return (processor, *tried, reader, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
 
 
 def check_settings(model: nn.Module, config: SABConfig) -> None:

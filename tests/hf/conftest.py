@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.bench.qwen import random_model
@@ -46,6 +46,16 @@ def quicker_config(quick_config):
     """`quick_config` without the parts of a run that choose, descend or measure."""
     plain = {"allocation": "uniform", "sweeps": 0, "temperature_scaling": False}
     return lambda **changes: quick_config(**{**plain, **changes})
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """A weight that is read is an error."""
+
+    def read(*args, **kwargs):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", read)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,15 +77,48 @@ def test_a_run_is_repeated_and_resumed_with_the_same_configuration(finished, lla
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.state_dict().items())
 
 
-def test_a_resume_folder_of_another_choice_is_refused(finished, llama_folder):
-    """A rule that pins planes to what they are changes no layer's settings, but what is left to choose."""
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            # a rule that pins planes to what they are changes no layer's settings, but what is left to choose
+            {"dynamic": {"down_proj": {"base_planes": 1, "residual_planes": 1}}},
+            r"free_linears\.model\.layers\.0\.mlp\.down_proj is True there and None now",
+        ),
+        ({"sequence_length": 20}, r"samples is '\d+ of \d+ tokens, \w+' there and '\d+ of \d+ tokens, \w+' now"),
+        ({"iterations": 3}, r"layers\..*\.iterations is 2 there and 3 now"),
+        ({"target_bits": 1.8}, "target_bits is 1.9 there and 1.8 now"),
+        ({"calibration": "self"}, "refine is None there"),
+    ],
+    ids=["rule", "samples", "setting", "bits", "samples that are not written yet"],
+)
+def test_a_resume_folder_of_another_run_is_refused_before_weights_are_read(
+    finished, llama_folder, unread, changes, said
+):
     config = copy.copy(finished.config)
-    config.dynamic = {"down_proj": {"base_planes": config.base_planes, "residual_planes": config.residual_planes}}
-    with pytest.raises(
-        CalibrationError,
-        match=r"another run: free_linears\.model\.layers\.0\.mlp\.down_proj is True there and None now",
-    ):
+    for name, value in changes.items():
+        setattr(config, name, value)
+    if config.calibration == "self":
+        config.refine = True
+    kept = sorted(Path(config.resume_folder).iterdir())
+    with pytest.raises(CalibrationError, match=f"belongs to another run: {said}"):
         AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)
+    assert sorted(Path(config.resume_folder).iterdir()) == kept
+
+
+def test_a_resume_folder_of_this_run_comes_to_its_weights(finished, llama_folder, unread):
+    with pytest.raises(AssertionError, match="weights were read"):
+        AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=finished.config)
+
+
+def test_a_resume_folder_that_holds_other_files_is_refused_before_weights_are_read(
+    llama_folder, quick_config, texts, tmp_path, unread
+):
+    (tmp_path / "notes.txt").touch()
+    config = quick_config(calibration=texts, resume_folder=tmp_path)
+    with pytest.raises(CalibrationError, match=r"holds other files, such as 'notes\.txt'"):
+        AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
+    assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_memory_is_looked_at_before_the_allocation(llama_folder, quick_config, texts, monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama as llama
 
 from optimum_sab import AutoModelForVision2Seq
@@ -12,16 +12,6 @@ from optimum_sab.hf.compat import RENAMES
 from optimum_sab.hf.devices import computes_elsewhere
 
 pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
-
-
-@pytest.fixture
-def unread(monkeypatch):
-    """A weight that is read is an error."""
-
-    def read(*args, **kwargs):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", read)
 
 
 @pytest.fixture

@@ -67,6 +67,31 @@ def fingerprint(
         samples: forward keyword arguments, one dict per sample; all they hold counts.
         options: of which that counts what changes the result.
     """
+    return {
+        "release": __version__,
+        "torch": torch.__version__,
+        "format_version": max(FORMAT_VERSIONS),
+        "model": weights.hexdigest(),
+        "samples": _of_samples(samples),
+        **_asked(selection, options),
+    }
+
+
+def early_fingerprint(
+    selection: Selection, samples: Sequence[Mapping[str, Any]] | None, options: RunOptions
+) -> dict[str, Any]:
+    """What of `fingerprint` is known before a weight is read.
+
+    Args:
+        selection: of the model on meta.
+        samples: as there; None where the model is to write them.
+        options: as there.
+    """
+    known = {"release": __version__, "torch": torch.__version__, "format_version": max(FORMAT_VERSIONS)}
+    return known | ({} if samples is None else {"samples": _of_samples(samples)}) | _asked(selection, options)
+
+
+def _of_samples(samples: Sequence[Mapping[str, Any]]) -> str:
     data = hashlib.sha256()
     for sample in samples:
         for name, value in sample.items():
@@ -74,13 +99,12 @@ def fingerprint(
                 _update(data, name, value, value.flatten())
             else:
                 data.update(repr((name, value)).encode())
+    return f"{len(samples)} of {sum(map(token_count, samples))} tokens, {data.hexdigest()[:16]}"
+
+
+def _asked(selection: Selection, options: RunOptions) -> dict[str, Any]:
     allocation = options.allocation
     return {
-        "release": __version__,
-        "torch": torch.__version__,
-        "format_version": max(FORMAT_VERSIONS),
-        "model": weights.hexdigest(),
-        "samples": f"{len(samples)} of {sum(map(token_count, samples))} tokens, {data.hexdigest()[:16]}",
         "calibration_pass": options.calibration_pass,
         "expert_tokens": options.expert_tokens,
         "refine": None if options.refine is None else asdict(options.refine),

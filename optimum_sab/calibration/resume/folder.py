@@ -39,6 +39,27 @@ class ResumeFolder:
         self.folder = Path(folder)
         marks = json.loads(json.dumps(dict(marks)))
         self._run = ""
+        if not self._belongs_to(marks):
+            self.write_json(_FINGERPRINT, marks)
+        self._run = content_digest("run", {}, marks)
+
+    @classmethod
+    def look(cls, folder: str | Path, marks: Mapping[str, Any]) -> None:
+        """Refuse what the constructor would of a run of which less is known, and leave nothing but an empty folder.
+
+        Args:
+            folder: as there.
+            marks: some of those that the run will have.
+
+        Raises:
+            CalibrationError: see there.
+        """
+        seen = cls.__new__(cls)
+        seen.folder, seen._run = Path(folder), ""
+        seen._belongs_to(json.loads(json.dumps(dict(marks))), some=True)
+
+    def _belongs_to(self, marks: Mapping[str, Any], some: bool = False) -> bool:
+        """Whether a run with these marks has begun here; False where none has, or it was stopped before that."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(each.name for each in self.folder.iterdir())
@@ -52,20 +73,16 @@ class ResumeFolder:
                 f"resume_folder={str(self.folder)!r} holds other files, such as {foreign[0]!r}, and no {_FINGERPRINT}; "
                 "name an empty folder, or one that an interrupted run was given."
             )
-        if _FINGERPRINT in names:
-            self._compare(marks)
-        else:  # a new folder, or one whose run was stopped before it was there
-            self.write_json(_FINGERPRINT, marks)
-        self._run = content_digest("run", {}, marks)
-
-    def _compare(self, marks: Mapping[str, Any]) -> None:
+        if _FINGERPRINT not in names:
+            return False
         there = self.read_json(_FINGERPRINT)
-        found = difference(there, marks)
+        found = difference({key: there.get(key) for key in marks} if some else there, marks)
         if found:
             raise CalibrationError(
                 f"resume_folder={str(self.folder)!r} belongs to another run: {found}. Repeat that run, or name "
                 "another folder."
             )
+        return True
 
     def knows(self, name: str) -> bool:
         """Whether there is a file of that name."""
