@@ -9,7 +9,7 @@ from torch import nn
 from optimum_sab.calibration.joining import launched
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
-from optimum_sab.calibration.resume.fingerprint import early_fingerprint
+from optimum_sab.calibration.resume.fingerprint import fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
@@ -36,9 +36,8 @@ class LookIntoResumeFolder(Stage):
         if options.resume_folder is None or launched()[0] != 0:
             return
         samples = None if options.source.written else self._reader.early(model)
-        ResumeFolder.look(
-            options.resume_folder, early_fingerprint(select(model, self._config, strict=True), samples, options)
-        )
+        selection = select(model, self._config, strict=True)
+        ResumeFolder(options.resume_folder, fingerprint(None, selection, samples, options), begin=False)
 
     def wanted(self, run: Run) -> bool:
         return False  # with the weights there, all is compared

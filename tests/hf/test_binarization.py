@@ -88,7 +88,7 @@ def test_a_run_is_repeated_and_resumed_with_the_same_configuration(finished, lla
         ({"sequence_length": 20}, r"samples is '\d+ of \d+ tokens, \w+' there and '\d+ of \d+ tokens, \w+' now"),
         ({"iterations": 3}, r"layers\..*\.iterations is 2 there and 3 now"),
         ({"target_bits": 1.8}, "target_bits is 1.9 there and 1.8 now"),
-        ({"calibration": "self"}, "refine is None there"),
+        ({"calibration": "self", "refine": True}, "refine is None there"),
     ],
     ids=["rule", "samples", "setting", "bits", "samples that are not written yet"],
 )
@@ -98,8 +98,6 @@ def test_a_resume_folder_of_another_run_is_refused_before_weights_are_read(
     config = copy.copy(finished.config)
     for name, value in changes.items():
         setattr(config, name, value)
-    if config.calibration == "self":
-        config.refine = True
     kept = sorted(Path(config.resume_folder).iterdir())
     with pytest.raises(CalibrationError, match=f"belongs to another run: {said}"):
         AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32, quantization_config=config)

@@ -57,38 +57,36 @@ class WeightsDigest:
 
 
 def fingerprint(
-    weights: WeightsDigest, selection: Selection, samples: Sequence[Mapping[str, Any]], options: RunOptions
+    weights: WeightsDigest | None,
+    selection: Selection,
+    samples: Sequence[Mapping[str, Any]] | None,
+    options: RunOptions,
 ) -> dict[str, Any]:
     """What decides the result, as JSON values: two runs may share a folder only if theirs are equal.
 
     Args:
-        weights: of the dense model.
+        weights: of the dense model; None before they are read, which leaves them out.
         selection: the linears with their settings.
-        samples: forward keyword arguments, one dict per sample; all they hold counts.
+        samples: forward keyword arguments, one dict per sample; all they hold counts. None before the model has written
+            them, which leaves them out.
         options: of which that counts what changes the result.
     """
+    allocation = options.allocation
     return {
         "release": __version__,
         "torch": torch.__version__,
         "format_version": max(FORMAT_VERSIONS),
-        "model": weights.hexdigest(),
-        "samples": _of_samples(samples),
-        **_asked(selection, options),
+        **({} if weights is None else {"model": weights.hexdigest()}),
+        **({} if samples is None else {"samples": _of_samples(samples)}),
+        "calibration_pass": options.calibration_pass,
+        "expert_tokens": options.expert_tokens,
+        "refine": None if options.refine is None else asdict(options.refine),
+        "layers": {name: asdict(settings) for name, settings in selection.settings.items()},
+        "allocation": "uniform" if allocation is None else "sensitivity",
+        "target_bits": None if allocation is None else allocation.target_bits,
+        "temperature_scaling": options.temperature_scaling,
+        "free_linears": {} if allocation is None else dict.fromkeys(allocation.free(selection), True),
     }
-
-
-def early_fingerprint(
-    selection: Selection, samples: Sequence[Mapping[str, Any]] | None, options: RunOptions
-) -> dict[str, Any]:
-    """What of `fingerprint` is known before a weight is read.
-
-    Args:
-        selection: of the model on meta.
-        samples: as there; None where the model is to write them.
-        options: as there.
-    """
-    known = {"release": __version__, "torch": torch.__version__, "format_version": max(FORMAT_VERSIONS)}
-    return known | ({} if samples is None else {"samples": _of_samples(samples)}) | _asked(selection, options)
 
 
 def _of_samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -100,20 +98,6 @@ def _of_samples(samples: Sequence[Mapping[str, Any]]) -> str:
             else:
                 data.update(repr((name, value)).encode())
     return f"{len(samples)} of {sum(map(token_count, samples))} tokens, {data.hexdigest()[:16]}"
-
-
-def _asked(selection: Selection, options: RunOptions) -> dict[str, Any]:
-    allocation = options.allocation
-    return {
-        "calibration_pass": options.calibration_pass,
-        "expert_tokens": options.expert_tokens,
-        "refine": None if options.refine is None else asdict(options.refine),
-        "layers": {name: asdict(settings) for name, settings in selection.settings.items()},
-        "allocation": "uniform" if allocation is None else "sensitivity",
-        "target_bits": None if allocation is None else allocation.target_bits,
-        "temperature_scaling": options.temperature_scaling,
-        "free_linears": {} if allocation is None else dict.fromkeys(allocation.free(selection), True),
-    }
 
 
 def _update(digest: Any, name: str, tensor: Tensor, values: Tensor) -> None:

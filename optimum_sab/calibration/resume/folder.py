@@ -30,36 +30,17 @@ class ResumeFolder:
     Args:
         folder: made if it is not there.
         marks: what tells the run from others, as JSON values (`fingerprint`).
+        begin: whether the run begins, or goes on. If not, the marks are those that are known of it so far: only they
+            are compared, and nothing is left but an empty folder.
 
     Raises:
         CalibrationError: the folder belongs to another run, holds something else, or cannot be read or written.
     """
 
-    def __init__(self, folder: str | Path, marks: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path, marks: Mapping[str, Any], begin: bool = True) -> None:
         self.folder = Path(folder)
         marks = json.loads(json.dumps(dict(marks)))
         self._run = ""
-        if not self._belongs_to(marks):
-            self.write_json(_FINGERPRINT, marks)
-        self._run = content_digest("run", {}, marks)
-
-    @classmethod
-    def look(cls, folder: str | Path, marks: Mapping[str, Any]) -> None:
-        """Refuse what the constructor would of a run of which less is known, and leave nothing but an empty folder.
-
-        Args:
-            folder: as there.
-            marks: some of those that the run will have.
-
-        Raises:
-            CalibrationError: see there.
-        """
-        seen = cls.__new__(cls)
-        seen.folder, seen._run = Path(folder), ""
-        seen._belongs_to(json.loads(json.dumps(dict(marks))), some=True)
-
-    def _belongs_to(self, marks: Mapping[str, Any], some: bool = False) -> bool:
-        """Whether a run with these marks has begun here; False where none has, or it was stopped before that."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             names = sorted(each.name for each in self.folder.iterdir())
@@ -73,16 +54,20 @@ class ResumeFolder:
                 f"resume_folder={str(self.folder)!r} holds other files, such as {foreign[0]!r}, and no {_FINGERPRINT}; "
                 "name an empty folder, or one that an interrupted run was given."
             )
-        if _FINGERPRINT not in names:
-            return False
-        there = self.read_json(_FINGERPRINT)
-        found = difference({key: there.get(key) for key in marks} if some else there, marks)
+        if _FINGERPRINT in names:
+            there = self.read_json(_FINGERPRINT)
+            self._compare(there if begin else {key: there.get(key) for key in marks}, marks)
+        elif begin:  # a new folder, or one whose run was stopped before it was there
+            self.write_json(_FINGERPRINT, marks)
+        self._run = content_digest("run", {}, marks)
+
+    def _compare(self, there: Mapping[str, Any], marks: Mapping[str, Any]) -> None:
+        found = difference(there, marks)
         if found:
             raise CalibrationError(
                 f"resume_folder={str(self.folder)!r} belongs to another run: {found}. Repeat that run, or name "
                 "another folder."
             )
-        return True
 
     def knows(self, name: str) -> bool:
         """Whether there is a file of that name."""
