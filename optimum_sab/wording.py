@@ -1,4 +1,5 @@
-"""What messages have in common: a name that was meant, a count with its noun, a page of the documentation."""
+"""What messages have in common: a name that was meant, a count with its noun, a page of the documentation,
+a number of bytes."""
 
 from __future__ import annotations
 
@@ -69,3 +70,8 @@ def counted(count: int, noun: str, plural: str | None = None) -> str:
 def page(name: str) -> str:
     """A page of the documentation in a message: an installed package has no folder of them."""
     return f"the page {name!r} of optimum-sab's documentation"
+
+
+def size_in_words(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

@@ -23,7 +23,6 @@ from optimum_sab.calibration.stages.comparison import CompareAnswers
 from optimum_sab.calibration.stages.examples import WriteAfter, WriteBefore
 from optimum_sab.calibration.stages.forward import LookAtForwards
 from optimum_sab.calibration.stages.head import FindHead
-from optimum_sab.calibration.stages.memory import LookAtMemory
 from optimum_sab.calibration.stages.preparation import PrepareLayers
 from optimum_sab.calibration.stages.rehearsal import RehearseForward
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
@@ -37,7 +36,6 @@ BINARIZE: tuple[Stage, ...] = (FindHead(), SolveBlocks(), ScaleTemperature(), Tu
 """From a dense model with settings for every linear to a packed one."""
 
 STAGES: tuple[Stage, ...] = (
-    LookAtMemory(),
     LookAtForwards(),
     RehearseForward(),
     AgreeOnRun(),

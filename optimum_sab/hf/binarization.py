@@ -45,7 +45,7 @@ def stages(config: SABConfig, origin: Origin | None = None, device_map: Any = No
     written = run_options(config).source.written
     early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
     tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
-    plan = HoldToPlan(config, reader, origin, device_map)
+    plan = HoldToPlan(config, (reader, unseen), origin, device_map)
     return (processor, *tried, reader, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
 
 

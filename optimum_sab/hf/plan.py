@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.plan.duration import StageTime, stage_times
+from optimum_sab.calibration.plan.expectation import Fit, fit_of, shortages
 from optimum_sab.calibration.plan.fit import DiskUse
 from optimum_sab.calibration.plan.limits import Room, process_bytes
 from optimum_sab.calibration.plan.memory import DeviceMemory, memory_of
@@ -80,7 +81,9 @@ class Plan:
         reads: of the decoder blocks, where they are streamed.
         speeds: that were measured; None without timing.
         times: by stage; none without timing.
-        warnings: that quantizing will give of the model, the rules and the samples, as far as these could be read.
+        fits: by device, whether what is expected is free.
+        warnings: that quantizing will give of the model, the rules, the samples as far as these could be read, and of
+            memory and disks.
     """
 
     work: Workload
@@ -96,6 +99,7 @@ class Plan:
     reads: tuple[Pass, ...]
     speeds: Speeds | None
     times: tuple[StageTime, ...]
+    fits: Mapping[str, Fit]
     warnings: tuple[str, ...] = ()
 
     @property
@@ -128,7 +132,8 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
         work = workload(empty, selection, config, at_most(config), place)
         sizes, tokens_from = _samples(empty, selection, processor, config, work.model)
     work = replace(work, samples=sizes)
-    memory = memory_of(work, process_bytes() or 0)
+    rooms, disks = rooms_of(work), disk_uses(work)
+    heard.extend(shortages(work, rooms, disks))
     speeds = measure_speeds(work) if timing else None
     shape = work.model
     binarized = sum(block.binarized for block in shape.blocks)
@@ -140,12 +145,13 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
         8.0 * (shape.packed_bytes + _bias_bytes(empty, selection)) / binarized,
         checkpoint_bytes(empty, selection, model.dtype, config.target_bits),
         tokens_from,
-        memory,
-        rooms_of(work),
-        disk_uses(work),
+        memory_of(work, process_bytes() or 0),
+        rooms,
+        disks,
         passes(work),
         speeds,
         stage_times(work, speeds) if speeds else (),
+        {each.device: fit_of(each, rooms.get(each.device)) for each in memory_of(work)},
         tuple(heard),
     )
 

@@ -37,6 +37,7 @@ def workload(
     config: SABConfig,
     sizes: SampleSizes | Sequence[Mapping[str, Any]],
     place: tuple[Sequence[str] | None, Any],
+    unseen: Sequence[Mapping[str, Any]] = (),
 ) -> Workload:
     """What `calibration.plan` works with.
 
@@ -46,13 +47,14 @@ def workload(
         config: how.
         sizes: of the samples, or the samples' forward arguments.
         place: the checkpoint's files, as far as they are here, and the device map.
+        unseen: forward arguments of what the finished model will be compared with.
     """
     files, device_map = place
     options = run_options(config)
     shape = model_shape(model, selection, config.target_bits)
     shape = replace(shape, copied=_copied(files, shape.dtype, selection))
     if not isinstance(sizes, SampleSizes):
-        sizes = sample_sizes(sizes, (), shape) if sizes else at_most(config)
+        sizes = sample_sizes(sizes, unseen, shape) if sizes else at_most(config)
     home = main_device(device_map)
     spread = isinstance(device_map, dict) or device_map in SPREADS
     return Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home.type, spread)
@@ -65,7 +67,7 @@ def rooms_of(work: Workload) -> dict[str, Room]:
     if device is not None and device.type != "cpu":
         room = accelerator_room(device)
         # what does not fit on one may fit on several
-        rooms[ACCELERATOR] = replace(room, total=None) if work.spread and work.home != "cpu" else room
+        rooms[ACCELERATOR] = replace(room, total=None, free=None) if work.spread and work.home != "cpu" else room
     return rooms
 
 

@@ -15,7 +15,6 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.samples.modality import TokenModalities
 from optimum_sab.calibration.stage import run_stages
 from optimum_sab.calibration.stages.forward import LookAtForwards
-from optimum_sab.calibration.stages.memory import LookAtMemory
 from optimum_sab.calibration.stages.rehearsal import RehearseForward, telling_sample
 from optimum_sab.calibration.stages.samples import GivenSamples
 from optimum_sab.core.settings import LayerSettings
@@ -148,7 +147,7 @@ def test_the_sample_that_shows_most_in_fewest_tokens_is_taken():
 
 def test_rehearsal_comes_behind_the_samples_and_before_anything_long():
     kinds = [type(stage) for stage in STAGES]  # of samples that are read
-    assert kinds[:3] == [LookAtMemory, LookAtForwards, RehearseForward]
+    assert kinds[:2] == [LookAtForwards, RehearseForward]
 
 
 @pytest.mark.parametrize("family", ["llama"])

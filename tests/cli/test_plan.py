@@ -54,6 +54,8 @@ def test_json_has_every_figure(weightless, tmp_path, capsys):
         "certain_bytes",
         "total_bytes",
         "free_bytes",
+        "mapped_bytes",
+        "fit",
         "phases",
     }
     peak = next(phase for phase in memory["phases"] if phase["name"] == memory["peak_in"])
@@ -68,6 +70,7 @@ def test_json_has_every_figure(weightless, tmp_path, capsys):
     assert all(each["seconds"] > 0 for each in found["stages"])
     assert found["measured"]["device"] == "cpu" and found["measured"]["forward"] > 1e6
     assert found["refused"] is None
+    assert memory["fit"] == "fits" and 0 <= memory["mapped_bytes"] < memory["peak_bytes"]
     assert not (tmp_path / "unfinished").exists()  # planning makes nothing
 
 
@@ -105,6 +108,17 @@ def test_what_quantize_would_refuse_is_told(weightless, capsys, monkeypatch):
     assert found["refused"].startswith("quantizing needs at least")
     assert main(["plan", str(weightless), "--no-timing", *QUICK]) == 0
     assert "Refused by quantize: quantizing needs at least" in capsys.readouterr().out
+
+
+def test_whether_it_fits_is_told_with_a_warning_where_it_does_not(weightless, capsys, monkeypatch):
+    monkeypatch.setattr(workload, "machine_room", lambda: Room(10**12, 10**6, "memory"))
+    found = plan(capsys, weightless, "--no-timing", *QUICK)
+    assert found["memory"][0]["fit"] == "does not fit"
+    assert found["refused"] is None and "expected to take" in found["warnings"][-1]
+    assert main(["plan", str(weightless), "--no-timing", *QUICK]) == 0
+    printed = capsys.readouterr()
+    assert "  does not fit in what is free\n" in printed.out
+    assert "warning: quantizing is expected to take" in printed.err
 
 
 def test_quantize_refuses_by_the_plan_unless_told_otherwise(small_example, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,6 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.calibration.run import Run
-from optimum_sab.calibration.stages import allocation, memory
 from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError
 from optimum_sab.hf.binarization import binarize_loaded, stages
 from optimum_sab.hf.run_options import run_options
@@ -117,25 +116,6 @@ def test_a_resume_folder_that_holds_other_files_is_refused_before_weights_are_re
     with pytest.raises(CalibrationError, match=r"holds other files, such as 'notes\.txt'"):
         AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
     assert [each.name for each in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def test_memory_is_looked_at_before_the_allocation(llama_folder, quick_config, texts, monkeypatch):
-    order = []
-    for module, name in ((memory, "warn_of_memory"), (allocation, "gradient_energy"), (allocation, "allocate")):
-        monkeypatch.setattr(module, name, watched(order, name, getattr(module, name)))
-    config = quick_config(calibration=texts)
-    AutoModelForCausalLM.from_pretrained(llama_folder, quantization_config=config)
-    assert [name for name, _ in order] == ["warn_of_memory", "gradient_energy", "allocate"]
-    *_, two_streams = order[0][1]
-    assert two_streams is True
-
-
-def watched(order, name, function):
-    def called(*args, **options):
-        order.append((name, args))
-        return function(*args, **options)
-
-    return called
 
 
 # -- refused before a weight is read -----------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.plan.duration import stage_times
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.plan.limits import Room
-from optimum_sab.calibration.plan.memory import ACCELERATOR
-from optimum_sab.errors import ConfigError, SampleError
+from optimum_sab.calibration.plan.memory import ACCELERATOR, memory_of
+from optimum_sab.errors import ConfigError, SABWarning, SampleError
 from optimum_sab.hf import workload as hf_workload
 from optimum_sab.hf.plan import EMBEDDINGS, KEPT, SENSES, VECTORS, PlannedModel, make_plan
 from optimum_sab.hf.processor import load_processor
@@ -142,6 +142,36 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(llama_folder, quick_
         load(llama_folder, config, torch.bfloat16)
 
 
+@pytest.fixture
+def crowded(monkeypatch):
+    """Makes so many bytes of this machine's memory free."""
+
+    def make(free):
+        monkeypatch.setattr(hf_workload, "machine_room", lambda: Room(2**45, free, "memory"))
+
+    return make
+
+
+def test_what_is_not_free_is_warned_of_before_a_weight_is_read(llama_folder, quick_config, texts, crowded, unread):
+    config = quick_config(calibration=texts[:2])
+    plan = planned(llama_folder, config)
+    (memory,) = memory_of(plan.work)
+    assert plan.warnings[-1:] == () or "expected to take" not in plan.warnings[-1]
+    crowded(memory.peak.bytes - 1)
+    message = planned(llama_folder, config).warnings[-1]
+    assert message.startswith("quantizing is expected to take") and "weights that are mapped" in message
+    with pytest.warns(SABWarning, match="quantizing is expected to take .* of the machine's memory in the stage"):
+        with pytest.raises(AssertionError, match="weights were read"):
+            load(llama_folder, config)
+
+
+def test_the_report_keeps_what_was_warned_of_memory_once(llama_folder, quicker_config, texts, crowded):
+    crowded(10**6)
+    model = load(llama_folder, quicker_config(calibration=texts[:2]))
+    said = [each for each in model.hf_quantizer.report.warnings if "expected to take" in each]
+    assert len(said) == 1 and "No setting makes it fit" in said[0]
+
+
 def test_ignore_plan_begins_all_the_same(llama_folder, quick_config, texts, small_machine):
     small_machine(1)
     with pytest.raises(ConfigError, match="ignore_plan=True"):
@@ -171,7 +201,7 @@ def test_what_may_be_spread_over_devices_is_not_refused(llama_folder, quick_conf
     monkeypatch.setattr(hf_workload, "accelerator_room", lambda device: room)
     one = hf_workload.rooms_of(replace(plan.work, home="cuda"))
     several = hf_workload.rooms_of(replace(plan.work, home="cuda", spread=True))
-    assert one[ACCELERATOR] == room and several[ACCELERATOR].total is None
+    assert one[ACCELERATOR] == room and several[ACCELERATOR].total is several[ACCELERATOR].free is None
     with pytest.raises(ConfigError, match=r"accelerator's memory.*take a device with more memory"):
         refuse_what_cannot_fit(replace(plan.work, home="cuda"), one)
     refuse_what_cannot_fit(replace(plan.work, home="cuda", spread=True), several)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from optimum_sab.calibration.plan.limits import Room
-from optimum_sab.calibration.plan.memory import ACCELERATOR, DeviceMemory, memory_of
-from optimum_sab.calibration.plan.workload import SampleSizes, Workload
+from optimum_sab.calibration.plan.memory import DeviceMemory, memory_of
+from optimum_sab.calibration.plan.remedies import remedy
+from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import size_in_words
 
 ALL_THE_SAME = "ignore_plan=True begins all the same"
 
@@ -57,14 +59,10 @@ def refuse_what_cannot_fit(work: Workload, rooms: Mapping[str, Room], disks: Seq
         free = "" if room.free is None else f", {size_in_words(room.free)} of it free"
         raise ConfigError(
             f"quantizing needs at least {size_in_words(needed.certain)} of {memory.device} at once ({parts}), and "
-            f"there are {size_in_words(room.total)} ({room.words}{free}). {_remedy(work, memory, room.total)} "
-            f"`optimum-sab plan` shows all parts; {ALL_THE_SAME}."
+            f"there are {size_in_words(room.total)} ({room.words}{free}). "
+            f"{remedy(work, memory.device, room.total, _certain)} `optimum-sab plan` shows all parts; {ALL_THE_SAME}."
         )
-    by_folder: dict[str, list[DiskUse]] = {}
-    for disk in disks:
-        if disk.certain:
-            by_folder.setdefault(disk.folder, []).append(disk)
-    for folder, uses in by_folder.items():
+    for folder, uses in by_folder([disk for disk in disks if disk.certain]).items():
         size, names = sum(use.certain for use in uses), " and ".join(use.name for use in uses)
         if size > uses[0].free:
             raise ConfigError(
@@ -74,47 +72,13 @@ def refuse_what_cannot_fit(work: Workload, rooms: Mapping[str, Room], disks: Seq
             )
 
 
-def _remedy(work: Workload, memory: DeviceMemory, total: int) -> str:
-    """The first change of settings with which what is certain finds room."""
-    for words, changed in _changes(work):
-        found = {each.device: each.certain.certain for each in memory_of(changed)}
-        if found.get(memory.device, 0) <= total:
-            return f"With {words} it is {size_in_words(found.get(memory.device, 0))}."
-    if memory.device == ACCELERATOR:
-        return "No setting makes it fit; take a device with more memory, or none."
-    return "No setting makes it fit; take a machine with more memory."
+def by_folder(disks: Sequence[DiskUse]) -> dict[str, list[DiskUse]]:
+    """What will lie in the same folder, together."""
+    found: dict[str, list[DiskUse]] = {}
+    for disk in disks:
+        found.setdefault(disk.folder, []).append(disk)
+    return found
 
 
-def _changes(work: Workload) -> Iterator[tuple[str, Workload]]:
-    """Settings that take less memory, those first that cost least."""
-    machine = work.home == "cpu"
-    streamed = replace(work, streamed=True)
-    can_stream = machine and not work.streamed and not work.options.source.written
-    if machine and work.options.activation_memory is None:
-        yield "activation_memory=1", _bounded(work)
-    if can_stream:
-        yield "stream_weights=True", streamed
-        yield "stream_weights=True and activation_memory=1", _bounded(streamed)
-    for words, least in (("", work), ("stream_weights=True and ", streamed if can_stream else None)):
-        if least is not None:
-            yield from _fewer_samples(least, words)
-
-
-def _bounded(work: Workload) -> Workload:
-    return replace(work, options=replace(work.options, activation_memory=2**30))
-
-
-def _fewer_samples(work: Workload, words: str) -> Iterator[tuple[str, Workload]]:
-    count = len(work.samples.tokens) // 2
-    while count >= 1:
-        yield f"{words}calibration_samples={count}", replace(work, samples=_first(work.samples, count))
-        count //= 2
-
-
-def _first(samples: SampleSizes, count: int) -> SampleSizes:
-    return replace(samples, tokens=samples.spread(count), patches=samples.patches * count // len(samples.tokens))
-
-
-def size_in_words(size: int) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
+def _certain(memory: DeviceMemory) -> int:
+    return memory.certain.certain

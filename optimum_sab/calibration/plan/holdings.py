@@ -26,11 +26,13 @@ class Part:
         name: what it is.
         bytes: expected.
         certain: of these, that no way of computing can do without; 0 where the system may drop or spare it.
+        mapped: of the bytes, pages of the checkpoint's files, which the system can let go of and read again.
     """
 
     name: str
     bytes: int
     certain: int = 0
+    mapped: int = 0
 
 
 def activations(work: Workload, tokens: int, streams: int, inside: bool = True) -> tuple[int, int]:

@@ -45,6 +45,15 @@ class Phase:
     def certain(self) -> int:
         return sum(part.certain for part in self.parts)
 
+    @property
+    def mapped(self) -> int:
+        return sum(part.mapped for part in self.parts)
+
+    @property
+    def own(self) -> int:
+        """Without what is mapped from the checkpoint's files."""
+        return self.bytes - self.mapped
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
@@ -95,8 +104,8 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     if work.streamed:  # in scratch files
         base.append(Part("weights outside of the blocks, in use", model.in_use_outside))
     else:
-        base.append(Part("weights outside of the blocks", outside, round(copied * outside)))
-    dense = Part("dense blocks", model.block_bytes, round(copied * model.block_bytes))
+        base.append(_weights("weights outside of the blocks", outside, copied, device))
+    dense = _weights("dense blocks", model.block_bytes, copied, device)
     block = Part("one dense block", model.largest_block, model.largest_block)
     slack = slack_of(work)
     during = block if work.streamed else dense
@@ -110,7 +119,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
         yield Phase("allocation", (*base, during, *parts, slack))
     packed = Part("packed blocks", model.packed_bytes, model.packed_bytes)
     largest = max(each.packed_bytes for each in model.blocks)
-    left = Part("dense in packed blocks", model.left_bytes, round(copied * model.left_bytes))
+    left = _weights("dense in packed blocks", model.left_bytes, copied, device)
     if work.streamed:  # finished blocks are in scratch files, but for the one that is called
         packed = Part("a packed block", largest)
         left = Part("dense in it", max(each.weights - each.binarized for each in model.blocks) * model.item)
@@ -142,6 +151,12 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     if model.vocabulary and work.samples.unseen:
         logits = LOGITS * max(work.samples.unseen) * model.vocabulary * 4
         yield Phase("comparison", (*done, Part("logits", logits + kept), slack))
+
+
+def _weights(name: str, size: int, copied: float, device: str) -> Part:
+    """Weights of which a share is copied; on the machine the rest is mapped from files."""
+    own = round(copied * size)
+    return Part(name, size, own, size - own if device == "cpu" else 0)
 
 
 def _worker_phases(work: Workload) -> Iterator[Phase]:

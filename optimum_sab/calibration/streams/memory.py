@@ -1,4 +1,4 @@
-"""Whether the activations of all samples find room, said before the work instead of after hours of it."""
+"""What activations and statistics take, what is free, and giving back what is not used."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 from optimum_sab.calibration.samples.forward_inputs import token_count
-from optimum_sab.calibration.streams.placement import home_of
 from optimum_sab.core.factorization import WIDE
-from optimum_sab.errors import warn
 from optimum_sab.nn.selection import Selection
 
 # [in, in] in fp32 that solving holds at its most. With a dense stream: with a drift of that size beside every Hessian,
@@ -88,14 +86,6 @@ def activation_bytes(tokens: int, streams: int, width: int, widest: int, dtype: 
     return tokens * streams * (widest + 4 * width) * dtype.itemsize
 
 
-def calibration_bytes(tokens: int, streams: int, width: int, widest: int, dtype: torch.dtype) -> int:
-    """About what calibration holds beside the model, in bytes: activations, and statistics of the widest linear.
-
-    Args: those of `activation_bytes`; the widest linear gives a hidden state.
-    """
-    return activation_bytes(tokens, streams, width, widest, dtype) + matrices(widest, width, streams) * widest**2 * 4
-
-
 def held_activations(
     model: nn.Module, selection: Selection, samples: Sequence[Mapping[str, Any]], two_streams: bool
 ) -> int:
@@ -109,42 +99,6 @@ def held_activations(
     """
     widths = _widths(model, selection)
     return activation_bytes(sum(map(token_count, samples)), 1 + two_streams, *widths) if widths else 0
-
-
-def warn_of_memory(
-    model: nn.Module,
-    selection: Selection,
-    samples: Sequence[Mapping[str, Any]],
-    device: torch.device | None,
-    two_streams: bool,
-    room: int | None = None,
-) -> None:
-    """Warn where calibration takes more than is free.
-
-    Args:
-        model: dense.
-        selection: the linears that will be binarized.
-        samples: forward keyword arguments, one dict per sample.
-        device: where blocks are moved while they are worked on; None leaves them where they are.
-        two_streams: whether a dense stream will run beside the quantized one.
-        room: bytes that activations may take in the machine's memory, where they lie in files beyond that.
-    """
-    place = device or home_of(model)
-    free, widths = free_memory(place), _widths(model, selection)
-    if free is None or widths is None:
-        return
-    tokens = sum(map(token_count, samples))
-    needed = calibration_bytes(tokens, 1 + two_streams, *widths)
-    if room is not None and place.type == "cpu":
-        needed -= max(0, activation_bytes(tokens, 1 + two_streams, *widths) - room)
-    if needed <= free:
-        return
-    warn(
-        f"calibrating with {tokens} tokens takes about {needed / 2**30:.1f} GiB beside the model, and {place} has "
-        f"{free / 2**30:.1f} GiB free. If that fails, give fewer samples (calibration_samples) or shorter ones: "
-        "sequence_length cuts texts, and pictures become fewer tokens by the processor's max_pixels or size. On "
-        "the CPU activation_memory=1 (GiB) leaves what is beyond that of them to memory-mapped files."
-    )
 
 
 def _widths(model: nn.Module, selection: Selection) -> tuple[int, int, torch.dtype] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from optimum_sab.calibration.plan.expectation import Fit
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
 from optimum_sab.errors import ConfigError, warn
@@ -21,6 +22,13 @@ from optimum_sab.hf.stored_files import StoredFile, local_files, read_headers
 from optimum_sab.hf.streaming import check_stored, check_streaming
 from optimum_sab.json_values import json_line
 from optimum_sab.wording import counted
+
+_FIT = {
+    Fit.UNKNOWN: "whether it fits is not known: what is free cannot be asked",
+    Fit.FITS: "fits",
+    Fit.TIGHT: "tight: weights will be read again and again",
+    Fit.NOT: "does not fit in what is free",
+}
 
 
 def run(options: argparse.Namespace) -> None:
@@ -78,6 +86,8 @@ def as_json(model: str, plan: Plan, refusal: str | None) -> dict[str, Any]:
                 "certain_bytes": each.certain.certain,
                 "total_bytes": plan.rooms[each.device].total,
                 "free_bytes": plan.rooms[each.device].free,
+                "mapped_bytes": each.peak.mapped,
+                "fit": plan.fits[each.device].value,
                 "phases": [
                     {"name": phase.name, "bytes": phase.bytes, "parts": [asdict(part) for part in phase.parts]}
                     for phase in each.phases
@@ -135,6 +145,9 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
             yield f"  {part.bytes / 1e9:>9.3f} GB  {part.name}"
         free = "" if room.free is None else f"; {room.free / 1e9:.1f} GB are free"
         yield f"  {peak.bytes / 1e9:>9.3f} GB  at the peak, in the stage {peak.name!r}{free}"
+        if peak.mapped:
+            yield f"  {peak.mapped / 1e9:>9.3f} GB  of that, weights mapped from files: the system can let go of them"
+        yield f"  {_FIT[plan.fits[memory.device]]}"
         others = ", ".join(f"{phase.name} {phase.bytes / 1e9:.3f}" for phase in memory.phases if phase is not peak)
         yield f"  other stages, GB: {others}" if others else "  no other stage takes memory there"
     yield "\nDisk (arithmetic)"

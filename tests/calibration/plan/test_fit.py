@@ -2,10 +2,11 @@
 
 import pytest
 
-from optimum_sab.calibration.plan.fit import DiskUse, refuse_what_cannot_fit, size_in_words
+from optimum_sab.calibration.plan.fit import DiskUse, refuse_what_cannot_fit
 from optimum_sab.calibration.plan.limits import Room
 from optimum_sab.calibration.plan.memory import MACHINE, memory_of
 from optimum_sab.errors import ConfigError
+from optimum_sab.wording import size_in_words
 
 
 def rooms(total):

@@ -1,0 +1,97 @@
+"""What is expected and not free is said, with the setting that would make it fit."""
+
+from dataclasses import replace
+
+import pytest
+
+from optimum_sab.calibration.plan.expectation import Fit, fit_of, shortages
+from optimum_sab.calibration.plan.fit import DiskUse
+from optimum_sab.calibration.plan.limits import Room
+from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, memory_of
+from optimum_sab.wording import size_in_words
+
+PLENTY = 2**45
+
+
+def said(work, free, device=MACHINE, disks=(), total=PLENTY):
+    return list(shortages(work, {device: Room(total, free, "memory")}, disks))
+
+
+def peak(work):
+    return memory_of(work)[0].peak
+
+
+def own(work):
+    return max(phase.own for phase in memory_of(work)[0].phases)
+
+
+def test_what_is_free_to_the_byte_is_enough(work):
+    assert said(work, peak(work).bytes) == []
+    assert len(said(work, peak(work).bytes - 1)) == 1
+    assert said(work, None) == []
+
+
+def test_weights_that_are_mapped_make_it_tight(work):
+    model = work.model
+    weights = (model.outside * model.item) + model.block_bytes
+    assert peak(work).mapped == weights  # nothing is copied
+    (message,) = said(work, own(work))
+    all_of_it, without, mapped = map(size_in_words, (peak(work).bytes, own(work), weights))
+    assert f"expected to take {all_of_it} of the machine's memory in the stage 'blocks'" in message
+    assert f"and {without} are free. {mapped} of it are weights that are mapped" in message
+    assert "at the speed of the disk. With activation_memory=1 it is" in message
+
+
+def test_beyond_that_it_does_not_fit_and_says_what_would(work, changed):
+    (message,) = said(work, own(work) - 1)
+    assert "of it that the system can let go of and read again it is" in message
+    bounded = own(changed(work, activation_memory=2**30))
+    assert f"With activation_memory=1 it is {size_in_words(bounded)}." in message
+    assert "No setting makes it fit" in said(work, 10**6)[0]
+
+
+def test_copied_weights_are_not_let_go_of(work, changed):
+    copied = changed(work, copied=1.0)
+    assert peak(copied).mapped == 0 and own(copied) == peak(copied).bytes
+    (message,) = said(copied, peak(copied).bytes - 1)
+    assert "mapped" not in message and "let go" not in message
+
+
+def test_nothing_on_an_accelerator_is_mapped(work, changed):
+    there = changed(work, home="cuda")
+    (memory,) = memory_of(there)
+    assert memory.peak.mapped == 0
+    (message,) = said(there, memory.peak.bytes - 1, ACCELERATOR)
+    assert "of the accelerator's memory" in message and "calibration_samples=" in message
+
+
+def test_a_bound_is_said_to_be_one(work, changed):
+    assert "expected to take at most" in said(changed(work, samples=replace(work.samples, exact=False)), 10**6)[0]
+
+
+def test_what_is_refused_is_left_to_the_refusal(work):
+    certain = memory_of(work)[0].certain.certain
+    assert said(work, certain // 2, total=certain - 1) == []
+    assert len(said(work, certain // 2, total=certain)) == 1
+
+
+def test_a_disk_that_is_expected_to_be_full_is_told(work):
+    uses = [
+        DiskUse("finished blocks", "/a", 600, 1000, "resume_folder", 600),
+        DiskUse("scratch files", "/a", 600, 1000, "stream_weights"),
+        DiskUse("activations", "/b", 1000, 1000, "activation_memory"),
+    ]
+    (message,) = said(work, PLENTY, disks=uses)
+    assert message.startswith("finished blocks and scratch files are expected to take 0.0 MB in '/a'")
+    surely = DiskUse("finished blocks", "/a", 1001, 1000, "resume_folder", 1001)
+    assert said(work, PLENTY, disks=[surely]) == []  # refused
+
+
+@pytest.mark.parametrize(
+    ("spare", "fit"), [(0, Fit.FITS), (-1, Fit.TIGHT)], ids=["all of the peak is free", "a byte less"]
+)
+def test_fit_is_of_the_peak(work, spare, fit):
+    (memory,) = memory_of(work)
+    assert fit_of(memory, Room(PLENTY, memory.peak.bytes + spare, "memory")) is fit
+    assert fit_of(memory, Room(PLENTY, own(work) - 1, "memory")) is Fit.NOT
+    assert fit_of(memory, Room(PLENTY, None, "memory")) is fit_of(memory, None) is Fit.UNKNOWN
