@@ -17,6 +17,8 @@ from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import ConfigError
 from optimum_sab.wording import did_you_mean
 
+BUILTIN, SELF = "builtin", "self"  # calibration data that is no file and no dataset
+MOST_BUILTIN = 50_000  # samples of the built-in set; with pictures they take 8 GB
 ALLOCATION = ("sensitivity", "uniform")
 MOST_SAMPLES = 1_000_000_000
 MOST_TOKENS = 2**24  # of a text; the longest context of a model is ten millions
@@ -37,6 +39,7 @@ class RunSettings:
     target_bits: float | None = None
     calibration: Any = None
     calibration_samples: int = 512
+    builtin_samples: int = 0
     sequence_length: int = 256
     seed: int = 0
     calibration_pass: str = "hessian"
@@ -59,8 +62,8 @@ class RunSettings:
         bits = self.target_bits
         if bits is not None and (isinstance(bits, bool) or not isinstance(bits, (int, float)) or not 1.0 < bits <= 8.0):
             raise ConfigError(
-                f"target_bits={shown(bits)} must be a number above 1 and at most 8, such as 1.3 or 2.25; None takes "
-                "the settings' own."
+                f"target_bits={shown(bits)} must be a number above 1 and at most 8, such as 1.3 or 2.25; left "
+                "out, base_planes, residual_planes and salient_fraction decide."
             )
         if bits is not None and self.allocation == "uniform":
             raise ConfigError(
@@ -72,6 +75,7 @@ class RunSettings:
                 "experts are calibrated on."
             )
         check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
+        self._check_mixture()
         check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)
         check_integer("seed", self.seed, 0, MOST_SEED)
         for name in ("refine", "temperature_scaling", "examples", "stream_weights", "ignore_plan"):
@@ -85,6 +89,20 @@ class RunSettings:
             raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
         if self.backend not in (None, "auto", *BACKENDS):
             raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
+
+    def _check_mixture(self) -> None:
+        check_integer("builtin_samples", self.builtin_samples, 0, MOST_BUILTIN)
+        named = self.calibration
+        if self.builtin_samples and (named is None or (isinstance(named, str) and named in (BUILTIN, SELF))):
+            raise ConfigError(
+                f"builtin_samples={self.builtin_samples} are mixed into data of your own, and calibration is "
+                f"{(named or BUILTIN)!r}; give a file, a dataset or samples there, or leave builtin_samples out."
+            )
+        if self.builtin_samples >= self.calibration_samples:
+            raise ConfigError(
+                f"builtin_samples={self.builtin_samples} leave none of calibration_samples={self.calibration_samples} "
+                "to your own; calibration_samples counts both."
+            )
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
             return INTERRUPTED
         return _failed(options, f"interrupted; {kept}" if kept else "interrupted.", INTERRUPTED)
     except BrokenPipeError:
-        # Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return BROKEN_PIPE
+        return _left_alone()
     except Exception as error:
         line = one_line(error)
         if line is None:
@@ -85,12 +83,22 @@ def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[st
     return code
 
 
+def _left_alone() -> int:
+    """Whoever was to read the output has gone. Python would complain once more when it flushes at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
+
+
 def _be(arguments: Sequence[str], program: str, options: argparse.Namespace) -> int:
     """Be another program, whose errors and interruptions are its own."""
-    from optimum_sab.cli.commands.run import find_program
+    from optimum_sab.cli.commands.run import asks_for_usage, find_program, show_usage
 
     try:
-        start = find_program(arguments, program)
+        if asks_for_usage(arguments):
+            return show_usage(arguments, program)
+        start = find_program(arguments)
+    except BrokenPipeError:
+        return _left_alone()
     except ConfigError as error:
         return _failed(options, str(error), FAILED)
     return start()

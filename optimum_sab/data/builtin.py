@@ -13,9 +13,9 @@ from optimum_sab.data.chat import Message, Turn, chat_messages
 from optimum_sab.data.passages import text_samples
 from optimum_sab.data.questions import SCENE_TASKS, scene_turns
 from optimum_sab.errors import ConfigError
+from optimum_sab.presets import MOST_BUILTIN
 
 IMAGE_SIZE = 336
-MOST = 50_000  # samples; with pictures they take 8 GB
 
 
 def builtin_samples(
@@ -34,11 +34,11 @@ def builtin_samples(
         Plain strings and chat conversations in the processors' message format.
 
     Raises:
-        ConfigError: ``count`` is not from 1 to `MOST`.
+        ConfigError: ``count`` is not from 1 to `MOST_BUILTIN`.
     """
-    if not 1 <= count <= MOST:
+    if not 1 <= count <= MOST_BUILTIN:
         raise ConfigError(
-            f"calibration_samples={count} must be from 1 to {MOST} with the built-in set, which is drawn at once and "
+            f"calibration_samples={count} must be from 1 to {MOST_BUILTIN} with the built-in set, drawn at once; it "
             "holds little that is new beyond; bring data of your own for more (calibration=...)."
         )
     texts = iter(text_samples(count, seed=seed, words=words))

@@ -11,11 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from optimum_sab.errors import SampleError
+from optimum_sab.presets import BUILTIN, SELF
 from optimum_sab.sources import is_barred
 from optimum_sab.wording import nearest
 
-BUILTIN = "builtin"
-SELF = "self"
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 """Of the files that are read."""
 

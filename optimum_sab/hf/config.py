@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from optimum_sab.core.code import NO_CODE
 from optimum_sab.core.refinement import RefineSettings
 from optimum_sab.core.settings import LayerSettings
-from optimum_sab.data.named_source import SELF, recorded_source
+from optimum_sab.data.named_source import recorded_source
 from optimum_sab.errors import ConfigError, FormatVersionError
 from optimum_sab.format.layout import FORMAT_VERSIONS
 from optimum_sab.format.layout import format_version as version_of
@@ -23,10 +23,10 @@ from optimum_sab.hf.config_types import check_types
 from optimum_sab.hf.replay import replayed
 from optimum_sab.hf.verification import VERIFY
 from optimum_sab.nn.rules import check_rules
-from optimum_sab.presets import RunSettings, check_values, find_preset
+from optimum_sab.presets import SELF, RunSettings, check_values, find_preset
+from optimum_sab.version import QUANT_METHOD
 from optimum_sab.wording import did_you_mean
 
-QUANT_METHOD = "sab"
 PROGRESS = ("bar", "lines", "none")
 
 _LAYER = tuple(f.name for f in fields(LayerSettings))
@@ -42,6 +42,7 @@ _TRANSIENT = (  # of one call
     "activation_memory",
     "ignore_plan",
 )
+_LATER = ("expert_tokens", "builtin_samples")  # which the first release did not have
 _SAVE = "weights"  # in ``measured``: the save the configuration was written by
 _ORDER = "dynamic_order"  # in a stored ``measured``: Transformers sorts what it stores, and rules apply in their order
 
@@ -71,6 +72,8 @@ class SABConfig(QuantizationConfigMixin):
             "self" lets the dense model write its own. What a generator gives is remembered, so that the configuration
             can be used again.
         calibration_samples: how many samples to use at most.
+        builtin_samples: of these, how many of the built-in set are taken beside ``calibration``'s own, so that a model
+            that is calibrated on one kind of work keeps more of the rest.
         sequence_length: calibration texts are cut to this many tokens.
         seed: seed of the built-in set, of what the model writes for itself, and of a dataset's order.
         calibration_pass: a registered calibration pass.
@@ -131,6 +134,7 @@ class SABConfig(QuantizationConfigMixin):
         dynamic: Mapping[str, Mapping[str, Any]] | None = None,
         calibration: Any = RunSettings.calibration,
         calibration_samples: int = RunSettings.calibration_samples,
+        builtin_samples: int = RunSettings.builtin_samples,
         sequence_length: int = RunSettings.sequence_length,
         seed: int = RunSettings.seed,
         calibration_pass: str = RunSettings.calibration_pass,
@@ -192,6 +196,7 @@ class SABConfig(QuantizationConfigMixin):
         self.dynamic = {pattern: dict(changes) for pattern, changes in (dynamic or {}).items()}
         self.calibration = replayed(calibration)
         self.calibration_samples = calibration_samples
+        self.builtin_samples = builtin_samples
         self.sequence_length = sequence_length
         self.seed = seed
         self.calibration_pass = calibration_pass
@@ -341,8 +346,8 @@ class SABConfig(QuantizationConfigMixin):
         self.measured = {**(self.measured or {}), _SAVE: save}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: everything but what belongs to one call (processor, progress, ...), and ``code`` and
-        ``expert_tokens`` only if they are no defaults.
+        """JSON-ready: everything but what belongs to one call (processor, progress, ...), and ``code``,
+        ``expert_tokens`` and ``builtin_samples`` only if they are no defaults.
 
         Calibration samples given as objects are stored as their number only.
         """
@@ -351,8 +356,9 @@ class SABConfig(QuantizationConfigMixin):
         state["format_version"] = self.format_version
         if self.code == NO_CODE:  # which a reader of version 1 does not know
             del state["code"]
-        if self.expert_tokens == RunSettings.expert_tokens:  # nor earlier releases this
-            del state["expert_tokens"]
+        for name in _LATER:  # nor earlier releases these
+            if state[name] == getattr(RunSettings, name):
+                del state[name]
         state["calibration"] = describe_calibration(self.calibration)
         if list(self.dynamic) != sorted(self.dynamic):
             state["measured"] = {**(state["measured"] or {}), _ORDER: list(self.dynamic)}

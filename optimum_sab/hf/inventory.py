@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from optimum_sab.errors import FormatError
-from optimum_sab.hf.config import QUANT_METHOD, SABConfig
+from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.one_save import check_one_save
 from optimum_sab.hf.stored_files import StoredFile, StoredTensor, local_files, read_headers, read_json
 from optimum_sab.hf.verification import differing
+from optimum_sab.version import QUANT_METHOD
 
 
 @dataclass(frozen=True)

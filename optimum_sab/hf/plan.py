@@ -25,7 +25,7 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
 from optimum_sab.calibration.stages.samples import count_tokens, warn_of_few_tokens
 from optimum_sab.calibration.streams.targets import target_linear
-from optimum_sab.data.named_source import BUILTIN, named_source
+from optimum_sab.data.named_source import named_source
 from optimum_sab.errors import SABError, SABWarning, warnings_heard
 from optimum_sab.hf.binarization import check_settings
 from optimum_sab.hf.config import SABConfig
@@ -36,6 +36,7 @@ from optimum_sab.hf.workload import at_most, disk_uses, rooms_of, workload
 from optimum_sab.nn.decoder import foreign_modules, input_embedding
 from optimum_sab.nn.selection import Selection, warn_of_idle_rules
 from optimum_sab.nn.unfusing import unfuse_experts
+from optimum_sab.presets import BUILTIN
 
 EMBEDDINGS = "embeddings of tokens and the output embedding: predictions are read off there"
 SENSES = "what reads pictures or sound: outside of the decoder blocks"

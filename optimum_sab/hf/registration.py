@@ -5,9 +5,10 @@ from __future__ import annotations
 from transformers.quantizers import auto
 
 from optimum_sab.hf import counting, from_config, saving, streaming
-from optimum_sab.hf.config import QUANT_METHOD, SABConfig
+from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.hub import companions
 from optimum_sab.hf.quantizer import SABHfQuantizer
+from optimum_sab.version import QUANT_METHOD
 
 
 def register() -> None:

@@ -17,7 +17,13 @@ def run_options(config: SABConfig) -> RunOptions:
     named = config.calibration_device
     by_sensitivity = config.allocation == "sensitivity"
     return RunOptions(
-        source=SampleSource(config.calibration, config.calibration_samples, config.sequence_length, config.seed),
+        source=SampleSource(
+            data=config.calibration,
+            count=config.calibration_samples,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            builtin=config.builtin_samples,
+        ),
         calibration_pass=config.calibration_pass,
         expert_tokens=config.expert_tokens,
         device=None if named is None else usable_device("calibration_device", named),

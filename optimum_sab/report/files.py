@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optimum_sab.errors import MissingDependencyError, OutputError, ReportError, warn
+from optimum_sab.version import QUANT_METHOD
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 REPORT_VERSION = 1
@@ -49,6 +50,11 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         found = json.loads((where / REPORT_JSON).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        if not _is_packed(where):
+            raise ReportError(
+                f"{named!r} holds no packed checkpoint, of which alone there are reports; name the output of "
+                "`optimum-sab quantize`."
+            ) from error
         raise ReportError(
             f"{named!r} holds no {REPORT_JSON}: an earlier release made it, or save_pretrained alone. It is written by "
             "`optimum-sab quantize`, and by model.hf_quantizer.report.save(folder) of a model that was just made."
@@ -62,6 +68,16 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
             "upgrade optimum-sab, or quantize the model again."
         )
     return dict(found)
+
+
+def _is_packed(folder: Path) -> bool:
+    """Whether a config.json there says so."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    own = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(own, dict) and own.get("quant_method") == QUANT_METHOD
 
 
 def write_page(folder: str | os.PathLike[str]) -> Path:

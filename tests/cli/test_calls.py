@@ -79,9 +79,12 @@ def test_wrong_call_is_two_and_says_what_is_missing(capsys):
         ),
         (
             ["plan", "m", "--samples", "3"],
-            "unrecognized arguments: --samples 3. Did you mean '--calibration-samples'? See:",
+            "unrecognized arguments: --samples 3. Did you mean '--calibration-samples' or '--builtin-samples'? See:",
         ),
-        (["quantize", "m", "--output", "o", "--num_samples=3"], "Did you mean '--calibration-samples'? See:"),
+        (
+            ["quantize", "m", "--output", "o", "--num_samples=3"],
+            "Did you mean '--calibration-samples' or '--builtin-samples'? See:",
+        ),
         (
             ["quantize", "m", "--output", "o", "--device", "cuda"],
             "Did you mean '--device-map' or '--calibration-device'?",

@@ -231,7 +231,8 @@ def test_what_is_no_number_is_null_in_json(monkeypatch, capsys):
     assert found == {"kl": None, "rows": [{"perplexity": None}]}
 
 
-def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch):
+@pytest.mark.parametrize("call", [["env", "--json"], ["run", "--help"]], ids=["a command", "help of run"])
+def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch, call):
     running(monkeypatch, lambda: {"text": "x" * 1_000_000})
     out, read_out = os.pipe()[::-1]
     read_err, err = os.pipe()
@@ -239,7 +240,7 @@ def test_output_that_nobody_reads_any_more_is_no_error(monkeypatch):
     if child == 0:
         os.close(read_out)  # as `| head` does when it has seen enough
         sys.stdout, sys.stderr = os.fdopen(out, "w"), os.fdopen(err, "w")
-        code = main(["env", "--json"])
+        code = main(call)
         sys.stdout.flush()  # as at the end of a process
         sys.stderr.flush()
         os._exit(code)

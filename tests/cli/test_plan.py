@@ -7,8 +7,10 @@ import pytest
 from transformers import ResNetConfig
 
 from optimum_sab.calibration.plan.limits import Room
+from optimum_sab.cli.commands import plan as plan_command
 from optimum_sab.cli.main import main
 from optimum_sab.hf import workload
+from optimum_sab.report.words import seconds_in_words
 
 QUICK = ["--calibration-samples", "4", "--sequence-length", "48", "--iterations", "1", "--sweeps", "0"]
 
@@ -99,6 +101,14 @@ def test_a_person_sees_what_is_arithmetic_and_what_is_measured(weightless, capsy
     assert "Time" not in capsys.readouterr().out
     assert main(["plan", str(weightless), "--no-timing", "--quiet", *QUICK]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_a_long_time_is_told_in_minutes_too(weightless, capsys, monkeypatch):
+    monkeypatch.setattr(plan_command, "A_WHILE", 0)
+    assert main(["plan", str(weightless), *QUICK]) == 0
+    (line,) = [each for each in capsys.readouterr().out.splitlines() if "in all, " in each]
+    seconds = float(line.split()[0])
+    assert line.endswith(f" s   in all, {seconds_in_words(seconds)}")
 
 
 def test_what_quantize_would_refuse_is_told(weightless, capsys, monkeypatch):

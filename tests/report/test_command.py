@@ -41,6 +41,7 @@ def test_report_opens_the_page_or_says_that_there_is_no_browser(folder, capsys, 
 
 
 def test_report_of_a_checkpoint_without_one_is_an_error_in_one_line(tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "sab"}}')
     assert main(["report", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1

@@ -32,11 +32,25 @@ def test_without_the_packages_of_the_page_the_json_is_written_and_a_line_says_wh
     assert read_report(tmp_path) == document
 
 
+PACKED = '{"quantization_config": {"quant_method": "sab"}}'
+
+
 def test_a_checkpoint_without_report_is_a_named_error(tmp_path):
+    (tmp_path / "config.json").write_text(PACKED)
     with pytest.raises(ReportError, match=r"holds no report\.json.*hf_quantizer\.report\.save"):
         write_page(tmp_path)
     with pytest.raises(ReportError, match="is no folder"):
         write_page(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "config", [None, "{}", "[]", "{", '{"quantization_config": {"quant_method": "gptq"}}', '{"quantization_config": 1}']
+)
+def test_a_folder_that_holds_no_packed_checkpoint_has_no_report_either(tmp_path, config):
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    with pytest.raises(ReportError, match="holds no packed checkpoint, of which alone there are reports"):
+        write_page(tmp_path)
 
 
 @pytest.mark.parametrize(

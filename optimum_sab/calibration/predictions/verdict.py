@@ -106,6 +106,5 @@ def _advice(level: str, bits_per_weight: float) -> str:
         )
     return (
         "Do not rely on it as it is. It has lost what the calibration samples do not show: give more or more varied "
-        "ones (some of optimum_sab.data.builtin.builtin_samples among them), or more bits "
-        f"({more})."
+        f"ones (builtin_samples=128 mixes some of the built-in set into your own), or more bits ({more})."
     )

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from optimum_sab.calibration.progress import OnStep, no_step
+from optimum_sab.calibration.samples.chat import Sample
 from optimum_sab.calibration.samples.context_length import limited_length, warn_of_long_samples
 from optimum_sab.calibration.samples.decoder_inputs import with_decoder_inputs
 from optimum_sab.calibration.samples.encoding import Encoding, can_be_shown_pictures, encode_sample
 from optimum_sab.calibration.samples.forward_arguments import ForwardArguments
 from optimum_sab.calibration.samples.forward_inputs import is_prepared, token_count
-from optimum_sab.calibration.samples.reading import labelled_samples
+from optimum_sab.calibration.samples.reading import labelled_builtin, labelled_samples
 from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
-from optimum_sab.data.named_source import BUILTIN, SELF, recorded_source
+from optimum_sab.data.named_source import recorded_source
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
 from optimum_sab.errors import SABError, warn, warnings_heard
 from optimum_sab.nn.modalities import VISUAL, model_modalities
+from optimum_sab.presets import BUILTIN, SELF
 
 UNSEEN_LENGTH = 256  # tokens of a text
 GIVEN = "given as objects"
@@ -30,15 +33,17 @@ class SampleSource:
 
     Args:
         data: any form `read_samples` takes, or ``"self"`` for what the model writes.
-        count: samples at most.
+        count: samples at most, those of the built-in set included.
         sequence_length: texts are cut to this many tokens; see `encode_samples` and `self_samples`.
         seed: of what is drawn or written.
+        builtin: samples of the built-in set that are taken beside ``data``'s own, behind them.
     """
 
     data: Any = None
     count: int = 512
     sequence_length: int = 256
     seed: int = 0
+    builtin: int = 0
 
     @property
     def written(self) -> bool:
@@ -50,9 +55,8 @@ class SampleSource:
         """What it is, as it was named, of a file without the folders; of objects only that they were given."""
         if self.data is None:
             return BUILTIN
-        if not isinstance(self.data, (str, os.PathLike)):
-            return GIVEN
-        return recorded_source(self.data)
+        named = recorded_source(self.data) if isinstance(self.data, (str, os.PathLike)) else GIVEN
+        return f"{named}, and {self.builtin:,} of the built-in set" if self.builtin else named
 
 
 def calibration_inputs(
@@ -92,7 +96,7 @@ def given_inputs(model: Any, processor: Any, source: SampleSource) -> list[dict[
     visual = VISUAL in model_modalities(config)
     encoded = {}
     with warnings_heard():  # each is told once
-        for label, sample in labelled_samples(source.data, source.count, source.seed, visual):
+        for label, sample in _labelled(source, visual):
             if is_prepared(sample):
                 arguments.check(sample, label)
             encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
@@ -100,6 +104,12 @@ def given_inputs(model: Any, processor: Any, source: SampleSource) -> list[dict[
         encoding.watch.warn()
     warn_of_long_samples({label: token_count(inputs) for label, inputs in encoded.items()}, config)
     return list(encoded.values())
+
+
+def _labelled(source: SampleSource, visual: bool) -> Iterator[tuple[str, Sample]]:
+    yield from labelled_samples(source.data, source.count - source.builtin, source.seed, visual)
+    if source.builtin:
+        yield from labelled_builtin(source.builtin, source.seed, visual)
 
 
 def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ from typing import Any
 from optimum_sab.calibration.samples.chat import Sample, is_chat
 from optimum_sab.calibration.samples.hub_dataset import hub_rows, parquet_rows
 from optimum_sab.calibration.samples.jsonl import json_rows, jsonl_rows
-from optimum_sab.calibration.samples.rows import FORMS, KNOWN_COLUMNS, read_row
+from optimum_sab.calibration.samples.rows import FORMS, KNOWN_COLUMNS, missing_answer, read_row
 from optimum_sab.data.builtin import builtin_samples
-from optimum_sab.data.named_source import BUILTIN, SELF, named_source
+from optimum_sab.data.named_source import named_source
 from optimum_sab.errors import SampleError, warn, warnings_heard
+from optimum_sab.presets import BUILTIN, SELF
 from optimum_sab.wording import did_you_mean
 
 
@@ -47,7 +48,7 @@ def read_samples(source: Any, count: int, seed: int, visual: bool) -> list[Sampl
 def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterator[tuple[str, Sample]]:
     """`read_samples` one by one, so that only one is held with its pictures; each with what names it in errors."""
     if source is None or (isinstance(source, str) and source == BUILTIN):
-        yield from _numbered(builtin_samples(count, seed, visual))
+        yield from labelled_builtin(count, seed, visual)
         return
     found, told = 0, set[str]()
     folder, rows = _rows(source, count, seed)
@@ -57,12 +58,25 @@ def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterat
         if set(unused) - told:
             told |= set(unused)
             named = ", ".join(map(repr, unused))
-            hints = [did_you_mean(name, KNOWN_COLUMNS, "") for name in unused]
-            warn(f"{label} has columns that are not calibrated on: {named}{next(filter(None, hints), '.')}")
+            warn(f"{label} has columns that are not calibrated on: {named}{_hint(row, unused)}")
         yield label, sample
     if not found:
         where = f" in {os.fspath(source)!r}" if isinstance(source, (str, os.PathLike)) else ""
         raise SampleError(f"there are no calibration samples{where}; give at least one, or calibration='builtin'.")
+
+
+def _hint(row: Any, unused: Sequence[str]) -> str:
+    """The end of the sentence about columns that are not read."""
+    close = next(filter(None, (did_you_mean(name, KNOWN_COLUMNS, "") for name in unused)), ".")
+    missing = missing_answer(row)
+    if missing is None or close != "." or not any(isinstance(row.get(name), str) for name in unused):
+        return close
+    return f". It has {missing[0]!r} and no {missing[1]!r}: give the column with the answers that name."
+
+
+def labelled_builtin(count: int, seed: int, visual: bool) -> Iterator[tuple[str, Sample]]:
+    """Samples of the built-in set, each with what names it in errors."""
+    yield from _numbered(builtin_samples(count, seed, visual), "built-in sample")
 
 
 def _rows(source: Any, count: int, seed: int) -> tuple[Path | None, Iterator[tuple[str, Any]]]:
@@ -109,7 +123,7 @@ def _can_be_gone_through(source: Any) -> bool:
     return isinstance(source, Iterable) or (hasattr(source, "__getitem__") and hasattr(source, "__len__"))
 
 
-def _numbered(rows: Any) -> Iterator[tuple[str, Any]]:
+def _numbered(rows: Any, noun: str = "calibration sample") -> Iterator[tuple[str, Any]]:
     each = rows if isinstance(rows, Iterable) else (rows[number] for number in range(len(rows)))
     for number, row in enumerate(each):
-        yield f"calibration sample {number}", row
+        yield f"{noun} {number}", row

@@ -12,6 +12,7 @@ from optimum_sab.calibration.samples.media import COLUMNS, names_media
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
 from optimum_sab.calibration.samples.sounds import load_sound
+from optimum_sab.core.bounds import shown
 from optimum_sab.errors import SampleError
 from optimum_sab.wording import nearest
 
@@ -102,12 +103,27 @@ def _read_columns(columns: dict[str, Any], label: str, folder: Path | None) -> S
     return {"messages": chat, "tools": read_tools(tools, label)} if tools else chat
 
 
+def missing_answer(row: Any) -> tuple[str, str] | None:
+    """The question, or beginning, of a row that has no answer, and what its answer would be called; None of others."""
+    if not isinstance(row, Mapping) or is_chat(row.get("prompt")):
+        return None
+    given = {str(key) for key, value in row.items() if value is not None}
+    name = None if given & {*CHATS, *IDS} else next((name for name in PROMPTS if name in given), None)
+    answers = PROMPTS[name] if name else ()
+    return None if name is None or not answers or given & set(answers) else (name, answers[0])
+
+
+def _told(value: Any) -> str:
+    """A value of the wrong type, in a message."""
+    return f"the {type(value).__name__} {shown(value)}"
+
+
 def _take_media(columns: dict[str, Any], kind: str, label: str, folder: Path | None) -> list[Any]:
     one, many = columns.pop(kind, None), columns.pop(f"{kind}s", None)
     if one is not None and many is not None:
         raise SampleError(f"{label} has the columns {kind!r} and '{kind}s'; keep one of them.")
     if many is not None and not isinstance(many, (list, tuple)):
-        raise SampleError(f"{label}: '{kind}s' must be a list; it is a {type(many).__name__}.")
+        raise SampleError(f"{label}: '{kind}s' must be a list, and is {_told(many)}; name the column {kind!r} for one.")
     if many is None:
         many = [] if one is None else one if kind == "image" and isinstance(one, (list, tuple)) else [one]
     return [_MEDIA[kind](each, label, folder) for each in many]
@@ -118,7 +134,9 @@ def _take_chat(columns: dict[str, Any], label: str, folder: Path | None) -> str 
         if name in columns:
             chat = columns.pop(name)
             if not is_chat(chat):
-                raise SampleError(f"{label}: {name!r} must be a list of messages with 'role' and 'content'.")
+                raise SampleError(
+                    f"{label}: {name!r} must be a list of messages with 'role' and 'content', and is {_told(chat)}."
+                )
             return read_chat(chat, label, folder)
     if is_chat(columns.get("prompt")):
         chat = list(columns.pop("prompt"))
@@ -135,7 +153,7 @@ def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | l
         return None
     text = columns.pop(name)
     if not isinstance(text, str):
-        raise SampleError(f"{label}: {name!r} must be a text; it is a {type(text).__name__}.")
+        raise SampleError(f"{label}: {name!r} must be a text, and is {_told(text)}.")
     check_text(text, label)
     if name == "instruction" and isinstance(columns.get("input"), str):
         text = "\n".join(filter(None, (text, check_text(columns.pop("input"), label))))
@@ -150,7 +168,7 @@ def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | l
 
 def _under_system(chat: list[dict[str, Any]], system: Any, label: str) -> list[dict[str, Any]]:
     if not isinstance(system, str):
-        raise SampleError(f"{label}: 'system' must be a text; it is a {type(system).__name__}.")
+        raise SampleError(f"{label}: 'system' must be a text, and is {_told(system)}.")
     if chat[0]["role"] == "system":
         raise SampleError(f"{label} has a column 'system' and messages that begin with their own; keep one of them.")
     return [{"role": "system", "content": check_text(system, label)}, *chat]

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common, check_amounts, check_counts, check_seeds
+from optimum_sab.cli.arguments.common import add_common, add_described, check_amounts, check_counts, check_seeds
 from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.presets import PRESETS
 from optimum_sab.wording import page
@@ -16,7 +16,7 @@ from optimum_sab.wording import page
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     """Add the command's parsers."""
-    parser = commands.add_parser("bench", help="measure speed, memory, and which model families work")
+    parser = add_described(commands, "bench", "measure speed, memory, and which model families work")
     kinds = parser.add_subparsers(title="benchmarks", required=True, metavar="BENCHMARK")
 
     kernels = kinds.add_parser(

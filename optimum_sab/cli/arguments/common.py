@@ -78,6 +78,17 @@ def add_common(parser: argparse.ArgumentParser, quiet: bool = True) -> None:
         )
 
 
+def add_described(commands: Any, name: str, what: str) -> Any:
+    """Add the parser of a command whose help begins with the sentence that stands in the list of commands.
+
+    Args:
+        commands: all of them.
+        name: of the command.
+        what: it does.
+    """
+    return commands.add_parser(name, help=what, description=f"{what[0].upper()}{what[1:]}.")
+
+
 def check_counts(options: argparse.Namespace, names: Iterable[str]) -> None:
     """Refuse numbers of something of which there must be one.
 

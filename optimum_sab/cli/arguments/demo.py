@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common, check_counts, check_seeds
+from optimum_sab.cli.arguments.common import add_common, add_described, check_counts, check_seeds
 from optimum_sab.cli.arguments.settings import add_settings, check_settings
 
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser(
-        "demo", help="binarize the embedded example, reload it in a fresh process, compare accuracy per task"
+    parser = add_described(
+        commands, "demo", "binarize the embedded example, reload it in a fresh process, compare accuracy per task"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="keep the packed checkpoint here")
     parser.add_argument(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common, check_counts, check_seeds
+from optimum_sab.cli.arguments.common import add_common, add_described, check_counts, check_seeds
 from optimum_sab.cli.arguments.settings import add_source, check_calibration
 from optimum_sab.core.bounds import check_integer
 from optimum_sab.example import EXAMPLE
@@ -27,7 +27,7 @@ COUNTS = {
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     """Add the command's parsers."""
-    parser = commands.add_parser("eval", help="measure what quantization costs, several methods side by side")
+    parser = add_described(commands, "eval", "measure what quantization costs, several methods side by side")
     kinds = parser.add_subparsers(title="evaluations", required=True, metavar="EVALUATION")
     quality = kinds.add_parser(
         "quality",

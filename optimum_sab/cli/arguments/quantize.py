@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optimum_sab.cli.arguments.common import add_common
+from optimum_sab.cli.arguments.common import add_common, add_described
 from optimum_sab.cli.arguments.settings import add_settings, add_source, check_settings
 from optimum_sab.sources import check_folder
 
@@ -17,7 +17,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def add_command(commands: Any, arguments: Sequence[str] = ()) -> None:
     """Add the command's parser."""
-    parser = commands.add_parser("quantize", help="binarize a checkpoint and save it packed")
+    parser = add_described(commands, "quantize", "binarize a checkpoint and save it packed")
     parser.add_argument("model", help="checkpoint folder or Hub repository")
     parser.add_argument(
         "--output",

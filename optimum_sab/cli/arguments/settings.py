@@ -10,9 +10,9 @@ from typing import Any
 
 from optimum_sab.core.code import CODES, NO_CODE
 from optimum_sab.core.settings import FEEDBACK, ROW_SCALE, SIGNIFICANCE
-from optimum_sab.data.named_source import BUILTIN, SELF, named_source
+from optimum_sab.data.named_source import named_source
 from optimum_sab.errors import ConfigError
-from optimum_sab.presets import ALLOCATION, EXPERT_TOKENS, PRESETS, check_values, preset_settings
+from optimum_sab.presets import ALLOCATION, BUILTIN, EXPERT_TOKENS, PRESETS, SELF, check_values, preset_settings
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,14 @@ class Setting:
         metavar: what is to be given.
         type: what makes a value of it.
         choices: what it may be.
+        unset: what is done where a preset says nothing.
     """
 
     help: str
     metavar: str = "N"
     type: type = int
     choices: tuple[str, ...] | None = None
+    unset: str = ""
 
 
 SETTINGS = {
@@ -44,35 +46,41 @@ SETTINGS = {
     "sweeps": Setting("rounds of sign descent after the refit"),
     "row_scale": Setting("storage of the row scales", choices=ROW_SCALE),
     "damping": Setting("share of the Hessian's mean diagonal added to it", "SHARE", float),
-    "propagation": Setting("strength of the propagated target, 0 to 1; cross-validated if not given", "ALPHA", float),
+    "propagation": Setting("strength of the propagated target, 0 to 1", "ALPHA", float, unset="cross-validated"),
     "code": Setting(
         "trellis code of the first base plane: four levels from one stored bit; x2 is for two base planes",
         choices=(NO_CODE, *CODES),
     ),
     "allocation": Setting("where planes go: by what errors cost there, or the same everywhere", choices=ALLOCATION),
-    "target_bits": Setting("stored bits per weight at most, in the place of what the planes above take", "BITS", float),
+    "target_bits": Setting("stored bits per weight at most", "BITS", float, unset="what the planes above take"),
     "calibration": Setting(
         "'builtin', 'self' (the model writes it), a .jsonl, .ndjson, .json or .parquet file, or a dataset "
         "owner/name[:split]",
         "DATA",
         str,
+        unset="builtin",
     ),
     "calibration_samples": Setting("how many samples to use at most"),
+    "builtin_samples": Setting("of these, how many of the built-in set are mixed into data of your own"),
     "sequence_length": Setting("calibration texts are cut to this many tokens", "TOKENS"),
     "seed": Setting("of the built-in set and of a dataset's order"),
     "calibration_pass": Setting("a registered calibration pass", "NAME", str),
     "expert_tokens": Setting("what fused experts are calibrated on", choices=EXPERT_TOKENS),
-    "calibration_device": Setting("where blocks are worked on, e.g. cuda", "DEVICE", str),
+    "calibration_device": Setting("where blocks are worked on, e.g. cuda", "DEVICE", str, unset="where they are"),
     "refine": Setting("train scales, norms and biases after solving", type=bool),
     "refine_epochs": Setting("rounds over the samples per block"),
     "refine_steps": Setting("steps of the tuning of the whole model"),
     "temperature_scaling": Setting("make the predictions as sure as the dense model's are", type=bool),
     "examples": Setting("let the model write to a few prompts before and after, for the report", type=bool),
     "stream_weights": Setting("leave dense weights in their files and read one decoder block at a time", type=bool),
-    "activation_memory": Setting("of samples that wait; what is beyond lies in memory-mapped files", "GIB", float),
-    "resume_folder": Setting("keeps what is finished, for a run that is interrupted", "DIR", str),
+    "activation_memory": Setting(
+        "of samples that wait; what is beyond lies in memory-mapped files", "GIB", float, unset="no bound"
+    ),
+    "resume_folder": Setting("keeps what is finished, for a run that is interrupted", "DIR", str, unset="none"),
     "ignore_plan": Setting("begin although the plan says that it cannot fit", type=bool),
-    "backend": Setting("what computes with the packed layers: auto, triton, cpu or reference", "NAME", str),
+    "backend": Setting(
+        "what computes with the packed layers: auto, triton, cpu or reference", "NAME", str, unset="auto"
+    ),
 }
 
 
@@ -84,15 +92,17 @@ def add_settings(parser: argparse.ArgumentParser, arguments: Sequence[str] = ())
         arguments: what will be parsed; the help shows the defaults of the preset that is named there.
     """
     presets = "; ".join(f"{name}: {preset.summary}" for name, preset in PRESETS.items())
-    parser.add_argument("--preset", choices=PRESETS, default="default", help=f"settings to start from. {presets}")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default", help=f"settings to start from (default). {presets}"
+    )
     group = parser.add_argument_group("settings")
     shown = _preset(arguments)
     defaults = preset_settings(shown)
     for name, setting in SETTINGS.items():
         flag = "--" + name.replace("_", "-")
         default = defaults[name]
-        value = ("off", "on")[default] if isinstance(default, bool) else default
-        words = setting.help if default is None else f"{setting.help} ({shown}: {value})"
+        value = ("off", "on")[default] if isinstance(default, bool) else setting.unset if default is None else default
+        words = f"{setting.help} ({shown}: {value})"
         options: dict[str, Any] = {"default": None, "dest": name, "help": words}
         if setting.type is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)

@@ -21,8 +21,10 @@ from optimum_sab.hf.processor import find_processor
 from optimum_sab.hf.stored_files import StoredFile, local_files, read_headers
 from optimum_sab.hf.streaming import check_stored, check_streaming
 from optimum_sab.json_values import json_line
+from optimum_sab.report.words import seconds_in_words
 from optimum_sab.wording import counted
 
+A_WHILE = 120  # seconds, from which on they are told in larger units too
 _FIT = {
     Fit.UNKNOWN: "whether it fits is not known: what is free cannot be asked",
     Fit.FITS: "fits",
@@ -173,7 +175,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     yield "\nTime (operation counts, over what was measured here; reading from disk is not in it)"
     for each in plan.times:
         yield f"  {each.seconds:>9.1f} s   {each.name}"
-    yield f"  {plan.seconds:>9.1f} s   in all"
+    whole = "" if plan.seconds < A_WHILE else f", {seconds_in_words(plan.seconds)}"
+    yield f"  {plan.seconds:>9.1f} s   in all{whole}"
     dtype = str(plan.work.model.dtype).removeprefix("torch.")
     yield (
         f"  measured in {speeds.seconds:.1f} s on {speeds.device}: products with {shapes} in "

@@ -23,12 +23,23 @@ Run a program in this process with packed checkpoints registered in Transformers
 transformers), a module, or a script. Everything after its name is the program's own, and so is the exit code."""
 
 
-def find_program(arguments: Sequence[str], program: str = "optimum-sab") -> Callable[[], int]:
+def asks_for_usage(arguments: Sequence[str]) -> bool:
+    """Whether there is no program, or help where its name would be."""
+    return not arguments or arguments[0] in ("-h", "--help")
+
+
+def show_usage(arguments: Sequence[str], program: str) -> int:
+    """Print how it is called, and give the exit code: 2 where nothing was said."""
+    status = 0 if arguments else 2
+    print(USAGE.format(program=program), file=sys.stderr if status else sys.stdout, flush=True)
+    return status
+
+
+def find_program(arguments: Sequence[str]) -> Callable[[], int]:
     """What a command line is to run, found and not begun.
 
     Args:
-        arguments: of the command line, after ``run``.
-        program: shown in the usage.
+        arguments: of the command line, after ``run``; not those that `asks_for_usage`.
 
     Returns:
         Registers the quantization method and is the program, which reads its own ``sys.argv``. It gives the exit code
@@ -37,8 +48,6 @@ def find_program(arguments: Sequence[str], program: str = "optimum-sab") -> Call
     Raises:
         ConfigError: there is no such program, or it is none that Python runs.
     """
-    if not arguments or arguments[0] in ("-h", "--help"):
-        return partial(_show, USAGE.format(program=program), 0 if arguments else 2)
     name, *rest = arguments
     if name == "-m":
         if not rest:
@@ -63,11 +72,6 @@ def find_program(arguments: Sequence[str], program: str = "optimum-sab") -> Call
             f"{where!r} is no Python program, so nothing can be registered in it; put run where it starts Python."
         )
     return partial(_run_script, where, *rest)
-
-
-def _show(text: str, status: int) -> int:
-    print(text, file=sys.stderr if status else sys.stdout)
-    return status
 
 
 def _run_module(module: str, *arguments: str) -> int:

@@ -15,10 +15,14 @@ from optimum_sab.data.named_source import names_dataset
 from optimum_sab.hf.hub.authorship import sign, with_tags
 from optimum_sab.hf.hub.facts import ModelFacts
 from optimum_sab.hf.hub.markdown import cell, code, plain
+from optimum_sab.wording import counted
 
 HERE = "path/to/this/checkpoint"
 _ROWS = 16  # of the table of blocks
-_NOT_SETTINGS = ("measured", "quant_method", "format_version", "calibration", "calibration_samples", "seed", "dynamic")
+_NOT_SETTINGS = (
+    *("measured", "quant_method", "format_version", "calibration", "calibration_samples", "builtin_samples", "seed"),
+    "dynamic",
+)
 
 
 def model_card(facts: ModelFacts, tags: Iterable[str] = ()) -> ModelCard:
@@ -158,7 +162,8 @@ def _figure(value: float | None, form: str) -> str:
 def _calibration(facts: ModelFacts) -> str:
     config, measured = facts.config, facts.config.measured or {}
     used = measured.get("calibration_samples", {})
-    rows: list[tuple[str, str]] = [("data", _source(config.calibration))]
+    besides = f", and {config.builtin_samples:,} samples of the built-in set" if config.builtin_samples else ""
+    rows: list[tuple[str, str]] = [("data", _source(config.calibration) + besides)]
     if used:
         rows.append(("samples", f"{used['samples']:,}, {used['with_pictures']:,} of them with pictures"))
     rows += [(f"tokens, {plain(kind)}", f"{count:,}") for kind, count in measured.get("calibration_tokens", {}).items()]
@@ -194,7 +199,13 @@ def _settings(facts: ModelFacts) -> str:
     config = facts.config
     head = f"## Settings\n\nFormat version {config.format_version}"
     given = {key: value for key, value in config.to_diff_dict().items() if key not in _NOT_SETTINGS}
-    rules = f" {len(config.dynamic):,} linears or rules have settings of their own." if config.dynamic else ""
+    count = len(config.dynamic or ())
+    rules = (
+        f" `dynamic` has {counted(count, 'rule')} there: planes that were chosen by sensitivity, for a linear or for "
+        "those that share an input, and rules that were given."
+        if count
+        else ""
+    )
     if not given:
         return f"{head}, the defaults; they are in `quantization_config` of `config.json`.{rules}"
     shown = f"```json\n{json.dumps(given, indent=2)}\n```"

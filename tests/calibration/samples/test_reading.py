@@ -193,6 +193,31 @@ def test_a_column_that_is_nearly_one_that_is_read_is_told_what_was_meant(dataset
 
 
 @pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"question": "What?", "label": "A cup."},
+            "'label'. It has 'question' and no 'answer': give the column with the",
+        ),
+        (
+            {"instruction": "Say it.", "target": "It."},
+            "'target'. It has 'instruction' and no 'output': give the column",
+        ),
+        ({"question": "What?", "id": 7}, "'id'."),
+        ({"question": "What?", "answer": "A cup.", "label": "cup"}, "'label'."),
+        ({"text": "A cup.", "label": "cup"}, "'label'."),
+    ],
+)
+def test_a_question_whose_answer_has_another_name_is_told_what_to_call_it(datasets, row, said):
+    datasets.rows = Rows([row])
+    with pytest.warns(SABWarning) as told:
+        read("owner/name")
+    (message,) = [str(each.message) for each in told]
+    assert f"not calibrated on: {said}" in message
+    assert message.endswith("that name.") is ("and no" in said)
+
+
+@pytest.mark.parametrize(
     ("role", "hint"),
     [
         ("usr", "; did you mean 'user'?"),
@@ -313,9 +338,12 @@ def test_source_that_is_not_understood_is_named(source, message):
         ('{"text": \n', r" is not JSON: Expecting value at column 10\.$"),
         ("{'text': 'a'}", r" is not JSON: Expecting property name enclosed in double quotes at column 2\.$"),
         ({"captions": "a"}, r"has columns captions; did you mean 'caption'\? One of 'messages', 'text'"),
-        ({"text": 5}, "'text' must be a text; it is a int"),
+        ({"text": 5}, "'text' must be a text, and is the int 5"),
         ("[1, 2]", "is a list; give a text, a list of messages"),
-        ({"messages": "hello"}, "'messages' must be a list of messages with 'role' and 'content'"),
+        (
+            {"messages": "hello"},
+            "'messages' must be a list of messages with 'role' and 'content', and is the str 'hello'",
+        ),
         ({"messages": [{"from": "human"}]}, "'messages' must be a list of messages"),
         (
             {"text": "a", "image": "gone.png"},
@@ -324,7 +352,10 @@ def test_source_that_is_not_understood_is_named(source, message):
         ({"text": "a", "image": "text.png"}, "the picture '.*text.png' cannot be read"),
         ({"text": "a", "image": "torn.png"}, "the picture '.*torn.png' cannot be read"),
         ({"text": "a", "image": 5}, "has a picture given as int, which is not understood; give a path"),
-        ({"text": "a", "images": "a.png"}, "'images' must be a list; it is a str"),
+        (
+            {"text": "a", "images": "a.png"},
+            r"'images' must be a list, and is the str 'a\.png'; name the column 'image' for one",
+        ),
         ({"text": "a", "image": "a\0b.png"}, r"the picture '.*a\\x00b\.png' does not exist"),
         ('{"text": ' + "7" * 5000 + "}", "is not JSON: Exceeds the limit"),
         ("[" * 100_000, "is nested too deeply"),

@@ -189,7 +189,7 @@ def test_columns_that_are_no_part_of_the_sample_are_told():
         ),
         ([{"from": "human", "value": "a", "content": "b"}], "with 'from', 'value' and 'content'; remove"),
         ({"messages": [{"role": "system", "content": "a"}, *ASK], "system": "b"}, "messages that begin with their own"),
-        ({"messages": ASK, "system": 5}, "'system' must be a text; it is a int"),
+        ({"messages": ASK, "system": 5}, "'system' must be a text, and is the int 5"),
         (
             {"messages": ASK, "tools": "clock"},
             r"'tools' is a string that is not JSON \(Expecting value at character 0\)",
@@ -200,7 +200,7 @@ def test_columns_that_are_no_part_of_the_sample_are_told():
         ({"messages": [{"role": "user", "content": None}]}, "a message with the content 'None'"),
         ({"messages": "hello"}, "'messages' must be a list of messages"),
         ({"label": 3}, "has columns label; one of 'messages', 'text'"),
-        ({"text": ["a", "b"]}, "'text' must be a text; it is a list"),
+        ({"text": ["a", "b"]}, r"'text' must be a text, and is the list \['a', 'b'\]"),
         ({"tools": [CLOCK]}, "has columns tools; one of"),
     ],
 )
