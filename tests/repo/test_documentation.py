@@ -8,6 +8,7 @@ block says so where it is not run:
 `<!-- not executed: REASON -->`, or `<!-- ci: NAME -->` where .ci/run runs it.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -21,12 +22,15 @@ from pathlib import Path
 
 import pytest
 
+from optimum_sab.cli.arguments.parser import build_parser
+
 ROOT = Path(__file__).parents[2]
 MADE = "optimum-sab example ./example-vlm"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 EXECUTED = ("python", "bash")
 SHOWN = ("text", "json", "yaml", "toml", "html", "markdown", "mermaid", "diff", "bibtex")
+ENDS = ("&&", "||", "|", ">", ">>", ";", "&")
 COMMANDS = (("optimum-sab",), ("optimum-cli", "sab"), ("python", "-m", "optimum_sab"), ("ls",), ("cat",), ("du",))
 CI_BLOCKS = {"demo", "test"}
 TIME_LIMIT = 900
@@ -114,6 +118,24 @@ def commands(code: str) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
+def own_calls(code: str) -> list[list[str]]:
+    """What a shell block gives our commands, wherever in a line they stand, each up to where a shell ends it.
+
+    In a loop it is that of the first round.
+    """
+    for name, first in re.findall(r"^ *for (\w+) in (\S+?);? ", code, re.MULTILINE):
+        code = re.sub(rf"\${name}\b", first, code)
+    found = []
+    for words in commands(code):
+        for at, word in enumerate(words):
+            begin = at + 1 if word == "optimum-sab" else at + 2 if words[at : at + 2] == ["-m", "optimum_sab"] else None
+            if begin is None:
+                continue
+            ends = [number for number in range(begin, len(words)) if words[number] in ENDS]
+            found.append([each.rstrip(";") for each in words[begin : min(ends, default=len(words))]])
+    return found
+
+
 def complaint(block: Block) -> str | None:
     """What is wrong with the block before anything is run, or None."""
     where = f"{block.path}:{block.line}"
@@ -192,6 +214,42 @@ def test_document_runs_as_it_stands(path, small_example, smallest_example, run, 
         shutil.copytree(example, tmp_path / "example-vlm")
     finished = run(found, tmp_path, str(example))
     assert finished.returncode == 0, finished.stdout
+
+
+def not_executed(language: str) -> list[Block]:
+    found = [block for path in DOCUMENTS for block in document_blocks(path)]
+    return [block for block in found if block.language == language and block.kind == "not executed"]
+
+
+@pytest.mark.parametrize("block", not_executed("bash"), ids=lambda block: f"{block.path}:{block.line}")
+def test_what_is_not_executed_is_shell_and_calls_commands_that_there_are(block):
+    checked = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+    for arguments in own_calls(block.code):
+        if arguments[0] != "run":  # whose arguments are another program's
+            build_parser("optimum-sab", arguments).parse_args(arguments)
+    for module in re.findall(r"-m (optimum_sab[.\w]*)", block.code):
+        assert importlib.util.find_spec(module) is not None, module
+
+
+@pytest.mark.parametrize("block", not_executed("python"), ids=lambda block: f"{block.path}:{block.line}")
+def test_what_is_not_executed_is_python(block):
+    compile(block.code, block.path, "exec")
+
+
+def test_calls_are_found_wherever_they_stand():
+    code = textwrap.dedent(
+        """\
+        OMP_NUM_THREADS=2 optimum-sab env --json | head
+        for each in 4 5; do
+          optimum-sab inspect $each \\
+            --json;
+        done
+        torchrun --nproc-per-node 2 -m optimum_sab plan x && optimum-sab report y > z
+        ls
+        """
+    )
+    assert own_calls(code) == [["env", "--json"], ["inspect", "4", "--json"], ["plan", "x"], ["report", "y"]]
 
 
 def test_readme_holds_each_block_that_ci_runs_once():
