@@ -74,4 +74,6 @@ def page(name: str) -> str:
 
 def size_in_words(size: int) -> str:
     """Bytes as people read them."""
-    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"
+    return (
+        f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB" if size >= 10**5 else f"{size / 1e3:.1f} kB"
+    )

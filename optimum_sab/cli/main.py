@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from optimum_sab.cli.arguments.common import FoundWrong, WrongCall
@@ -52,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "optimum-sab") -
         return _failed(options, str(wrong), WRONG_CALL)
     except KeyboardInterrupt as stopped:
         folder = getattr(options, "resume_folder", None)
-        kept = str(stopped) or (f"what is finished is kept in {folder!r}." if folder else "")
+        kept = str(stopped) or (f"what is finished is kept in {folder!r}." if _holds_blocks(folder) else "")
         if getattr(options, "silent", False):
             return INTERRUPTED
         return _failed(options, f"interrupted; {kept}" if kept else "interrupted.", INTERRUPTED)
@@ -83,6 +84,11 @@ def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[st
     return code
 
 
+def _holds_blocks(folder: str | None) -> bool:
+    """Whether a resume folder has anything to go on with."""
+    return folder is not None and any(Path(folder).glob("block-*"))
+
+
 def _left_alone() -> int:
     """Whoever was to read the output has gone. Python would complain once more when it flushes at the end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -95,12 +101,15 @@ def _be(arguments: Sequence[str], program: str, options: argparse.Namespace) -> 
 
     try:
         if asks_for_usage(arguments):
-            return show_usage(arguments, program)
+            code = show_usage(arguments, program)
+            if code and options.json:
+                print(json_line({"error": "run needs the name of a program.", "exit_code": code}), flush=True)
+            return code
         start = find_program(arguments)
     except BrokenPipeError:
         return _left_alone()
-    except ConfigError as error:
-        return _failed(options, str(error), FAILED)
+    except (ConfigError, OSError) as error:
+        return _failed(options, one_line(error) or str(error), FAILED)
     return start()
 
 

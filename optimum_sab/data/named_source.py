@@ -74,6 +74,10 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
         )
     if isinstance(source, str) and names_dataset(name):
         return name
+    if os.path.isfile(name.rpartition(":")[0]):
+        raise SampleError(
+            f"calibration={_shown(name)} names a split of a file, which has none; give {name.rpartition(':')[0]!r}."
+        )
     if not isinstance(source, str) or (_names_file(name) and "\n" not in name) or _looks_like_path(name):
         raise SampleError(f"the calibration file {_shown(str(source))} does not exist{_nearest(name)}")
     close = nearest(name.lower(), (BUILTIN, SELF))

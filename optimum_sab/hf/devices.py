@@ -65,11 +65,26 @@ def computes_elsewhere(device_map: Any) -> bool:
     Args:
         device_map: as `from_pretrained` takes it, checked.
     """
+    return bool(accelerators(device_map))
+
+
+def accelerators(device_map: Any) -> tuple[torch.device, ...]:
+    """The accelerators that weights go to, each once; the current one where Transformers spreads them.
+
+    Args:
+        device_map: as `from_pretrained` takes it, checked.
+    """
+    current = torch.accelerator.current_accelerator()
+    kind = "cuda" if current is None else current.type  # of a bare number, which is no CPU's
     if isinstance(device_map, str) and device_map in SPREADS:
-        return torch.accelerator.is_available()
+        return (torch.device(kind),) if torch.accelerator.is_available() else ()
     places = device_map.values() if isinstance(device_map, dict) else [] if device_map is None else [device_map]
-    there = [place for place in places if place not in _NO_DEVICES]
-    return any(isinstance(place, int) or torch.device(place).type != "cpu" for place in there)  # a number is no CPU's
+    found = [
+        torch.device(kind, place) if isinstance(place, int) else torch.device(place)
+        for place in places
+        if place not in _NO_DEVICES
+    ]
+    return tuple(dict.fromkeys(device for device in found if device.type != "cpu"))
 
 
 def main_device(device_map: Any) -> torch.device:
@@ -78,5 +93,4 @@ def main_device(device_map: Any) -> torch.device:
     Args:
         device_map: as `from_pretrained` takes it, checked.
     """
-    found = torch.accelerator.current_accelerator() if computes_elsewhere(device_map) else None
-    return torch.device("cpu") if found is None else torch.device(found.type)
+    return next(iter(accelerators(device_map)), torch.device("cpu"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,6 +13,8 @@ from optimum_sab.calibration.joining import launched
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.plan.expectation import shortages
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
+from optimum_sab.calibration.plan.limits import Room
+from optimum_sab.calibration.plan.memory import MACHINE
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
@@ -46,12 +50,14 @@ class HoldToPlan(Stage):
         samples, unseen = self._samples.early(model), self._unseen.early(model)
         work = workload(model, selection, self._config, samples, self._place, unseen)
         size = launched()[1]
+        least = most = work
         if size > 1:
-            work = replace(work, samples=work.samples.share(size))
-        rooms, disks = rooms_of(work), disk_uses(work)
-        if not self._config.ignore_plan:
-            refuse_what_cannot_fit(work, rooms, disks)
-        for message in shortages(work, rooms, disks):
+            least = replace(work, samples=work.samples.share(size), ranks=size)
+            most = replace(work, samples=work.samples.largest_share(size), ranks=size)
+        rooms, refusing = rooms_of(work), not self._config.ignore_plan
+        if refusing:
+            refuse_what_cannot_fit(least, rooms, disk_uses(least))
+        for message in shortages(most, _shared(rooms), disk_uses(most), refusing):
             warn(message)
 
     def wanted(self, run: Run) -> bool:
@@ -59,3 +65,10 @@ class HoldToPlan(Stage):
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         """Nothing is left to do."""
+
+
+def _shared(rooms: Mapping[str, Room]) -> dict[str, Room]:
+    """What is free of the machine's memory for each of the processes that torchrun has started on it."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched()[1] > 1 else 1
+    machine = rooms[MACHINE]
+    return {**rooms, MACHINE: replace(machine, free=None if machine.free is None else machine.free // max(1, local))}

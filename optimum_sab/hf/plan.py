@@ -26,7 +26,7 @@ from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
 from optimum_sab.calibration.stages.samples import count_tokens, warn_of_few_tokens
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.data.named_source import named_source
-from optimum_sab.errors import SABError, SABWarning, warnings_heard
+from optimum_sab.errors import SABWarning, warnings_heard
 from optimum_sab.hf.binarization import check_settings
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.estimate import checkpoint_bytes
@@ -82,6 +82,7 @@ class Plan:
         reads: of the decoder blocks, where they are streamed.
         speeds: that were measured; None without timing.
         times: by stage; none without timing.
+        held: bytes of the machine's memory that this process holds already, and that ``memory`` counts.
         fits: by device, whether what is expected is free.
         warnings: that quantizing will give of the model, the rules, the samples as far as these could be read, and of
             memory and disks.
@@ -100,6 +101,7 @@ class Plan:
     reads: tuple[Pass, ...]
     speeds: Speeds | None
     times: tuple[StageTime, ...]
+    held: int
     fits: Mapping[str, Fit]
     warnings: tuple[str, ...] = ()
 
@@ -134,7 +136,8 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
         sizes, tokens_from = _samples(empty, selection, processor, config, work.model)
     work = replace(work, samples=sizes)
     rooms, disks = rooms_of(work), disk_uses(work)
-    heard.extend(shortages(work, rooms, disks))
+    held = process_bytes() or 0
+    heard.extend(shortages(work, rooms, disks, refusing=not config.ignore_plan))
     speeds = measure_speeds(work) if timing else None
     shape = work.model
     binarized = sum(block.binarized for block in shape.blocks)
@@ -146,12 +149,13 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
         8.0 * (shape.packed_bytes + _bias_bytes(empty, selection)) / binarized,
         checkpoint_bytes(empty, selection, model.dtype, config.target_bits),
         tokens_from,
-        memory_of(work, process_bytes() or 0),
+        memory_of(work, held),
         rooms,
         disks,
         passes(work),
         speeds,
         stage_times(work, speeds) if speeds else (),
+        held,
         {each.device: fit_of(each, rooms.get(each.device)) for each in memory_of(work)},
         tuple(heard),
     )
@@ -169,7 +173,7 @@ def _samples(
     warn_of_few_tokens(sum(tokens.values()), model, selection)
     try:
         unseen = [each for some in unseen_inputs(model, processor).values() for each in some]
-    except SABError:  # such a model is not compared
+    except Exception:  # such a model is not compared; a processor is anybody's code
         unseen = []
     return sample_sizes(inputs, unseen, shape), f"counted, of {source.described!r} as the model's processor encodes it"
 

@@ -18,4 +18,4 @@ def as_recipe(config: SABConfig) -> None:
             f"calibration={config.calibration!r} says how many samples calibrated a finished model, not which: "
             "the built-in set is used. Give them again as SABConfig(calibration=...)."
         )
-        config.calibration = None
+        config.calibration, config.builtin_samples = None, 0

@@ -22,10 +22,12 @@ from optimum_sab.calibration.plan.shapes import model_shape, sample_sizes
 from optimum_sab.calibration.plan.workload import SampleSizes, Workload
 from optimum_sab.calibration.samples.inputs import UNSEEN_LENGTH
 from optimum_sab.data.unseen import unseen_texts
+from optimum_sab.errors import ConfigError
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.devices import SPREADS, main_device
+from optimum_sab.hf.devices import SPREADS, accelerators, main_device
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.stored_files import read_headers
+from optimum_sab.hf.streaming import check_stored, check_streaming
 from optimum_sab.nn.selection import Selection
 
 _NUMBERED_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -56,14 +58,34 @@ def workload(
     if not isinstance(sizes, SampleSizes):
         sizes = sample_sizes(sizes, unseen, shape) if sizes else at_most(config)
     home = main_device(device_map)
-    spread = isinstance(device_map, dict) or device_map in SPREADS
-    return Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home.type, spread)
+    spread = len(accelerators(device_map)) > 1 or (isinstance(device_map, str) and device_map in SPREADS)
+    work = Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home, spread)
+    return replace(work, streamable=_streamable(work, files, device_map))
+
+
+def _streamable(work: Workload, files: Sequence[str] | None, device_map: Any) -> bool:
+    """Whether `stream_weights` would be taken, and its scratch files find room."""
+    try:
+        check_streaming({}, device_map)
+        check_stored(files)
+    except ConfigError:
+        return False
+    return _scratch_bytes(work) <= _free(_scratch_folder(work))
+
+
+def _scratch_bytes(work: Workload) -> int:
+    model = work.model
+    return model.packed_bytes + model.left_bytes + model.outside * model.item
+
+
+def _scratch_folder(work: Workload) -> str:
+    return os.fspath(work.options.resume_folder or tempfile.gettempdir())
 
 
 def rooms_of(work: Workload) -> dict[str, Room]:
     """What the devices of a run have."""
     rooms = {MACHINE: machine_room()}
-    device = work.options.device if work.home == "cpu" else torch.device(work.home)
+    device = work.options.device if work.home == "cpu" else work.main
     if device is not None and device.type != "cpu":
         room = accelerator_room(device)
         # what does not fit on one may fit on several
@@ -79,10 +101,9 @@ def disk_uses(work: Workload) -> tuple[DiskUse, ...]:
         there = sum(each.stat().st_size for each in Path(folder).glob("block-*.safetensors"))
         size = max(0, work.model.packed_bytes - there)
         found.append(DiskUse("finished blocks", folder, size, _free(folder), "resume_folder", size))
-    folder = os.fspath(options.resume_folder or tempfile.gettempdir())
+    folder = _scratch_folder(work)
     if work.streamed:
-        model = work.model
-        size = model.packed_bytes + model.left_bytes + model.outside * model.item
+        size = _scratch_bytes(work)
         found.append(DiskUse("scratch files", folder, size, _free(folder), "stream_weights", size))
     mapped = in_files(work)
     if mapped:

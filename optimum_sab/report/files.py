@@ -50,7 +50,7 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         found = json.loads((where / REPORT_JSON).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        if not _is_packed(where):
+        if _packed(where) is None:
             raise ReportError(
                 f"{named!r} holds no packed checkpoint, of which alone there are reports; name the output of "
                 "`optimum-sab quantize`."
@@ -70,14 +70,34 @@ def read_report(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return dict(found)
 
 
-def _is_packed(folder: Path) -> bool:
-    """Whether a config.json there says so."""
+def _packed(folder: Path) -> dict[str, Any] | None:
+    """How a config.json there says that the model was packed; None where none says so."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return False
+        return None
     own = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(own, dict) and own.get("quant_method") == QUANT_METHOD
+    return own if isinstance(own, dict) and own.get("quant_method") == QUANT_METHOD else None
+
+
+def _check_of_this_model(folder: Path, document: Mapping[str, Any]) -> None:
+    """A model that was saved over another one has left that one's report where it was."""
+    measured = (_packed(folder) or {}).get("measured")
+    own, told = (each.get("agreement") if isinstance(each, Mapping) else None for each in (measured, document))
+    if own and told and _divergences(own) != _divergences(told):
+        raise ReportError(
+            f"{REPORT_JSON} in {os.fspath(folder)!r} is of another model than the one that was saved there since; "
+            "model.hf_quantizer.report.save(folder) of the one that was just made writes it anew, and so does "
+            "`optimum-sab quantize`. Remove it otherwise."
+        )
+
+
+def _divergences(agreement: Any) -> Any:
+    """By kind, in the digits that a config.json keeps; anything that is none of ours as it is."""
+    try:
+        return {kind: None if each["kl"] is None else round(each["kl"], 4) for kind, each in agreement.items()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return agreement
 
 
 def write_page(folder: str | os.PathLike[str]) -> Path:
@@ -87,11 +107,13 @@ def write_page(folder: str | os.PathLike[str]) -> Path:
         Where it is.
 
     Raises:
-        ReportError: see `read_report`, or something in the file is not what it should be.
+        ReportError: see `read_report`, something in the file is not what it should be, or it is of another model.
         MissingDependencyError: see `optimum_sab.report.page.render`.
         OutputError: the folder cannot be written to.
     """
-    page = _page(read_report(folder))
+    document = read_report(folder)
+    _check_of_this_model(Path(folder), document)
+    page = _page(document)
     path = Path(folder) / REPORT_HTML
     try:
         _write(path, page)

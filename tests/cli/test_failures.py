@@ -200,17 +200,20 @@ def interruptible():
 
 
 @pytest.mark.usefixtures("interruptible")
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", [None, "nothing finished", "a block finished"])
 def test_interruption_exits_with_130(monkeypatch, capsys, tmp_path, small_example, resume):
     monkeypatch.setattr(
         "optimum_sab.cli.commands.quantize.auto_class", lambda source: signal.raise_signal(signal.SIGINT)
     )
     folder = tmp_path / "resume"
+    folder.mkdir()
+    if resume == "a block finished":
+        (folder / "block-00000.safetensors").touch()
     arguments = ["quantize", str(small_example), "--output", str(tmp_path / "out")]
     assert main([*arguments, *(["--resume-folder", str(folder)] if resume else [])]) == 130
     err = capsys.readouterr().err
     assert err.startswith("interrupted") and err.count("\n") == 1
-    assert (repr(str(folder)) in err) == resume
+    assert (repr(str(folder)) in err) == (resume == "a block finished")
 
 
 def test_interruption_that_says_what_stands_where_is_handed_on(monkeypatch, capsys):

@@ -55,6 +55,7 @@ def test_json_has_every_figure(weightless, tmp_path, capsys):
         "peak_in",
         "certain_bytes",
         "total_bytes",
+        "held_bytes",
         "free_bytes",
         "mapped_bytes",
         "fit",

@@ -43,6 +43,22 @@ def test_a_checkpoint_without_report_is_a_named_error(tmp_path):
         write_page(tmp_path / "nowhere")
 
 
+def test_a_report_that_another_model_has_left_is_a_named_error(tmp_path, document):
+    agreement = {"text": {"kl": 0.32676, "top1": 0.5}, "pictures": {"kl": 0.1, "top1": 0.9}}
+    write_report(tmp_path, {**document, "agreement": agreement})
+    stored = {"text": {"kl": 0.3268, "top1": 0.5}, "pictures": {"kl": 0.1, "top1": 0.9}}
+
+    def save(agreement):
+        own = {"quant_method": "sab", "measured": {"agreement": agreement}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": own}))
+
+    save(stored)
+    assert write_page(tmp_path) == tmp_path / "report.html"
+    save({**stored, "text": {"kl": 0.41, "top1": 0.5}})
+    with pytest.raises(ReportError, match=r"is of another model than the one that was saved there since"):
+        write_page(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config", [None, "{}", "[]", "{", '{"quantization_config": {"quant_method": "gptq"}}', '{"quantization_config": 1}']
 )

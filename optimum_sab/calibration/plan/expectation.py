@@ -8,7 +8,7 @@ from enum import Enum
 from optimum_sab.calibration.plan.fit import DiskUse, by_folder
 from optimum_sab.calibration.plan.limits import Room
 from optimum_sab.calibration.plan.memory import DeviceMemory, Phase, memory_of
-from optimum_sab.calibration.plan.remedies import remedy
+from optimum_sab.calibration.plan.remedies import first_remedy, otherwise
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.wording import size_in_words
 
@@ -39,20 +39,23 @@ def fit_of(memory: DeviceMemory, room: Room | None) -> Fit:
     return Fit.TIGHT if _own(memory) <= room.free else Fit.NOT
 
 
-def shortages(work: Workload, rooms: Mapping[str, Room], disks: Sequence[DiskUse] = ()) -> Iterator[str]:
-    """What is expected to be short, in sentences with a remedy; what `refuse_what_cannot_fit` refuses is left to it.
+def shortages(
+    work: Workload, rooms: Mapping[str, Room], disks: Sequence[DiskUse] = (), refusing: bool = True
+) -> Iterator[str]:
+    """What is expected to be short, in sentences with a remedy.
 
     Args:
         work: the run.
         rooms: of `MACHINE` and `ACCELERATOR`.
         disks: what will be written, but for the output.
+        refusing: whether `refuse_what_cannot_fit` is asked too, to which then is left what it refuses.
     """
     for memory in memory_of(work):
         room = rooms.get(memory.device)
         fit = fit_of(memory, room)
         if room is None or room.free is None or fit not in (Fit.TIGHT, Fit.NOT):
             continue
-        if room.total is not None and memory.certain.certain > room.total:
+        if refusing and room.total is not None and memory.certain.certain > room.total:
             continue
         tight = fit is Fit.TIGHT
         phase = memory.peak if tight else max(memory.phases, key=lambda each: each.own)
@@ -60,15 +63,24 @@ def shortages(work: Workload, rooms: Mapping[str, Room], disks: Sequence[DiskUse
         yield (
             f"quantizing is expected to take {bound}{size_in_words(phase.bytes)} of {memory.device} in the stage "
             f"{phase.name!r} ({_largest(phase)}), and {size_in_words(room.free)} are free. {_mapped(phase, tight)}"
-            f"{remedy(work, memory.device, room.free, _peak if tight else _own)}"
+            f"{_remedy(work, memory.device, room.free)}"
         )
     for folder, uses in by_folder(disks).items():
         size, free = sum(use.bytes for use in uses), uses[0].free
-        if sum(use.certain for use in uses) <= free < size:
+        if size > free and not (refusing and sum(use.certain for use in uses) > free):
             yield (
                 f"{' and '.join(use.name for use in uses)} are expected to take {size_in_words(size)} in {folder!r}, "
                 f"whose disk has {size_in_words(free)} free; name a folder on another disk."
             )
+
+
+def _remedy(work: Workload, device: str, free: int) -> str:
+    """Of all that is held, or, where that cannot be, without what is mapped."""
+    whole = first_remedy(work, device, free, _peak)
+    if whole is not None:
+        return whole
+    part = first_remedy(work, device, free, _own)
+    return otherwise(work, device) if part is None else f"{part[:-1]}, mapped weights not counted."
 
 
 def _peak(memory: DeviceMemory) -> int:

@@ -40,9 +40,12 @@ def machine_room() -> Room:
     if memory is None:
         return Room(None, free, "unknown")
     total = memory + meminfo.get("SwapTotal", 0)
-    group = _group_limit(meminfo.get("SwapTotal", 0))
+    groups = _groups(meminfo.get("SwapTotal", 0))
+    left = [limit - held for limit, held in groups]
+    free = min(left if free is None else [free, *left], default=None)
+    group = min((limit for limit, _ in groups), default=None)
     if group is not None and group < total:
-        return Room(group, free if free is None else min(free, group), "the limit of this control group")
+        return Room(group, None if free is None else max(0, free), "the limit of this control group")
     return Room(total, free, "memory and swap" if meminfo.get("SwapTotal") else "memory")
 
 
@@ -82,13 +85,13 @@ def _physical() -> int | None:
         return None
 
 
-def _group_limit(swap: int) -> int | None:
-    """Bytes that the control groups around this process allow, with the machine's swap; None without a limit."""
+def _groups(swap: int) -> list[tuple[int, int]]:
+    """Of the control groups around this process: bytes that each allows, with the machine's swap, and what it holds."""
     try:
         lines = _MEMBERSHIP.read_text("utf-8").splitlines()
     except OSError:
-        return None
-    limits = []
+        return []
+    found = []
     for line in lines:
         _, kinds, path = line.split(":", 2)
         if not kinds:  # version 2: every group above counts too
@@ -99,13 +102,27 @@ def _group_limit(swap: int) -> int | None:
                 limit = _number(folder / "memory.max")
                 if limit is not None:
                     allowed = _number(folder / "memory.swap.max")
-                    limits.append(limit + (swap if allowed is None else min(swap, allowed)))
+                    swapping = swap if allowed is None else min(swap, allowed)
+                    found.append((limit + swapping, _held(folder, "memory.current")))
         elif "memory" in kinds.split(","):
             for folder in (_CGROUP / "memory" / path.lstrip("/"), _CGROUP / "memory"):
                 both = _number(folder / "memory.memsw.limit_in_bytes")
                 limit = _number(folder / "memory.limit_in_bytes")
-                limits += [both] if both is not None else [] if limit is None else [limit + swap]
-    return min(limits, default=None)
+                if both is not None or limit is not None:
+                    most = both if both is not None else (limit or 0) + swap
+                    found.append((most, _held(folder, "memory.usage_in_bytes")))
+    return found
+
+
+def _held(folder: Path, name: str) -> int:
+    """What a group holds, without pages of files, which it can let go of."""
+    held = _number(folder / name) or 0
+    try:
+        lines = (folder / "memory.stat").read_text("ascii").splitlines()
+    except OSError:
+        return held
+    stat = dict(line.split() for line in lines if len(line.split()) == 2)
+    return max(0, held - sum(int(stat.get(each, 0)) for each in ("active_file", "inactive_file")))
 
 
 def _number(path: Path) -> int | None:

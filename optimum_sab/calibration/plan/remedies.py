@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from optimum_sab.calibration.plan.memory import ACCELERATOR, DeviceMemory, memory_of
-from optimum_sab.calibration.plan.workload import SampleSizes, Workload
+from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.wording import size_in_words
+
+BOUND = 2**30  # of activations, that is proposed
+FEWEST = 16  # samples that are proposed
 
 
 def remedy(work: Workload, device: str, room: int, held: Callable[[DeviceMemory], int]) -> str:
@@ -19,40 +22,66 @@ def remedy(work: Workload, device: str, room: int, held: Callable[[DeviceMemory]
         room: bytes that there are.
         held: bytes of a device that count.
     """
+    return first_remedy(work, device, room, held) or otherwise(work, device)
+
+
+def first_remedy(work: Workload, device: str, room: int, held: Callable[[DeviceMemory], int]) -> str | None:
+    """`remedy`; None where no setting is enough."""
     for words, changed in _changes(work):
         size = sum(held(each) for each in memory_of(changed) if each.device == device)
         if size <= room:
             return f"With {words} it is {size_in_words(size)}."
-    if device == ACCELERATOR:
-        return "No setting makes it fit; take a device with more memory, or none."
-    return "No setting makes it fit; take a machine with more memory."
+    return None
+
+
+def otherwise(work: Workload, device: str) -> str:
+    """Where none of the settings is enough."""
+    shorter = "Less is taken by shorter samples (sequence_length; the processor's max_pixels for pictures)"
+    if device != ACCELERATOR:
+        return f"{shorter}; else it takes a machine with more memory."
+    if work.home == "cpu":
+        return f"{shorter}; else it takes a device with more memory, or none."
+    return (
+        f"{shorter}, or by device_map='cpu' with the device as calibration_device, which then holds one decoder block "
+        "at a time; else it takes a device with more memory, or none."
+    )
 
 
 def _changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     """Settings that take less memory, those first that cost least."""
     machine = work.home == "cpu"
     streamed = replace(work, streamed=True)
-    can_stream = machine and not work.streamed and not work.options.source.written
-    if machine and work.options.activation_memory is None:
+    can_stream = machine and work.streamable and not work.streamed and not work.options.source.written
+    room = work.options.activation_memory
+    can_bound = machine and (room is None or room > BOUND)
+    if can_bound:
         yield "activation_memory=1", _bounded(work)
     if can_stream:
         yield "stream_weights=True", streamed
-        yield "stream_weights=True and activation_memory=1", _bounded(streamed)
+        if can_bound:
+            yield "stream_weights=True and activation_memory=1", _bounded(streamed)
     for words, least in (("", work), ("stream_weights=True and ", streamed if can_stream else None)):
         if least is not None:
             yield from _fewer_samples(least, words)
+    if work.options.allocation is not None:  # whose backward pass keeps a sample's whole graph
+        uniform = replace(work, options=replace(work.options, allocation=None))
+        yield "allocation='uniform'", uniform
+        if can_bound:
+            yield "allocation='uniform' and activation_memory=1", _bounded(uniform)
+        if can_stream:
+            least = _bounded(uniform) if machine else uniform
+            yield "allocation='uniform', stream_weights=True and activation_memory=1", replace(least, streamed=True)
 
 
 def _bounded(work: Workload) -> Workload:
-    return replace(work, options=replace(work.options, activation_memory=2**30))
+    return replace(work, options=replace(work.options, activation_memory=BOUND))
 
 
 def _fewer_samples(work: Workload, words: str) -> Iterator[tuple[str, Workload]]:
+    """Halves, down to what still calibrates a model."""
+    mixed = work.options.source.builtin
     count = len(work.samples.tokens) // 2
-    while count >= 1:
-        yield f"{words}calibration_samples={count}", replace(work, samples=_first(work.samples, count))
+    while count >= FEWEST and count > mixed:
+        fewer = replace(work, samples=work.samples.first(count, mixed))
+        yield f"{words}calibration_samples={count * work.ranks}", fewer
         count //= 2
-
-
-def _first(samples: SampleSizes, count: int) -> SampleSizes:
-    return replace(samples, tokens=samples.spread(count), patches=samples.patches * count // len(samples.tokens))

@@ -97,7 +97,7 @@ def measure_speeds(work: Workload) -> Speeds:
         work: whose shapes, dtype, settings and device are taken.
     """
     started = time.perf_counter()
-    device = work.options.device or torch.device(work.home)
+    device = work.options.device or work.main
     group = max(work.model.groups, key=lambda each: each.weights)
     n = min(WIDEST, max(each.in_features for each in work.model.groups))
     out = min(TALLEST, group.out_features)

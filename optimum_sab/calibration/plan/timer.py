@@ -48,10 +48,11 @@ class Timer:
         begun = self.now()
         run()
         first = self.between(begun, self.now())
-        if first > ENOUGH:
-            return count / first
-        least, spent = float("inf"), 0.0  # the first met cold caches
+        long = first > ENOUGH
+        least, spent = (first if long else float("inf")), 0.0  # the first of short ones met cold caches
         while not spent or (spent < ENOUGH and not self.late):
+            if long and self.late:
+                break
             started = self.now()
             run()
             taken = self.between(started, self.now())

@@ -19,6 +19,7 @@ from optimum_sab.format.packed_weight import PackedWeight
 from optimum_sab.ops.columns import column_loops
 
 SOLVES = 3  # tries; the first meets cold caches
+MOST_ENTRIES = 0.5  # of the time of a factorization
 LEAST = 32  # rows and columns of what is hardly any work
 
 
@@ -38,10 +39,25 @@ class SolvingSpeeds:
 
 
 def time_factorization(hessian: Tensor, timed: Timer) -> tuple[float, float]:
-    """Operations per second and seconds an entry, by two widths: most of the time of a narrow one is no product."""
+    """Operations per second and seconds an entry, by two widths: most of the time of a narrow one is no product.
+
+    Two widths tell two unknowns apart only as well as either was timed: of a narrow one at most `MOST_ENTRIES` is taken
+    for entries, or a disturbed trial would leave next to no time for the products of wide ones.
+    """
 
     def seconds(square: Tensor) -> float:
-        return 1.0 / timed.rate(lambda: factor_hessian(square, 0.1), 1.0)
+        def once() -> float:
+            return 1.0 / timed.rate(lambda: factor_hessian(square, 0.1), 1.0)
+
+        threads = torch.get_num_threads()
+        if not timed.on_cpu or threads == 1:
+            return once()
+        together = once()
+        torch.set_num_threads(1)
+        try:
+            return min(together, once())  # several threads of a busy machine wait for each other
+        finally:
+            torch.set_num_threads(threads)
 
     n = len(hessian)
     half, whole = n // 2, operations.factorization(n)
@@ -51,8 +67,7 @@ def time_factorization(hessian: Tensor, timed: Timer) -> tuple[float, float]:
     narrow, less = seconds(hessian[:half, :half].contiguous()), operations.factorization(half)
     # whole / speed + n² entry = taken; less / speed + half² entry = narrow
     entry = max(0.0, (narrow * whole - taken * less) / (half**2 * whole - n**2 * less))
-    if taken <= n**2 * entry:
-        return whole / taken, 0.0
+    entry = min(entry, MOST_ENTRIES * min(narrow / half**2, taken / n**2))
     return whole / (taken - n**2 * entry), entry
 
 

@@ -5,7 +5,7 @@ How a model and samples are read for them is in `shapes`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -161,6 +161,22 @@ class SampleSizes:
         tokens = tuple(sorted(self.tokens))[: max(1, len(self.tokens) // size)]
         return replace(self, tokens=tokens, patches=self.patches // size)
 
+    def largest_share(self, size: int) -> SampleSizes:
+        """About what the process has that has most of them: its part of the tokens, the longest samples first."""
+        tokens: list[int] = []
+        held, even = 0, -(-self.total // size)
+        for each in sorted(self.tokens, reverse=True):
+            if held + each <= even or not tokens:
+                tokens.append(each)
+                held += each
+        return replace(self, tokens=tuple(tokens), patches=-(-self.patches // size))
+
+    def first(self, count: int, mixed: int = 0) -> SampleSizes:
+        """Of so many samples at most, as `calibration_samples` takes them: the first, and the last ``mixed``."""
+        own = self.tokens[: len(self.tokens) - mixed][: max(0, count - mixed)]
+        tokens = own + self.tokens[len(self.tokens) - mixed :]
+        return replace(self, tokens=tokens, patches=self.patches * len(tokens) // len(self.tokens))
+
     def spread(self, count: int) -> tuple[int, ...]:
         """Of at most so many samples, evenly spread."""
         step = max(1, len(self.tokens) / count)
@@ -177,8 +193,10 @@ class Workload:
         options: what is asked for.
         two_streams: whether a dense stream runs beside the quantized one.
         streamed: whether the blocks' weights stay in their files.
-        home: kind of the device that the model is loaded to, "cpu", "cuda" and the like.
+        main: the device that the model is loaded to, the first of several.
         spread: whether it may be loaded to several.
+        streamable: whether its blocks' weights could stay in their files.
+        ranks: processes that share the run.
     """
 
     model: ModelShape
@@ -186,8 +204,15 @@ class Workload:
     options: RunOptions
     two_streams: bool
     streamed: bool = False
-    home: str = "cpu"
+    main: torch.device = field(default_factory=lambda: torch.device("cpu"))
     spread: bool = False
+    streamable: bool = True
+    ranks: int = 1
+
+    @property
+    def home(self) -> str:
+        """Kind of the device that the model is loaded to, "cpu", "cuda" and the like."""
+        return self.main.type
 
     @property
     def worker(self) -> str:

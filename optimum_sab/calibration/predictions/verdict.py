@@ -106,5 +106,5 @@ def _advice(level: str, bits_per_weight: float) -> str:
         )
     return (
         "Do not rely on it as it is. It has lost what the calibration samples do not show: give more or more varied "
-        f"ones (builtin_samples=128 mixes some of the built-in set into your own), or more bits ({more})."
+        f"ones (builtin_samples mixes some of the built-in set into data of your own), or more bits ({more})."
     )

@@ -67,11 +67,12 @@ def labelled_samples(source: Any, count: int, seed: int, visual: bool) -> Iterat
 
 def _hint(row: Any, unused: Sequence[str]) -> str:
     """The end of the sentence about columns that are not read."""
-    close = next(filter(None, (did_you_mean(name, KNOWN_COLUMNS, "") for name in unused)), ".")
+    strange = [name for name in unused if name not in KNOWN_COLUMNS]
+    close = next(filter(None, (did_you_mean(name, KNOWN_COLUMNS, "") for name in strange)), ".")
     missing = missing_answer(row)
     if missing is None or close != "." or not any(isinstance(row.get(name), str) for name in unused):
         return close
-    return f". It has {missing[0]!r} and no {missing[1]!r}: give the column with the answers that name."
+    return f". It has {missing[0]!r} and no {missing[1]!r}: if one of these columns holds the answers, call it that."
 
 
 def labelled_builtin(count: int, seed: int, visual: bool) -> Iterator[tuple[str, Sample]]:

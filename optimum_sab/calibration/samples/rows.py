@@ -33,7 +33,10 @@ KNOWN_COLUMNS = (
 )
 _MEDIA = {"image": load_picture, "video": load_video, "audio": load_sound}
 _UNREAD = ("functions", "function_call")  # would change what the model sees, as media do
-FORMS = "'messages', 'text', 'question' or 'prompt' (with 'image' or 'images'), or 'input_ids'"
+FORMS = (
+    "'messages', 'text', 'question' (with 'answer') or 'prompt' (with 'completion'), where 'image' or 'images' may "
+    "stand beside them, or 'input_ids'"
+)
 
 
 def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, list[str]]:

@@ -12,6 +12,7 @@ import torch
 
 from optimum_sab.calibration.plan.expectation import Fit
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
+from optimum_sab.calibration.plan.memory import MACHINE
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.hf.devices import check_device_map
@@ -87,6 +88,7 @@ def as_json(model: str, plan: Plan, refusal: str | None) -> dict[str, Any]:
                 "peak_in": each.peak.name,
                 "certain_bytes": each.certain.certain,
                 "total_bytes": plan.rooms[each.device].total,
+                "held_bytes": plan.held if each.device == MACHINE else 0,
                 "free_bytes": plan.rooms[each.device].free,
                 "mapped_bytes": each.peak.mapped,
                 "fit": plan.fits[each.device].value,
@@ -145,8 +147,10 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
         yield f"\nMemory: {memory.device} (arithmetic; the process as measured here)"
         for part in sorted(peak.parts, key=lambda each: -each.bytes):
             yield f"  {part.bytes / 1e9:>9.3f} GB  {part.name}"
-        free = "" if room.free is None else f"; {room.free / 1e9:.1f} GB are free"
-        yield f"  {peak.bytes / 1e9:>9.3f} GB  at the peak, in the stage {peak.name!r}{free}"
+        held = plan.held if memory.device == MACHINE else 0
+        coming = f"; of that {(peak.bytes - held) / 1e9:.3f} GB are still to come" if held else ""
+        free = "" if room.free is None else f", and {room.free / 1e9:.3f} GB are free"
+        yield f"  {peak.bytes / 1e9:>9.3f} GB  at the peak, in the stage {peak.name!r}{coming}{free}"
         if peak.mapped:
             yield f"  {peak.mapped / 1e9:>9.3f} GB  of that, weights mapped from files: the system can let go of them"
         yield f"  {_FIT[plan.fits[memory.device]]}"

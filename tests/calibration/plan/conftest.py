@@ -36,7 +36,11 @@ def changed():
     """A workload with other options, and other parts of its own."""
 
     def change(work, copied=None, **changes):
-        own = {name: changes.pop(name) for name in ("streamed", "home", "samples", "two_streams") if name in changes}
+        own = {
+            name: changes.pop(name)
+            for name in ("streamed", "streamable", "main", "samples", "two_streams")
+            if name in changes
+        }
         model = work.model if copied is None else replace(work.model, copied=copied)
         return replace(work, model=model, options=replace(work.options, **changes), **own)
 

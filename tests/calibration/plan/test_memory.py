@@ -109,7 +109,7 @@ def test_an_accelerator_has_a_block_and_statistics_and_the_machine_hidden_states
 
 
 def test_a_model_on_an_accelerator_is_all_there(work, changed):
-    (memory,) = memory_of(changed(work, home="cuda"), process=10**9)
+    (memory,) = memory_of(changed(work, main=torch.device("cuda")), process=10**9)
     assert memory.device == ACCELERATOR
     found = parts(memory, "blocks")
     assert found["dense blocks"].certain == BLOCKS * BLOCK

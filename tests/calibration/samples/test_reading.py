@@ -197,12 +197,13 @@ def test_a_column_that_is_nearly_one_that_is_read_is_told_what_was_meant(dataset
     [
         (
             {"question": "What?", "label": "A cup."},
-            "'label'. It has 'question' and no 'answer': give the column with the",
+            "'label'. It has 'question' and no 'answer': if one of",
         ),
         (
             {"instruction": "Say it.", "target": "It."},
-            "'target'. It has 'instruction' and no 'output': give the column",
+            "'target'. It has 'instruction' and no 'output': if one of",
         ),
+        ({"prompt": "It is", "answer": "a cup."}, "'answer'. It has 'prompt' and no 'completion': if one of"),
         ({"question": "What?", "id": 7}, "'id'."),
         ({"question": "What?", "answer": "A cup.", "label": "cup"}, "'label'."),
         ({"text": "A cup.", "label": "cup"}, "'label'."),
@@ -214,7 +215,7 @@ def test_a_question_whose_answer_has_another_name_is_told_what_to_call_it(datase
         read("owner/name")
     (message,) = [str(each.message) for each in told]
     assert f"not calibrated on: {said}" in message
-    assert message.endswith("that name.") is ("and no" in said)
+    assert message.endswith("call it that.") is ("and no" in said)
 
 
 @pytest.mark.parametrize(
