@@ -9,7 +9,7 @@ from transformers.models.llama import modeling_llama as llama
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.errors import CalibrationError
 from optimum_sab.hf.compat import RENAMES
-from optimum_sab.hf.devices import computes_elsewhere
+from optimum_sab.hf.devices import accelerators, computes_elsewhere, main_device
 
 pytestmark = pytest.mark.filterwarnings("ignore::optimum_sab.errors.SABWarning")
 
@@ -107,6 +107,22 @@ def test_a_picture_that_is_not_what_its_tokens_say(unread, small_example, quick_
 )
 def test_computes_elsewhere_is_told_by_any_device_that_is_no_cpu(device_map, found):
     assert computes_elsewhere(device_map) is found
+
+
+@pytest.mark.parametrize(
+    ("device_map", "found"),
+    [
+        ("cuda:1", ["cuda:1"]),
+        (1, ["cuda:1"]),
+        ({"": torch.device("cuda:1")}, ["cuda:1"]),
+        ({"a": 0, "b": "cpu", "c": "cuda:0", "d": 1, "e": "disk"}, ["cuda:0", "cuda:1"]),
+        ({"a": "cpu"}, []),
+        (None, []),
+    ],
+)
+def test_accelerators_have_their_numbers_and_are_named_once(device_map, found):
+    assert [str(each) for each in accelerators(device_map)] == found
+    assert str(main_device(device_map)) == next(iter(found), "cpu")
 
 
 @pytest.mark.parametrize("there", [True, False])

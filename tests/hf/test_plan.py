@@ -1,5 +1,6 @@
 """A plan from a model on meta says what the run then does, and what cannot fit is refused with it."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.plan.limits import Room
 from optimum_sab.calibration.plan.memory import ACCELERATOR, memory_of
 from optimum_sab.errors import ConfigError, SABWarning, SampleError
+from optimum_sab.hf import hold_to_plan
 from optimum_sab.hf import workload as hf_workload
 from optimum_sab.hf.plan import EMBEDDINGS, KEPT, SENSES, VECTORS, PlannedModel, make_plan
 from optimum_sab.hf.processor import load_processor
@@ -163,6 +165,53 @@ def test_what_is_not_free_is_warned_of_before_a_weight_is_read(llama_folder, qui
     with pytest.warns(SABWarning, match="quantizing is expected to take .* of the machine's memory in the stage"):
         with pytest.raises(AssertionError, match="weights were read"):
             load(llama_folder, config)
+
+
+@streams
+def test_streaming_is_named_only_where_it_would_be_taken(llama_folder, quick_config, monkeypatch, tmp_path):
+    def streamable(device_map=None, files=None):
+        found = sorted(map(str, Path(llama_folder).glob("*.safetensors"))) if files is None else files
+        source = AutoConfig.from_pretrained(llama_folder)
+        model = PlannedModel(AutoModelForCausalLM, source, torch.float32, found, device_map)
+        return make_plan(model, quick_config(), AutoTokenizer.from_pretrained(llama_folder), False).work.streamable
+
+    assert streamable() and streamable("cpu")
+    assert not streamable("auto")
+    assert not streamable(files=[str(tmp_path / "pytorch_model.bin")])
+    monkeypatch.setattr(hf_workload, "_free", lambda folder: 1000)
+    assert not streamable()
+
+
+def test_a_processor_that_cannot_read_our_texts_stops_no_plan(llama_folder, quick_config, texts, unread):
+    tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+
+    class Particular(type(tokenizer)):
+        def __call__(self, text, *arguments, **options):
+            if text not in texts:
+                raise KeyError(text)
+            return super().__call__(text, *arguments, **options)
+
+    tokenizer.__class__ = Particular
+    config = quick_config(calibration=texts[:2], processor=tokenizer)
+    with pytest.raises(AssertionError, match="weights were read"):  # and no KeyError before
+        load(llama_folder, config)
+    source = AutoConfig.from_pretrained(llama_folder)
+    plan = make_plan(PlannedModel(AutoModelForCausalLM, source, torch.float32), config, tokenizer, False)
+    assert plan.work.samples.unseen == ()
+
+
+def test_processes_on_this_machine_share_what_is_free(llama_folder, quick_config, texts, crowded, unread, monkeypatch):
+    config = quick_config(calibration=texts[:4])
+    (memory,) = memory_of(planned(llama_folder, config).work)
+    crowded(2 * memory.peak.bytes)
+    monkeypatch.setattr(hold_to_plan, "launched", lambda: (0, 4))
+    for local, warned in (("1", 0), ("4", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with pytest.raises(AssertionError, match="weights were read"):
+                load(llama_folder, config)
+        assert sum("expected to take" in str(each.message) for each in caught) == warned
 
 
 def test_the_report_keeps_what_was_warned_of_memory_once(llama_folder, quicker_config, texts, crowded):

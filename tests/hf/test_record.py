@@ -11,6 +11,8 @@ from optimum_sab.calibration.predictions.agreement import Agreement
 from optimum_sab.calibration.report import BinarizationReport, StageReport
 from optimum_sab.calibration.stages.allocation import AllocationReport
 from optimum_sab.calibration.stages.samples import SampleReport
+from optimum_sab.errors import SABWarning
+from optimum_sab.hf.recipe import as_recipe
 from optimum_sab.hf.record import record
 from optimum_sab.hf.selection import select
 
@@ -72,3 +74,12 @@ def test_of_a_file_that_calibrated_the_last_part_is_recorded(model, tmp_path):
     found = recorded(model, SABConfig(block_size=32, calibration=str(tmp_path / "own.jsonl")))
     assert found.calibration == "own.jsonl"
     assert recorded(model, SABConfig(block_size=32, calibration="owner/name:train")).calibration == "owner/name:train"
+
+
+def test_a_recipe_without_its_samples_mixes_nothing_into_the_built_in_set():
+    config = SABConfig(calibration=["one", "two"], builtin_samples=3)
+    again = SABConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    with pytest.warns(SABWarning, match="the built-in set is used"):
+        as_recipe(again)
+    assert (again.calibration, again.builtin_samples) == (None, 0)
+    again.validate()

@@ -63,14 +63,17 @@ def _changes(work: Workload) -> Iterator[tuple[str, Workload]]:
     for words, least in (("", work), ("stream_weights=True and ", streamed if can_stream else None)):
         if least is not None:
             yield from _fewer_samples(least, words)
-    if work.options.allocation is not None:  # whose backward pass keeps a sample's whole graph
+    chosen = work.options.allocation
+    if chosen is not None and chosen.target_bits is None:  # its backward pass keeps a sample's whole graph
         uniform = replace(work, options=replace(work.options, allocation=None))
         yield "allocation='uniform'", uniform
         if can_bound:
             yield "allocation='uniform' and activation_memory=1", _bounded(uniform)
         if can_stream:
-            least = _bounded(uniform) if machine else uniform
-            yield "allocation='uniform', stream_weights=True and activation_memory=1", replace(least, streamed=True)
+            yield "allocation='uniform' and stream_weights=True", replace(uniform, streamed=True)
+            if can_bound:
+                both = replace(_bounded(uniform), streamed=True)
+                yield "allocation='uniform', stream_weights=True and activation_memory=1", both
 
 
 def _bounded(work: Workload) -> Workload:

@@ -173,8 +173,8 @@ class SampleSizes:
 
     def first(self, count: int, mixed: int = 0) -> SampleSizes:
         """Of so many samples at most, as `calibration_samples` takes them: the first, and the last ``mixed``."""
-        own = self.tokens[: len(self.tokens) - mixed][: max(0, count - mixed)]
-        tokens = own + self.tokens[len(self.tokens) - mixed :]
+        behind = len(self.tokens) - min(mixed, len(self.tokens))
+        tokens = self.tokens[:behind][: max(0, count - mixed)] + self.tokens[behind:]
         return replace(self, tokens=tokens, patches=self.patches * len(tokens) // len(self.tokens))
 
     def spread(self, count: int) -> tuple[int, ...]:

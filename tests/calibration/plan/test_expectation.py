@@ -85,11 +85,20 @@ def test_no_fewer_samples_are_named_than_calibrate_a_model_nor_than_are_mixed_in
     assert "calibration_samples=" not in said(changed(many, source=source), free, ACCELERATOR)[0]
 
 
+def test_a_target_of_bits_keeps_its_allocation(work, changed):
+    allocation = replace(work.options.allocation, target_bits=1.6)
+    samples = replace(work.samples, tokens=(20_000,) * 20)
+    long = changed(work, streamed=True, samples=samples, activation_memory=2**30, allocation=allocation)
+    (message,) = said(long, peak(changed(long, allocation=None)).bytes)
+    assert "uniform" not in message and "max_pixels" in message
+
+
 def test_fewer_samples_are_the_first_and_those_that_are_mixed_in(work):
     samples = replace(work.samples, tokens=(9, 8, 7, 6, 5, 4), patches=60)
     assert samples.first(3).tokens == (9, 8, 7)
     assert samples.first(4, 2).tokens == (9, 8, 5, 4)
     assert samples.first(3).patches == 30
+    assert samples.first(4, 9).tokens == samples.tokens
 
 
 def test_the_process_that_has_most_has_its_part_of_the_longest(work):

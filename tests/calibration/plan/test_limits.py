@@ -39,6 +39,19 @@ def test_the_tightest_group_above_counts_with_its_swap(grouped):
     assert room.words == "the limit of this control group"
 
 
+def test_what_a_group_holds_is_not_free_but_pages_of_files_are(grouped):
+    (grouped / "memory.max").write_text(f"{3 * 2**30}\n")
+    (grouped / "memory.swap.max").write_text("0\n")
+    (grouped / "memory.current").write_text(f"{2 * 2**30}\n")
+    assert limits.machine_room().free == 2**30
+    (grouped / "memory.stat").write_text(f"anon 1\nactive_file {2**29}\ninactive_file {2**28}\n")
+    assert limits.machine_room().free == 2**30 + 2**29 + 2**28
+    (grouped.parent / "memory.max").write_text(f"{2**30}\n")
+    (grouped.parent / "memory.swap.max").write_text("0\n")
+    (grouped.parent / "memory.current").write_text(f"{2**31}\n")
+    assert limits.machine_room().free == 0
+
+
 def test_a_group_may_swap_as_much_as_there_is(grouped):
     (grouped / "memory.max").write_text(f"{3 * 2**30}\n")
     assert limits.machine_room().total == 5 * 2**30
