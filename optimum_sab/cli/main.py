@@ -14,6 +14,7 @@ from typing import Any
 
 from optimum_sab.cli.arguments.common import FoundWrong, WrongCall
 from optimum_sab.cli.arguments.parser import build_parser
+from optimum_sab.cli.spelling import as_options
 from optimum_sab.errors import ConfigError, SABWarning
 from optimum_sab.failure import one_line
 from optimum_sab.json_values import json_line
@@ -78,6 +79,7 @@ def find_command(name: str) -> Callable[[argparse.Namespace], None]:
 
 
 def _failed(options: argparse.Namespace, line: str, code: int, found: Mapping[str, Any] | None = None) -> int:
+    line = as_options(line)
     print(line if code == INTERRUPTED else f"error: {line}", file=sys.stderr)
     if options.json:
         print(json_line({**(found or {}), "error": line, "exit_code": code}))
@@ -120,7 +122,7 @@ def _showing(shown_before: Callable[..., None]) -> Callable[..., None]:
         if issubclass(category, SABWarning):
             from tqdm.auto import tqdm
 
-            tqdm.write(f"warning: {message}", file=sys.stderr)
+            tqdm.write(f"warning: {as_options(str(message))}", file=sys.stderr)
         else:
             shown_before(message, category, *place, **more)
 

@@ -44,11 +44,11 @@ def test_weights_that_are_missing_are_noticed_last(weightless, tmp_path, capsys)
         (["--device-map", "gpu"], ["device_map='gpu'", "torch sees the cpu"]),
         (["--device-map", "meta"], ["device_map='meta'", "torch sees the cpu"]),
         (["--device-map", "disk"], ["device_map='disk'", "torch sees the cpu"]),
-        (["--calibration-device", "cuda:7"], ["calibration_device='cuda:7'", "torch sees the cpu"]),
-        (["--calibration-device", "mps:9"], ["calibration_device='mps:9'", "torch sees the cpu"]),
+        (["--calibration-device", "cuda:7"], ["--calibration-device cuda:7", "torch sees the cpu"]),
+        (["--calibration-device", "mps:9"], ["--calibration-device mps:9", "torch sees the cpu"]),
         (["--calibration", "nowhere.jsonl"], ["'nowhere.jsonl'", "does not exist"]),
         (["--keep-dense", "nothing_like_it"], ["'nothing_like_it'", "names look like"]),
-        (["--calibration-pass", "none"], ["calibration_pass='none'"]),
+        (["--calibration-pass", "none"], ["--calibration-pass none"]),
         (["--resume-folder", "{out}/resume"], ["--resume-folder", "lies in the output"]),
         (["--resume-folder", "{out}"], ["--resume-folder", "lies in the output"]),
         (["--resume-folder", "/dev/null/resume"], ["--resume-folder '/dev/null/resume'", "name another"]),
@@ -155,7 +155,7 @@ def test_demo_looks_at_its_output_and_devices_first(small_example, tmp_path, cap
     (tmp_path / "file").write_text("")
     assert "below a file" in refused(capsys, "demo", "--output", tmp_path / "file" / "out")
     assert "which is read from" in refused(capsys, "demo", "--output", small_example)
-    assert "calibration_device" in refused(capsys, "demo", "--calibration-device", "cuda:7")
+    assert "--calibration-device" in refused(capsys, "demo", "--calibration-device", "cuda:7")
 
 
 @pytest.mark.parametrize(

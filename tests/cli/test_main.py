@@ -95,11 +95,11 @@ def test_quantize_leaves_nothing_behind_when_it_fails(small_example, tmp_path, c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--block-size", "100"], "block_size=100"),
+        (["--block-size", "100"], "--block-size 100"),
         (["--dynamic", "{"], "not JSON"),
         (["--dynamic", "[1]"], "object of objects"),
         (["--calibration", "missing.jsonl"], "missing.jsonl"),
-        (["--calibration-pass", "none"], "calibration_pass='none'"),
+        (["--calibration-pass", "none"], "--calibration-pass none"),
     ],
 )
 def test_quantize_names_bad_values(small_example, tmp_path, capsys, arguments, message):

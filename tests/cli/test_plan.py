@@ -137,7 +137,7 @@ def test_quantize_refuses_by_the_plan_unless_told_otherwise(small_example, tmp_p
     command = ["quantize", str(small_example), "--output", str(tmp_path / "out"), "--no-examples", *QUICK]
     assert main(command) == 1
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith("error: quantizing needs at least") and "ignore_plan=True" in said
+    assert said.startswith("error: quantizing needs at least") and "--ignore-plan" in said
     assert list(tmp_path.iterdir()) == []
     assert main([*command, "--allocation", "uniform", "--ignore-plan"]) == 0
 
@@ -219,11 +219,11 @@ def test_bad_input_is_refused_as_quantize_refuses_it(small_example, tmp_path, ca
         (truncated, "model.safetensors", ()),
         (headless, "", ()),
         (small_example, "matches no module", ("--keep-dense", "nothing_like_it")),
-        (small_example, "block_size=100", ("--block-size", "100")),
+        (small_example, "--block-size 100", ("--block-size", "100")),
         (small_example, "missing.jsonl", ("--calibration", "missing.jsonl")),
         (small_example, "unrecognized arguments: --nonsense", ("--nonsense", "1")),
-        (small_example, "calibration_device", ("--calibration-device", "nonsense")),
-        (small_example, "stream_weights does not go with", ("--stream-weights", "--calibration", "self")),
+        (small_example, "--calibration-device", ("--calibration-device", "nonsense")),
+        (small_example, "--stream-weights does not go with", ("--stream-weights", "--calibration", "self")),
     ):
         (code, mine), (same, theirs) = both(capsys, folder, tmp_path, *arguments)
         assert code == same > 0
