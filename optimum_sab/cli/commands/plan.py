@@ -14,6 +14,7 @@ from optimum_sab.calibration.plan.expectation import Fit
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.plan.memory import MACHINE
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
+from optimum_sab.cli.spelling import as_options
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
@@ -168,7 +169,7 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
     if plan.speeds is not None:
         yield from _time_lines(plan)
     if refusal is not None:
-        yield f"\nRefused by quantize: {refusal}"
+        yield f"\nRefused by quantize: {as_options(refusal)}"
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
