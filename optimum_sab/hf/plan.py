@@ -22,6 +22,7 @@ from optimum_sab.calibration.plan.shapes import sample_sizes
 from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
 from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.hub_dataset import check_readable
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
 from optimum_sab.calibration.stages.samples import count_tokens, warn_of_few_tokens
 from optimum_sab.calibration.streams.targets import target_linear
@@ -122,6 +123,7 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
     Raises:
         ConfigError, CalibrationError, MissingDependencyError: see `check_settings`, or a module rule fits nothing.
         SampleError: samples that can be read at once cannot be encoded.
+        MissingDependencyError: no package is here that reads the Hub's datasets.
     """
     with torch.device("meta"):
         empty = model.factory.from_config(model.source).to(model.dtype)
@@ -167,6 +169,8 @@ def _samples(
     """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
     source = run_options(config).source
     if not _at_hand(config):
+        if not source.written:
+            check_readable(str(config.calibration))
         return at_most(config), "an upper bound, samples times sequence_length; pictures are not cut"
     inputs = given_inputs(model, processor, source)
     tokens = count_tokens(CalibrationSamples.of(inputs, model.config).modalities, model.config)

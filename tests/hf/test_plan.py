@@ -1,8 +1,10 @@
 """A plan from a model on meta says what the run then does, and what cannot fit is refused with it."""
 
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from optimum_sab.calibration.plan.duration import stage_times
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.plan.limits import Room
 from optimum_sab.calibration.plan.memory import ACCELERATOR, memory_of
-from optimum_sab.errors import ConfigError, SABWarning, SampleError
+from optimum_sab.errors import ConfigError, MissingDependencyError, SABWarning, SampleError
 from optimum_sab.hf import hold_to_plan
 from optimum_sab.hf import workload as hf_workload
 from optimum_sab.hf.plan import EMBEDDINGS, KEPT, SENSES, VECTORS, PlannedModel, make_plan
@@ -67,12 +69,19 @@ def test_linears_that_share_an_input_are_one_group(llama_folder, quick_config):
     ]
 
 
-def test_samples_that_are_not_here_are_bounded_by_the_settings(llama_folder, quick_config):
+def test_samples_that_are_not_here_are_bounded_by_the_settings(llama_folder, quick_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", ModuleType("datasets"))
     for calibration in ("self", "somebody/dataset"):
         plan = planned(llama_folder, quick_config(calibration=calibration, calibration_samples=7, sequence_length=40))
         assert not plan.work.samples.exact
         assert plan.work.samples.total == 7 * 40
         assert "upper bound" in plan.tokens_from
+
+
+def test_a_dataset_that_no_package_here_reads_is_an_error(llama_folder, quick_config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependencyError, match="the datasets package is missing: pip install datasets"):
+        planned(llama_folder, quick_config(calibration="somebody/dataset"))
 
 
 def test_weights_of_another_dtype_are_copied(llama_folder, quick_config, texts):

@@ -42,6 +42,15 @@ def parquet_rows(path: Path, count: int) -> Iterator[tuple[str, Any]]:
     yield from ((f"{path.name} row {number}", row) for number, row in enumerate(taken))
 
 
+def check_readable(source: str) -> None:
+    """Refuse a Hub dataset that no package here could read, without asking the Hub.
+
+    Raises:
+        MissingDependencyError: see `hub_rows`.
+    """
+    _package(f"calibration={source!r} is no file here and names a Hub dataset")
+
+
 def _package(reason: str) -> Any:
     try:
         import datasets

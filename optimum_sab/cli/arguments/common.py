@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from optimum_sab.core.bounds import shown
 from optimum_sab.errors import ConfigError, SABError
-from optimum_sab.presets import MOST_SAMPLES, MOST_SEED
+from optimum_sab.presets import MOST_SAMPLES, MOST_SEED, PRESETS
 from optimum_sab.wording import meant
 
 _MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
@@ -44,7 +44,8 @@ class Parser(argparse.ArgumentParser):
         if misspelt and misspelt["option"]:
             written = misspelt["option"].split("=")[0].strip("-")
             options = {name.strip("-"): name for name in self._option_string_actions if name.startswith("--")}
-            close = [options[name] for name in meant(written, options)]
+            preset = written.replace("_", "-") if "preset" in options and written.replace("_", "-") in PRESETS else None
+            close = [f"--preset {preset}"] if preset else [options[name] for name in meant(written, options)]
         elif misspelt:
             close = meant(misspelt["choice"], self._choices())
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
