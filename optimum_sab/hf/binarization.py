@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from optimum_sab.calibration.joining import joined
+from optimum_sab.calibration.joining import joined, launched
 from optimum_sab.calibration.pipeline import STAGES
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.report import BinarizationReport
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage, check_stages, run_stages
@@ -25,23 +26,26 @@ from optimum_sab.hf.early_resume import LookIntoResumeFolder
 from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.hold_to_plan import HoldToPlan
 from optimum_sab.hf.origin import Origin
-from optimum_sab.hf.progress import shown_progress
+from optimum_sab.hf.progress import READING_DELAY, shown_progress
 from optimum_sab.hf.record import record
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
 from optimum_sab.nn.unfusing import unfuse_experts
 
 
-def stages(config: SABConfig, origin: Origin | None = None, device_map: Any = None) -> tuple[Stage, ...]:
+def stages(
+    config: SABConfig, origin: Origin | None = None, device_map: Any = None, on_read: OnStep = no_step
+) -> tuple[Stage, ...]:
     """What is done to a dense model, in order. They remember what they find in `check`, so a run has its own.
 
     Args:
         config: the configuration.
         origin: where the model comes from; None to ask it.
         device_map: see `check_before_loading`.
+        on_read: told how many samples are read.
     """
     processor = FindProcessor(config.processor, origin)
-    unseen, reader = ReadUnseen(processor), ReadSamplesEarly(processor)
+    unseen, reader = ReadUnseen(processor), ReadSamplesEarly(processor, on_read)
     written = run_options(config).source.written
     early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
     tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
@@ -49,18 +53,19 @@ def stages(config: SABConfig, origin: Origin | None = None, device_map: Any = No
     return (processor, *tried, reader, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
 
 
-def check_settings(model: nn.Module, config: SABConfig) -> None:
+def check_settings(model: nn.Module, config: SABConfig, here: bool = True) -> None:
     """Refuse what takes no time to see: of `check_before_loading` what needs no processor and no samples.
 
     Args:
         model: its weights may be on meta.
         config: the configuration.
+        here: whether the run is this machine's.
 
     Raises:
         ConfigError, CalibrationError, MissingDependencyError: see `check_before_loading`.
     """
     with _on_cpu():
-        check_stages(STAGES, model, run_options(config))
+        check_stages(STAGES, model, run_options(config, here))
 
 
 def check_before_loading(
@@ -85,8 +90,8 @@ def check_before_loading(
         MissingDependencyError: see `import_greenlet`; or a package is missing that reads samples.
     """
     check_settings(model, config)
-    beginning = stages(config, origin, device_map)
-    with _on_cpu():
+    with _on_cpu(), shown_progress("none" if launched()[0] else config.progress) as progress:
+        beginning = stages(config, origin, device_map, progress.steps("Reading samples", "sample", READING_DELAY))
         check_stages([each for each in beginning if each not in STAGES], model, run_options(config))
     return beginning
 

@@ -436,7 +436,7 @@ def _check_readable(version: int) -> None:
 
 
 def _unknown(name: str) -> ConfigError:
-    if name == "preset":
+    if name in ("preset", "presets"):
         return ConfigError("a preset is no setting; write SABConfig.preset('two-bit') or SABConfig.two_bit().")
     every = f"; the settings are {', '.join(_PARAMETERS)}."
     return ConfigError(f"unknown setting {name!r}{did_you_mean(name, _PARAMETERS, every)}")

@@ -37,11 +37,38 @@ def usable_device(setting: str, name: Any) -> torch.device:
         ) from error
 
 
-def check_device_map(device_map: Any) -> None:
+def planned_device(setting: str, name: Any) -> torch.device:
+    """The device of this name or number, which need not be this machine's.
+
+    Args:
+        setting: what it was given as, for the error.
+        name: as `torch.device` takes it.
+
+    Raises:
+        ConfigError: it is no device.
+    """
+    try:
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+    except (RuntimeError, TypeError):
+        return usable_device(setting, name)
+    return device if device.type != "meta" else usable_device(setting, name)
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether this machine has the device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):  # torch asserts that it was built for the kind of device
+        return False
+    return True
+
+
+def check_device_map(device_map: Any, here: bool = True) -> None:
     """Refuse a device map that names what this machine does not have.
 
     Args:
         device_map: as `from_pretrained` takes it: None, a way to spread modules, a device, or devices by module.
+        here: False for a run on another machine, of which only what is no device is refused.
 
     Raises:
         ConfigError: see `usable_device`.
@@ -56,7 +83,7 @@ def check_device_map(device_map: Any) -> None:
     else:
         places = [] if device_map in SPREADS else [device_map]
     for place in places:
-        usable_device("device_map", place)
+        (usable_device if here else planned_device)("device_map", place)
 
 
 def computes_elsewhere(device_map: Any) -> bool:

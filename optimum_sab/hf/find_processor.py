@@ -10,7 +10,7 @@ from torch import nn
 
 from optimum_sab.calibration.joining import launched
 from optimum_sab.calibration.options import RunOptions
-from optimum_sab.calibration.progress import OnStep
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.ranks import require_samples
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
@@ -94,16 +94,19 @@ class ReadSamplesEarly(ReadSamples):
 
     Args:
         processor: the stage that finds it.
+        on_read: told how many are read.
     """
 
-    def __init__(self, processor: FindProcessor) -> None:
+    def __init__(self, processor: FindProcessor, on_read: OnStep = no_step) -> None:
         self._processor = processor
+        self._on_read = on_read
         self._inputs: Sequence[Mapping[str, Any]] | None = None
 
     def check(self, model: nn.Module, options: RunOptions) -> None:
         super().check(model, options)
         if not options.source.written:
-            self._inputs = given_inputs(model, self._processor.processor_of(model), options.source)
+            processor = self._processor.processor_of(model)
+            self._inputs = given_inputs(model, processor, options.source, self._on_read)
             require_samples(len(self._inputs), launched()[1])
 
     def early(self, model: nn.Module) -> Sequence[Mapping[str, Any]]:

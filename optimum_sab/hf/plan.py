@@ -21,6 +21,7 @@ from optimum_sab.calibration.plan.reads import Pass, passes
 from optimum_sab.calibration.plan.shapes import sample_sizes
 from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
 from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload
+from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.hub_dataset import check_readable
 from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
@@ -30,6 +31,7 @@ from optimum_sab.data.named_source import named_source
 from optimum_sab.errors import SABWarning, warnings_heard
 from optimum_sab.hf.binarization import check_settings
 from optimum_sab.hf.config import SABConfig
+from optimum_sab.hf.devices import is_here
 from optimum_sab.hf.estimate import checkpoint_bytes
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.selection import select
@@ -111,14 +113,18 @@ class Plan:
         return sum(each.seconds for each in self.times)
 
 
-def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bool = True) -> Plan:
+def make_plan(
+    model: PlannedModel, config: SABConfig, processor: Any, timing: bool = True, on_read: OnStep = no_step
+) -> Plan:
     """Plan a run; no weight is read.
 
     Args:
         model: what is to be binarized.
         config: how.
         processor: the model's.
-        timing: whether to measure this machine, for the time of every stage.
+        timing: whether to measure this machine, for the time of every stage. One that has not the device that is
+            asked for is not measured, with a warning.
+        on_read: told how many samples are read.
 
     Raises:
         ConfigError, CalibrationError, MissingDependencyError: see `check_settings`, or a module rule fits nothing.
@@ -130,17 +136,24 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
     with warnings_heard() as heard, warnings.catch_warnings():
         warnings.simplefilter("ignore", SABWarning)  # whoever asked for the plan finds them in it
         selection = select(empty, config, strict=True)
-        check_settings(empty, config)
+        check_settings(empty, config, here=False)
         unfuse_experts(empty, selection.experts)
         warn_of_idle_rules(empty, selection, config.modules_to_not_convert)
         place = model.files, model.device_map
         work = workload(empty, selection, config, at_most(config), place)
-        sizes, tokens_from = _samples(empty, selection, processor, config, work.model)
+        sizes, tokens_from = _samples(empty, selection, processor, config, (work.model, on_read))
     work = replace(work, samples=sizes)
     rooms, disks = rooms_of(work), disk_uses(work)
     held = process_bytes() or 0
     heard.extend(shortages(work, rooms, disks, refusing=not config.ignore_plan))
-    speeds = measure_speeds(work) if timing else None
+    away = next((each for each in (work.options.device, work.main) if each and not is_here(each)), None)
+    if away is not None:
+        heard.append(
+            f"this machine has no {away}: the plan is for another that has, so whether its memory is enough, and how "
+            "long the run takes, is not known. Quantizing needs the device; torch sees those that `optimum-sab env` "
+            "lists."
+        )
+    speeds = measure_speeds(work) if timing and away is None else None
     shape = work.model
     binarized = sum(block.binarized for block in shape.blocks)
     return Plan(
@@ -164,15 +177,16 @@ def make_plan(model: PlannedModel, config: SABConfig, processor: Any, timing: bo
 
 
 def _samples(
-    model: nn.Module, selection: Selection, processor: Any, config: SABConfig, shape: ModelShape
+    model: nn.Module, selection: Selection, processor: Any, config: SABConfig, how: tuple[ModelShape, OnStep]
 ) -> tuple[SampleSizes, str]:
     """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
-    source = run_options(config).source
+    source = run_options(config, here=False).source
     if not _at_hand(config):
         if not source.written:
             check_readable(str(config.calibration))
         return at_most(config), "an upper bound, samples times sequence_length; pictures are not cut"
-    inputs = given_inputs(model, processor, source)
+    shape, on_read = how
+    inputs = given_inputs(model, processor, source, on_read)
     tokens = count_tokens(CalibrationSamples.of(inputs, model.config).modalities, model.config)
     warn_of_few_tokens(sum(tokens.values()), model, selection)
     try:
@@ -195,7 +209,7 @@ def _at_hand(config: SABConfig) -> bool:
         return True
     if not isinstance(data, (str, os.PathLike)):
         return True
-    return not run_options(config).source.written and isinstance(named_source(data), Path)
+    return not run_options(config, here=False).source.written and isinstance(named_source(data), Path)
 
 
 def _staying_dense(model: nn.Module, selection: Selection) -> dict[str, int]:

@@ -14,6 +14,7 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.wording import counted
 
 INTERVAL = 30.0  # seconds between two lines about the same stage
+READING_DELAY = 5.0  # seconds, from which on one is told how many samples are read
 
 
 class Progress:
@@ -29,11 +30,17 @@ class Progress:
         self._bars = style != "none" and (style == "bar" or sys.stderr.isatty())
         self._open: dict[str, tqdm] = {}
 
-    def steps(self, title: str, unit: str) -> OnStep:
-        """What is told how far a stage is."""
+    def steps(self, title: str, unit: str, delay: float = 0.0) -> OnStep:
+        """What is told how far a stage is.
+
+        Args:
+            title: of the stage.
+            unit: of its steps.
+            delay: seconds, below which a stage is done without a word.
+        """
         if self._bars:
-            return self._moving(title, unit)
-        return _written(title, unit) if self._lines else no_step
+            return self._moving(title, unit, delay)
+        return _written(title, unit, delay) if self._lines else no_step
 
     def on_block(self, report: BlockReport, blocks: int) -> None:
         """What is told of every block."""
@@ -53,29 +60,29 @@ class Progress:
             bar.close()
         self._open.clear()
 
-    def _moving(self, title: str, unit: str) -> OnStep:
+    def _moving(self, title: str, unit: str, delay: float) -> OnStep:
         def on_step(done: int, total: int) -> None:
-            bar = self._bar(title, unit)
+            bar = self._bar(title, unit, delay)
             bar.total = total
             bar.update(done - bar.n)
 
         return on_step
 
-    def _bar(self, title: str, unit: str) -> tqdm:
+    def _bar(self, title: str, unit: str, delay: float = 0.0) -> tqdm:
         if title not in self._open:
             self.close()  # one stage at a time
-            self._open[title] = tqdm(desc=title, unit=unit)
+            self._open[title] = tqdm(desc=title, unit=unit, delay=delay)
         return self._open[title]
 
 
-def _written(title: str, unit: str) -> OnStep:
+def _written(title: str, unit: str, delay: float) -> OnStep:
     """A line when a stage ends, and on the way where it takes long."""
     started = told = time.monotonic()
 
     def on_step(done: int, total: int) -> None:
         nonlocal told
         now = time.monotonic()
-        if done >= total or now - told >= INTERVAL:
+        if now - started >= delay and (done >= total or now - told >= INTERVAL):
             told = now
             tqdm.write(f"{title}: {done:,} of {counted(total, unit)}, {now - started:.0f} s", file=sys.stderr)
 

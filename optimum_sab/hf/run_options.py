@@ -5,16 +5,20 @@ from __future__ import annotations
 from optimum_sab.calibration.options import AllocationSettings, RunOptions
 from optimum_sab.calibration.samples.inputs import SampleSource
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.devices import usable_device
+from optimum_sab.hf.devices import planned_device, usable_device
 
 
-def run_options(config: SABConfig) -> RunOptions:
+def run_options(config: SABConfig, here: bool = True) -> RunOptions:
     """The options of `optimum_sab.calibration` that a configuration stands for.
 
+    Args:
+        config: the configuration.
+        here: whether the run is this machine's; a plan is also made for others.
+
     Raises:
-        ConfigError: the calibration device cannot be used here.
+        ConfigError: the calibration device cannot be used here, or is none.
     """
-    named = config.calibration_device
+    named, device = config.calibration_device, usable_device if here else planned_device
     by_sensitivity = config.allocation == "sensitivity"
     return RunOptions(
         source=SampleSource(
@@ -26,7 +30,7 @@ def run_options(config: SABConfig) -> RunOptions:
         ),
         calibration_pass=config.calibration_pass,
         expert_tokens=config.expert_tokens,
-        device=None if named is None else usable_device("calibration_device", named),
+        device=None if named is None else device("calibration_device", named),
         allocation=AllocationSettings.of(config.target_bits, config.dynamic) if by_sensitivity else None,
         refine=config.refine_settings,
         temperature_scaling=config.temperature_scaling,

@@ -24,7 +24,7 @@ from optimum_sab.calibration.samples.inputs import UNSEEN_LENGTH
 from optimum_sab.data.unseen import unseen_texts
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.devices import SPREADS, accelerators, main_device
+from optimum_sab.hf.devices import SPREADS, accelerators, is_here, main_device
 from optimum_sab.hf.run_options import run_options
 from optimum_sab.hf.stored_files import read_headers
 from optimum_sab.hf.streaming import check_stored, check_streaming
@@ -52,7 +52,7 @@ def workload(
         unseen: forward arguments of what the finished model will be compared with.
     """
     files, device_map = place
-    options = run_options(config)
+    options = run_options(config, here=False)  # who runs it has tried the device
     shape = model_shape(model, selection, config.target_bits)
     shape = replace(shape, copied=_copied(files, shape.dtype, selection))
     if not isinstance(sizes, SampleSizes):
@@ -87,7 +87,7 @@ def rooms_of(work: Workload) -> dict[str, Room]:
     rooms = {MACHINE: machine_room()}
     device = work.options.device if work.home == "cpu" else work.main
     if device is not None and device.type != "cpu":
-        room = accelerator_room(device)
+        room = accelerator_room(device) if is_here(device) else Room(None, None, f"{device}, of another machine")
         # what does not fit on one may fit on several
         rooms[ACCELERATOR] = replace(room, total=None, free=None) if work.spread and work.home != "cpu" else room
     return rooms

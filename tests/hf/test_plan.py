@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.plan.duration import stage_times
+from optimum_sab.calibration.plan.expectation import Fit
 from optimum_sab.calibration.plan.fit import refuse_what_cannot_fit
 from optimum_sab.calibration.plan.limits import Room
-from optimum_sab.calibration.plan.memory import ACCELERATOR, memory_of
+from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, memory_of
 from optimum_sab.errors import ConfigError, MissingDependencyError, SABWarning, SampleError
 from optimum_sab.hf import hold_to_plan
 from optimum_sab.hf import workload as hf_workload
@@ -144,7 +145,9 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(llama_folder, quick_
     plan = planned(llama_folder, config, torch.bfloat16)  # another dtype: copied, so it must all be there
     needed = plan.memory[0].certain.certain
     small_machine(needed - 1)
-    with pytest.raises(ConfigError, match=r"at least .* MB of the machine's memory .* With stream_weights=True it is"):
+    with pytest.raises(
+        ConfigError, match=r"at least .* MB of the machine's memory .* With stream_weights=True it is at least"
+    ):
         load(llama_folder, config, torch.bfloat16)
     with pytest.raises(AssertionError, match="weights were read"):
         load(llama_folder, quick_config(calibration=texts[:2], stream_weights=True), torch.bfloat16)
@@ -257,12 +260,42 @@ def test_what_may_be_spread_over_devices_is_not_refused(llama_folder, quick_conf
     plan = planned(llama_folder, quick_config())
     room = Room(1, 1, "cuda")
     monkeypatch.setattr(hf_workload, "accelerator_room", lambda device: room)
+    monkeypatch.setattr(hf_workload, "is_here", lambda device: True)
     one = hf_workload.rooms_of(replace(plan.work, main=torch.device("cuda")))
     several = hf_workload.rooms_of(replace(plan.work, main=torch.device("cuda"), spread=True))
     assert one[ACCELERATOR] == room and several[ACCELERATOR].total is several[ACCELERATOR].free is None
     with pytest.raises(ConfigError, match=r"accelerator's memory.*it takes a device with more memory"):
         refuse_what_cannot_fit(replace(plan.work, main=torch.device("cuda")), one)
     refuse_what_cannot_fit(replace(plan.work, main=torch.device("cuda"), spread=True), several)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="such a device is here")
+def test_a_device_of_another_machine_is_planned_and_not_measured(llama_folder, quick_config, texts):
+    config = quick_config(calibration=texts[:2], calibration_device="cuda")
+    plan = planned(llama_folder, config, timing=True)
+    assert [each.device for each in plan.memory] == [MACHINE, ACCELERATOR]
+    there = plan.memory[1]
+    assert there.peak.bytes >= plan.work.model.largest_block
+    assert plan.fits[ACCELERATOR] is Fit.UNKNOWN and plan.rooms[ACCELERATOR].total is None
+    assert plan.speeds is None and plan.times == ()
+    assert [each for each in plan.warnings if each.startswith("this machine has no cuda: the plan is for another")]
+    refuse_what_cannot_fit(plan.work, plan.rooms, plan.disks)
+    with pytest.raises(ConfigError, match="calibration_device='cuda' cannot be used here"):
+        load(llama_folder, config)
+    with pytest.raises(ConfigError, match="calibration_device='gpu' cannot be used here"):
+        planned(llama_folder, quick_config(calibration=texts[:2], calibration_device="gpu"))
+
+
+def test_how_many_samples_are_read_is_told(llama_folder, quick_config, texts):
+    told = []
+    source, processor = AutoConfig.from_pretrained(llama_folder), AutoTokenizer.from_pretrained(llama_folder)
+    model = PlannedModel(AutoModelForCausalLM, source, torch.float32)
+    make_plan(model, quick_config(calibration=texts[:3], calibration_samples=9), processor, False, _noting(told))
+    assert told == [(1, 9), (2, 9), (3, 9), (3, 3)]
+
+
+def _noting(told):
+    return lambda done, total: told.append((done, total))
 
 
 def test_samples_that_cannot_be_read_are_an_error(llama_folder, quick_config):

@@ -74,6 +74,25 @@ def test_lines_in_a_file_tell_now_and_then_of_a_long_stage(capsys, monkeypatch):
     assert lines == ["Writing: 2 of 100 answers, 31 s", "Writing: 4 of 100 answers, 62 s"]
 
 
+def test_what_is_done_soon_is_done_without_a_word(capsys, monkeypatch):
+    clock = iter((0.0, 2.0, 4.0, 100.0, 104.0, 105.5))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    soon = module.Progress("lines").steps("Reading", "sample", delay=5.0)
+    for done in (1, 2):
+        soon(done, 2)
+    assert capsys.readouterr().err == ""
+    late = module.Progress("lines").steps("Reading", "sample", delay=5.0)
+    for done in (1, 2):
+        late(done, 2)
+    assert capsys.readouterr().err == "Reading: 2 of 2 samples, 6 s\n"
+
+
+def test_a_bar_of_what_is_done_soon_is_not_shown(shown):
+    with shown_progress("bar") as progress:
+        progress.steps("Reading", "sample", delay=60.0)(2, 2)
+    assert shown.getvalue() == ""
+
+
 def test_lines_in_a_terminal_have_bars_too(shown, monkeypatch):
     monkeypatch.setattr(module.sys, "stderr", SimpleNamespace(isatty=lambda: True))
     with shown_progress("lines") as progress:

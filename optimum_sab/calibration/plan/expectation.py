@@ -8,11 +8,9 @@ from enum import Enum
 from optimum_sab.calibration.plan.fit import DiskUse, by_folder
 from optimum_sab.calibration.plan.limits import Room
 from optimum_sab.calibration.plan.memory import DeviceMemory, Phase, memory_of
-from optimum_sab.calibration.plan.remedies import first_remedy, otherwise
+from optimum_sab.calibration.plan.remedies import remedy
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.wording import size_in_words
-
-LARGEST = 3  # parts that a message names
 
 
 class Fit(Enum):
@@ -36,7 +34,7 @@ def fit_of(memory: DeviceMemory, room: Room | None) -> Fit:
         return Fit.UNKNOWN
     if memory.peak.bytes <= room.free:
         return Fit.FITS
-    return Fit.TIGHT if _own(memory) <= room.free else Fit.NOT
+    return Fit.TIGHT if memory.own <= room.free else Fit.NOT
 
 
 def shortages(
@@ -60,10 +58,11 @@ def shortages(
         tight = fit is Fit.TIGHT
         phase = memory.peak if tight else max(memory.phases, key=lambda each: each.own)
         bound = "" if work.samples.exact else "at most "
+        largest = phase.largest(lambda part: part.bytes)
         yield (
             f"quantizing is expected to take {bound}{size_in_words(phase.bytes)} of {memory.device} in the stage "
-            f"{phase.name!r} ({_largest(phase)}), and {size_in_words(room.free)} are free. {_mapped(phase, tight)}"
-            f"{_remedy(work, memory.device, room.free)}"
+            f"{phase.name!r} ({largest}), and {size_in_words(room.free)} are free. {_mapped(phase, tight)}"
+            f"{remedy(work, memory.device, room.free)}"
         )
     for folder, uses in by_folder(disks).items():
         size, free = sum(use.bytes for use in uses), uses[0].free
@@ -72,28 +71,6 @@ def shortages(
                 f"{' and '.join(use.name for use in uses)} are expected to take {size_in_words(size)} in {folder!r}, "
                 f"whose disk has {size_in_words(free)} free; name a folder on another disk."
             )
-
-
-def _remedy(work: Workload, device: str, free: int) -> str:
-    """Of all that is held, or, where that cannot be, without what is mapped."""
-    whole = first_remedy(work, device, free, _peak)
-    if whole is not None:
-        return whole
-    part = first_remedy(work, device, free, _own)
-    return otherwise(work, device) if part is None else f"{part[:-1]}, mapped weights not counted."
-
-
-def _peak(memory: DeviceMemory) -> int:
-    return memory.peak.bytes
-
-
-def _own(memory: DeviceMemory) -> int:
-    return max(phase.own for phase in memory.phases)
-
-
-def _largest(phase: Phase) -> str:
-    parts = sorted(phase.parts, key=lambda part: -part.bytes)[:LARGEST]
-    return ", ".join(f"{size_in_words(part.bytes)} {part.name}" for part in parts)
 
 
 def _mapped(phase: Phase, tight: bool) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from optimum_sab.calibration.plan.limits import Room
-from optimum_sab.calibration.plan.memory import DeviceMemory, memory_of
+from optimum_sab.calibration.plan.memory import memory_of
 from optimum_sab.calibration.plan.remedies import remedy
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.errors import ConfigError
@@ -51,16 +51,13 @@ def refuse_what_cannot_fit(work: Workload, rooms: Mapping[str, Room], disks: Seq
         room, needed = rooms.get(memory.device), memory.certain
         if room is None or room.total is None or needed.certain <= room.total:
             continue
-        parts = ", ".join(
-            f"{size_in_words(part.certain)} {part.name}"
-            for part in sorted(needed.parts, key=lambda part: -part.certain)[:3]
-            if part.certain
-        )
+        parts = needed.largest(lambda part: part.certain)
         free = "" if room.free is None else f", {size_in_words(room.free)} of it free"
         raise ConfigError(
             f"quantizing needs at least {size_in_words(needed.certain)} of {memory.device} at once ({parts}), and "
             f"there are {size_in_words(room.total)} ({room.words}{free}). "
-            f"{remedy(work, memory.device, room.total, _certain)} `optimum-sab plan` shows all parts; {ALL_THE_SAME}."
+            f"{remedy(work, memory.device, room.total, or_certain=True)} `optimum-sab plan` shows all parts; "
+            f"{ALL_THE_SAME}."
         )
     for folder, uses in by_folder([disk for disk in disks if disk.certain]).items():
         size, names = sum(use.certain for use in uses), " and ".join(use.name for use in uses)
@@ -78,7 +75,3 @@ def by_folder(disks: Sequence[DiskUse]) -> dict[str, list[DiskUse]]:
     for disk in disks:
         found.setdefault(disk.folder, []).append(disk)
     return found
-
-
-def _certain(memory: DeviceMemory) -> int:
-    return memory.certain.certain

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from optimum_sab.calibration.plan.holdings import (
@@ -21,8 +21,10 @@ from optimum_sab.calibration.predictions.scaled import KEPT_BYTES
 from optimum_sab.calibration.predictions.temperature import CHUNK, TOKENS
 from optimum_sab.calibration.stages.allocation import SAMPLES
 from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
+from optimum_sab.wording import size_in_words
 
 MACHINE, ACCELERATOR = "the machine's memory", "the accelerator's memory"
+LARGEST = 3  # parts of a phase that a message names
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ class Phase:
         """Without what is mapped from the checkpoint's files."""
         return self.bytes - self.mapped
 
+    def largest(self, size: Callable[[Part], int]) -> str:
+        """The parts that take the most, in words.
+
+        Args:
+            size: bytes of a part that count.
+        """
+        parts = sorted((part for part in self.parts if size(part)), key=size, reverse=True)[:LARGEST]
+        return ", ".join(f"{size_in_words(size(part))} {part.name}" for part in parts)
+
 
 @dataclass(frozen=True)
 class DeviceMemory:
@@ -76,6 +87,11 @@ class DeviceMemory:
     def certain(self) -> Phase:
         """The phase of which the most is certain."""
         return max(self.phases, key=lambda phase: phase.certain)
+
+    @property
+    def own(self) -> int:
+        """The most of all phases, without what is mapped from the checkpoint's files."""
+        return max(phase.own for phase in self.phases)
 
 
 def memory_of(work: Workload, process: int = 0) -> tuple[DeviceMemory, ...]:

@@ -13,28 +13,36 @@ BOUND = 2**30  # of activations, that is proposed
 FEWEST = 16  # samples that are proposed
 
 
-def remedy(work: Workload, device: str, room: int, held: Callable[[DeviceMemory], int]) -> str:
-    """The first change of settings with which what is held finds room, in a sentence.
+def remedy(work: Workload, device: str, room: int, or_certain: bool = False) -> str:
+    """The first change of settings with which what is expected finds room, in a sentence.
+
+    All that is held, or, where that cannot be, what is held without what is mapped; else what takes less in general.
 
     Args:
         work: the run.
         device: `MACHINE` or `ACCELERATOR`.
         room: bytes that there are.
-        held: bytes of a device that count.
+        or_certain: whether a change is named, too, with which only what is certain finds room.
     """
-    return first_remedy(work, device, room, held) or otherwise(work, device)
+    whole = _first(work, device, room, lambda memory: memory.peak.bytes)
+    if whole is not None:
+        return f"{whole}."
+    own = _first(work, device, room, lambda memory: memory.own)
+    if own is not None:
+        return f"{own}, mapped weights not counted."
+    least = _first(work, device, room, lambda memory: memory.certain.certain) if or_certain else None
+    return _otherwise(work, device) if least is None else f"{least.replace(' it is ', ' it is at least ')}."
 
 
-def first_remedy(work: Workload, device: str, room: int, held: Callable[[DeviceMemory], int]) -> str | None:
-    """`remedy`; None where no setting is enough."""
+def _first(work: Workload, device: str, room: int, held: Callable[[DeviceMemory], int]) -> str | None:
     for words, changed in _changes(work):
         size = sum(held(each) for each in memory_of(changed) if each.device == device)
         if size <= room:
-            return f"With {words} it is {size_in_words(size)}."
+            return f"With {words} it is {size_in_words(size)}"
     return None
 
 
-def otherwise(work: Workload, device: str) -> str:
+def _otherwise(work: Workload, device: str) -> str:
     """Where none of the settings is enough."""
     shorter = "Less is taken by shorter samples (sequence_length; the processor's max_pixels for pictures)"
     if device != ACCELERATOR:

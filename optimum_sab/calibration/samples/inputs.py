@@ -79,13 +79,14 @@ def calibration_inputs(
     return given_inputs(model, processor, source)
 
 
-def given_inputs(model: Any, processor: Any, source: SampleSource) -> list[dict[str, Any]]:
+def given_inputs(model: Any, processor: Any, source: SampleSource, on_step: OnStep = no_step) -> list[dict[str, Any]]:
     """Forward arguments, one sample each, of samples that no model has to write: none of its weights is needed.
 
     Args:
         model: may be on meta.
         processor: its processor or tokenizer.
         source: where from.
+        on_step: told how many are read, of the most that will be.
 
     Raises:
         SampleError: see `read_samples`, `encode_samples` and `ForwardArguments.check`; or a token is none of the
@@ -101,7 +102,10 @@ def given_inputs(model: Any, processor: Any, source: SampleSource) -> list[dict[
                 arguments.check(sample, label)
             encoded[label] = with_decoder_inputs(encode_sample(sample, encoding, label), config)
             check_tokens(encoded[label], config, label)
+            on_step(len(encoded), source.count)
         encoding.watch.warn()
+    if len(encoded) < source.count:
+        on_step(len(encoded), len(encoded))
     warn_of_long_samples({label: token_count(inputs) for label, inputs in encoded.items()}, config)
     return list(encoded.values())
 

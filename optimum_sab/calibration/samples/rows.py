@@ -17,19 +17,13 @@ from optimum_sab.errors import SampleError
 from optimum_sab.wording import nearest
 
 CHATS = ("messages", "conversations", "conversation")
-PROMPTS = {  # a question or a beginning, and what may hold its answer
-    "text": (),
-    "prompt": ("completion", "response"),
-    "question": ("answer",),
-    "instruction": ("output", "response"),
-    "caption": (),
-}
-KNOWN_COLUMNS = (
-    *CHATS,
-    *PROMPTS,
-    *(answer for answers in PROMPTS.values() for answer in answers),
-    *COLUMNS,
-    *("input", "system", "tools"),
+ANSWERED = {"prompt": "completion", "question": "answer", "instruction": "output"}  # and what an answer is called
+PROMPTS = ("text", *ANSWERED, "caption")  # a question or a beginning, or all of it
+ANSWERS = (*ANSWERED.values(), "response")  # to any of them
+KNOWN_COLUMNS = (*CHATS, *PROMPTS, *ANSWERS, *COLUMNS, "input", "system", "tools")
+_LIKE_ANSWERS = (  # not read: what is right of several, or a class, is not known
+    *("answers", "completions", "responses", "outputs", "target", "targets", "label", "labels", "reply", "solution"),
+    *("ground_truth", "gt_answer", "reference", "references", "multiple_choice_answer", "direct_answers"),
 )
 _MEDIA = {"image": load_picture, "video": load_video, "audio": load_sound}
 _UNREAD = ("functions", "function_call")  # would change what the model sees, as media do
@@ -46,15 +40,16 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
 
     Args:
         row: a text; a list of messages; or a mapping with one of: "messages" or "conversations"; "text", "caption",
-            "prompt" (with "completion"), "question" (with "answer"), "instruction" (with "input" and "output");
-            "input_ids" or "decoder_input_ids" with other arguments of the model's forward. Beside messages and texts
-            may stand "image", "images", "video", "videos", "audio", "audios", "system" and "tools". What is None counts
-            as absent.
+            "prompt", "question", "instruction" (with "input"), each with its "answer", "completion", "output" or
+            "response"; "input_ids" or "decoder_input_ids" with other arguments of the model's forward. Beside messages
+            and texts may stand "image", "images", "video", "videos", "audio", "audios", "system" and "tools". What is
+            None counts as absent.
         label: names the row in errors.
         folder: paths of pictures are relative to it.
 
     Raises:
-        SampleError: the row is of no such form, or nested without end.
+        SampleError: the row is of no such form, or nested without end; or it has a question, and its answer seems to
+            be in a column that is not read.
     """
     try:
         return _read(row, label, folder)
@@ -86,6 +81,14 @@ def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]
                 f"{label} has a column {name!r}, which is not understood; remove it, or the row. Pictures, videos and "
                 f"sound are read from {', '.join(COLUMNS)}."
             )
+    missing = missing_answer(row)
+    answer = None if missing is None else next((name for name in columns if _like_an_answer(name)), None)
+    if missing is not None and answer is not None:
+        raise SampleError(
+            f"{label} has {missing[0]!r} and no {missing[1]!r}, and a column {answer!r}, which is not read. If it "
+            f"holds the answer, as a text, call it {missing[1]!r}; if not, remove it: the model is then calibrated on "
+            "what is asked alone."
+        )
     return sample, list(columns)
 
 
@@ -112,8 +115,12 @@ def missing_answer(row: Any) -> tuple[str, str] | None:
         return None
     given = {str(key) for key, value in row.items() if value is not None}
     name = None if given & {*CHATS, *IDS} else next((name for name in PROMPTS if name in given), None)
-    answers = PROMPTS[name] if name else ()
-    return None if name is None or not answers or given & set(answers) else (name, answers[0])
+    return None if name not in ANSWERED or given & set(ANSWERS) else (name, ANSWERED[name])
+
+
+def _like_an_answer(name: str) -> bool:
+    misspelt = nearest(name, ANSWERS)
+    return name.lower() in _LIKE_ANSWERS or (misspelt is not None and abs(len(misspelt) - len(name)) <= 1)
 
 
 def _told(value: Any) -> str:
@@ -160,13 +167,25 @@ def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | l
     check_text(text, label)
     if name == "instruction" and isinstance(columns.get("input"), str):
         text = "\n".join(filter(None, (text, check_text(columns.pop("input"), label))))
-    answer = next((columns.pop(key) for key in PROMPTS[name] if isinstance(columns.get(key), str)), None)
+    answer = _take_answer(columns, ANSWERED[name], label) if name in ANSWERED else None
     if answer is not None and name == "prompt" and not needs_chat:
         return text + check_text(answer, label)  # a text in two pieces
     if answer is None and not needs_chat:
         return text
     turns = [{"role": "user", "content": text}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": check_text(answer, label)}]
+
+
+def _take_answer(columns: dict[str, Any], usual: str, label: str) -> str | None:
+    given = [usual] if usual in columns else [name for name in ANSWERS if name in columns]
+    if len(given) > 1:
+        raise SampleError(f"{label} has the columns {' and '.join(map(repr, given))}; keep the one with the answer.")
+    if not given:
+        return None
+    answer = columns.pop(given[0])
+    if not isinstance(answer, str):
+        raise SampleError(f"{label}: {given[0]!r} must be a text, and is {_told(answer)}.")
+    return answer
 
 
 def _under_system(chat: list[dict[str, Any]], system: Any, label: str) -> list[dict[str, Any]]:

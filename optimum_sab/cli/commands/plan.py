@@ -20,6 +20,7 @@ from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.load import auto_class, model_config, reads_pictures
 from optimum_sab.hf.plan import Plan, PlannedModel, make_plan
 from optimum_sab.hf.processor import find_processor
+from optimum_sab.hf.progress import READING_DELAY, shown_progress
 from optimum_sab.hf.stored_files import StoredFile, local_files, read_headers
 from optimum_sab.hf.streaming import check_stored, check_streaming
 from optimum_sab.json_values import json_line
@@ -28,7 +29,7 @@ from optimum_sab.wording import counted
 
 A_WHILE = 120  # seconds, from which on they are told in larger units too
 _FIT = {
-    Fit.UNKNOWN: "whether it fits is not known: what is free cannot be asked",
+    Fit.UNKNOWN: "whether it fits is not known: what is free there cannot be asked",
     Fit.FITS: "fits",
     Fit.TIGHT: "tight: weights will be read again and again",
     Fit.NOT: "does not fit in what is free",
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> None:
     """Print the plan, then what `quantize` will warn of; what it refuses by name is refused the same way."""
     hush_libraries(options)
     config = read_settings(options)
-    check_device_map(options.device_map)
+    check_device_map(options.device_map, here=False)
     folder = Path(options.model, options.subfolder or "")
     files = local_files(folder)
     headers = read_headers(files)
@@ -53,7 +54,9 @@ def run(options: argparse.Namespace) -> None:
     processor = find_processor(options.processor, origin, reads_pictures(source))
     dtype = _own_dtype(source, headers) if options.dtype == "auto" else getattr(torch, options.dtype)
     model = PlannedModel(auto_class(source), source, dtype, files or None, options.device_map)
-    plan = make_plan(model, config, processor, options.timing)
+    with shown_progress("none" if options.json or options.quiet else "lines") as progress:
+        on_read = progress.steps("Reading samples", "sample", READING_DELAY)
+        plan = make_plan(model, config, processor, options.timing, on_read)
     refusal = _refusal(plan)
     if options.json:
         print(json_line(as_json(options.model, plan, refusal)))
@@ -166,7 +169,9 @@ def _lines(name: str, plan: Plan, refusal: str | None) -> Iterator[str]:
         yield "\nReads of the decoder blocks (arithmetic)"
         yield f"  {counted(times, 'pass', 'passes')}, {times * work.model.block_bytes / 1e9:,.2f} GB:"
         yield "  " + ", ".join(f"{each.name} {each.times}" for each in plan.reads)
-    if plan.speeds is not None:
+    if plan.speeds is None:
+        yield "\nTime: not measured"
+    else:
         yield from _time_lines(plan)
     if refusal is not None:
         yield f"\nRefused by quantize: {as_options(refusal)}"

@@ -1,5 +1,7 @@
 """Only what certainly cannot fit is refused, with the setting that would make it fit."""
 
+from dataclasses import replace
+
 import pytest
 
 from optimum_sab.calibration.plan.fit import DiskUse, refuse_what_cannot_fit
@@ -23,6 +25,15 @@ def certain(work):
     return memory_of(work)[0].certain.certain
 
 
+def expected(work):
+    return memory_of(work)[0].peak.bytes
+
+
+def deep(work):
+    """So many blocks that they are what takes memory."""
+    return replace(work, model=replace(work.model, blocks=work.model.blocks * 6))
+
+
 def test_what_is_expected_to_be_too_much_is_not_refused(work):
     (memory,) = memory_of(work)
     assert certain(work) < memory.peak.bytes
@@ -31,7 +42,7 @@ def test_what_is_expected_to_be_too_much_is_not_refused(work):
 
 
 def test_activations_that_cannot_fit_name_their_bound(work, changed):
-    bounded = certain(changed(work, activation_memory=2**30))
+    bounded = expected(changed(work, activation_memory=2**30))
     said = refused(work, bounded)
     assert f"at least {size_in_words(certain(work))}" in said
     assert f"there are {size_in_words(bounded)} (memory and swap, {size_in_words(bounded // 2)} of it free)" in said
@@ -40,15 +51,17 @@ def test_activations_that_cannot_fit_name_their_bound(work, changed):
 
 
 def test_a_dense_model_that_is_copied_names_streaming(work, changed):
-    copied = changed(work, copied=1.0, activation_memory=2**30)
-    streamed = certain(changed(copied, streamed=True))
+    copied = changed(deep(work), copied=1.0, activation_memory=2**30)
+    streamed = expected(changed(copied, streamed=True))
     assert streamed < certain(copied)
-    assert "With stream_weights=True it is" in refused(copied, streamed)
+    assert f"With stream_weights=True it is {size_in_words(streamed)}." in refused(copied, streamed)
+    less = refused(copied, streamed - 1)  # streaming alone would not be certain to fail
+    assert "With allocation='uniform' and stream_weights=True it is" in less
 
 
 def test_both_are_named_where_neither_is_enough(work, changed):
-    copied = changed(work, copied=1.0)
-    both = certain(changed(copied, streamed=True, activation_memory=2**30))
+    copied = changed(deep(work), copied=1.0)
+    both = expected(changed(copied, streamed=True, activation_memory=2**30))
     assert "With stream_weights=True and activation_memory=1 it is" in refused(copied, both)
 
 
@@ -56,7 +69,15 @@ def test_fewer_samples_are_named_where_the_bound_is_set_already(work, changed):
     bounded = changed(work, streamed=True, activation_memory=2**30)
     said = refused(bounded, certain(bounded) - 1)
     count = int(said.split("calibration_samples=")[1].split(" ")[0])
-    assert count == 128
+    fewer = [changed(bounded, samples=bounded.samples.first(each, 0)) for each in (count, 2 * count)]
+    assert expected(fewer[0]) <= certain(bounded) - 1 < expected(fewer[1])
+
+
+def test_where_only_what_is_certain_finds_room_that_is_said(work):
+    one = replace(work, samples=work.samples.first(1, 0), model=replace(work.model, copied=1.0))
+    least = certain(replace(one, streamed=True))
+    said = refused(one, least)
+    assert f"With stream_weights=True it is at least {size_in_words(least)}." in said
 
 
 def test_nothing_is_named_where_nothing_helps(work):

@@ -187,24 +187,19 @@ def test_columns_that_are_not_calibrated_on_are_named_once(datasets):
 
 
 def test_a_column_that_is_nearly_one_that_is_read_is_told_what_was_meant(datasets):
-    datasets.rows = Rows([{"question": "What?", "anwser": "A cup."}])
-    with pytest.warns(SABWarning, match=r"not calibrated on: 'anwser'; did you mean 'answer'\?$"):
+    datasets.rows = Rows([{"text": "What is it? A cup.", "imgae": 7}])
+    with pytest.warns(SABWarning, match=r"not calibrated on: 'imgae'; did you mean 'image'\?$"):
         read("owner/name")
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (
-            {"question": "What?", "label": "A cup."},
-            "'label'. It has 'question' and no 'answer': if one of",
-        ),
-        (
-            {"instruction": "Say it.", "target": "It."},
-            "'target'. It has 'instruction' and no 'output': if one of",
-        ),
-        ({"prompt": "It is", "answer": "a cup."}, "'answer'. It has 'prompt' and no 'completion': if one of"),
+        ({"question": "What?", "said": "A cup."}, "'said'. It has 'question' and no 'answer': if one of"),
+        ({"instruction": "Say it.", "said": "It."}, "'said'. It has 'instruction' and no 'output': if one of"),
+        ({"prompt": "It is", "rest": "a cup."}, "'rest'. It has 'prompt' and no 'completion': if one of"),
         ({"question": "What?", "id": 7}, "'id'."),
+        ({"question": "What?", "answer_type": 7}, "'answer_type'; did you mean 'answer'?"),
         ({"question": "What?", "answer": "A cup.", "label": "cup"}, "'label'."),
         ({"text": "A cup.", "label": "cup"}, "'label'."),
     ],
@@ -216,6 +211,43 @@ def test_a_question_whose_answer_has_another_name_is_told_what_to_call_it(datase
     (message,) = [str(each.message) for each in told]
     assert f"not calibrated on: {said}" in message
     assert message.endswith("call it that.") is ("and no" in said)
+
+
+@pytest.mark.parametrize("question", ["prompt", "question", "instruction"])
+@pytest.mark.parametrize("answer", ["answer", "completion", "output", "response"])
+def test_an_answer_is_read_by_any_of_its_names(datasets, picture, question, answer):
+    datasets.rows = Rows([{question: "What?", answer: "A cup.", "image": picture}])
+    [[asked, answered]] = read("owner/name")
+    assert asked["content"][1] == {"type": "text", "text": "What?"}
+    assert answered == {"role": "assistant", "content": "A cup."}
+
+
+def test_of_two_answers_the_one_with_the_usual_name_is_read(datasets):
+    datasets.rows = Rows([{"question": "What?", "answer": "A cup.", "response": "A mug."}])
+    with pytest.warns(SABWarning, match="not calibrated on: 'response'"):
+        [[_, answered]] = read("owner/name")
+    assert answered["content"] == "A cup."
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"question": "What?", "label": "A cup."}, "has 'question' and no 'answer', and a column 'label', which"),
+        ({"question": "What?", "answers": ["A cup."]}, "has 'question' and no 'answer', and a column 'answers'"),
+        ({"question": "What?", "anwser": "A cup."}, "has 'question' and no 'answer', and a column 'anwser'"),
+        ({"instruction": "Say it.", "Target": "It."}, "has 'instruction' and no 'output', and a column 'Target'"),
+        ({"question": "How many?", "answer": 3}, "'answer' must be a text, and is the int 3"),
+        ({"prompt": "It is", "completion": ["a cup."]}, "'completion' must be a text, and is the list"),
+        ({"question": "What?", "output": "A.", "response": "B."}, "the columns 'response' and 'output'; keep the one"),
+    ],
+)
+def test_an_answer_that_is_not_read_is_refused_before_it_costs_a_run(datasets, row, said):
+    datasets.rows = Rows([row])
+    with pytest.raises(SampleError) as refused:
+        read("owner/name")
+    message = str(refused.value)
+    assert message.startswith("owner/name row 0")
+    assert said.replace("'response' and 'output'", "'output' and 'response'") in message
 
 
 @pytest.mark.parametrize(
