@@ -55,9 +55,10 @@ class HoldToPlan(Stage):
             least = replace(work, samples=work.samples.share(size), ranks=size)
             most = replace(work, samples=work.samples.largest_share(size), ranks=size)
         rooms, refusing = rooms_of(work), not self._config.ignore_plan
+        disks = disk_uses(least)
         if refusing:
-            refuse_what_cannot_fit(least, rooms, disk_uses(least))
-        for message in shortages(most, _shared(rooms), disk_uses(most), refusing):
+            refuse_what_cannot_fit(least, rooms, disks)
+        for message in shortages(most, _shared(rooms), disks if most is least else disk_uses(most), refusing):
             warn(message)
 
     def wanted(self, run: Run) -> bool:
