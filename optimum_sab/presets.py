@@ -50,6 +50,7 @@ class RunSettings:
     refine_steps: int = RefineSettings.steps
     temperature_scaling: bool = True
     examples: bool = True
+    evaluation: Any = None
     stream_weights: bool = False
     activation_memory: float | None = None
     resume_folder: str | None = None
@@ -76,6 +77,7 @@ class RunSettings:
             )
         check_integer("calibration_samples", self.calibration_samples, 1, MOST_SAMPLES)
         self._check_mixture()
+        self._check_evaluation()
         check_integer("sequence_length", self.sequence_length, 1, MOST_TOKENS)
         check_integer("seed", self.seed, 0, MOST_SEED)
         for name in ("refine", "temperature_scaling", "examples", "stream_weights", "ignore_plan"):
@@ -89,6 +91,20 @@ class RunSettings:
             raise ConfigError(f"resume_folder={self.resume_folder!r} must be the path of a folder.")
         if self.backend not in (None, "auto", *BACKENDS):
             raise ConfigError(f"backend={self.backend!r} is no backend; use one of auto, {', '.join(BACKENDS)}.")
+
+    def _check_evaluation(self) -> None:
+        given = self.evaluation
+        named = isinstance(given, (str, os.PathLike))
+        if named and given in (BUILTIN, SELF):
+            raise ConfigError(
+                f"evaluation={given!r} is no data of your own; the finished model is compared on samples of the "
+                "package's as it is. Give a file, a dataset or samples, or leave evaluation out."
+            )
+        if given is not None and (given is self.calibration or (named and given == self.calibration)):
+            raise ConfigError(
+                "evaluation and calibration are the same data; give samples there that do not calibrate, since every "
+                "model looks better on those that do than it is."
+            )
 
     def _check_mixture(self) -> None:
         check_integer("builtin_samples", self.builtin_samples, 0, MOST_BUILTIN)

@@ -56,6 +56,8 @@ class RunOptions:
         resume_folder: keeps what is finished; the same run goes on from there.
         backend: what will compute with the packed layers; None or "auto" leaves it to the device.
         examples: let the model write to a few prompts before and after.
+        evaluation: where samples come from on which the finished model is compared with the dense one, beside those of
+            the package; None for no others.
     """
 
     source: SampleSource = field(default_factory=SampleSource)
@@ -69,6 +71,7 @@ class RunOptions:
     resume_folder: str | Path | None = None
     backend: str | None = None
     examples: bool = True
+    evaluation: SampleSource | None = None
 
     @property
     def tuned(self) -> bool:

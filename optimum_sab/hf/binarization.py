@@ -23,7 +23,7 @@ from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import computes_elsewhere
 from optimum_sab.hf.early_rehearsal import RehearseUnloaded
 from optimum_sab.hf.early_resume import LookIntoResumeFolder
-from optimum_sab.hf.find_processor import FindProcessor, ReadSamplesEarly, ReadUnseen
+from optimum_sab.hf.find_processor import FindProcessor, ReadEvaluation, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.hold_to_plan import HoldToPlan
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.progress import READING_DELAY, shown_progress
@@ -49,8 +49,9 @@ def stages(
     written = run_options(config).source.written
     early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
     tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
-    plan = HoldToPlan(config, (reader, unseen), origin, device_map)
-    return (processor, *tried, reader, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
+    evaluation = ReadEvaluation(processor)
+    plan = HoldToPlan(config, (reader, unseen, evaluation), origin, device_map)
+    return (processor, evaluation, *tried, reader, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
 
 
 def check_settings(model: nn.Module, config: SABConfig, here: bool = True) -> None:

@@ -38,6 +38,7 @@ _TRANSIENT = (  # of one call
     "verify",
     "resume_folder",
     "examples",
+    "evaluation",
     "stream_weights",
     "activation_memory",
     "ignore_plan",
@@ -97,6 +98,10 @@ class SABConfig(QuantizationConfigMixin):
             (docs/large-models.md). Not stored.
         examples: let the dense model and the finished one write a few words to the same few prompts, for the report.
             Changes nothing in the model. Not stored.
+        evaluation: samples of your own work, in any form that ``calibration`` takes, on which the finished model is
+            compared with the dense one beside the package's own; they decide the verdict. Texts are cut to
+            ``sequence_length``; 64 at most are used. Give some that do not calibrate. Changes nothing in the model.
+            Not stored.
         processor: the processor or tokenizer to use, or where to load it from; None takes the checkpoint's own, from
             the revision and with the token and other arguments that ``from_pretrained`` was given. Not stored.
         progress: "bar", "lines" (one line per block) or "none". Not stored.
@@ -149,6 +154,7 @@ class SABConfig(QuantizationConfigMixin):
         resume_folder: str | Path | None = RunSettings.resume_folder,
         ignore_plan: bool = RunSettings.ignore_plan,
         examples: bool = RunSettings.examples,
+        evaluation: Any = RunSettings.evaluation,
         processor: Any = None,
         progress: str = "bar",
         dequantize: bool = False,
@@ -171,6 +177,7 @@ class SABConfig(QuantizationConfigMixin):
                 "modules_to_not_convert": _listed(modules_to_not_convert),
                 "dynamic": dynamic,
                 "calibration": calibration,
+                "evaluation": evaluation,
                 "calibration_pass": calibration_pass,
                 "calibration_device": calibration_device,
                 "measured": measured,
@@ -211,6 +218,7 @@ class SABConfig(QuantizationConfigMixin):
         self.resume_folder = resume_folder
         self.ignore_plan = ignore_plan
         self.examples = examples
+        self.evaluation = replayed(evaluation)
         self.processor = processor
         self.progress = progress
         self.dequantize = dequantize
@@ -376,7 +384,7 @@ class SABConfig(QuantizationConfigMixin):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SABConfig:
         """Transformers copies configs; samples and processor are shared, not copied."""
-        shared = {id(v): v for v in (self.calibration, self.processor) if v is not None}
+        shared = {id(v): v for v in (self.calibration, self.evaluation, self.processor) if v is not None}
         twin = copy.copy(self)
         twin.__dict__.update(copy.deepcopy(self.__dict__, {**memo, **shared}))
         return twin

@@ -81,6 +81,7 @@ _SETTINGS: dict[str, tuple[Callable[[object], bool], str]] = {
     "modules_to_not_convert": (_optional(_texts), "a list of module rules"),
     "dynamic": (_optional(_rules), "a mapping of rules to mappings of layer settings"),
     "calibration": (_data, "texts, chats, the name of a set, or a path"),
+    "evaluation": (_data, "texts, chats, the name of a set, or a path"),
     "calibration_pass": (_text, "the name of a registered pass"),
     "calibration_device": (_optional(_text), "the name of a device, such as 'cuda'"),
     "measured": (_optional(_mapping), "the mapping that the quantizer wrote"),

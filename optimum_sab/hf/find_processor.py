@@ -10,13 +10,15 @@ from torch import nn
 
 from optimum_sab.calibration.joining import launched
 from optimum_sab.calibration.options import RunOptions
+from optimum_sab.calibration.predictions.verdict import PICTURES, TEXT, own
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.ranks import require_samples
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
-from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
+from optimum_sab.calibration.samples.inputs import evaluation_inputs, given_inputs, unseen_inputs
 from optimum_sab.calibration.stage import Stage
-from optimum_sab.calibration.stages.samples import ReadSamples
+from optimum_sab.calibration.stages.answers import EvaluationSamples
+from optimum_sab.calibration.stages.samples import ReadSamples, shows_pictures
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.errors import SABWarning
 from optimum_sab.hf.origin import Origin, origin_of
@@ -87,6 +89,42 @@ class ReadUnseen(Stage):
                 kinds = {}
             self._inputs = [each for some in kinds.values() for each in some]
         return self._inputs
+
+
+class ReadEvaluation(Stage):
+    """Evaluation samples are read and encoded before weights are; leaves `EvaluationSamples` where there are any.
+
+    Args:
+        processor: the stage that finds it.
+    """
+
+    name: ClassVar[str] = "evaluation samples"
+
+    def __init__(self, processor: FindProcessor) -> None:
+        self._processor = processor
+        self._inputs: Sequence[Mapping[str, Any]] = ()
+
+    def check(self, model: nn.Module, options: RunOptions) -> None:
+        if options.evaluation is not None:
+            self._inputs = evaluation_inputs(model, self._processor.processor_of(model), options.evaluation)
+
+    def wanted(self, run: Run) -> bool:
+        return bool(self._inputs)
+
+    def apply(self, run: Run, on_step: OnStep) -> None:
+        run.keep(EvaluationSamples(by_kind(self._inputs, run.model.config)))
+
+    def early(self) -> Sequence[Mapping[str, Any]]:
+        """Forward arguments that were read by `check`."""
+        return self._inputs
+
+
+def by_kind(inputs: Sequence[Mapping[str, Any]], config: Any) -> dict[str, list[Mapping[str, Any]]]:
+    """Somebody's own samples by what they show."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for each in inputs:
+        found.setdefault(own(PICTURES if shows_pictures(each, config) else TEXT), []).append(each)
+    return found
 
 
 class ReadSamplesEarly(ReadSamples):

@@ -20,7 +20,7 @@ from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.errors import warn
 from optimum_sab.hf.config import SABConfig
-from optimum_sab.hf.find_processor import ReadSamplesEarly, ReadUnseen
+from optimum_sab.hf.find_processor import ReadEvaluation, ReadSamplesEarly, ReadUnseen
 from optimum_sab.hf.origin import Origin
 from optimum_sab.hf.selection import select
 from optimum_sab.hf.workload import disk_uses, rooms_of, workload
@@ -31,7 +31,8 @@ class HoldToPlan(Stage):
 
     Args:
         config: what is binarized.
-        readers: the stages, before this one, that have samples by now, and what the finished model is compared with.
+        readers: the stages, before this one, that have samples by now, and what the finished model is compared with,
+            of the package and of others.
         origin: of the model; None where it is not known.
         device_map: where the weights will be, as `from_pretrained` takes it.
     """
@@ -39,15 +40,19 @@ class HoldToPlan(Stage):
     name: ClassVar[str] = "plan"
 
     def __init__(
-        self, config: SABConfig, readers: tuple[ReadSamplesEarly, ReadUnseen], origin: Origin | None, device_map: Any
+        self,
+        config: SABConfig,
+        readers: tuple[ReadSamplesEarly, ReadUnseen, ReadEvaluation],
+        origin: Origin | None,
+        device_map: Any,
     ) -> None:
         self._config = config
-        self._samples, self._unseen = readers
+        self._samples, self._unseen, self._evaluation = readers
         self._place = None if origin is None else origin.files, device_map
 
     def check(self, model: nn.Module, options: RunOptions) -> None:
         selection = select(model, self._config, strict=True)
-        samples, unseen = self._samples.early(model), self._unseen.early(model)
+        samples, unseen = self._samples.early(model), [*self._unseen.early(model), *self._evaluation.early()]
         work = workload(model, selection, self._config, samples, self._place, unseen)
         size = launched()[1]
         least = most = work

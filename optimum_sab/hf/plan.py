@@ -24,7 +24,7 @@ from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workl
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.samples.hub_dataset import check_readable
-from optimum_sab.calibration.samples.inputs import given_inputs, unseen_inputs
+from optimum_sab.calibration.samples.inputs import evaluation_inputs, given_inputs, unseen_inputs
 from optimum_sab.calibration.stages.samples import count_tokens, warn_of_few_tokens
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.data.named_source import named_source
@@ -180,7 +180,8 @@ def _samples(
     model: nn.Module, selection: Selection, processor: Any, config: SABConfig, how: tuple[ModelShape, OnStep]
 ) -> tuple[SampleSizes, str]:
     """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
-    source = run_options(config, here=False).source
+    options = run_options(config, here=False)
+    source = options.source
     if not _at_hand(config):
         if not source.written:
             check_readable(str(config.calibration))
@@ -193,6 +194,8 @@ def _samples(
         unseen = [each for some in unseen_inputs(model, processor).values() for each in some]
     except Exception:  # such a model is not compared; a processor is anybody's code
         unseen = []
+    if options.evaluation is not None:
+        unseen += evaluation_inputs(model, processor, options.evaluation)
     return sample_sizes(inputs, unseen, shape), f"counted, of {source.described!r} as the model's processor encodes it"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from optimum_sab.calibration.options import AllocationSettings, RunOptions
-from optimum_sab.calibration.samples.inputs import SampleSource
+from optimum_sab.calibration.samples.inputs import SampleSource, evaluation_source
 from optimum_sab.hf.config import SABConfig
 from optimum_sab.hf.devices import planned_device, usable_device
 
@@ -38,4 +38,5 @@ def run_options(config: SABConfig, here: bool = True) -> RunOptions:
         resume_folder=config.resume_folder,
         backend=config.backend,
         examples=config.examples,
+        evaluation=None if config.evaluation is None else evaluation_source(config.evaluation, config.sequence_length),
     )

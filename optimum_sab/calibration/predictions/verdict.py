@@ -30,14 +30,19 @@ class Limits:
         close_kl: nats per token up to which a model is close, ...
         close_top1: ... if at least this share of the likeliest tokens is the same.
         far_kl: nats per token above which it is far.
+        far_top1: share of the likeliest tokens below which it is far, whatever its KL: that of a model which is hardly
+            sure of anything is small.
     """
 
     close_kl: float
     close_top1: float
     far_kl: float
+    far_top1: float = 0.25
 
 
-LIMITS: Mapping[str, Limits] = {"text": Limits(0.1, 0.75, 1.0), "pictures": Limits(0.1, 0.8, 0.6)}
+TEXT, PICTURES = "text", "pictures"
+LIMITS: Mapping[str, Limits] = {TEXT: Limits(0.1, 0.75, 1.0), PICTURES: Limits(0.1, 0.8, 0.6)}
+_OWN = "own "  # in front of the kind of what somebody gave for it
 _FEW_BITS = 2.0
 
 
@@ -66,33 +71,52 @@ class Verdict:
         return f"{self.words}: {self.reason}. {self.advice}"
 
 
+def own(kind: str) -> str:
+    """The kind of evaluation samples that somebody gave."""
+    return f"{_OWN}{kind}"
+
+
+def limits_of(kind: str) -> Limits:
+    """Of samples of one kind, ours or somebody's own."""
+    return LIMITS[kind.removeprefix(_OWN)]
+
+
 def level_of(kind: str, agreement: Agreement) -> str:
     """`CLOSE`, `CARE` or `FAR`, on samples of one kind; what is no number is far."""
-    limits = LIMITS[kind]
-    if not agreement.kl <= limits.far_kl:
+    limits = limits_of(kind)
+    if not agreement.kl <= limits.far_kl or not agreement.top1 >= limits.far_top1:
         return FAR
     return CLOSE if agreement.kl <= limits.close_kl and agreement.top1 >= limits.close_top1 else CARE
 
 
 def judge(agreement: Mapping[str, Agreement], bits_per_weight: float) -> Verdict:
-    """The verdict, by the kind of samples on which the model is worst.
+    """The verdict, by the kind of samples on which the model is worst, of somebody's own where there are such.
 
     Args:
-        agreement: by kind ("text", "pictures"); empty where nothing was compared.
+        agreement: by kind (`TEXT`, `PICTURES`, `own` of them); empty where nothing was compared.
         bits_per_weight: of the binarized linears, by which the advice is chosen.
     """
     if not agreement:
         reason = "it has no predictions to compare, or did not read the samples for that"
         return Verdict(UNKNOWN, "", reason, "Compare its answers with the dense model's on your own tasks.")
     order = (CLOSE, CARE, FAR)
-    levels = {kind: level_of(kind, each) for kind, each in agreement.items()}
-    kind = max(levels, key=lambda name: (order.index(levels[name]), agreement[name].kl - LIMITS[name].far_kl))
-    limits = LIMITS[kind]
+    deciding = {kind: each for kind, each in agreement.items() if kind.startswith(_OWN)} or agreement
+    levels = {kind: level_of(kind, each) for kind, each in deciding.items()}
+    kind = max(levels, key=lambda name: (order.index(levels[name]), agreement[name].kl - limits_of(name).far_kl))
+    limits = limits_of(kind)
     reason = (
         f"on {kind} that did not calibrate it: {agreement[kind]} (close: at most {limits.close_kl:g} nats and "
-        f"at least {limits.close_top1:.0%} the same; far: above {limits.far_kl:g} nats)"
+        f"at least {limits.close_top1:.0%} the same; far: above {limits.far_kl:g} nats, or below "
+        f"{limits.far_top1:.0%} the same)"
     )
     return Verdict(levels[kind], kind, reason, _advice(levels[kind], bits_per_weight))
+
+
+def forgotten(agreement: Mapping[str, Agreement]) -> list[str]:
+    """The kinds of the package's own samples on which a model is far that somebody's own samples decide about."""
+    if not any(kind.startswith(_OWN) for kind in agreement):
+        return []
+    return [kind for kind, each in agreement.items() if not kind.startswith(_OWN) and level_of(kind, each) == FAR]
 
 
 def _advice(level: str, bits_per_weight: float) -> str:

@@ -19,11 +19,12 @@ from optimum_sab.calibration.samples.self_written import self_samples
 from optimum_sab.calibration.samples.vocabulary import check_tokens
 from optimum_sab.data.named_source import recorded_source
 from optimum_sab.data.unseen import unseen_chats, unseen_texts
-from optimum_sab.errors import SABError, warn, warnings_heard
+from optimum_sab.errors import SABError, SampleError, warn, warnings_heard
 from optimum_sab.nn.modalities import VISUAL, model_modalities
 from optimum_sab.presets import BUILTIN, SELF
 
 UNSEEN_LENGTH = 256  # tokens of a text
+EVALUATION_SAMPLES = 64  # of somebody's own, at most
 GIVEN = "given as objects"
 
 
@@ -114,6 +115,36 @@ def _labelled(source: SampleSource, visual: bool) -> Iterator[tuple[str, Sample]
     yield from labelled_samples(source.data, source.count - source.builtin, source.seed, visual)
     if source.builtin:
         yield from labelled_builtin(source.builtin, source.seed, visual)
+
+
+def evaluation_source(data: Any, sequence_length: int) -> SampleSource:
+    """Where somebody's own evaluation samples come from.
+
+    Args:
+        data: any form `read_samples` takes.
+        sequence_length: texts are cut to this many tokens.
+    """
+    return SampleSource(data, EVALUATION_SAMPLES + 1, sequence_length)  # one more tells whether there are more
+
+
+def evaluation_inputs(model: Any, processor: Any, source: SampleSource) -> list[dict[str, Any]]:
+    """Forward arguments of somebody's own evaluation samples, `EVALUATION_SAMPLES` at most, of which a warning tells.
+
+    Args:
+        model: may be on meta.
+        processor: its processor or tokenizer.
+        source: of `evaluation_source`.
+
+    Raises:
+        SampleError: as `given_inputs`, in words about the evaluation.
+    """
+    try:
+        found = given_inputs(model, processor, source)
+    except SampleError as error:
+        raise type(error)(f"evaluation: {error}") from error
+    if len(found) > EVALUATION_SAMPLES:
+        warn(f"of the evaluation samples the first {EVALUATION_SAMPLES} are used; there are more.")
+    return found[:EVALUATION_SAMPLES]
 
 
 def unseen_inputs(model: Any, processor: Any) -> dict[str, list[dict[str, Any]]]:

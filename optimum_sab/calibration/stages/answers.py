@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from optimum_sab.calibration.predictions.agreement import AgreementCheck
 from optimum_sab.calibration.progress import OnStep
@@ -12,21 +14,39 @@ from optimum_sab.calibration.stage import Stage
 from optimum_sab.errors import StreamError, warn
 
 
+@dataclass(frozen=True)
+class EvaluationSamples:
+    """Forward arguments of somebody's own samples, by kind."""
+
+    by_kind: Mapping[str, Sequence[Mapping[str, Any]]]
+
+
 class RememberAnswers(Stage):
-    """Leaves an `AgreementCheck` for `CompareAnswers`, where the model reads the samples for it."""
+    """Leaves an `AgreementCheck` for `CompareAnswers`, where the model reads the samples for it.
+
+    Of those of the package a model may read none, which a warning says; `EvaluationSamples` it has to read.
+    """
 
     name: ClassVar[str] = "answers"
     on_first: ClassVar[bool] = True
 
     def apply(self, run: Run, on_step: OnStep) -> None:
+        given = run.kept(EvaluationSamples)
+        own = {} if given is None else given.by_kind
         try:
-            blocks = [run.model.get_submodule(name) for name in run.selection.blocks]
-            samples = unseen_inputs(run.model, run.processor)
-            run.keep(AgreementCheck(run.model, samples, blocks, run.options.device))
+            self._remember(run, {**unseen_inputs(run.model, run.processor), **own})
+            return
         except StreamError:
             raise
         except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
+            extent = "on the evaluation samples alone" if own else "not"
             warn(
-                "the finished model will not be compared with the dense one, which does not read the samples for that: "
-                f"{error}"
+                f"the finished model will {extent} be compared with the dense one, which does not read the samples for "
+                f"that: {error}"
             )
+        if own:
+            self._remember(run, own)
+
+    def _remember(self, run: Run, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        blocks = [run.model.get_submodule(name) for name in run.selection.blocks]
+        run.keep(AgreementCheck(run.model, samples, blocks, run.options.device))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from optimum_sab.calibration.predictions.agreement import Agreement, AgreementCheck
-from optimum_sab.calibration.predictions.verdict import FAR, judge
+from optimum_sab.calibration.predictions.verdict import FAR, forgotten, judge
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.sizes import Sizes
@@ -35,4 +35,11 @@ class CompareAnswers(Stage):
         verdict = judge(found, sizes.bits_per_weight)
         if verdict.level == FAR:
             warn(f"the binarized model is {verdict}")
+        elif lost := forgotten(found):
+            told = " and ".join(f"on {kind} {found[kind]}" for kind in lost)
+            warn(
+                f"the binarized model is {verdict.words} on the evaluation samples, and far from it elsewhere "
+                f"({told}): what neither they nor the calibration samples show is lost. If it will see such things, "
+                "mix some of the built-in set into the calibration (builtin_samples)."
+            )
         return found

@@ -16,7 +16,7 @@ from optimum_sab.calibration.samples.calibration_samples import CalibrationSampl
 from optimum_sab.calibration.samples.continuation import require_language_head
 from optimum_sab.calibration.samples.forward_arguments import ForwardArguments
 from optimum_sab.calibration.samples.inputs import GIVEN, calibration_inputs
-from optimum_sab.calibration.samples.modality import TokenModalities
+from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.streams.placement import map_tensors
 from optimum_sab.calibration.streams.targets import target_linear
@@ -73,7 +73,7 @@ class ReadSamples(Stage):
         return SampleReport(
             count=len(samples),
             tokens=tokens,
-            with_pictures=sum(map(_shows_a_picture, samples.inputs, samples.modalities)),
+            with_pictures=sum(shows_pictures(each, _config(run)) for each in samples.inputs),
             source=self.described(run),
             sequence_length=source.sequence_length,
             seed=source.seed,
@@ -116,9 +116,9 @@ def _config(run: Run) -> Any:
     return getattr(run.model, "config", None)
 
 
-def _shows_a_picture(inputs: Mapping[str, Any], modalities: TokenModalities) -> bool:
-    """By its tokens, or, for models whose pictures have none, by what is called after pixels."""
-    return modalities.count(VISUAL) > 0 or any("pixel" in name for name in inputs)
+def shows_pictures(inputs: Mapping[str, Any], config: Any) -> bool:
+    """By a sample's tokens, or, for models whose pictures have none, by what is called after pixels."""
+    return token_modalities(inputs, config).count(VISUAL) > 0 or any("pixel" in name for name in inputs)
 
 
 def count_tokens(modalities: Sequence[TokenModalities], config: Any) -> dict[str, int]:

@@ -72,6 +72,12 @@ SETTINGS = {
     "refine_steps": Setting("steps of the tuning of the whole model"),
     "temperature_scaling": Setting("make the predictions as sure as the dense model's are", type=bool),
     "examples": Setting("let the model write to a few prompts before and after, for the report", type=bool),
+    "evaluation": Setting(
+        "samples of your own, not those of --calibration, on which the result is compared with the dense model",
+        "DATA",
+        str,
+        unset="the package's alone",
+    ),
     "stream_weights": Setting("leave dense weights in their files and read one decoder block at a time", type=bool),
     "activation_memory": Setting(
         "of samples that wait; what is beyond lies in memory-mapped files", "GIB", float, unset="no bound"
@@ -151,6 +157,7 @@ def check_settings(options: argparse.Namespace) -> None:
     """
     check_values({**preset_settings(options.preset), **given_settings(options)})
     check_calibration(options.calibration)
+    check_calibration(options.evaluation)
 
 
 def check_calibration(calibration: str | None, *words: str) -> None:

@@ -106,7 +106,7 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
 
 def read_from(options: argparse.Namespace) -> list[str]:
     """What the run reads, as far as it may lie in a folder of this machine."""
-    further = (options.processor, options.calibration)
+    further = (options.processor, options.calibration, options.evaluation)
     return [options.model, *(each for each in further if each is not None and Path(each).exists())]
 
 

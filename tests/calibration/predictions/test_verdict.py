@@ -5,7 +5,7 @@ import math
 import pytest
 
 from optimum_sab.calibration.predictions.agreement import Agreement
-from optimum_sab.calibration.predictions.verdict import CARE, CLOSE, FAR, LIMITS, UNKNOWN, judge
+from optimum_sab.calibration.predictions.verdict import CARE, CLOSE, FAR, LIMITS, UNKNOWN, forgotten, judge
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,11 @@ from optimum_sab.calibration.predictions.verdict import CARE, CLOSE, FAR, LIMITS
         ("pictures", 0.61, 0.9, FAR),
         ("text", math.nan, 1.0, FAR),
         ("pictures", math.inf, 1.0, FAR),
-        ("text", 0.01, math.nan, CARE),
+        ("text", 0.01, math.nan, FAR),
+        ("text", 0.3, 0.25, CARE),
+        ("text", 0.05, 0.24, FAR),  # a model that is sure of nothing is near any other
+        ("own text", 0.7, 0.5, CARE),
+        ("own pictures", 0.7, 0.5, FAR),
     ],
 )
 def test_level_follows_kl_and_the_share_of_likeliest_tokens(kind, kl, top1, level):
@@ -42,6 +46,16 @@ def test_the_kind_on_which_the_model_is_worst_decides():
     ):
         verdict = judge({"text": text, "pictures": pictures}, 1.3)
         assert (verdict.level, verdict.kind) == (level, kind)
+
+
+def test_samples_of_ones_own_decide_where_there_are_some():
+    good, bad = Agreement(0.01, 0.99), Agreement(5.0, 0.1)
+    verdict = judge({"text": bad, "own text": good}, 1.3)
+    assert (verdict.level, verdict.kind) == (CLOSE, "own text")
+    assert judge({"text": good, "own text": good, "own pictures": bad}, 1.3).kind == "own pictures"
+    assert forgotten({"text": bad, "pictures": good, "own text": good}) == ["text"]
+    assert forgotten({"text": bad, "pictures": good}) == []  # which is the verdict itself
+    assert forgotten({"text": good, "own text": bad}) == []
 
 
 def test_limits_agree_with_what_was_measured():

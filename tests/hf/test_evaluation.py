@@ -1,0 +1,129 @@
+"""The finished model is compared with the dense one on samples that somebody gave for it."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from optimum_sab import AutoModelForVision2Seq, SABConfig
+from optimum_sab.calibration.predictions.agreement import Agreement
+from optimum_sab.calibration.samples import inputs
+from optimum_sab.calibration.stages import answers, comparison
+from optimum_sab.errors import ConfigError, SABWarning, SampleError
+from optimum_sab.hf.plan import PlannedModel, make_plan
+
+ROWS = [
+    {"question": "Which colour is it?", "answer": "red", "image": Image.new("RGB", (56, 56), "red")},
+    "A text of a few words.",
+    {"question": "Say hello.", "answer": "hello"},
+]
+
+
+def quantized(folder, config, kind=AutoModelForVision2Seq):
+    return kind.from_pretrained(folder, dtype=torch.float32, quantization_config=config)
+
+
+def test_own_samples_are_compared_by_what_they_show_and_are_not_stored(smallest_example, quicker_config, tmp_path):
+    plain = quantized(smallest_example, quicker_config(calibration_samples=4))
+    model = quantized(smallest_example, quicker_config(calibration_samples=4, evaluation=iter(ROWS)))
+    found, before = model.hf_quantizer.report.agreement, plain.hf_quantizer.report.agreement
+    assert list(found) == ["text", "pictures", "own pictures", "own text"]
+    assert {kind: found[kind] for kind in before} == before
+    assert model.hf_quantizer.report.verdict.kind.startswith("own ")
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert "evaluation" not in stored and set(stored["measured"]["agreement"]) == set(found)
+
+
+def test_agreement_on_own_samples_is_that_of_the_two_models(llama_folder, quick_config, texts):
+    config = quick_config(calibration=texts[:4], evaluation=["one two three four five"], temperature_scaling=False)
+    model = quantized(llama_folder, config, AutoModelForCausalLM)
+    dense = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(llama_folder)("one two three four five", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = Agreement.of([(model(tokens).logits[0], dense(tokens).logits[0])])
+    found = model.hf_quantizer.report.agreement["own text"]
+    assert found.kl == pytest.approx(expected.kl, rel=1e-4) and found.top1 == expected.top1
+
+
+def test_streamed_weights_give_the_same(llama_folder, quick_config, texts):
+    pytest.importorskip("transformers", minversion="5")
+    found = [
+        quantized(
+            llama_folder, quick_config(calibration=texts[:4], evaluation=texts[4:6], **more), AutoModelForCausalLM
+        ).hf_quantizer.report.agreement["own text"]
+        for more in ({}, {"stream_weights": True})
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "error", "message"),
+    [
+        ("builtin", ConfigError, "evaluation='builtin' is no data of your own"),
+        ("nowhere.jsonl", SampleError, r"evaluation: the calibration file 'nowhere\.jsonl' does not exist"),
+        ([{"question": "What?", "label": "A cup."}], SampleError, "evaluation: .*no 'answer', and a column 'label'"),
+        ([], SampleError, "evaluation: there are no"),
+        (7, ConfigError, "evaluation=7 must be texts"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_a_weight_is(
+    llama_folder, quick_config, texts, unread, evaluation, error, message
+):
+    with pytest.raises(error, match=message):
+        quantized(llama_folder, quick_config(calibration=texts, evaluation=evaluation), AutoModelForCausalLM)
+
+
+def test_what_calibrates_is_no_evaluation(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    texts = ["one", "two"]
+    for data in (path, str(path), texts):
+        with pytest.raises(ConfigError, match="evaluation and calibration are the same data"):
+            SABConfig(calibration=data, evaluation=data)
+
+
+def test_more_samples_than_are_used_are_told_of(llama_folder, quick_config, texts, monkeypatch):
+    monkeypatch.setattr(inputs, "EVALUATION_SAMPLES", 2)
+    config = quick_config(calibration=texts[:2], evaluation=texts[2:6])
+    with pytest.warns(SABWarning, match="of the evaluation samples the first 2 are used; there are more"):
+        quantized(llama_folder, config, AutoModelForCausalLM)
+
+
+def test_a_model_that_reads_own_samples_alone_is_compared_on_these(llama_folder, quick_config, texts, monkeypatch):
+    def unseen(model, processor):
+        raise ValueError("not mine")
+
+    monkeypatch.setattr(answers, "unseen_inputs", unseen)
+    config = quick_config(calibration=texts[:2], evaluation=texts[2:4])
+    with pytest.warns(SABWarning, match="compared on the evaluation samples alone|on the evaluation samples alone be"):
+        model = quantized(llama_folder, config, AutoModelForCausalLM)
+    assert list(model.hf_quantizer.report.agreement) == ["own text"]
+
+
+def test_what_is_lost_beside_ones_own_work_is_warned_of(llama_folder, quick_config, texts, monkeypatch):
+    found = {"text": Agreement(3.0, 0.1), "own text": Agreement(0.01, 0.99)}
+    monkeypatch.setattr(comparison.AgreementCheck, "measure", lambda self: found)
+    config = quick_config(calibration=texts[:2], evaluation=texts[2:4])
+    with pytest.warns(
+        SABWarning, match=r"close to the dense model on the evaluation samples, and far .*\(on text KL 3"
+    ):
+        model = quantized(llama_folder, config, AutoModelForCausalLM)
+    assert model.hf_quantizer.report.verdict.level == "close"
+
+
+def test_a_plan_counts_and_refuses_them(llama_folder, quick_config, texts):
+    model = PlannedModel(AutoModelForCausalLM, AutoConfig.from_pretrained(llama_folder), torch.float32)
+    processor = AutoTokenizer.from_pretrained(llama_folder)
+
+    def unseen(**more):
+        return make_plan(
+            model, quick_config(calibration=texts[:2], **more), processor, timing=False
+        ).work.samples.unseen
+
+    assert len(unseen(evaluation=texts[2:5])) == len(unseen()) + 3
+    with pytest.raises(SampleError, match="evaluation: "):
+        unseen(evaluation=[{"nothing": 1}])
