@@ -102,21 +102,22 @@ class ReadEvaluation(Stage):
 
     def __init__(self, processor: FindProcessor) -> None:
         self._processor = processor
-        self._inputs: Sequence[Mapping[str, Any]] = ()
+        self._inputs: Sequence[Mapping[str, Any]] | None = None
 
     def check(self, model: nn.Module, options: RunOptions) -> None:
-        if options.evaluation is not None:
-            self._inputs = evaluation_inputs(model, self._processor.processor_of(model), options.evaluation)
+        self.early(model, options)
 
     def wanted(self, run: Run) -> bool:
-        return bool(self._inputs)
+        return run.options.evaluation is not None
 
     def apply(self, run: Run, on_step: OnStep) -> None:
-        run.keep(EvaluationSamples(by_kind(self._inputs, run.model.config)))
+        run.keep(EvaluationSamples(by_kind(self.early(run.model, run.options), run.model.config)))
 
-    def early(self) -> Sequence[Mapping[str, Any]]:
-        """Forward arguments that were read by `check`."""
-        return self._inputs
+    def early(self, model: nn.Module, options: RunOptions) -> Sequence[Mapping[str, Any]]:
+        """Forward arguments; none where there is no evaluation."""
+        if self._inputs is None and options.evaluation is not None:
+            self._inputs = evaluation_inputs(model, self._processor.processor_of(model), options.evaluation)
+        return self._inputs or ()
 
 
 def by_kind(inputs: Sequence[Mapping[str, Any]], config: Any) -> dict[str, list[Mapping[str, Any]]]:

@@ -52,7 +52,8 @@ class HoldToPlan(Stage):
 
     def check(self, model: nn.Module, options: RunOptions) -> None:
         selection = select(model, self._config, strict=True)
-        samples, unseen = self._samples.early(model), [*self._unseen.early(model), *self._evaluation.early()]
+        samples = self._samples.early(model)
+        unseen = [*self._unseen.early(model), *self._evaluation.early(model, options)]
         work = workload(model, selection, self._config, samples, self._place, unseen)
         size = launched()[1]
         least = most = work

@@ -182,6 +182,7 @@ def _samples(
     """Of samples that can be read at once; else the most that the settings allow. And which of the two."""
     options = run_options(config, here=False)
     source = options.source
+    own = [] if options.evaluation is None else evaluation_inputs(model, processor, options.evaluation)
     if not _at_hand(config):
         if not source.written:
             check_readable(str(config.calibration))
@@ -194,9 +195,9 @@ def _samples(
         unseen = [each for some in unseen_inputs(model, processor).values() for each in some]
     except Exception:  # such a model is not compared; a processor is anybody's code
         unseen = []
-    if options.evaluation is not None:
-        unseen += evaluation_inputs(model, processor, options.evaluation)
-    return sample_sizes(inputs, unseen, shape), f"counted, of {source.described!r} as the model's processor encodes it"
+    return sample_sizes(
+        inputs, [*unseen, *own], shape
+    ), f"counted, of {source.described!r} as the model's processor encodes it"
 
 
 def _bias_bytes(model: nn.Module, selection: Selection) -> int:

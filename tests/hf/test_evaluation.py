@@ -12,6 +12,7 @@ from optimum_sab.calibration.predictions.agreement import Agreement
 from optimum_sab.calibration.samples import inputs
 from optimum_sab.calibration.stages import answers, comparison
 from optimum_sab.errors import ConfigError, SABWarning, SampleError
+from optimum_sab.hf.binarization import binarize_loaded
 from optimum_sab.hf.plan import PlannedModel, make_plan
 
 ROWS = [
@@ -99,7 +100,7 @@ def test_a_model_that_reads_own_samples_alone_is_compared_on_these(llama_folder,
 
     monkeypatch.setattr(answers, "unseen_inputs", unseen)
     config = quick_config(calibration=texts[:2], evaluation=texts[2:4])
-    with pytest.warns(SABWarning, match="compared on the evaluation samples alone|on the evaluation samples alone be"):
+    with pytest.warns(SABWarning, match="compared with the dense one on the evaluation samples alone, which does"):
         model = quantized(llama_folder, config, AutoModelForCausalLM)
     assert list(model.hf_quantizer.report.agreement) == ["own text"]
 
@@ -120,10 +121,16 @@ def test_a_plan_counts_and_refuses_them(llama_folder, quick_config, texts):
     processor = AutoTokenizer.from_pretrained(llama_folder)
 
     def unseen(**more):
-        return make_plan(
-            model, quick_config(calibration=texts[:2], **more), processor, timing=False
-        ).work.samples.unseen
+        config = quick_config(**{"calibration": texts[:2], **more})
+        return make_plan(model, config, processor, timing=False).work.samples.unseen
 
     assert len(unseen(evaluation=texts[2:5])) == len(unseen()) + 3
-    with pytest.raises(SampleError, match="evaluation: "):
-        unseen(evaluation=[{"nothing": 1}])
+    for more in ({}, {"calibration": "self"}):
+        with pytest.raises(SampleError, match="evaluation: "):
+            unseen(evaluation=[{"nothing": 1}], **more)
+
+
+def test_a_model_that_is_loaded_already_is_compared_too(llama_folder, quick_config, texts):
+    model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+    config = quick_config(calibration=texts[:2], evaluation=texts[2:4])
+    assert "own text" in binarize_loaded(model, config).agreement

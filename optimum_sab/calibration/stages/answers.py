@@ -39,10 +39,10 @@ class RememberAnswers(Stage):
         except StreamError:
             raise
         except Exception as error:  # a model may take only samples of its own kind, and can be binarized all the same
-            extent = "on the evaluation samples alone" if own else "not"
+            alone = " on the evaluation samples alone" if own else ""
             warn(
-                f"the finished model will {extent} be compared with the dense one, which does not read the samples for "
-                f"that: {error}"
+                f"the finished model will {'' if own else 'not '}be compared with the dense one{alone}, which does not "
+                f"read the package's samples for that: {error}"
             )
         if own:
             self._remember(run, own)
