@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Container
 
 SOURCES = {
     "image": ("image", "url", "path", "base64", "image_url"),
@@ -26,23 +26,8 @@ _ONE = ("{}", "{}_url", "{}_path", "{}_file", "input_{}", "{}_base64")
 _SEVERAL = ("{}s", "{}_urls", "{}_paths", "{}_files")
 _OTHERS = ("media", "multimedia", "attachment", "attachments", "documents")
 _CONTENT = {"image": ("picture", "pictures"), "video": ("video", "videos"), "audio": ("sound", "sounds")}
-
-
-@dataclass(frozen=True)
-class Meant:
-    """What a column that is not understood seems to hold.
-
-    Attributes:
-        content: in words.
-        column: the one that it is read from.
-    """
-
-    content: str
-    column: str
-
-
 _MEANT = {
-    form.format(name): Meant(f"the {_CONTENT[kind][forms is _SEVERAL]}", f"{kind}s" if forms is _SEVERAL else kind)
+    form.format(name): (f"the {_CONTENT[kind][forms is _SEVERAL]}", f"{kind}s" if forms is _SEVERAL else kind)
     for name, kind in _CALLED.items()
     for forms in (_ONE, _SEVERAL)
     for form in forms
@@ -54,6 +39,12 @@ def names_media(name: str) -> bool:
     return name.lower() in _MEANT or name.lower() in _OTHERS
 
 
-def column_meant(name: str) -> Meant | None:
-    """What an entry of this name seems to hold; None where nothing can be said."""
-    return _MEANT.get(name.lower())
+def renaming(name: str, given: Container[str]) -> str:
+    """The beginning of a remedy for a column that is not understood: what to call it, if it is what it seems to be.
+
+    Args:
+        name: of the column.
+        given: the columns of the row; of those that are there, none is named.
+    """
+    content, column = _MEANT.get(name.lower(), ("", ""))
+    return f"if it holds {content}, call it {column!r}; if not, " if column and column not in given else ""

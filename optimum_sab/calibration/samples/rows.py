@@ -10,7 +10,7 @@ from typing import Any
 from optimum_sab.calibration.samples.chat import Sample, check_text, is_chat, read_chat, read_tools
 from optimum_sab.calibration.samples.file_names import check_no_file
 from optimum_sab.calibration.samples.forward_inputs import IDS, read_inputs
-from optimum_sab.calibration.samples.media import COLUMNS, column_meant, names_media
+from optimum_sab.calibration.samples.media import COLUMNS, names_media, renaming
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
 from optimum_sab.calibration.samples.sounds import load_sound
@@ -81,15 +81,9 @@ def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]
         raise SampleError(f"{label} has columns {', '.join(map(str, row)) or 'none'}; {hint} {FORMS} is needed.")
     for name in columns:
         if name in _UNREAD or names_media(name):
-            called = column_meant(name)
-            hint = (
-                ""
-                if called is None or called.column in row
-                else f"if it holds {called.content}, call it {called.column!r}; if not, "
-            )
             raise SampleError(
-                f"{label} has a column {name!r}, which is not understood; {hint}remove it, or the row. Pictures, "
-                f"videos and sound are read from {', '.join(COLUMNS)}."
+                f"{label} has a column {name!r}, which is not understood; {renaming(name, row)}remove it, or the "
+                f"row. Pictures, videos and sound are read from {', '.join(COLUMNS)}."
             )
     missing = missing_answer(row)
     answer = None if missing is None else next((name for name in columns if _like_an_answer(name)), None)
