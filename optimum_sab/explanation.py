@@ -9,6 +9,11 @@ from safetensors import SafetensorError
 
 from optimum_sab.errors import OutputError
 
+TORCHVISION = (
+    "install the torchvision that belongs to the installed torch (0.28 to torch 2.13), from the index that torch came "
+    "from; pip install torchvision from another replaces torch, or does not fit it"
+)
+"""The remedy where torchvision is missing, or was compiled for another torch."""
 _REMEDIES = {
     errno.ENOSPC: "no space is left there; free some, or name a folder on another disk",
     getattr(errno, "EDQUOT", -1): "your quota there is used up; free some, or name a folder on another disk",
@@ -24,10 +29,6 @@ _REMEDIES = {
     errno.EBUSY: "it is a mount point or in use; name a folder in it",
 }
 _OTHER = "name another folder"
-_TORCHVISION = (
-    "install the torchvision that belongs to the installed torch (0.28 to torch 2.13), from the index that torch came "
-    "from: what pip install torchvision takes from another replaces torch, or does not fit it"
-)
 _EXTRA = ("accelerate", "greenlet", "jinja2", "PIL", "tqdm")  # modules of the packages of optimum-sab[quantize]
 _NUMBER = re.compile(r"os error (\d+)")
 
@@ -65,7 +66,7 @@ def explain_import(error: BaseException) -> str:
     said = " ".join(str(cause).split()).rstrip(".") or type(cause).__name__
     missing = (cause.name or "").partition(".")[0] if isinstance(cause, ModuleNotFoundError) else ""
     if names_torchvision(cause):
-        return f"{said}; {_TORCHVISION}"
+        return f"{said}; {TORCHVISION}"
     if missing in _EXTRA:
         return f"{said}; pip install 'optimum-sab[quantize]' installs what is needed"
     return f"{said}; install {'it' if missing else 'what it names, in a version that fits the other packages'}"
