@@ -9,7 +9,7 @@ import sys
 from safetensors import SafetensorError
 
 from optimum_sab.errors import SABError
-from optimum_sab.explanation import error_number, explain
+from optimum_sab.explanation import error_number, explain, explain_import, names_torchvision
 
 _WRITING = (errno.ENOSPC, errno.EFBIG, errno.EROFS, getattr(errno, "EDQUOT", -1))
 
@@ -37,8 +37,8 @@ def _words(error: BaseException) -> str | None:
         if isinstance(name, (str, bytes)):
             return f"{os.fsdecode(name)!r} cannot be used: {error.strerror}; name another, or mend it."
         return str(error)  # Transformers' own say it in words
-    if isinstance(error, ImportError):
-        return f"a package is missing or broken ({error}); pip install 'optimum-sab[quantize]' installs what is needed."
+    if isinstance(error, ImportError) or (isinstance(error, RuntimeError) and names_torchvision(error)):
+        return f"a package is missing or broken: {explain_import(error)}."
     return None
 
 

@@ -14,6 +14,13 @@ TYPO = 0.85
 MOST_MEANT = 3
 LEAST_LETTERS = 3  # of a word that tells what was meant
 _SEPARATOR = re.compile(r"[-_ ]+")
+_SAME = (  # no letters tell these; without separators
+    frozenset(("float16", "fp16", "f16", "half")),
+    frozenset(("bfloat16", "bf16")),
+    frozenset(("float32", "fp32", "f32", "float", "single")),
+    frozenset(("twobit", "2bit", "2bits", "twobits")),
+    frozenset(("default", "1bit", "onebit")),  # the preset of one bit
+)
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -30,9 +37,11 @@ def meant(word: str, known: Iterable[str]) -> list[str]:
         known: names of words with hyphens or underscores between them.
 
     Returns:
-        The one of nearly the same letters; else those with all of its words, or the beginnings of them
-        (``calibration_samples``); else those with its last word; else the one of somewhat the same letters.
+        Those that are other names for the same; else the one of nearly the same letters; else those with all of its
+        words, or the beginnings of them (``calibration_samples``); else those with its last word; else the one of
+        somewhat the same letters.
     """
+    known = list(known)
     own = {_SEPARATOR.sub("-", name.lower()): name for name in known}
     written = _SEPARATOR.sub("-", word.lower())
     asked = [part for part in written.split("-") if part]
@@ -44,7 +53,16 @@ def meant(word: str, known: Iterable[str]) -> list[str]:
         found = [name for name, of in words.items() if all(any(part.startswith(each) for part in of) for each in begun)]
         return found[:MOST_MEANT] if any(len(each) >= LEAST_LETTERS for each in begun) else []
 
-    return [own[name] for name in typo or with_words(asked) or with_words(asked[-1:]) or spelt]
+    return other_names(word, known) or [
+        own[name] for name in typo or with_words(asked) or with_words(asked[-1:]) or spelt
+    ]
+
+
+def other_names(word: str, known: Iterable[str]) -> list[str]:
+    """The known names for what a word is another name for, such as ``float16`` for ``fp16``."""
+    bare = _SEPARATOR.sub("", word.lower())
+    same = next((group for group in _SAME if bare in group), frozenset())
+    return [name for name in known if _SEPARATOR.sub("", name.lower()) in same]
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str = ".") -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import optimum_sab
-from optimum_sab.wording import counted, did_you_mean, meant, nearest, page
+from optimum_sab.wording import counted, did_you_mean, meant, nearest, other_names, page
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,26 @@ from optimum_sab.wording import counted, did_you_mean, meant, nearest, page
 )
 def test_nearest_is_near_or_none(word, known, expected):
     assert nearest(word, known) == expected
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        *(("fp16", "float16"), ("half", "float16"), ("bf16", "bfloat16"), ("fp32", "float32"), ("float", "float32")),
+        *(
+            ("2bit", "two-bit"),
+            ("2-bit", "two-bit"),
+            ("twobit", "two-bit"),
+            ("Two Bit", "two-bit"),
+            ("1bit", "default"),
+        ),
+    ],
+)
+def test_another_name_for_the_same_is_what_was_meant(word, expected):
+    known = ("default", "two-bit", "float16", "bfloat16", "float32")
+    assert meant(word, iter(known)) == [expected]
+    assert did_you_mean(word, known) == f"; did you mean '{expected}'?"
+    assert other_names(word, ("light",)) == []
 
 
 @pytest.mark.parametrize(

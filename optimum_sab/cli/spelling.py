@@ -28,8 +28,10 @@ def _setting() -> re.Pattern[str]:
     names = "|".join(sorted(SETTINGS, key=len, reverse=True))
     words = "|".join(sorted((name for name in SETTINGS if "_" in name), key=len, reverse=True))
     value = r"'[^']*'|\"[^\"]*\"|\.\.\.|-?[\w/:]+(?:\.\w+)*"
+    # what is called or looked up is Python, and whoever is told of Python is told in Python
+    no_code = r"(?!(?:'[^']*'|\"[^\"]*\"|[\w.]*)(?:\.\w+)*[(\[])"
     outside = r"(?<![\w'\"./\-])"  # of a quoted name, a path, a longer name
-    return re.compile(rf"{outside}(?:(?P<name>{names})=(?P<value>{value})|(?P<word>{words})(?![\w'\"=]))")
+    return re.compile(rf"{outside}(?:(?P<name>{names})={no_code}(?P<value>{value})|(?P<word>{words})(?![\w'\"=]))")
 
 
 def _option(found: re.Match[str]) -> str:

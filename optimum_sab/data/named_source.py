@@ -17,8 +17,7 @@ from optimum_sab.wording import nearest
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
 """Of the files that are read."""
-
-_OTHER_SUFFIXES = (
+OTHER_SUFFIXES = (
     ".txt",
     ".csv",
     ".tsv",
@@ -33,6 +32,8 @@ _OTHER_SUFFIXES = (
     ".xz",
     ".tar",
 )
+"""Of files that hold data and are not read."""
+
 _DATASET = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 _TO_GIVE = (
     f"a list of texts or chats, the path of a {' or '.join((SUFFIXES[0], *SUFFIXES[2:]))} file, a Hub dataset as "
@@ -70,7 +71,7 @@ def named_source(source: str | os.PathLike[str]) -> Path | str:
         raise SampleError(
             f"calibration={str(source)!r} is a file of a kind that is not read; the kinds are {', '.join(SUFFIXES)}. "
             'On the command line give a .jsonl file with a line such as {"text": "..."} for each text; in Python also '
-            f"a list of texts, such as calibration={_opened(str(source), suffix)}."
+            f"a list of texts, such as calibration={opened(str(source), suffix)}."
         )
     if isinstance(source, str) and names_dataset(name):
         return name
@@ -98,7 +99,7 @@ def recorded_source(source: str | os.PathLike[str]) -> str:
 
 def _names_file(name: str) -> bool:
     suffix = os.path.splitext(name)[1].lower()
-    known = (*SUFFIXES, *_OTHER_SUFFIXES)
+    known = (*SUFFIXES, *OTHER_SUFFIXES)
     return bool(suffix) and (suffix in known or nearest(suffix, SUFFIXES) is not None)
 
 
@@ -127,7 +128,7 @@ def _near_file(file: str, entries: Iterable[str]) -> str | None:
     return None if stem is None else difflib.get_close_matches(file, stems[stem], 1, 0.0)[0]
 
 
-def _opened(name: str, suffix: str) -> str:
+def opened(name: str, suffix: str) -> str:
     """Python that makes a list of texts of a file: of rows where it is a table, else of paragraphs."""
     if suffix in (".csv", ".tsv"):
         delimiter = ", delimiter='\\t'" if suffix == ".tsv" else ""

@@ -23,6 +23,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_torchvision_available
 
 from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.explanation import explain_import
 from optimum_sab.hf.compat import KEEPS_ARGUMENTS
 from optimum_sab.hf.origin import DOWNLOAD, Origin
 
@@ -30,6 +31,7 @@ _MARK = re.compile(r"[\W_]*|<.*>|\[.*\]")  # no letter or digit, or a name in br
 _MADE_UP = 1000  # tokens; one that is made up has a hundred for spans at most
 # Names of files; chat templates alone are none of them.
 _OF_PROCESSORS = re.compile(r"token|vocab|merges|processor|tekken|spm|spiece|sentencepiece|bpe|\.model$", re.IGNORECASE)
+_OF_PICTURES = ("size", "min_pixels", "max_pixels")  # arguments of image processors
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pth", "*.pt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 
 
@@ -65,7 +67,8 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
 
     Args:
         path: folder, or Hub repository.
-        arguments: as in ``AutoProcessor.from_pretrained``: revision, subfolder, token and the like.
+        arguments: as in ``AutoProcessor.from_pretrained``: revision, subfolder, token and the like; ``max_pixels``
+            of a picture, for families that count them.
 
     Raises:
         MissingDependencyError: a package is missing that the processor needs.
@@ -73,7 +76,7 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
     if not KEEPS_ARGUMENTS and not Path(path).exists():
         path, arguments = _fetched(str(path), arguments)
     try:
-        return AutoProcessor.from_pretrained(path, **arguments)
+        return _without_pictures_in_tokenizer(AutoProcessor.from_pretrained(path, **arguments))
     except ImportError as error:
         if is_torchvision_available() or not _is_qwen2_5_vl(path, arguments):
             raise _missing(path, error) from error
@@ -82,7 +85,19 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
         images = AutoImageProcessor.from_pretrained(path, **arguments)
     except ImportError as error:
         raise _missing(path, error) from error
-    return PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
+    return _without_pictures_in_tokenizer(PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template))
+
+
+def _without_pictures_in_tokenizer(processor: Any) -> Any:
+    """The processor, whose tokenizer does not keep what was said of the size of pictures.
+
+    Transformers hands all arguments to all parts. A tokenizer keeps and saves those it does not know, and from there
+    they come back at every call, where they are deprecated, and over those of the saved image processor.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    for name in _OF_PICTURES:
+        getattr(tokenizer, "init_kwargs", {}).pop(name, None)
+    return processor
 
 
 def _fetched(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -155,5 +170,5 @@ def _is_qwen2_5_vl(path: str | Path, arguments: dict[str, Any]) -> bool:
 
 def _missing(path: str | Path, error: ImportError) -> MissingDependencyError:
     return MissingDependencyError(
-        f"the processor of {str(path)!r} needs a package that is missing: {str(error).strip()}"
+        f"the processor of {str(path)!r} needs a package that is missing or broken: {explain_import(error)}."
     )

@@ -96,6 +96,16 @@ def test_wrong_call_is_two_and_says_what_is_missing(capsys):
         (["inspect", "m", "--best"], "unrecognized arguments: --best. See:"),
         (["quantise", "m"], "Did you mean 'quantize'? See: optimum-sab --help"),
         (["quantize", "m", "--output", "o", "--preset", "two_bit"], "Did you mean 'two-bit'?"),
+        (["quantize", "m", "--output", "o", "--preset", "2bit"], "Did you mean 'two-bit'? See:"),
+        (["quantize", "m", "--output", "o", "--preset", "2-bit"], "Did you mean 'two-bit'? See:"),
+        (["quantize", "m", "--output", "o", "--2bit"], "Did you mean '--preset two-bit'? See:"),
+        (["quantize", "m", "--output", "o", "--dtype", "fp16"], "Did you mean 'float16'? See:"),
+        (["quantize", "m", "--output", "o", "--dtype", "half"], "Did you mean 'float16'? See:"),
+        (["quantize", "m", "--output", "o", "--dtype", "BF16"], "Did you mean 'bfloat16'? See:"),
+        (["eval", "quality", "m", "--dtype", "fp32"], "Did you mean 'float32'? See:"),
+        (["quantize", "m", "--output", "o", "--dtype", "light"], "). See:"),  # of another option
+        (["quantize", "m", "--output", "o", "--row-scale", "float16"], "Did you mean 'fp16'? See:"),
+        (["eval", "qualiti", "m"], "Did you mean 'quality'? See: optimum-sab eval --help"),
         (["inspect", "m", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it. See:"),
     ],
 )

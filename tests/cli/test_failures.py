@@ -1,12 +1,16 @@
 """What users get wrong is one line, before a weight is read; faults of ours keep their traceback."""
 
 import argparse
+import ast
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sys
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +24,8 @@ from optimum_sab.cli.main import main
 from optimum_sab.errors import ConfigError, warn
 from optimum_sab.failure import one_line
 from optimum_sab.hf.processor import knows_no_token
+
+ROOT = Path(__file__).parents[2]
 
 
 def refused(capsys, *arguments):
@@ -293,7 +299,7 @@ def test_faults_of_ours_are_not_hidden(monkeypatch):
         (SafetensorError("Error: No space left on device (os error 28)"), ["no space", "another disk"]),
         (SafetensorError("incomplete metadata"), ["incomplete metadata", "fetch it again"]),
         (OSError("Can't load\n\n  the thing"), ["Can't load the thing"]),
-        (ModuleNotFoundError("No module named 'accelerate'"), ["'accelerate'", "pip install"]),
+        (ModuleNotFoundError("No module named 'accelerate'", name="accelerate"), ["'accelerate'", "pip install"]),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
             ["CUDA out of memory", "--calibration-samples"],
@@ -308,6 +314,61 @@ def test_error_is_one_line_with_value_and_remedy(error, words):
     assert "\n" not in line
 
 
+def raised_from(*errors):
+    """The last of errors that were each raised from the one before."""
+    for cause, error in pairwise(errors):
+        error.__cause__ = cause
+    return errors[-1]
+
+
+OF_TRANSFORMERS = "Could not import module 'PreTrainedModel'. Are this object's requirements defined correctly?"
+BELONGS = "install the torchvision that belongs to the installed torch"
+
+
+@pytest.mark.parametrize(
+    ("errors", "said", "remedy"),
+    [
+        ([RuntimeError("operator torchvision::nms does not exist")], "operator torchvision::nms", BELONGS),
+        ([ModuleNotFoundError("No module named 'torchvision'", name="torchvision")], "'torchvision';", BELONGS),
+        ([ImportError("cannot import name 'a' from 'torchvision.io'")], "'torchvision.io';", BELONGS),
+        ([ModuleNotFoundError("No module named 'PIL'", name="PIL")], "'PIL';", "optimum-sab[quantize]"),
+        ([ModuleNotFoundError("No module named 'greenlet.x'", name="greenlet.x")], "x';", "optimum-sab[quantize]"),
+        ([ModuleNotFoundError("No module named 'av'", name="av")], "No module named 'av'; install it.", "install it"),
+        ([ImportError("cannot import name 'x' from 'tqdm'")], "from 'tqdm'; ", "in a version that fits"),
+    ],
+)
+@pytest.mark.parametrize("above", [0, 1, 2])
+def test_the_cause_of_what_cannot_be_imported_is_told_with_its_own_remedy(errors, said, remedy, above):
+    chain = [*errors, *(ModuleNotFoundError(OF_TRANSFORMERS) for _ in range(above))]
+    line = one_line(raised_from(*chain))
+    assert line.startswith("a package is missing or broken: ") and said in line and remedy in line
+    assert OF_TRANSFORMERS not in line
+    assert ("optimum-sab[quantize]" in line) == (remedy == "optimum-sab[quantize]")
+
+
+def test_what_was_handled_before_is_no_cause_unless_it_is_an_import():
+    def line(before):
+        try:
+            try:
+                raise before
+            except Exception:
+                raise ImportError("requires the sentencepiece library")  # noqa: B904
+        except ImportError as error:
+            return one_line(error)
+
+    assert ": requires the sentencepiece library; install what it names" in line(KeyError("kind"))
+    assert ": No module named 'av'; " in line(ModuleNotFoundError("No module named 'av'", name="av"))
+
+
+def test_the_extra_is_advised_for_what_it_installs():
+    asked = re.search(r"^QUANTIZE = (\[.*\])$", (ROOT / "setup.py").read_text(), re.MULTILINE).group(1)
+    packages = [each.partition(">")[0] for each in ast.literal_eval(asked)]
+    for module in ["PIL" if each == "pillow" else each for each in packages]:
+        error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+        assert "pip install 'optimum-sab[quantize]'" in one_line(error)
+
+
 def test_error_of_the_program_has_no_line():
+    assert one_line(RuntimeError("operator of ours")) is None
     assert one_line(ValueError("of ours")) is None
     assert one_line(IndexError()) is None

@@ -35,6 +35,11 @@ from optimum_sab.cli.spelling import as_options
         ("/tmp/resume_folder/x and my_seed=3", "/tmp/resume_folder/x and my_seed=3"),
         ("use 'target_bits'", "use 'target_bits'"),
         ("(calibration=...)", "(--calibration ...)"),
+        ("calibration=open('x.txt').read().split('.')", "calibration=open('x.txt').read().split('.')"),
+        ("calibration=data['train'] or calibration=data", "calibration=data['train'] or --calibration data"),
+        ('calibration=[row["text"] for row in rows]', 'calibration=[row["text"] for row in rows]'),
+        ("calibration='x.txt'.split(), or seed=1", "calibration='x.txt'.split(), or --seed 1"),
+        ("seed=1 (of the set), seed=torch.initial_seed()", "--seed 1 (of the set), seed=torch.initial_seed()"),
     ],
 )
 def test_settings_are_spelt_as_options(told, said):

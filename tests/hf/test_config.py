@@ -47,6 +47,12 @@ def test_paper_preset_is_the_published_method():
     assert SABConfig.paper(seed=5).seed == 5
 
 
+@pytest.mark.parametrize("name", ["2bit", "2-bit", "twobit", "two_bit"])
+def test_a_preset_by_another_name_is_told_its_own(name):
+    with pytest.raises(ConfigError, match=r"; did you mean 'two-bit'\?$"):
+        SABConfig.preset(name)
+
+
 SHAPES_7B = ((3584, 3584), (512, 3584), (18944, 3584), (3584, 18944))
 SHAPES_135M = ((576, 576), (192, 576), (1536, 576), (576, 1536))
 

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sab import AutoModelForVision2Seq
@@ -219,6 +221,18 @@ def of_another_family(folder, source):
     return folder
 
 
+def test_a_torchvision_that_does_not_fit_torch_is_told_by_its_cause(example, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ModuleNotFoundError("Could not import module 'X'.") from RuntimeError(
+            "operator torchvision::nms does not"
+        )
+
+    monkeypatch.setattr("optimum_sab.hf.processor.AutoProcessor.from_pretrained", broken)
+    monkeypatch.setattr("optimum_sab.hf.processor.is_torchvision_available", lambda: True)
+    with pytest.raises(MissingDependencyError, match=r"broken: operator torchvision::nms .*belongs to the installed"):
+        load_processor(example)
+
+
 @pytest.mark.compat
 def test_without_torchvision_only_its_own_family_gets_the_processor_without_videos(example, tmp_path, monkeypatch):
     monkeypatch.setattr("optimum_sab.hf.processor.is_torchvision_available", lambda: False)
@@ -238,6 +252,21 @@ def test_without_torchvision_only_its_own_family_gets_the_processor_without_vide
     config = tmp_path / "alone" / "config.json"  # another architecture's, with this processor, as the mixture has it
     config.write_text((example / "config.json").read_text().replace("qwen2_5_vl", "qwen3_vl_moe"))
     assert isinstance(load_processor(tmp_path / "alone"), PictureProcessor)
+
+
+@pytest.mark.compat
+def test_a_limit_of_pixels_holds_without_a_warning_and_is_saved(example, tmp_path):
+    def tokens(processor):
+        inputs = processor(text=["<|image_pad|>"], images=[Image.new("RGB", (300, 200))], return_tensors="pt")
+        return int(inputs["image_grid_thw"].prod()) // 4
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        small = load_processor(example, max_pixels=8 * 28 * 28)
+        assert tokens(small) == 2 * 3 < tokens(load_processor(example)) == 3 * 4
+        small.save_pretrained(tmp_path)
+        assert tokens(load_processor(tmp_path)) == 2 * 3
+    assert "max_pixels" not in (tmp_path / "tokenizer_config.json").read_text()
 
 
 def test_what_is_missing_beside_torchvision_is_named(example, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
@@ -11,7 +12,7 @@ from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.errors import ConfigError, SABWarning
 from optimum_sab.hf.hub.authorship import CARD, keeps
 from optimum_sab.hf.hub.base import describe_base
-from optimum_sab.hf.hub.card import card_data, model_card
+from optimum_sab.hf.hub.card import HERE, card_data, model_card, named
 from optimum_sab.hf.hub.companions import FolderCard
 from optimum_sab.hf.hub.facts import model_facts
 from optimum_sab.hf.hub.processor_files import ProcessorSource
@@ -64,12 +65,40 @@ def test_bytes_and_bits_are_those_of_the_files(card, packed):
         "| text | 0.250 | 87.5% |",
         "| 0 | 0.1250 | 0.0625 |",
         "| 1 | 0.2500 |  |",
-        "pip install optimum-sab",
+        "pip install optimum-sab  # before there is a release on PyPI: from a clone of its repository",
+        "This processor needs torchvision: install the torchvision that belongs to the installed torch",
+        'processor = load_processor("path/to/this/checkpoint")',
         "import optimum_sab  # registers the quantization method with Transformers",
     ],
 )
 def test_the_text_says_what_was_measured_and_how_to_load(card, line):
     assert line in card.text.splitlines() or any(each.startswith(line) for each in card.text.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tag", "said", "without"),
+    [
+        ("Qwen2_5_VLForConditionalGeneration", "image-text-to-text", True, True),
+        ("LlavaForConditionalGeneration", "image-text-to-text", True, False),
+        ("LlamaForCausalLM", "text-generation", False, False),
+        ("WhisperForConditionalGeneration", "automatic-speech-recognition", False, False),
+    ],
+)
+def test_torchvision_is_named_where_a_processor_needs_it(model, architecture, tag, said, without):
+    facts = replace(model_facts(model, SABConfig()), architecture=architecture, pipeline_tag=tag)
+    text = model_card(facts).text
+    assert ("torchvision" in text) == said
+    assert ("optimum_sab.hf.processor import load_processor" in text) == without
+
+
+@pytest.mark.parametrize(("base", "title"), [({}, "mine"), ({"model": "owner/dense"}, "dense")])
+def test_the_title_is_the_base_or_else_the_repository(model, base, title):
+    card = model_card(model_facts(model, SABConfig(measured={"base": base})))
+    first = title if base else type(model).__name__
+    assert f"\n# {first}, packed by optimum-sab\n" in f"\n{card.text.lstrip()}"
+    pushed = named(card, "owner/mine").text
+    assert f"\n# {title}, packed by optimum-sab\n" in f"\n{pushed.lstrip()}" and HERE not in pushed
+    assert 'load_processor("owner/mine")' in pushed
 
 
 def test_of_many_blocks_some_are_shown(model):

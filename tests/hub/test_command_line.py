@@ -43,8 +43,10 @@ def test_quantize_uploads_what_it_wrote(hub, call, put, quantize, smallest_examp
 @pytest.mark.parametrize(
     ("repo", "options", "token", "said"),
     [
-        ("owner/vlm", (), None, "hf auth login"),
+        ("owner/vlm", (), None, "error: there is no token for the Hub (Token is required"),
+        ("owner/vlm", (), None, "log in with `hf auth login`"),
         ("owner/vlm", (), "hf_reader", "may only read"),
+        ("owner/vlm", (), "hf_nonsense", "error: the token for the Hub is refused ("),
         ("owner/vlm", (), "hf_nonsense", "401"),
         ("owner/vlm", (), "hf_stranger", "403"),
         ("owner/public", (), "hf_stranger", "403"),

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from optimum_sab.calibration.samples.chat import Sample, check_text, is_chat, read_chat, read_tools
+from optimum_sab.calibration.samples.file_names import check_no_file
 from optimum_sab.calibration.samples.forward_inputs import IDS, read_inputs
-from optimum_sab.calibration.samples.media import COLUMNS, names_media
+from optimum_sab.calibration.samples.media import COLUMNS, names_media, renaming
 from optimum_sab.calibration.samples.pictures import load_picture, load_video
 from optimum_sab.calibration.samples.placeholders import fill_in
 from optimum_sab.calibration.samples.sounds import load_sound
@@ -59,7 +61,9 @@ def read_row(row: Any, label: str, folder: Path | None = None) -> tuple[Sample, 
 
 def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]:
     if isinstance(row, str):
-        return check_text(row, label), []
+        return check_no_file(check_text(row, label), label), []
+    if isinstance(row, os.PathLike):
+        check_no_file(os.fsdecode(row), label)
     if is_chat(row):
         return read_chat(row, label, folder), []
     if not isinstance(row, Mapping):
@@ -78,8 +82,8 @@ def _read(row: Any, label: str, folder: Path | None) -> tuple[Sample, list[str]]
     for name in columns:
         if name in _UNREAD or names_media(name):
             raise SampleError(
-                f"{label} has a column {name!r}, which is not understood; remove it, or the row. Pictures, videos and "
-                f"sound are read from {', '.join(COLUMNS)}."
+                f"{label} has a column {name!r}, which is not understood; {renaming(name, row)}remove it, or the "
+                f"row. Pictures, videos and sound are read from {', '.join(COLUMNS)}."
             )
     missing = missing_answer(row)
     answer = None if missing is None else next((name for name in columns if _like_an_answer(name)), None)
@@ -171,7 +175,7 @@ def _take_text(columns: dict[str, Any], label: str, needs_chat: bool) -> str | l
     if answer is not None and name == "prompt" and not needs_chat:
         return text + check_text(answer, label)  # a text in two pieces
     if answer is None and not needs_chat:
-        return text
+        return check_no_file(text, label)
     turns = [{"role": "user", "content": text}]
     return turns if answer is None else [*turns, {"role": "assistant", "content": check_text(answer, label)}]
 

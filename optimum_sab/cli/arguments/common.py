@@ -10,9 +10,11 @@ from typing import Any, NoReturn
 from optimum_sab.core.bounds import shown
 from optimum_sab.errors import ConfigError, SABError
 from optimum_sab.presets import MOST_SAMPLES, MOST_SEED, PRESETS
-from optimum_sab.wording import meant
+from optimum_sab.wording import meant, other_names
 
-_MISSPELT = re.compile(r"unrecognized arguments: (?P<option>--\S+).*|.*invalid choice: '(?P<choice>[^']*)'.*")
+_MISSPELT = re.compile(
+    r"unrecognized arguments: (?P<option>--\S+).*|argument (?P<name>.*?): invalid choice: '(?P<choice>[^']*)'.*"
+)
 
 
 class WrongCall(Exception):
@@ -44,15 +46,23 @@ class Parser(argparse.ArgumentParser):
         if misspelt and misspelt["option"]:
             written = misspelt["option"].split("=")[0].strip("-")
             options = {name.strip("-"): name for name in self._option_string_actions if name.startswith("--")}
-            preset = written.replace("_", "-") if "preset" in options and written.replace("_", "-") in PRESETS else None
+            preset = self._preset(written) if "preset" in options else None
             close = [f"--preset {preset}"] if preset else [options[name] for name in meant(written, options)]
         elif misspelt:
-            close = meant(misspelt["choice"], self._choices())
+            close = meant(misspelt["choice"], self._choices(misspelt["name"]))
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise WrongCall(f"{message}.{hint} See: {self.prog} --help")
 
-    def _choices(self) -> list[str]:
-        return [str(choice) for action in self._actions for choice in action.choices or ()]
+    def _choices(self, name: str) -> list[str]:
+        """Of the option, or the argument, that argparse calls this in its errors."""
+        found = (action for action in self._actions if argparse._get_action_name(action) == name)
+        return [str(choice) for action in found for choice in action.choices or ()]
+
+    @staticmethod
+    def _preset(written: str) -> str | None:
+        """The preset that is written as if it were an option."""
+        name = written.replace("_", "-")
+        return name if name in PRESETS else next(iter(other_names(name, PRESETS)), None)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse has it, but a command refuses what it does not know itself, with its own help."""

@@ -18,6 +18,7 @@ from optimum_sab.wording import counted
 
 PACKAGES = (
     "torch",
+    "torchvision",
     "transformers",
     "triton",
     "accelerate",

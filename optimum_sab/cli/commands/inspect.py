@@ -49,15 +49,19 @@ def _print_table(inventory: Inventory) -> None:
         print(f"{module.rule:<56} {shape:>14} {module.bytes:>12,} {module.bits_per_weight:>12.3f}")
     print(
         f"\n{len(inventory.modules)} packed linears: {inventory.packed_bytes:,} bytes, "
-        f"{inventory.bits_per_weight:.3f} bits per weight. Everything else: {inventory.dense_bytes:,} bytes.\n"
-        f"format version {inventory.config.format_version}; settings other than the defaults:"
+        f"{inventory.bits_per_weight:.3f} bits per weight. Everything else: {inventory.dense_bytes:,} bytes."
     )
+    _print_measured(inventory.config.measured or {})
+    print(f"format version {inventory.config.format_version}; settings other than the defaults:")
     for name, value in inventory.config.to_diff_dict().items():
         if name == "dynamic":
             print("\n".join(_rules(value)))
         elif name not in ("quant_method", "format_version", "measured"):
             print(f"  {name}: {value}")
-    measured = inventory.config.measured or {}
+
+
+def _print_measured(measured: Mapping[str, Any]) -> None:
+    """How good the run found it to be."""
     for kind, each in measured.get("agreement", {}).items():
         kl, same = ("no number" if each[name] is None else form.format(each[name]) for name, form in _FORMS.items())
         print(f"against the dense model, on {kind}: KL {kl} nats per token, {same} the same")

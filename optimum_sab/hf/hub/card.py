@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,17 @@ from huggingface_hub.utils import validate_repo_id
 
 from optimum_sab.core.spread import spread
 from optimum_sab.data.named_source import names_dataset
+from optimum_sab.explanation import TORCHVISION
 from optimum_sab.hf.hub.authorship import sign, with_tags
 from optimum_sab.hf.hub.facts import ModelFacts
 from optimum_sab.hf.hub.markdown import cell, code, plain
 from optimum_sab.wording import counted
 
 HERE = "path/to/this/checkpoint"
+UNRELEASED = "before there is a release on PyPI: from a clone of its repository"
+_TITLE = re.compile(r"^# .*(?=, packed by optimum-sab$)", re.MULTILINE)
+_QWEN2_5_VL = "Qwen2_5_VL"  # how the names of its classes begin
+_NO_PICTURES = ("text-generation", "automatic-speech-recognition", "audio-text-to-text")
 _ROWS = 16  # of the table of blocks
 _NOT_SETTINGS = (
     *("measured", "quant_method", "format_version", "calibration", "calibration_samples", "builtin_samples", "seed"),
@@ -37,7 +43,10 @@ def model_card(facts: ModelFacts, tags: Iterable[str] = ()) -> ModelCard:
 
 
 def named(card: ModelCard, repo_id: str) -> ModelCard:
-    """A card of ours, of the checkpoint in a repository."""
+    """A card of ours, of the checkpoint in a repository, whose name is its title where the base has none."""
+    if card.data.base_model is None:
+        title = f"# {plain(repo_id.split('/')[-1])}"
+        card.text = _TITLE.sub(lambda _: title, card.text, count=1)
     card.text = card.text.replace(HERE, repo_id)
     return sign(card)
 
@@ -97,7 +106,7 @@ def _loading(facts: ModelFacts) -> str:
         "## Loading",
         "",
         "```bash",
-        "pip install optimum-sab",
+        f"pip install optimum-sab  # {UNRELEASED}",
         "```",
         "",
         "```python",
@@ -109,8 +118,7 @@ def _loading(facts: ModelFacts) -> str:
         "```",
         "",
     ]
-    if reader == "AutoProcessor":
-        lines += ["Image processors of most families need `pip install torchvision`.", ""]
+    lines += _torchvision(facts)
     if facts.brings_code:
         lines.append(
             "`from_pretrained(…, trust_remote_code=True)` needs no import: it runs `configuration_sab.py` of this "
@@ -128,6 +136,24 @@ def _loading(facts: ModelFacts) -> str:
         "llama.cpp.",
     ]
     return "\n".join(lines)
+
+
+def _torchvision(facts: ModelFacts) -> list[str]:
+    """What a processor of pictures needs, and for the family that has one without it, how to get that."""
+    if facts.pipeline_tag in _NO_PICTURES:
+        return []
+    if not facts.architecture.startswith(_QWEN2_5_VL):
+        return [f"Image processors of most families need torchvision: {TORCHVISION}.", ""]
+    return [
+        f"This processor needs torchvision: {TORCHVISION}. For pictures and text there is one without:",
+        "",
+        "```python",
+        "from optimum_sab.hf.processor import load_processor",
+        "",
+        f'processor = load_processor("{HERE}")',
+        "```",
+        "",
+    ]
 
 
 def _sizes(facts: ModelFacts) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, constants
+from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, validate_repo_id
 
 from optimum_sab.errors import ConfigError, OutputError
@@ -164,7 +165,13 @@ def _user(api: HfApi) -> str:
     try:
         found = api.whoami()
     except Exception as error:
-        raise _refusal(error, "there is no use in a token for the Hub") from error
+        if isinstance(error, LocalTokenNotFoundError):
+            what = "there is no token for the Hub"
+        elif _status(error) in (401, 403):
+            what = "the token for the Hub is refused"
+        else:
+            what = "the Hub cannot be asked whose the token is"
+        raise _refusal(error, what) from error
     role = found.get("auth", {}).get("accessToken", {}).get("role")
     if role == "read":
         raise ConfigError(f"the token of {found['name']!r} may only read; {_REMEDY}.")
@@ -179,8 +186,8 @@ def _create(api: HfApi, repo_id: str, private: bool) -> None:
 
 
 def _refusal(error: Exception, what: str) -> ConfigError:
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    reachable = isinstance(error, HfHubHTTPError) or type(error).__name__ == "LocalTokenNotFoundError"
+    status = _status(error)
+    reachable = isinstance(error, (HfHubHTTPError, LocalTokenNotFoundError))
     remedy = _REMEDY if reachable and status in (None, 401, 403, 404) else "see whether the Hub is reached from here"
     return ConfigError(f"{what} ({_reason(error)}); {remedy}.")
 
@@ -192,7 +199,12 @@ def _reason(error: Exception) -> str:
     return _said(error)
 
 
+def _status(error: Exception) -> int | None:
+    """Of the Hub's answer; None where there was none."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
 def _said(error: Exception) -> str:
-    status = getattr(getattr(error, "response", None), "status_code", None)
+    status = _status(error)
     said = getattr(error, "server_message", None) or next(iter(str(error).strip().splitlines()), type(error).__name__)
     return f"{status}: {said}".rstrip(".") if status is not None and str(status) not in said else said.rstrip(".")

@@ -3,7 +3,9 @@
 import base64
 import copy
 import json
+import re
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,6 +246,91 @@ def test_what_is_nested_too_deeply_is_named_or_told(row, inner):
 
 def test_entries_of_a_message_that_are_no_texts_are_read_as_such():
     assert read([{"role": "user", "content": "What?", 5: "a"}]) == [{**ASK[0], "5": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("photo", "if it holds the picture, call it 'image'; if not, remove it, or the row."),
+        ("Picture", "if it holds the picture, call it 'image'; if not, "),
+        ("img", "if it holds the picture, call it 'image'; if not, "),
+        ("photos", "if it holds the pictures, call it 'images'; if not, "),
+        ("clip", "if it holds the video, call it 'video'; if not, "),
+        ("audio_path", "if it holds the sound, call it 'audio'; if not, "),
+        ("attachments", "not understood; remove it, or the row."),
+    ],
+)
+def test_media_under_another_name_are_told_their_name(name, hint):
+    row = {"question": "What?", "answer": "A cup.", name: "a.png"}
+    with pytest.raises(SampleError, match=f"^row has a column '{name}', which is not understood; ") as error:
+        read_row(row, "row")
+    assert hint in str(error.value)
+
+
+def test_media_beside_those_of_the_usual_name_are_to_be_removed():
+    with pytest.raises(SampleError, match="'photo', which is not understood; remove it, or the row"):
+        read_row({"question": "What?", "image": picture(RED), "photo": "a.png"}, "row")
+
+
+NAMED = [
+    ("a/photo.jpg", 'names a picture .* such as {"image": "a/photo.jpg", "question": "...", "answer": "..."}'),
+    ("PHOTO.JPEG", "names a picture "),
+    (" b.png\n", 'such as {"image": "b.png"'),
+    ("https://a.org/b.webp?size=2", 'such as {"image": "https://a.org/b.webp'),
+    ("a.mp4", 'names a video .* such as {"video": "a.mp4"'),
+    ("a.wav", 'names a sound .* such as {"audio": "a.wav"'),
+    ("x.jsonl", "names a file .*give calibration='x.jsonl', or the rows"),
+    ("data/x.PARQUET", "give calibration='data/x.PARQUET'"),
+    ("notes.txt", r"such as calibration=open\('notes.txt'\)"),
+    ("x.jsonl.gz", "unpack it"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), NAMED)
+@pytest.mark.parametrize("row", [str, lambda name: {"text": name}, lambda name: {"caption": name}])
+def test_a_text_that_is_the_name_of_a_file_is_no_sample(row, name, said):
+    with pytest.raises(SampleError, match=r"^calibration sample 1 is '.*would be calibrated on as a text; ") as error:
+        read_samples(["A text.", row(name)], 8, 0, True)
+    assert re.search(said, str(error.value))
+
+
+def test_a_path_object_is_told_how_files_are_given():
+    with pytest.raises(SampleError, match=r'such as {"image": "a/b\.png"'):
+        read_row(Path("a/b.png"), "row")
+    with pytest.raises(SampleError, match=r"^row is a PosixPath; give a text"):
+        read_row(Path("a/b"), "row")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A cup in a.png",
+        "a.jpg is\nwhat.jpg",
+        "a.jpg\nb.jpg",
+        "photo",
+        ".png",
+        "jpg",
+        "The end.",
+        "main.py",
+        "x" * 5000 + ".png",
+        "a b\0.png",
+    ],
+)
+def test_other_texts_with_names_in_them_are_samples(text):
+    assert read(text) == text == read({"text": text})
+
+
+def test_a_name_with_spaces_is_one_where_it_leads_to_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read("my photo.jpg") == "my photo.jpg"
+    picture(RED).save("my photo.jpg")
+    with pytest.raises(SampleError, match=r'"image": "my photo\.jpg"'):
+        read("my photo.jpg")
+
+
+def test_a_name_beside_a_picture_or_with_an_answer_is_a_text():
+    assert read({"text": "a.png", "image": picture(RED)})[0]["content"][-1] == {"type": "text", "text": "a.png"}
+    assert read({"question": "a.png", "answer": "A cup."})[0]["content"] == "a.png"
 
 
 IN_MESSAGES = (
