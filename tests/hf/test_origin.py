@@ -157,6 +157,12 @@ def test_command_line_takes_another_processor(llama_folder, stopped, tmp_path):
 # -- before weights are read -------------------------------------------------------------------------------------------
 
 
+def reader(stages):
+    """The stage that has read the samples."""
+    [found] = [stage for stage in stages if isinstance(stage, ReadSamplesEarly)]
+    return found
+
+
 @pytest.mark.compat
 def test_samples_are_read_and_encoded_before_a_weight_is(llama_folder, stopped, quick_config, texts):
     """Transformers 5 builds models where tensors are on meta and in the model's dtype; samples are not made there."""
@@ -166,7 +172,7 @@ def test_samples_are_read_and_encoded_before_a_weight_is(llama_folder, stopped, 
         dtype=torch.bfloat16,
         quantization_config=quick_config(calibration=iter(texts), calibration_samples=3),
     )
-    inputs = stages[1]._inputs
+    inputs = reader(stages)._inputs
     expected = stages[0]._found(texts[:3])["input_ids"]
     assert [sample["input_ids"].tolist() for sample in inputs] == [[ids[:64]] for ids in expected]
     assert {sample["input_ids"].device.type for sample in inputs} == {"cpu"}
@@ -179,7 +185,7 @@ def test_pictures_are_prepared_in_their_own_dtype(example, stopped, quick_config
         dtype=torch.bfloat16,
         quantization_config=quick_config(calibration_samples=1),
     )
-    [inputs] = stages[1]._inputs
+    [inputs] = reader(stages)._inputs
     assert inputs["pixel_values"].dtype == torch.float32
     assert torch.get_default_dtype() == torch.float32
 
@@ -204,7 +210,7 @@ def test_bad_samples_are_refused_before_a_weight_is_read(llama_folder, stopped, 
 
 def test_two_loads_with_one_generator_are_calibrated_alike(llama_folder, stopped, quick_config, texts):
     config = quick_config(calibration=(text for text in texts))
-    first, second = (stopped(LlamaForCausalLM, llama_folder, quantization_config=config)[1][1] for _ in range(2))
+    first, second = (reader(stopped(LlamaForCausalLM, llama_folder, quantization_config=config)[1]) for _ in range(2))
     assert len(first._inputs) == len(second._inputs) == 8
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first._inputs, second._inputs, strict=True))
 
@@ -285,5 +291,4 @@ def test_a_model_that_cannot_write_its_samples_is_refused_before_a_weight_is_rea
     with pytest.raises(CalibrationError, match="LlamaModel cannot generate, so it cannot write its own calibration"):
         AutoModel.from_pretrained(llama_folder, quantization_config=config)
     _, stages = stopped(AutoModelForCausalLM, llama_folder, quantization_config=config)
-    [reading] = [each for each in stages if isinstance(each, ReadSamplesEarly)]
-    assert reading._inputs is None
+    assert reader(stages)._inputs is None
