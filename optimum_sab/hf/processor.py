@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import is_torchvision_available
 
-from optimum_sab.errors import MissingDependencyError, SampleError
+from optimum_sab.errors import ConfigError, MissingDependencyError, SampleError
 from optimum_sab.explanation import explain_import
 from optimum_sab.hf.compat import KEEPS_ARGUMENTS
 from optimum_sab.hf.origin import DOWNLOAD, Origin
@@ -72,11 +72,21 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
 
     Raises:
         MissingDependencyError: a package is missing that the processor needs.
+        ConfigError: a ``size`` was given that Transformers passes over.
     """
+    asked = dict(arguments.get("size") or {})  # which Transformers changes in place
+    found = _loaded(path, arguments)
+    _check_size(getattr(found, "image_processor", None), asked)
+    for name in _OF_PICTURES:  # a tokenizer keeps and saves them, and from there they come back at every call
+        getattr(getattr(found, "tokenizer", None), "init_kwargs", {}).pop(name, None)
+    return found
+
+
+def _loaded(path: str | Path, arguments: dict[str, Any]) -> Any:
     if not KEEPS_ARGUMENTS and not Path(path).exists():
         path, arguments = _fetched(str(path), arguments)
     try:
-        return _without_pictures_in_tokenizer(AutoProcessor.from_pretrained(path, **arguments))
+        return AutoProcessor.from_pretrained(path, **arguments)
     except ImportError as error:
         if is_torchvision_available() or not _is_qwen2_5_vl(path, arguments):
             raise _missing(path, error) from error
@@ -85,19 +95,18 @@ def load_processor(path: str | Path, **arguments: Any) -> Any:
         images = AutoImageProcessor.from_pretrained(path, **arguments)
     except ImportError as error:
         raise _missing(path, error) from error
-    return _without_pictures_in_tokenizer(PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template))
+    return PictureProcessor(images, tokenizer, chat_template=tokenizer.chat_template)
 
 
-def _without_pictures_in_tokenizer(processor: Any) -> Any:
-    """The processor, whose tokenizer does not keep what was said of the size of pictures.
-
-    Transformers hands all arguments to all parts. A tokenizer keeps and saves those it does not know, and from there
-    they come back at every call, where they are deprecated, and over those of the saved image processor.
-    """
-    tokenizer = getattr(processor, "tokenizer", None)
-    for name in _OF_PICTURES:
-        getattr(tokenizer, "init_kwargs", {}).pop(name, None)
-    return processor
+def _check_size(images: Any, asked: Mapping[str, Any]) -> None:
+    """Refuse a ``size`` that does nothing: an image processor whose file holds ``max_pixels`` goes by that."""
+    most = asked.get("longest_edge")
+    kept = getattr(images, "max_pixels", None) or dict(getattr(images, "size", None) or {}).get("longest_edge")
+    if most is not None and images is not None and kept != most:
+        raise ConfigError(
+            f"size={dict(asked)!r} does nothing to the checkpoint's {type(images).__name__}, whose file holds "
+            f"max_pixels and which goes on with {kept}; give max_pixels={most} instead."
+        )
 
 
 def _fetched(name: str, arguments: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

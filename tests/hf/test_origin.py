@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.cli.main import main
-from optimum_sab.errors import CalibrationError, MissingDependencyError, SampleError
+from optimum_sab.errors import CalibrationError, ConfigError, MissingDependencyError, SampleError
 from optimum_sab.hf.find_processor import ReadSamplesEarly
 from optimum_sab.hf.origin import Origin, origin_of
 from optimum_sab.hf.processor import PictureProcessor, find_processor, load_processor
@@ -292,3 +292,11 @@ def test_a_model_that_cannot_write_its_samples_is_refused_before_a_weight_is_rea
         AutoModel.from_pretrained(llama_folder, quantization_config=config)
     _, stages = stopped(AutoModelForCausalLM, llama_folder, quantization_config=config)
     assert reader(stages)._inputs is None
+
+
+@pytest.mark.compat
+def test_a_size_that_does_nothing_is_refused(example):
+    given = {"shortest_edge": 3136, "longest_edge": 8 * 28 * 28}
+    with pytest.raises(ConfigError, match=r"'longest_edge': 6272\} does nothing .* with 12544; give max_pixels=6272"):
+        load_processor(example, size=given)
+    load_processor(example, size={"shortest_edge": 3136, "longest_edge": 12544})  # what the file says
