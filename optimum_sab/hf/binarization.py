@@ -49,9 +49,9 @@ def stages(
     written = run_options(config).source.written
     early = RehearseUnloaded(config, unseen if written else reader, computes_elsewhere(device_map))
     tried: tuple[Stage, ...] = (unseen, LookAtForwards(), RehearseForward()) if written else ()
-    evaluation = ReadEvaluation(processor)
+    evaluation = ReadEvaluation(processor, reader)
     plan = HoldToPlan(config, (reader, unseen, evaluation), origin, device_map)
-    return (processor, evaluation, *tried, reader, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
+    return (processor, *tried, reader, evaluation, LookIntoResumeFolder(config, reader), plan, early, *STAGES)
 
 
 def check_settings(model: nn.Module, config: SABConfig, here: bool = True) -> None:

@@ -15,6 +15,7 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.ranks import require_samples
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.held_out import held_out
 from optimum_sab.calibration.samples.inputs import evaluation_inputs, given_inputs, unseen_inputs
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.answers import EvaluationSamples
@@ -94,14 +95,17 @@ class ReadUnseen(Stage):
 class ReadEvaluation(Stage):
     """Evaluation samples are read and encoded before weights are; leaves `EvaluationSamples` where there are any.
 
+    Those that calibrate too are left out, with a warning.
+
     Args:
         processor: the stage that finds it.
+        reader: the stage, before this one, that has the samples that calibrate.
     """
 
     name: ClassVar[str] = "evaluation samples"
 
-    def __init__(self, processor: FindProcessor) -> None:
-        self._processor = processor
+    def __init__(self, processor: FindProcessor, reader: ReadSamplesEarly) -> None:
+        self._processor, self._reader = processor, reader
         self._inputs: Sequence[Mapping[str, Any]] | None = None
 
     def check(self, model: nn.Module, options: RunOptions) -> None:
@@ -116,7 +120,8 @@ class ReadEvaluation(Stage):
     def early(self, model: nn.Module, options: RunOptions) -> Sequence[Mapping[str, Any]]:
         """Forward arguments; none where there is no evaluation."""
         if self._inputs is None and options.evaluation is not None:
-            self._inputs = evaluation_inputs(model, self._processor.processor_of(model), options.evaluation)
+            found = evaluation_inputs(model, self._processor.processor_of(model), options.evaluation)
+            self._inputs = held_out(found, self._reader.early(model))
         return self._inputs or ()
 
 

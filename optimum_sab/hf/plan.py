@@ -23,6 +23,7 @@ from optimum_sab.calibration.plan.speeds import Speeds, measure_speeds
 from optimum_sab.calibration.plan.workload import ModelShape, SampleSizes, Workload
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.samples.held_out import held_out
 from optimum_sab.calibration.samples.hub_dataset import check_readable
 from optimum_sab.calibration.samples.inputs import evaluation_inputs, given_inputs, unseen_inputs
 from optimum_sab.calibration.stages.samples import count_tokens, warn_of_few_tokens
@@ -195,9 +196,8 @@ def _samples(
         unseen = [each for some in unseen_inputs(model, processor).values() for each in some]
     except Exception:  # such a model is not compared; a processor is anybody's code
         unseen = []
-    return sample_sizes(
-        inputs, [*unseen, *own], shape
-    ), f"counted, of {source.described!r} as the model's processor encodes it"
+    sizes = sample_sizes(inputs, [*unseen, *held_out(own, inputs)], shape, model.config)
+    return sizes, f"counted, of {source.described!r} as the model's processor encodes it"
 
 
 def _bias_bytes(model: nn.Module, selection: Selection) -> int:

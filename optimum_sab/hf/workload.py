@@ -56,7 +56,7 @@ def workload(
     shape = model_shape(model, selection, config.target_bits)
     shape = replace(shape, copied=_copied(files, shape.dtype, selection))
     if not isinstance(sizes, SampleSizes):
-        sizes = sample_sizes(sizes, unseen, shape) if sizes else at_most(config)
+        sizes = sample_sizes(sizes, unseen, shape, model.config) if sizes else at_most(config)
     home = main_device(device_map)
     spread = len(accelerators(device_map)) > 1 or (isinstance(device_map, str) and device_map in SPREADS)
     work = Workload(shape, sizes, options, options.two_streams(selection), config.stream_weights, home, spread)

@@ -14,6 +14,7 @@ from optimum_sab.calibration.stages import answers, comparison
 from optimum_sab.errors import ConfigError, SABWarning, SampleError
 from optimum_sab.hf.binarization import binarize_loaded
 from optimum_sab.hf.plan import PlannedModel, make_plan
+from optimum_sab.hf.processor import load_processor
 
 ROWS = [
     {"question": "Which colour is it?", "answer": "red", "image": Image.new("RGB", (56, 56), "red")},
@@ -87,6 +88,19 @@ def test_what_calibrates_is_no_evaluation(tmp_path):
             SABConfig(calibration=data, evaluation=data)
 
 
+def test_rows_that_calibrate_too_are_left_out(llama_folder, quick_config, texts):
+    def own(evaluation):
+        config = quick_config(calibration=texts[:4], evaluation=evaluation)
+        return quantized(llama_folder, config, AutoModelForCausalLM).hf_quantizer.report.agreement["own text"]
+
+    alone = own(texts[4:6])
+    with pytest.warns(SABWarning, match="of the 4 evaluation samples 2 calibrate too and are left out"):
+        mixed = own([texts[0], *texts[4:6], texts[3]])
+    assert mixed == alone
+    with pytest.raises(SampleError, match="all 2 evaluation samples calibrate too"):
+        own(texts[1:3])
+
+
 def test_more_samples_than_are_used_are_told_of(llama_folder, quick_config, texts, monkeypatch):
     monkeypatch.setattr(inputs, "EVALUATION_SAMPLES", 2)
     config = quick_config(calibration=texts[:2], evaluation=texts[2:6])
@@ -116,6 +130,22 @@ def test_what_is_lost_beside_ones_own_work_is_warned_of(llama_folder, quick_conf
     assert model.hf_quantizer.report.verdict.level == "close"
 
 
+def test_a_plan_counts_logits_of_text_alone(smallest_example, quicker_config):
+    model = PlannedModel(AutoModelForVision2Seq, AutoConfig.from_pretrained(smallest_example), torch.float32)
+    processor = load_processor(smallest_example, max_pixels=10**6)
+
+    def comparison(side):
+        rows = [{"question": "What?", "answer": "A cup.", "image": Image.new("RGB", (side, side))}]
+        plan = make_plan(model, quicker_config(calibration_samples=4, evaluation=rows), processor, timing=False)
+        sizes = plan.work.samples
+        return sizes.unseen[-1], sizes.judged[-1], next(p for p in plan.memory[0].phases if p.name == "comparison")
+
+    (few, text, small), (many, same, large) = comparison(56), comparison(560)
+    assert many > 10 * few and text == same < few
+    logits = [[part.bytes for part in each.parts if part.name == "logits"] for each in (small, large)]
+    assert logits[0] == logits[1]
+
+
 def test_a_plan_counts_and_refuses_them(llama_folder, quick_config, texts):
     model = PlannedModel(AutoModelForCausalLM, AutoConfig.from_pretrained(llama_folder), torch.float32)
     processor = AutoTokenizer.from_pretrained(llama_folder)
@@ -125,6 +155,7 @@ def test_a_plan_counts_and_refuses_them(llama_folder, quick_config, texts):
         return make_plan(model, config, processor, timing=False).work.samples.unseen
 
     assert len(unseen(evaluation=texts[2:5])) == len(unseen()) + 3
+    assert len(unseen(evaluation=texts[1:5])) == len(unseen()) + 3  # the first calibrates
     for more in ({}, {"calibration": "self"}):
         with pytest.raises(SampleError, match="evaluation: "):
             unseen(evaluation=[{"nothing": 1}], **more)

@@ -32,7 +32,9 @@ def test_to_dict_holds_what_was_found(told):
     model, found, _ = told
     report = model.hf_quantizer.report
     assert found["bits_per_weight"] == report.bits_per_weight
-    assert found["agreement"]["pictures"] == {k: getattr(report.agreement["pictures"], k) for k in ("kl", "top1")}
+    assert found["agreement"]["pictures"] == {
+        k: getattr(report.agreement["pictures"], k) for k in ("kl", "top1", "kl_error")
+    }
     assert found["verdict"]["level"] == report.verdict.level
     assert found["verdict"]["words"] == report.verdict.words
     assert [each["kind"] for each in found["examples"]] == ["text"] * 3 + ["pictures"] * 3

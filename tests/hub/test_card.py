@@ -65,7 +65,7 @@ def test_bytes_and_bits_are_those_of_the_files(card, packed):
         "| text | 0.250 | 87.5% |",
         "| 0 | 0.1250 | 0.0625 |",
         "| 1 | 0.2500 |  |",
-        "pip install optimum-sab  # before there is a release on PyPI: from a clone of its repository",
+        "pip install optimum-sab  # before there is a release on PyPI: from a clone, which whoever made this checkpoint has",
         "This processor needs torchvision: install the torchvision that belongs to the installed torch",
         'processor = load_processor("path/to/this/checkpoint")',
         "import optimum_sab  # registers the quantization method with Transformers",

@@ -60,7 +60,8 @@ def test_quantize_writes_report_and_verdict(smallest_example, tmp_path, capsys):
     assert found["examples"] == []
     last = capsys.readouterr().out.splitlines()[-1]
     verdict = found["verdict"]
-    assert last == f"verdict: {verdict['words']}. {verdict['advice']} See {out / 'report.html'}"
+    advice = verdict["advice"].replace("builtin_samples", "--builtin-samples")
+    assert last == f"verdict: {verdict['words']}, judged on {verdict['kind']}. {advice} See {out / 'report.html'}"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["packed"]
     assert "it was left out (--no-examples)" in " ".join((out / "report.html").read_text().split())
 

@@ -72,12 +72,12 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
         yield "temperature", logits + (4 + SCALES_TRIED / 2) * elements / speeds.predictions
     if options.tuned:
         yield "tuning", _tuning(work, speeds)
-    tokens = sum(samples.unseen)
     if model.vocabulary:
-        logits = 2 * operations.head(work, tokens) / speeds.forward
-        packed = operations.products(work, tokens) / speeds.packed
+        judged = sum(samples.judged or samples.unseen)
+        logits = 2 * operations.head(work, judged) / speeds.forward
+        packed = operations.products(work, sum(samples.unseen)) / speeds.packed
         packed += forward.rest(samples.unseen)
-        yield "comparison", packed + logits + 2 * operations.predictions(work, tokens) / speeds.predictions
+        yield "comparison", packed + logits + 2 * operations.predictions(work, judged) / speeds.predictions
     if writes:
         head = operations.head(work, 1) / speeds.one_row
         written = operations.products(work, 1) / speeds.packed_row + head

@@ -165,7 +165,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
         step = Part("a step of training", training_bytes(work, len(model.blocks)))
         yield Phase("tuning", (*done, given, step, slack))
     if model.vocabulary and work.samples.unseen:
-        logits = LOGITS * max(work.samples.unseen) * model.vocabulary * 4
+        logits = LOGITS * max(work.samples.judged or work.samples.unseen) * model.vocabulary * 4
         yield Phase("comparison", (*done, Part("logits", logits + kept), slack))
 
 

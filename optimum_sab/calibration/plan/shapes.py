@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.plan.workload import BlockShape, LinearGroup, ModelShape, SampleSizes
 from optimum_sab.calibration.samples.forward_inputs import PER_TOKEN, token_count
+from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.streams.targets import target_linear
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.format.layout import stored_bits_per_weight
@@ -49,7 +50,7 @@ def model_shape(model: nn.Module, selection: Selection, target_bits: float | Non
 
 
 def sample_sizes(
-    inputs: Sequence[Mapping[str, Any]], unseen: Sequence[Mapping[str, Any]], model: ModelShape
+    inputs: Sequence[Mapping[str, Any]], unseen: Sequence[Mapping[str, Any]], model: ModelShape, config: Any
 ) -> SampleSizes:
     """The sizes of samples that were read.
 
@@ -57,6 +58,7 @@ def sample_sizes(
         inputs: forward arguments, one dict per sample.
         unseen: of those that the finished model is compared by.
         model: that they are for.
+        config: of that model.
     """
     pictures = [each["pixel_values"].numel() for each in inputs if isinstance(each.get("pixel_values"), Tensor)]
     patches = sum(pictures) // model.patch if model.patch else 0
@@ -66,6 +68,7 @@ def sample_sizes(
         True,
         tuple(map(token_count, unseen)),
         len({frozenset(each).difference(PER_TOKEN) for each in inputs}),
+        tuple(int(token_modalities(each, config).judged(token_count(each)).sum()) for each in unseen),
     )
 
 

@@ -140,6 +140,7 @@ class SampleSizes:
         exact: whether the samples were read; else ``tokens`` is the most that the settings allow.
         unseen: tokens of each sample that the finished model is compared by.
         kinds: of samples, that differ in what they hold: text alone, with pictures.
+        judged: of the tokens of each in ``unseen``, those whose predictions are compared; empty for all.
     """
 
     tokens: tuple[int, ...]
@@ -147,6 +148,7 @@ class SampleSizes:
     exact: bool = True
     unseen: tuple[int, ...] = ()
     kinds: int = 1
+    judged: tuple[int, ...] = ()
 
     @property
     def total(self) -> int:

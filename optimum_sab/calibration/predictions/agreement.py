@@ -6,6 +6,7 @@ the dense model reads a few samples before the work, and the finished one the sa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from optimum_sab.calibration.streams.together import given_together
 from optimum_sab.nn.streamed import streamed_blocks
 
 
+FEWEST = 4  # samples whose spread is told
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Next-token predictions against the dense model's, over text tokens.
@@ -29,26 +33,52 @@ class Agreement:
     Attributes:
         kl: mean ``KL(dense ‖ binarized)`` in nats.
         top1: share of tokens for which both models' likeliest token is the same.
+        kl_error: standard error of ``kl`` over samples, in nats: what other samples of the kind would move it by; None
+            of fewer than `FEWEST`, which tell nothing of others.
     """
 
     kl: float
     top1: float
+    kl_error: float | None = None
 
     @classmethod
     def of(cls, pairs: Iterable[tuple[Tensor, Tensor]]) -> Agreement:
-        """Over all tokens of pairs of logits [tokens, vocabulary], the binarized model's first."""
+        """Over all tokens of pairs of logits [tokens, vocabulary], the binarized model's first; a pair is a sample."""
         kl, same = [], []
         for mine, dense in pairs:
             kl.append(divergence(mine, dense).double().cpu())
             same.append((mine.argmax(-1) == dense.argmax(-1)).double().cpu())
-        return cls(float(torch.cat(kl).mean()), float(torch.cat(same).mean()))
+        mean = float(torch.cat(kl).mean())
+        return cls(mean, float(torch.cat(same).mean()), _standard_error(kl, mean))
 
     def __str__(self) -> str:
-        return f"KL {self.kl:.2f} nats per token, {self.top1:.0%} of the likeliest tokens the same"
+        error = "" if self.kl_error is None else f" ± {self.kl_error:.2f}"
+        return f"KL {self.kl:.2f}{error} nats per token, {self.top1:.0%} of the likeliest tokens the same"
+
+
+def _standard_error(samples: Sequence[Tensor], mean: float) -> float | None:
+    """``√(S/(S−1) Σ_s (Σ_t (k_st − k̄))²) / T``: of a mean over T tokens that come in S samples, as a ratio's is."""
+    if len(samples) < FEWEST:
+        return None
+    off = sum(float((each - mean).sum()) ** 2 for each in samples)
+    return math.sqrt(len(samples) / (len(samples) - 1) * off) / sum(map(len, samples))
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What the dense model gives to its head at the tokens of a sample that are judged.
+
+    Attributes:
+        judged: bool [tokens].
+        hidden: [1, judged tokens, width].
+    """
+
+    judged: Tensor
+    hidden: Tensor
 
 
 class AgreementCheck:
-    """Of every sample it keeps what the dense model gives to its output embedding.
+    """Of every sample it keeps what the dense model gives to its output embedding at the tokens that are judged.
 
     Args:
         model: dense.
@@ -68,7 +98,7 @@ class AgreementCheck:
         self._model = model
         home = home_of(model)
         self._samples = {kind: [map_tensors(dict(s), home) for s in some] for kind, some in samples.items()}
-        self._dense: dict[str, list[Tensor]] = {}
+        self._dense: dict[str, list[_Given]] = {}
         self._head = output_embedding(model)
         if self._head is None:
             return
@@ -76,10 +106,10 @@ class AgreementCheck:
             with reading(model):
                 flat = [sample for some in self._samples.values() for sample in some]
                 found = iter(given_together(model, flat, blocks, self._head, device))
-                self._dense = {kind: [next(found) for _ in some] for kind, some in self._samples.items()}
+                self._dense = {k: [self._judged(s, next(found)) for s in some] for k, some in self._samples.items()}
             return
         with reading(model), SharedHead(model, self._head).open() as shared:
-            self._dense = {kind: [self._given(shared, s) for s in some] for kind, some in self._samples.items()}
+            self._dense = {k: [self._judged(s, shared.given(s)) for s in some] for k, some in self._samples.items()}
 
     def measure(self) -> dict[str, Agreement]:
         """The model as it is now against the dense one, by kind; empty for a model without an output embedding."""
@@ -88,14 +118,11 @@ class AgreementCheck:
         with reading(self._model), SharedHead(self._model, self._head).open() as shared:
             return {kind: Agreement.of(self._logits(kind, shared)) for kind in self._dense}
 
-    def _given(self, shared: SharedHead, sample: Mapping[str, Any]) -> Tensor:
-        return shared.given(sample)
-
-    def _text(self, sample: Mapping[str, Any], predictions: int) -> Tensor:
-        return token_modalities(sample, getattr(self._model, "config", None)).judged(predictions)
+    def _judged(self, sample: Mapping[str, Any], given: Tensor) -> _Given:
+        judged = token_modalities(sample, getattr(self._model, "config", None)).judged(given.shape[-2])
+        return _Given(judged, given[..., judged.to(given.device), :])
 
     def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
         for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
-            mine, dense = shared.logits(sample, given)
-            text = self._text(sample, mine.shape[-2]).to(mine.device)
-            yield mine[0][text], dense[0][text]
+            mine, dense = shared.logits(sample, given.hidden, given.judged)
+            yield mine[0], dense[0]

@@ -47,35 +47,37 @@ class SharedHead:
             yield self
 
     def given(self, inputs: Mapping[str, Any]) -> Tensor:
-        """What the model gives to its head, [batch, tokens, width]."""
-        return self._given(inputs)[0]
+        """What the model gives to its head, [batch, tokens, width]. Logits are made of the last token alone."""
+        return self._given(inputs, slice(-1, None))[0]
 
     def given_and_logits(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """What the model gives to its head, [batch, tokens, width], and its logits, of one forward."""
-        hidden, output = self._given(inputs)
+        hidden, output = self._given(inputs, slice(None))
         logits: Tensor = output.logits
         return hidden, logits
 
-    def _given(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Any]:
+    def _given(self, inputs: Mapping[str, Any], of: slice) -> tuple[Tensor, Any]:
+        """What is given to the head, and the model's output for some of the tokens."""
         caught: list[Tensor] = []
 
         def keep(head: Callable[..., Any], hidden: Tensor) -> Tensor:
             caught.append(hidden.detach())
-            return head(hidden)
+            return head(hidden[..., of, :])
 
         output = self._run(inputs, keep)
         return caught.pop(), output
 
-    def logits(self, inputs: Mapping[str, Any], other: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, inputs: Mapping[str, Any], other: Tensor, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits [batch, tokens, vocabulary] of the model, and of the other one without gradient.
 
         Args:
             inputs: forward arguments of a batch.
             other: what the other model gives to the head, [batch, tokens, width].
+            of: the tokens of the model that these are, bool [tokens of the inputs]; None for all.
         """
 
         def beside(head: Callable[..., Any], hidden: Tensor) -> Tensor:
-            own = head(hidden)
+            own = head(hidden if of is None else hidden[..., of.to(hidden.device), :])
             with torch.no_grad():
                 others = head(other.to(hidden.device, hidden.dtype))
             return torch.cat([own, others])

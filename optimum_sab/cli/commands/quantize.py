@@ -12,6 +12,7 @@ import torch
 from optimum_sab.calibration.joining import joined
 from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.cli.commands.settings import hush_libraries, read_origin, read_settings
+from optimum_sab.cli.spelling import as_options
 from optimum_sab.errors import ConfigError
 from optimum_sab.hf.devices import check_device_map
 from optimum_sab.hf.estimate import expected_bytes
@@ -99,7 +100,9 @@ def _run(options: argparse.Namespace, ranks: Ranks) -> None:
             print(f"against the dense model, on {kind} that did not calibrate it: {each}")
         page = options.output / REPORT_HTML
         shown = page if page.exists() else options.output / REPORT_JSON
-        print(f"verdict: {report.verdict.words}. {report.verdict.advice} See {shown}")
+        verdict = report.verdict
+        decided = f", judged on {verdict.kind}" if verdict.kind else ""
+        print(f"verdict: {verdict.words}{decided}. {as_options(verdict.advice)} See {shown}")
         if target is not None:
             print(f"uploaded: {target.url}")
 

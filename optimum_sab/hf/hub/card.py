@@ -20,7 +20,7 @@ from optimum_sab.hf.hub.markdown import cell, code, plain
 from optimum_sab.wording import counted
 
 HERE = "path/to/this/checkpoint"
-UNRELEASED = "before there is a release on PyPI: from a clone of its repository"
+UNRELEASED = "before there is a release on PyPI: from a clone, which whoever made this checkpoint has"
 _TITLE = re.compile(r"^# .*(?=, packed by optimum-sab$)", re.MULTILINE)
 _QWEN2_5_VL = "Qwen2_5_VL"  # how the names of its classes begin
 _NO_PICTURES = ("text-generation", "automatic-speech-recognition", "audio-text-to-text")

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_sab.calibration.predictions.agreement import AgreementCheck
+from optimum_sab.calibration.predictions.agreement import Agreement, AgreementCheck
+from optimum_sab.calibration.predictions.divergence import divergence
 from optimum_sab.nn.decoder import find_decoder_blocks
 
 
@@ -40,6 +41,35 @@ def test_agreement_is_that_of_the_logits_of_two_models(build):
     assert found.kl > 0.01
     assert found.kl == pytest.approx(float(torch.cat(kl).mean()), rel=1e-4)
     assert found.top1 == pytest.approx(float(torch.cat(same).float().mean()))
+
+
+def test_the_head_computes_for_the_tokens_that_are_judged_alone(build):
+    subject = build("qwen2_5_vl")
+    model, rows = subject.model, []
+    original = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: rows.append(hidden.shape[-2]) or original(hidden)
+    text = [int((each["input_ids"][0] != model.config.image_token_id).sum()) for each in subject.samples]
+    assert sum(text) < sum(each["input_ids"].numel() for each in subject.samples)
+    check = AgreementCheck(model, {"some": subject.samples})
+    assert rows == [1] * len(text)  # of the dense model only what is given to it is kept
+    rows.clear()
+    check.measure()
+    assert rows == [count for count in text for _ in range(2)]
+
+
+def test_the_error_is_that_of_a_mean_over_samples():
+    generator = torch.Generator().manual_seed(0)
+    pairs = [tuple(torch.randn(n, 7, generator=generator) for _ in range(2)) for n in (3, 8, 5, 6)]
+    found = Agreement.of(pairs)
+    sums = [float(divergence(mine, dense).double().sum()) for mine, dense in pairs]
+    tokens = [len(mine) for mine, _ in pairs]
+    assert found.kl == pytest.approx(sum(sums) / sum(tokens))
+    residuals = [total - found.kl * count for total, count in zip(sums, tokens, strict=True)]
+    assert found.kl_error == pytest.approx((4 / 3 * sum(r * r for r in residuals)) ** 0.5 / sum(tokens))
+    equal = [(torch.zeros(4, 7), torch.zeros(4, 7))] * 3
+    assert Agreement.of([*equal, *equal]).kl_error == 0.0
+    assert Agreement.of(pairs[:3]).kl_error is None and " ± " not in str(Agreement.of(pairs[:3]))
+    assert f"KL {found.kl:.2f} ± {found.kl_error:.2f} nats per token" in str(found)
 
 
 def test_capped_logits_are_those_of_the_model(build):
