@@ -3,10 +3,12 @@
 import copy
 import logging
 import pickle
+import re
 from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from optimum_sab import AutoModelForVision2Seq, SABConfig
 from optimum_sab.errors import ConfigError, SABWarning
@@ -65,7 +67,7 @@ def test_bytes_and_bits_are_those_of_the_files(card, packed):
         "| text | 0.250 | 87.5% |",
         "| 0 | 0.1250 | 0.0625 |",
         "| 1 | 0.2500 |  |",
-        "pip install optimum-sab  # before there is a release on PyPI: from a clone, which whoever made this checkpoint has",
+        "pip install optimum-sab  # before there is a release on PyPI: from a clone, which whoever made this",
         "This processor needs torchvision: install the torchvision that belongs to the installed torch",
         'processor = load_processor("path/to/this/checkpoint")',
         "import optimum_sab  # registers the quantization method with Transformers",
@@ -89,6 +91,22 @@ def test_torchvision_is_named_where_a_processor_needs_it(model, architecture, ta
     text = model_card(facts).text
     assert ("torchvision" in text) == said
     assert ("optimum_sab.hf.processor import load_processor" in text) == without
+
+
+def test_the_code_of_the_card_answers_a_question(smallest_example, card, tmp_path, monkeypatch, capsys):
+    text = card.text.replace(HERE, str(smallest_example))  # dense, which makes no difference to it
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (84, 84), "red").save("picture.jpg")
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[:2]
+    assert "AutoProcessor.from_pretrained(" in first
+    found = {}
+    first = f"from optimum_sab.hf.processor import load_processor\n{first}"  # as the card says of torchvision
+    exec(first.replace("AutoProcessor.from_pretrained(", "load_processor("), found)
+    capsys.readouterr()
+    exec(second, found)
+    new = found["answer"][0, found["inputs"]["input_ids"].shape[1] :]
+    assert capsys.readouterr().out.strip() == found["processor"].tokenizer.decode(new, skip_special_tokens=True).strip()
+    assert 0 < len(new) <= 64 and "pixel_values" in found["inputs"]
 
 
 @pytest.mark.parametrize(("base", "title"), [({}, "mine"), ({"model": "owner/dense"}, "dense")])

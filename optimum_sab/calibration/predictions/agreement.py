@@ -22,7 +22,6 @@ from optimum_sab.calibration.streams.placement import home_of, map_tensors
 from optimum_sab.calibration.streams.together import given_together
 from optimum_sab.nn.streamed import streamed_blocks
 
-
 FEWEST = 4  # samples whose spread is told
 
 

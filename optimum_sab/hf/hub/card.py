@@ -118,7 +118,7 @@ def _loading(facts: ModelFacts) -> str:
         "```",
         "",
     ]
-    lines += _torchvision(facts)
+    lines += [*_asking(facts), *_torchvision(facts)]
     if facts.brings_code:
         lines.append(
             "`from_pretrained(…, trust_remote_code=True)` needs no import: it runs `configuration_sab.py` of this "
@@ -136,6 +136,24 @@ def _loading(facts: ModelFacts) -> str:
         "llama.cpp.",
     ]
     return "\n".join(lines)
+
+
+def _asking(facts: ModelFacts) -> list[str]:
+    """Code that asks about a picture, of models that answer such questions."""
+    if facts.pipeline_tag != "image-text-to-text":
+        return []
+    return [
+        "```python",
+        'question = [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is in the picture?"}]',
+        'messages = [{"role": "user", "content": question}]',
+        "inputs = processor.apply_chat_template(",
+        '    messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True',
+        ").to(model.device)",
+        "answer = model.generate(**inputs, max_new_tokens=64)",
+        'print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])',
+        "```",
+        "",
+    ]
 
 
 def _torchvision(facts: ModelFacts) -> list[str]:
