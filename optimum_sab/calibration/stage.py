@@ -14,6 +14,7 @@ from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.report import BinarizationReport, StageReport
 from optimum_sab.calibration.run import Run
+from optimum_sab.calibration.streams.memory import give_back_freed
 from optimum_sab.calibration.streams.modes import reading
 from optimum_sab.core.parts import part
 from optimum_sab.errors import warn, warnings_heard
@@ -97,4 +98,5 @@ def _timed(run: Run, stage: Stage) -> StageReport | None:
     started = time.perf_counter()
     with part(stage.name):
         section = stage.apply(run, run.progress.steps(stage.title, stage.unit))
+    give_back_freed()
     return StageReport(stage.name, time.perf_counter() - started, section)

@@ -8,6 +8,7 @@ from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.run import Run, Silent
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage, check_stages, run_stages
+from optimum_sab.calibration.streams import memory
 from optimum_sab.core.settings import LayerSettings
 from optimum_sab.errors import CalibrationError
 from optimum_sab.nn.selection import select_linears
@@ -122,3 +123,15 @@ def test_a_list_without_samples_is_named(run):
 
 def test_a_run_knows_the_dtype_of_its_linears(run):
     assert run.dtype == torch.float64
+
+
+def test_what_a_stage_has_freed_is_given_back_when_it_ends(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(memory, "_malloc_trim", lambda: lambda pad: calls.append(("trimmed", pad)))
+    run_stages(run, [Noted(calls, "first"), Noted(calls, "left out", wanted=False), Noted(calls, "last")])
+    assert [call[:2] for call in calls if call[0] != "prepare"] == [
+        ("apply", "first"),
+        ("trimmed", 0),
+        ("apply", "last"),
+        ("trimmed", 0),
+    ]

@@ -55,7 +55,13 @@ def give_back_heap(in_features: int, device: torch.device) -> None:
     glibc keeps freed pieces of up to 32 MB that lie between others in use as the process's own: over the blocks of a
     13B-shaped model they grew to half a gigabyte. Does nothing for narrow linears, or with another C library.
     """
-    trim = _malloc_trim() if device.type == "cpu" and in_features >= WIDE else None
+    if device.type == "cpu" and in_features >= WIDE:
+        give_back_freed()
+
+
+def give_back_freed() -> None:
+    """Let the system have what was freed and glibc keeps; does nothing with another C library."""
+    trim = _malloc_trim()
     if trim is not None:
         trim(0)
 
