@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any, ClassVar
 
 from torch import nn
@@ -30,14 +31,15 @@ class Stage(ABC):
         name: of its section of the report.
         title: of its progress; empty for one that takes no time.
         unit: of its progress.
-        on_first: only the first rank of several does it, and the others learn its section; what it leaves for later
-            stages is there alone.
+        by: the one rank of several that does it, counted around where there are fewer; the others learn its section,
+            and what it leaves for later stages is there alone. Such stages that follow each other are done at the same
+            time by different ranks, so none may need what another rank's leaves. None: all ranks do it together.
     """
 
     name: ClassVar[str]
     title: ClassVar[str] = ""
     unit: ClassVar[str] = "step"
-    on_first: ClassVar[bool] = False
+    by: ClassVar[int | None] = None
 
     def check(self, model: nn.Module, options: RunOptions) -> None:  # noqa: B027  # most have nothing to refuse
         """Refuse what cannot work, before a weight is read: the model's may be on meta."""
@@ -76,7 +78,10 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> BinarizationReport:
     with reading(run.model), warnings_heard() as heard:
         for stage in stages:
             stage.prepare(run)
-        done = [_done(run, stage) for stage in stages]
+        done: list[StageReport | None] = []
+        for alone, following in groupby(stages, lambda stage: stage.by is not None):
+            some = list(following)
+            done += _by_one_each(run, some) if alone else [_timed(run, stage) for stage in some]
     told = run.ranks.exchange("the end", heard)
     warnings = tuple(dict.fromkeys(message for each in told for message in each))
     if run.ranks.first:
@@ -85,14 +90,15 @@ def run_stages(run: Run, stages: Sequence[Stage]) -> BinarizationReport:
     return BinarizationReport(tuple(each for each in done if each is not None), warnings)
 
 
-def _done(run: Run, stage: Stage) -> StageReport | None:
-    """What a stage reports; None where it was not wanted."""
-    if stage.on_first:
-        return run.ranks.give(f"stage {stage.name!r}", 0, partial(_timed, run, stage))
-    return _timed(run, stage)
+def _by_one_each(run: Run, stages: Sequence[Stage]) -> list[StageReport | None]:
+    """What stages report that one rank does: every rank does its own, then all learn of all."""
+    owners = {stage.name: (stage.by or 0) % run.ranks.size for stage in stages}
+    own = {stage.name: _timed(run, stage) for stage in stages if owners[stage.name] == run.ranks.rank}
+    return [run.ranks.give(f"stage {name!r}", owner, partial(own.get, name)) for name, owner in owners.items()]
 
 
 def _timed(run: Run, stage: Stage) -> StageReport | None:
+    """What a stage reports; None where it was not wanted."""
     if not stage.wanted(run):
         return None
     started = time.perf_counter()

@@ -18,6 +18,8 @@ from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
 from optimum_sab.calibration.joining import joined
 from optimum_sab.calibration.options import RunOptions
 from optimum_sab.calibration.pipeline import binarize
+from optimum_sab.calibration.predictions import temperature
+from optimum_sab.calibration.predictions.last_norm import find_last_norm
 from optimum_sab.calibration.progress import no_step
 from optimum_sab.calibration.refine import tuning
 from optimum_sab.calibration.refine.parameters import ModuleParameters, vectors_of
@@ -26,7 +28,9 @@ from optimum_sab.calibration.refine.sums import add_up_gradients, mean_of_all
 from optimum_sab.calibration.refine.whole_model import make_student
 from optimum_sab.calibration.resume.fingerprint import WeightsDigest, fingerprint
 from optimum_sab.calibration.resume.folder import ResumeFolder
+from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.stage import Stage, run_stages
 from optimum_sab.calibration.stages.temperature import ScaleTemperature
 from optimum_sab.calibration.streams.passage import BlockPassage, hidden_states
 from optimum_sab.cli.main import main
@@ -42,6 +46,7 @@ from optimum_sab.nn.modules import set_module
 from optimum_sab.nn.selection import select_linears
 from optimum_sab.nn.unfusing import unfuse_experts
 from tests.calibration.conftest import IMAGE, TEXT, build
+from tests.calibration.noisy import ONE, head_inputs, sharpened
 
 QUICK = LayerSettings(block_size=32, salient_fraction=0.125, iterations=2, sweeps=1)
 REFINED = LayerSettings(block_size=32, iterations=2, propagation=0.01)  # something is left to refine
@@ -111,6 +116,59 @@ def llama(lengths, exact=False, settings=QUICK, folder=None, killed=None, **opti
 
         BlockBinarizer.leave = dying
     return quantized(subject, settings, folder, **options)
+
+
+def tempered(whose):
+    """The temperature of a Llama whose samples are where ``whose(sample, ranks)`` says: it, its norm, what was sent."""
+    temperature.TOKENS, temperature.CHUNK = 150, 16  # some tokens are left out, and chunks do not go round evenly
+    subject = build("llama")
+    sharpened(subject.model)
+    with joined() as ranks:
+        pairs = head_inputs(subject, 0.6)
+        for pair in pairs[::3]:
+            pair.text[::2] = False
+        own = [pair for pair in pairs if whose(pair.sample, ranks.size) == ranks.rank]
+        last = find_last_norm(subject.model, subject.model.lm_head, ONE)
+        found = temperature.set_temperature(subject.model, last, own, None, ranks)
+        return found, subject.model.model.norm.weight.detach(), ranks.wire_bytes
+
+
+def in_turn(sample, size):
+    return sample % size
+
+
+def all_on_the_last(sample, size):
+    return size - 1
+
+
+def nobodys(sample, size):
+    return -1
+
+
+class Meeting(Stage):
+    """Waits until all of these have begun, each of which one rank does."""
+
+    def __init__(self, folder, names, name, by):
+        self.name, self.by, self._folder, self._names = name, by, folder, names
+
+    def apply(self, run, on_step):
+        (self._folder / self.name).touch()
+        end = time.monotonic() + 20
+        while not all((self._folder / each).exists() for each in self._names):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{self.name} is alone")
+            time.sleep(0.01)
+        return run.ranks.rank
+
+
+def meeting(folder):
+    """Two stages that are done by one rank each: who did them."""
+    model = build("llama").model
+    names = ("one", "other")
+    with joined() as ranks:
+        run = Run(model, select_linears(model, QUICK), ranks=ranks)
+        stages = [Meeting(folder, names, name, by) for by, name in enumerate(names)]
+        return {each.name: each.section for each in run_stages(run, stages).stages}
 
 
 def refined(folder=None, killed=None):

@@ -95,6 +95,24 @@ def test_rounding_of_sums_is_all_that_differs(server, work):
     assert (work is rank_work.mixture) == any(block.experts for block in one.blocks)
 
 
+@pytest.mark.parametrize("whose", [rank_work.in_turn, rank_work.all_on_the_last], ids=["in turn", "all on the last"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_temperature_is_that_of_one_process_bit_for_bit(server, size, whose):
+    [(wanted, norm, _)] = values(server.run(1, rank_work.tempered, whose))
+    assert wanted.value > 1.05
+    for found, mine, sent in values(server.run(size, rank_work.tempered, whose)):
+        assert found == wanted and torch.equal(mine, norm)
+        assert 2 * 150 * 64 * 4 < sent < 200_000 * size  # what is chosen, not all that was given to the head
+
+
+def test_no_rank_has_a_token_that_is_judged(server):
+    assert [found for found, *_ in values(server.run(2, rank_work.tempered, rank_work.nobodys))] == [None, None]
+
+
+def test_stages_of_one_rank_each_are_done_at_the_same_time(server, tmp_path):
+    assert values(server.run(2, rank_work.meeting, tmp_path)) == [{"one": 0, "other": 1}] * 2
+
+
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_training_takes_the_steps_of_one_process(server, size):
     [(block, model, wanted)] = values(server.run(1, rank_work.trained))

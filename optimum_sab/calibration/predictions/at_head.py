@@ -17,11 +17,13 @@ class HeadInputs:
     """What one sample gives to the output embedding in either stream.
 
     Attributes:
+        sample: which of the run it is.
         dense: of the dense model, [1, tokens, width].
         binarized: of the binarized one.
         text: which tokens are judged, bool [tokens].
     """
 
+    sample: int
     dense: Tensor
     binarized: Tensor
     text: Tensor
@@ -39,7 +41,7 @@ class AtHead:
         for (sample, stream), dense in self.given.items():
             binarized = self.given.get((sample, QUANTIZED))
             if stream == DENSE and binarized is not None and dense.shape == binarized.shape:
-                found.append(HeadInputs(dense, binarized, modalities[sample].judged(dense.shape[-2])))
+                found.append(HeadInputs(sample, dense, binarized, modalities[sample].judged(dense.shape[-2])))
         return found
 
     def teacher(self, sample: int) -> Tensor:

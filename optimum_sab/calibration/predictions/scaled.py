@@ -7,11 +7,13 @@ only the last term is to be found again for every s, without a product.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from optimum_sab.calibration.predictions.divergence import divergence
+from optimum_sab.calibration.ranks import Ranks
 
 ROWS = 32  # tokens gone through at a time: their logits stay in the cache
 KEPT_BYTES = 2**29  # of logits that are kept; the others are made again for every scale
@@ -25,44 +27,59 @@ class ScaledDivergence:
         logits_of: hidden states [tokens, width] to logits [tokens, vocabulary].
         dense: what the dense model gave to its head, in chunks [tokens, width] whose logits find room.
         mine: what the binarized one gave, in the same chunks.
+        ranks: that share the chunks, all of which every rank is given; all make the same calls and get the same.
 
     Attributes:
         unscaled: at s = 1.
     """
 
-    def __init__(self, logits_of: LogitsOf, dense: Sequence[Tensor], mine: Sequence[Tensor]) -> None:
-        self._logits_of, self._dense, self._mine = logits_of, dense, mine
+    def __init__(
+        self,
+        logits_of: LogitsOf,
+        dense: Sequence[Tensor],
+        mine: Sequence[Tensor],
+        ranks: Ranks | None = None,
+    ) -> None:
+        self._logits_of, self._ranks = logits_of, ranks or Ranks()
         self._tokens = sum(len(chunk) for chunk in dense)
+        own = slice(self._ranks.rank, None, self._ranks.size)
+        self._dense, self._mine = dense[own], mine[own]
         self._scales_along = _scales_along(logits_of, mine[0])
         self._kept: list[Tensor | None] = []
         self._terms: list[tuple[Tensor, Tensor]] = []
-        total, room = 0.0, KEPT_BYTES
-        for wanted, given in zip(dense, mine, strict=True):
+        totals, room = [], KEPT_BYTES
+        for wanted, given in zip(self._dense, self._mine, strict=True):
             p, z = logits_of(wanted), logits_of(given.float())
-            total += _total(z, p)
+            totals.append(_total(z, p))
             if self._scales_along:
                 self._terms.append(_terms(p, z))
                 room -= z.nbytes
                 self._kept.append(z if room >= 0 else None)
-        self.unscaled = total / self._tokens
+        self.unscaled = self._mean(totals)
 
     def exactly(self, scale: float) -> float:
         """At a scale, from the model's own logits there."""
-        total = 0.0
+        totals = []
         for wanted, given in zip(self._dense, self._mine, strict=True):
-            total += _total(self._logits_of(scale * given.float()), self._logits_of(wanted))
-        return total / self._tokens
+            totals.append(_total(self._logits_of(scale * given.float()), self._logits_of(wanted)))
+        return self._mean(totals)
 
     def at(self, scale: float) -> float:
         """At a scale, to rounding, and in less time where logits scale along with what the head is given."""
         if not self._scales_along:
             return self.exactly(scale)
-        total = 0.0
+        totals = []
         for given, kept, (entropy, mean) in zip(self._mine, self._kept, self._terms, strict=True):
             logits = self._logits_of(given) if kept is None else kept
             normalizer = torch.cat([(scale * some.float()).logsumexp(-1) for some in logits.split(ROWS)])
-            total += float((normalizer.double() - scale * mean - entropy).sum())
-        return total / self._tokens
+            totals.append(float((normalizer.double() - scale * mean - entropy).sum()))
+        return self._mean(totals)
+
+    def _mean(self, totals: Sequence[float]) -> float:
+        """Per token, of this rank's chunks and the others', added in the order of the chunks."""
+        told = self._ranks.exchange("divergences", totals)
+        turns = zip_longest(*told)  # a rank has every so manyeth chunk
+        return sum(each for some in turns for each in some if each is not None) / self._tokens
 
 
 def _scales_along(logits_of: LogitsOf, given: Tensor) -> bool:

@@ -18,12 +18,13 @@ from optimum_sab.calibration.predictions.at_head import HeadInputs
 from optimum_sab.calibration.predictions.head import SharedHead
 from optimum_sab.calibration.predictions.last_norm import LastNorm, replaying
 from optimum_sab.calibration.predictions.scaled import ScaledDivergence
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.streams.patching import patched_forwards
 
 TOKENS = 4096  # of theirs that are judged, at most
 SCALES = (0.5, 1.25)  # of the logits; between them the divergence is looked for
 TOLERANCE = 0.02
-CHUNK = 512  # tokens whose logits are held at a time
+CHUNK = 256  # tokens whose logits are held at a time, on each of several ranks
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,11 @@ class Temperature:
 
 @torch.no_grad()
 def set_temperature(
-    model: nn.Module, last: LastNorm, samples: Sequence[HeadInputs], device: torch.device | None = None
+    model: nn.Module,
+    last: LastNorm,
+    samples: Sequence[HeadInputs],
+    device: torch.device | None = None,
+    ranks: Ranks | None = None,
 ) -> Temperature | None:
     """Scale the norm before the output embedding so that the predictions come closest to the dense model's.
 
@@ -53,18 +58,20 @@ def set_temperature(
     Args:
         model: binarized, in eval mode.
         last: its norm before the embedding (`find_last_norm`).
-        samples: what the streams gave to the embedding.
+        samples: what the streams gave to the embedding, on this rank.
         device: where the embedding computes; None leaves it where it is.
+        ranks: that share the work, whoever has the samples, to the same result; None for this process alone.
 
     Returns:
         None, and the model left as it is, where no text is judged or nothing is gained.
     """
-    if not any(bool(s.text.any()) for s in samples):
+    ranks = ranks or Ranks()
+    chosen = _chosen(samples, ranks)
+    if chosen is None:
         return None
-    dense = _thinned([s.dense[0][s.text.to(s.dense.device)] for s in samples])
-    mine = _thinned([s.binarized[0][s.text.to(s.binarized.device)] for s in samples])
+    dense, mine = (tokens.split(CHUNK) for tokens in chosen)
     with patched_forwards(replaying(last.blocks)), SharedHead(model, last.head, device).open() as shared:
-        divergence = ScaledDivergence(lambda h: shared.logits_of(h[None], last.carrier)[0], dense, mine)
+        divergence = ScaledDivergence(lambda h: shared.logits_of(h[None], last.carrier)[0], dense, mine, ranks)
         before = divergence.unscaled
         scale, _ = _minimum(divergence.at, *SCALES)
         after = divergence.exactly(scale)
@@ -73,10 +80,34 @@ def set_temperature(
     return Temperature(1.0 / scale, before, after)
 
 
-def _thinned(hidden: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """At most `TOKENS` of these [tokens, width], evenly spread, in chunks."""
-    tokens = torch.cat(list(hidden))
-    return tokens[:: -(-len(tokens) // TOKENS)].split(CHUNK)
+def _chosen(samples: Sequence[HeadInputs], ranks: Ranks) -> tuple[Tensor, Tensor] | None:
+    """At most `TOKENS` of all ranks' judged tokens, evenly spread, in both streams [tokens, width], on every rank.
+
+    Only they travel. None where no token is judged.
+    """
+    told = ranks.exchange("judged tokens", {each.sample: int(each.text.sum()) for each in samples})
+    counts = {sample: count for some in told for sample, count in some.items()}
+    step = -(-sum(counts.values()) // TOKENS)
+    if not step:
+        return None
+    first, place = {}, 0  # of every sample's judged tokens the first that is chosen
+    for sample in sorted(counts):
+        first[sample] = -place % step
+        place += counts[sample]
+    own = {each.sample: _every(each, first[each.sample], step) for each in samples}
+    given = {sample: pair for some in ranks.gather("hidden states", own) for sample, pair in some.items()}
+
+    def joined() -> tuple[Tensor, Tensor]:
+        pairs = [given[sample] for sample in sorted(given)]
+        return torch.cat([dense for dense, _ in pairs]), torch.cat([mine for _, mine in pairs])
+
+    return ranks.give("chosen tokens", 0, joined)
+
+
+def _every(inputs: HeadInputs, first: int, step: int) -> tuple[Tensor, Tensor]:
+    """Some of the judged tokens in both streams, [tokens, width]."""
+    places = inputs.text.nonzero()[first::step, 0]
+    return inputs.dense[0][places.to(inputs.dense.device)], inputs.binarized[0][places.to(inputs.binarized.device)]
 
 
 def _minimum(function: Callable[[float], float], low: float, high: float) -> tuple[float, float]:

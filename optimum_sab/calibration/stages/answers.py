@@ -28,7 +28,7 @@ class RememberAnswers(Stage):
     """
 
     name: ClassVar[str] = "answers"
-    on_first: ClassVar[bool] = True
+    by: ClassVar[int | None] = 0
 
     def apply(self, run: Run, on_step: OnStep) -> None:
         given = run.kept(EvaluationSamples)

@@ -17,7 +17,7 @@ class CompareAnswers(Stage):
     """Warns where they are far apart. The finished model computes with the kernels it will have."""
 
     name: ClassVar[str] = "comparison"
-    on_first: ClassVar[bool] = True
+    by: ClassVar[int | None] = 0
 
     def wanted(self, run: Run) -> bool:
         return run.kept(AgreementCheck) is not None

@@ -65,7 +65,7 @@ class WriteBefore(Stage):
     name: ClassVar[str] = "dense examples"
     title: ClassVar[str] = "Writing examples"
     unit: ClassVar[str] = "example"
-    on_first: ClassVar[bool] = True
+    by: ClassVar[int | None] = 1
 
     def wanted(self, run: Run) -> bool:
         return run.options.examples
@@ -89,7 +89,7 @@ class WriteAfter(Stage):
     name: ClassVar[str] = "examples"
     title: ClassVar[str] = "Writing examples again"
     unit: ClassVar[str] = "example"
-    on_first: ClassVar[bool] = True
+    by: ClassVar[int | None] = 1
 
     def wanted(self, run: Run) -> bool:
         return run.kept(DenseExamples) is not None

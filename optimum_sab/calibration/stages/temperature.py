@@ -12,7 +12,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stage import Stage
 from optimum_sab.calibration.stages.head import Head
-from optimum_sab.calibration.streams.arrival import QUANTIZED, Worker
+from optimum_sab.calibration.streams.arrival import QUANTIZED
 
 
 class ScaleTemperature(Stage):
@@ -25,23 +25,19 @@ class ScaleTemperature(Stage):
         return head is not None and head.last_norm is not None
 
     def apply(self, run: Run, on_step: OnStep) -> Temperature | None:
-        """Fitted on the first rank, to what all ranks' samples came to."""
+        """Fitted by all ranks, to what all ranks' samples came to."""
         head, at_head = run.kept(Head), run.kept(AtHead)
         assert head is not None and head.last_norm is not None and at_head is not None
         last = head.last_norm
         wanted = {sample for sample, stream in head.awaited if stream == QUANTIZED}
-        own = {worker: tensor for worker, tensor in at_head.given.items() if worker[0] in wanted}
-        given: dict[Worker, Tensor] = {}
-        for some in run.ranks.gather("temperature", own):
-            given.update(some)
-        all_there = AtHead({worker: given[worker] for worker in head.awaited if worker in given})
+        own = AtHead({worker: tensor for worker, tensor in at_head.given.items() if worker[0] in wanted})
+        pairs = own.pairs(run.samples.modalities)
+        fitted = set_temperature(run.model, last, pairs, run.options.device, run.ranks)
 
-        def fitted() -> tuple[Temperature | None, list[Tensor]]:
-            pairs = all_there.pairs(run.samples.modalities)
-            found = set_temperature(run.model, last, pairs, run.options.device)
-            return found, [each.detach() for each in last.module.parameters(recurse=False)]
+        def stored() -> tuple[Temperature | None, list[Tensor]]:
+            return fitted, [each.detach() for each in last.module.parameters(recurse=False)]
 
-        found, vectors = run.ranks.give("the temperature", 0, fitted)
+        found, vectors = run.ranks.give("the temperature", 0, stored)
         for mine, each in zip(last.module.parameters(recurse=False), vectors, strict=True):
             mine.data.copy_(each)
         return found

@@ -13,6 +13,7 @@ from optimum_sab.calibration.predictions.last_norm import find_last_norm
 from optimum_sab.calibration.predictions.temperature import set_temperature
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError
+from tests.calibration.noisy import ONE, head_inputs, sharpened
 
 NORMS = {
     "llama": "model.norm",
@@ -21,30 +22,10 @@ NORMS = {
     "qwen3_vl": "model.language_model.norm",
     "llava": "model.language_model.norm",
 }
-ONE = {"input_ids": torch.tensor([[7]])}
-
-
-def head_inputs(subject, noise):
-    """The dense hidden states of every sample, and the same with noise of this relative size."""
-    generator = torch.Generator().manual_seed(3)
-    found = []
-    with torch.no_grad(), SharedHead(subject.model, subject.model.lm_head).open() as shared:
-        for sample in subject.samples * 20:
-            given = shared.given(sample)
-            loud = given + noise * given.std() * torch.randn(given.shape, generator=generator)
-            found.append(HeadInputs(given, loud, torch.ones(given.shape[1], dtype=torch.bool)))
-    return found
 
 
 def fitted(model, pairs):
     return set_temperature(model, find_last_norm(model, model.lm_head, ONE), pairs)
-
-
-def sharpened(model):
-    """Give the model a head of its own whose predictions are neither uniform nor certain."""
-    generator = torch.Generator().manual_seed(4)
-    weight = 0.4 * torch.randn(model.lm_head.weight.shape, generator=generator)
-    model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def kl(model, pairs, scale):
@@ -152,5 +133,5 @@ def test_the_head_may_compute_on_a_device_of_its_own(build, monkeypatch):
 
 def test_no_text_no_temperature(build):
     subject = build("llama")
-    pairs = [HeadInputs(p.dense, p.binarized, ~p.text) for p in head_inputs(subject, 0.6)]
+    pairs = [HeadInputs(p.sample, p.dense, p.binarized, ~p.text) for p in head_inputs(subject, 0.6)]
     assert fitted(subject.model, pairs) is None
