@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from optimum_sab.calibration.allocation.blockwise import BlockwiseBackward
 from optimum_sab.calibration.allocation.recomputation import Recomputation
+from optimum_sab.calibration.predictions.head import output_embedding
 from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.samples.modality import TokenModalities, token_modalities
 from optimum_sab.calibration.streams.modes import without_cache
@@ -110,6 +112,9 @@ def gradient_energy(
         embeddings = input_embedding(model)
         if embeddings is not None:
             stack.callback(embeddings.register_forward_hook(_require_gradient).remove)
+        head = output_embedding(model)
+        if head is not None:
+            stack.callback(head.register_forward_pre_hook(_keep_judged).remove)
         for block in () if recomputation is None else recomputation.blocks:
             stack.callback(block.register_forward_pre_hook(_begin_gradient, with_kwargs=True).remove)
         stack.callback(lambda: [p.requires_grad_(w) for p, w in zip(model.parameters(), wanted, strict=True)])
@@ -119,9 +124,13 @@ def gradient_energy(
 
         def backward(index: int) -> None:
             generator = torch.Generator().manual_seed(seeds[index])
-            modalities = token_modalities(samples[index], getattr(model, "config", None))
-            output = model(**samples[index], **without_cache(model))
-            drawn, counts[index] = _drawn_log_probability(output, modalities, generator)
+            judged = _Judged(token_modalities(samples[index], getattr(model, "config", None)))
+            before = _JUDGED.set(judged)  # of this coroutine, where samples go together
+            try:
+                output = model(**samples[index], **without_cache(model))
+            finally:
+                _JUDGED.reset(before)
+            drawn, counts[index] = _drawn_log_probability(output, judged, generator)
             drawn.backward()
 
         streamed = [each for each in (recomputation.blocks if recomputation else ()) if is_streamed(each)]
@@ -153,7 +162,40 @@ def refuse_inference_mode(model: nn.Module) -> None:
         )
 
 
-def _drawn_log_probability(output: Any, modalities: TokenModalities, generator: torch.Generator) -> tuple[Tensor, int]:
+@dataclass
+class _Judged:
+    """Which predictions of a sample are judged.
+
+    Attributes:
+        modalities: of its tokens.
+        kept: how many tokens the output embedding was given, where it was given the judged ones alone.
+    """
+
+    modalities: TokenModalities
+    kept: int | None = None
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Those of a model's output [predictions, ...] that are judged."""
+        if len(rows) == self.kept:
+            return rows
+        return rows[self.modalities.judged(len(rows)).to(rows.device)]
+
+
+_JUDGED: ContextVar[_Judged] = ContextVar("judged")
+
+
+def _keep_judged(head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Give the output embedding the judged tokens alone: logits of a large picture are larger than all else."""
+    hidden = args[0] if args else None
+    if not isinstance(hidden, Tensor) or hidden.ndim != 3 or hidden.shape[0] != 1:
+        return None
+    judged = _JUDGED.get()
+    which = judged.modalities.judged(hidden.shape[1])
+    judged.kept = int(which.sum())
+    return (hidden[:, which.to(hidden.device)], *args[1:])
+
+
+def _drawn_log_probability(output: Any, judged: _Judged, generator: torch.Generator) -> tuple[Tensor, int]:
     """What is differentiated, summed over the predictions that are judged, and how many those are.
 
     Predictions are logits [..., classes]: for each token, or one for the sample.
@@ -162,8 +204,7 @@ def _drawn_log_probability(output: Any, modalities: TokenModalities, generator: 
     given = output[0] if logits is None else logits
     if not bool(torch.isfinite(given).all()):
         raise NonFiniteError("the model's output holds NaN or inf; load the model in bfloat16 or float32.")
-    rows = given.flatten(0, -2).float()
-    rows = rows[modalities.judged(len(rows)).to(rows.device)]
+    rows = judged.of(given.flatten(0, -2)).float()
     if logits is not None and rows.shape[-1] > 1:
         log_p = rows.log_softmax(-1)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)

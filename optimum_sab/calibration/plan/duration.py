@@ -66,7 +66,7 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
         yield "allocation", _allocation(work, speeds)
     yield "blocks", _blocks(work, speeds)
     if options.temperature_scaling and work.two_streams and model.vocabulary:
-        judged = min(TOKENS, sum(samples.spread(TEMPERATURE_SAMPLES)))
+        judged = min(TOKENS, round(samples.judged_share * sum(samples.spread(TEMPERATURE_SAMPLES))))
         logits = 4 * operations.head(work, judged) / speeds.forward
         elements = operations.predictions(work, judged)
         yield "temperature", logits + (4 + SCALES_TRIED / 2) * elements / speeds.predictions
@@ -111,8 +111,9 @@ def _sensitivities(work: Workload, speeds: Speeds) -> float:
     again = 1.0
     if not work.streamed and work.options.device is None:
         again = 1.0 - min(1.0, room / max(1, work.samples.longest * remembered(work)))
-    logits = 2 * operations.head(work, sum(few)) / speeds.forward
-    drawn = DRAWN * operations.predictions(work, sum(few)) / speeds.predictions
+    judged = work.samples.judged_share * sum(few)
+    logits = 2 * operations.head(work, judged) / speeds.forward
+    drawn = DRAWN * operations.predictions(work, judged) / speeds.predictions
     return (2.0 + again) * inside + logits + drawn
 
 
@@ -171,8 +172,9 @@ def _tuning(work: Workload, speeds: Speeds) -> float:
     assert refine is not None
     samples = work.samples
     mean = samples.total / len(samples.tokens)
-    step = BATCH * (4.0 * operations.products(work, mean) + 4.0 * operations.head(work, mean))
-    judged = JUDGEMENTS * samples.total / 10
-    judging = operations.products(work, judged) + 2.0 * operations.head(work, judged)
-    elements = operations.predictions(work, refine.steps * BATCH * 2 * mean + judged)
-    return (refine.steps * step + judging) / speeds.forward + elements / speeds.predictions
+    step = BATCH * (4.0 * operations.products(work, mean) + 4.0 * operations.head(work, samples.judged_share * mean))
+    judging = JUDGEMENTS * samples.total / 10
+    judged = samples.judged_share * judging
+    judges = operations.products(work, judging) + 2.0 * operations.head(work, judged)
+    elements = operations.predictions(work, refine.steps * BATCH * 2 * samples.judged_share * mean + judged)
+    return (refine.steps * step + judges) / speeds.forward + elements / speeds.predictions

@@ -101,9 +101,9 @@ def graph_bytes(work: Workload) -> int:
 
 
 def sensitivity_bytes(work: Workload) -> int:
-    """Graphs, and the logits of a sample with what becomes of them on the way back."""
+    """Graphs, and the logits of a sample's judged tokens with what becomes of them on the way back."""
     model, samples = work.model, work.samples
-    logits = LOGITS * samples.longest * model.vocabulary * 4
+    logits = LOGITS * samples.most_logits * model.vocabulary * 4
     if work.streamed:  # of all samples, what goes into blocks and comes out; and one block's graph
         held = sum(samples.spread(SAMPLES)) * len(model.blocks) * 3 * model.width * model.item
         return logits + held + samples.longest * graph_bytes(work)
@@ -123,13 +123,13 @@ def training_bytes(work: Workload, blocks: int) -> int:
     if blocks == 1:
         return built + longest * graph_bytes(work)
     inputs = BATCH * longest * blocks * model.width * model.item
-    logits = LOGITS * BATCH * longest * model.vocabulary * 4
+    logits = LOGITS * BATCH * work.samples.most_logits * model.vocabulary * 4
     return built + inputs + logits + BATCH * longest * graph_bytes(work)
 
 
 def slack_of(work: Workload, activations: int = 0) -> Part:
     """Grows with what has been let go before, the logits of a sample and the statistics; and with activations."""
-    logits = LOGITS * work.samples.longest * work.model.vocabulary * 4
+    logits = LOGITS * work.samples.most_logits * work.model.vocabulary * 4
     before = min(ALLOCATOR, logits + statistics_part(work).bytes)
     return Part("freed, not given back", before + round(SCATTERED * activations))
 

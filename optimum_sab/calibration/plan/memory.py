@@ -152,7 +152,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     done = [*base, replace(dense, certain=left.certain) if mapped else left, packed]
     kept = 0
     if options.temperature_scaling and work.two_streams and model.vocabulary:
-        judged = min(TOKENS, sum(work.samples.spread(TEMPERATURE_SAMPLES)))
+        judged = min(TOKENS, round(work.samples.judged_share * sum(work.samples.spread(TEMPERATURE_SAMPLES))))
         logits = judged * model.vocabulary * 4
         kept = min(logits, KEPT_BYTES)
         chunk = 4 * min(CHUNK, judged) * model.vocabulary * 4

@@ -62,14 +62,22 @@ def sample_sizes(
     """
     pictures = [each["pixel_values"].numel() for each in inputs if isinstance(each.get("pixel_values"), Tensor)]
     patches = sum(pictures) // model.patch if model.patch else 0
+    tokens, judged = tuple(map(token_count, inputs)), _judged(inputs, config)
     return SampleSizes(
-        tuple(map(token_count, inputs)),
+        tokens,
         patches,
         True,
         tuple(map(token_count, unseen)),
         len({frozenset(each).difference(PER_TOKEN) for each in inputs}),
-        tuple(int(token_modalities(each, config).judged(token_count(each)).sum()) for each in unseen),
+        _judged(unseen, config),
+        sum(judged) / max(1, sum(tokens)),
+        max(judged, default=0),
     )
+
+
+def _judged(inputs: Sequence[Mapping[str, Any]], config: Any) -> tuple[int, ...]:
+    """Of each sample's tokens, those whose predictions are judged."""
+    return tuple(int(token_modalities(each, config).judged(token_count(each)).sum()) for each in inputs)
 
 
 def _block(model: nn.Module, name: str, selection: Selection, about: tuple[float, int, float | None]) -> BlockShape:

@@ -141,6 +141,8 @@ class SampleSizes:
         unseen: tokens of each sample that the finished model is compared by.
         kinds: of samples, that differ in what they hold: text alone, with pictures.
         judged: of the tokens of each in ``unseen``, those whose predictions are compared; empty for all.
+        judged_share: of the calibration samples' tokens, those whose predictions are judged.
+        most_judged: of the tokens of one calibration sample; 0 where it is not known, and all may be.
     """
 
     tokens: tuple[int, ...]
@@ -149,6 +151,8 @@ class SampleSizes:
     unseen: tuple[int, ...] = ()
     kinds: int = 1
     judged: tuple[int, ...] = ()
+    judged_share: float = 1.0
+    most_judged: int = 0
 
     @property
     def total(self) -> int:
@@ -157,6 +161,11 @@ class SampleSizes:
     @property
     def longest(self) -> int:
         return max(self.tokens)
+
+    @property
+    def most_logits(self) -> int:
+        """Tokens of one calibration sample, at most, that logits are made of."""
+        return min(self.most_judged or self.longest, self.longest)
 
     def share(self, size: int) -> SampleSizes:
         """About what one of ``size`` processes has of them; the shortest, since none has less."""

@@ -73,11 +73,12 @@ class SharedHead:
         Args:
             inputs: forward arguments of a batch.
             other: what the other model gives to the head, [batch, tokens, width].
-            of: the tokens of the model that these are, bool [tokens of the inputs]; None for all.
+            of: the tokens of the inputs that these are: bool [tokens], the same of all of the batch, or
+                [batch, tokens], and then what is given and returned is a batch of one. None for all.
         """
 
         def beside(head: Callable[..., Any], hidden: Tensor) -> Tensor:
-            own = head(hidden if of is None else hidden[..., of.to(hidden.device), :])
+            own = head(hidden if of is None else _some(hidden, of.to(hidden.device)))
             with torch.no_grad():
                 others = head(other.to(hidden.device, hidden.dtype))
             return torch.cat([own, others])
@@ -120,3 +121,8 @@ class SharedHead:
             return original(input) if self._at_head is None else self._at_head(original, input)
 
         return forward
+
+
+def _some(hidden: Tensor, of: Tensor) -> Tensor:
+    """Some tokens of [batch, tokens, width], as `SharedHead.logits` has them."""
+    return hidden[..., of, :] if of.ndim == 1 else hidden[of][None]

@@ -48,9 +48,9 @@ class Student:
         self._head = SharedHead(model, head, device)
         self._device = device
 
-    def logits(self, inputs: Mapping[str, Any], teacher: Tensor) -> tuple[Tensor, Tensor]:
+    def logits(self, inputs: Mapping[str, Any], teacher: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the student, and of the teacher from what it gives to the head: `SharedHead.logits`."""
-        return self._head.logits(inputs, teacher)
+        return self._head.logits(inputs, teacher, of)
 
     @contextmanager
     def prepared(self) -> Iterator[Student]:

@@ -148,9 +148,10 @@ def _divergences(student: Student, stack: Sequence[TuningSample]) -> Tensor:
     inputs = stack[0].inputs
     if len(stack) > 1:
         inputs = {name: torch.cat([s.inputs[name] for s in stack]) for name in inputs}
-    mine, wanted = student.logits(inputs, torch.cat([s.teacher for s in stack]))
-    counted = torch.cat([s.counted for s in stack]).to(mine.device)
-    return divergence(mine.flatten(0, 1)[counted], wanted.flatten(0, 1)[counted])
+    counted = torch.stack([s.counted for s in stack])
+    teacher = torch.cat([s.teacher for s in stack])
+    mine, wanted = student.logits(inputs, teacher[counted.to(teacher.device)][None], counted)
+    return divergence(mine[0], wanted[0])
 
 
 def _stacks(samples: Sequence[TuningSample], size: int = BATCH) -> list[list[TuningSample]]:

@@ -2,8 +2,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from optimum_sab.calibration.allocation import sensitivity
 from optimum_sab.calibration.allocation.recomputation import Recomputation
 from optimum_sab.calibration.allocation.sensitivity import output_sensitivity, sample_seed
+from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError, NonFiniteError
 
@@ -65,6 +67,51 @@ def test_sensitivity_repeats_and_leaves_the_model_as_it_was(llama):
     assert all(p.grad is None for p in llama.parameters())
     assert not any(m._forward_hooks for m in llama.modules())
     llama.model.norm.weight.requires_grad_(True)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["at once", "blocks run again"])
+def test_the_output_embedding_is_given_the_judged_tokens_alone(build, monkeypatch, again):
+    subject = build("qwen2_5_vl")
+    model, blocks = subject.model, subject.blocks
+    names = [f"model.language_model.layers.{index}.mlp.down_proj" for index in range(2)]
+    rows = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: rows.append(output.shape[-2]))
+
+    def found():
+        rows.clear()
+        return output_sensitivity(model, names, subject.samples, Recomputation(blocks) if again else None)
+
+    few, judged = found(), list(rows)
+    monkeypatch.setattr(sensitivity, "_keep_judged", lambda head, args: None)
+    assert few == pytest.approx(found(), rel=1e-5)
+    handle.remove()
+    texts = [int(token_modalities(sample, model.config).text.sum()) for sample in subject.samples]
+    assert judged == texts
+    assert rows == [sample["input_ids"].shape[1] for sample in subject.samples] and sum(texts) < sum(rows)
+
+
+def test_a_model_that_makes_more_of_its_logits_is_judged_by_what_it_gives(build):
+    """Each token's logits twice: as many as the output embedding was not given."""
+    subject = build("llama")
+
+    class Doubling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = subject.model
+
+        def get_input_embeddings(self):
+            return self.inner.get_input_embeddings()
+
+        def get_output_embeddings(self):
+            return self.inner.get_output_embeddings()
+
+        def forward(self, **inputs):
+            output = self.inner(**inputs)
+            output.logits = output.logits.repeat_interleave(2, dim=1)
+            return output
+
+    found = output_sensitivity(Doubling(), [f"inner.{NAMES[0]}"], subject.samples)
+    assert found[f"inner.{NAMES[0]}"] > 0
 
 
 def test_every_seed_that_a_run_may_have_is_torchs_and_small_ones_are_as_they_were(llama):

@@ -1,12 +1,14 @@
 """What is held at once: by shapes that can be reckoned by hand."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optimum_sab.calibration.plan.holdings import in_files
 from optimum_sab.calibration.plan.memory import ACCELERATOR, MACHINE, memory_of
+from optimum_sab.calibration.plan.shapes import sample_sizes
 from optimum_sab.calibration.plan.workload import LinearGroup, SampleSizes
 from optimum_sab.calibration.streams.memory import matrices
 from optimum_sab.core.refinement import RefineSettings
@@ -123,6 +125,27 @@ def test_refinement_and_tuning_have_stages_of_their_own(work, changed):
     teacher = parts(memory, "tuning")["hidden states at the head"]
     assert teacher.bytes == teacher.certain == TOKENS * WIDTH * 2
     assert "tuning" not in [phase.name for phase in memory_of(work)[0].phases]
+
+
+def test_logits_are_made_of_what_is_judged_alone(work, changed):
+    """A large picture has many tokens that nobody predicts."""
+    tuned = changed(work, refine=RefineSettings(epochs=0, steps=10))
+    few = changed(tuned, samples=replace(work.samples, most_judged=16, judged_share=1 / 16))
+    row = 8 * VOCABULARY * 4  # eight arrays
+    for phase, part, samples in (
+        ("sensitivities", "gradients of the sensitivities", 1),
+        ("tuning", "a step of training", 4),
+    ):
+        all_of_it, less = (parts(memory_of(each)[0], phase)[part].bytes for each in (tuned, few))
+        assert all_of_it - less == samples * (256 - 16) * row
+    assert replace(work.samples, most_judged=10**6).most_logits == 256
+
+
+def test_of_pictures_the_text_is_judged():
+    config = SimpleNamespace(image_token_id=60)
+    read = [{"input_ids": torch.tensor([[1, 60, 60, 60, 2]])}, {"input_ids": torch.tensor([[3, 4, 5]])}]
+    found = sample_sizes(read, read[:1], SimpleNamespace(patch=0), config)
+    assert (found.tokens, found.most_judged, found.judged_share, found.judged) == ((5, 3), 3, 5 / 8, (2,))
 
 
 def test_one_of_several_processes_is_taken_to_have_the_shortest_samples():

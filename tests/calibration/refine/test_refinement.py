@@ -219,9 +219,21 @@ def test_refinement_runs_a_dense_stream_even_without_the_propagated_target(few):
     assert all(b.drift is not None for b in report.blocks) and report.blocks[0].reconstruction.improved
 
 
-def test_only_text_is_judged(build):
+def test_only_text_is_judged(build, monkeypatch):
     subject = build("qwen2_5_vl")
+    made, logits = [], student.Student.logits
+
+    def watched(self, inputs, teacher, of):
+        hook = self.model.lm_head.register_forward_hook(lambda head, args, both: made.append(both.shape[:2]))
+        try:
+            return logits(self, inputs, teacher, of)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(student.Student, "logits", watched)
     _, report = quantize(subject, RefineSettings(epochs=0, steps=1))
+    texts = {int((each["input_ids"] != 60).sum()) for each in subject.samples}
+    assert made and {rows for both, rows in made} <= texts and {both for both, _ in made} == {2}
     plain, _ = quantize(subject)
     sample = subject.samples[-1]  # the one that judges, and it has pictures
     with torch.no_grad():
