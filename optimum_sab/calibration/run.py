@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from optimum_sab.calibration.progress import OnStep, no_step
 from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.resume.folder import ResumeFolder
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.placement import home_of
 from optimum_sab.errors import CalibrationError
 from optimum_sab.nn.selection import Selection
@@ -95,6 +97,15 @@ class Run:
         if found is None:
             raise CalibrationError("no stage before this one reads calibration samples; put one into the list.")
         return found
+
+    def bound(self) -> MappedActivations | None:
+        """What bounds the activations of samples that wait, a new one; None for no bound.
+
+        The files lie in the resume folder, where room was found for work to be kept.
+        """
+        room, folder = self.options.activation_memory, self.options.resume_folder
+        there = folder is not None and Path(folder).is_dir()  # on this rank's machine
+        return None if room is None else MappedActivations(room, folder if there else None)
 
     def keep(self, value: Any) -> None:
         """Hand something on to later stages, which ask for it by its class."""

@@ -17,10 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 
 from optimum_sab import AutoModelForVision2Seq
 from optimum_sab.calibration.blocks.binarizer import BlockBinarizer
+from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.stages.blocks import SolveBlocks
 from optimum_sab.calibration.stages.comparison import CompareAnswers
 from optimum_sab.calibration.stages.resume import OpenResumeFolder
-from optimum_sab.calibration.streams.mapped import MappedActivations
+from optimum_sab.calibration.streams import mapped
 from optimum_sab.errors import ConfigError, FormatError, SampleError, StreamError
 from optimum_sab.hf import streaming
 from optimum_sab.nn import scratch, streamed
@@ -97,18 +98,20 @@ def section(model, name):
     ("changes", "room"),
     [
         ({}, {}),
+        ({}, {"activation_memory": 0}),
         ({"refine": True, "refine_epochs": 1, "refine_steps": 1, "allocation": "uniform"}, {"activation_memory": 0}),
     ],
-    ids=["allocation", "refinement-with-mapped-activations"],
+    ids=["allocation", "allocation-with-mapped-activations", "refinement-with-mapped-activations"],
 )
 def test_packed_model_is_the_same_bit_for_bit(sharded, quick_config, few, tmp_path, held, monkeypatch, changes, room):
     given = {"calibration": few, "iterations": 1, "sweeps": 0, **changes}
     plain = saved(quantize(sharded, quick_config(**given)), tmp_path / "plain")
-    before = []
-    own = MappedActivations._map
-    monkeypatch.setattr(MappedActivations, "_map", lambda self, tensors: before.append(1) or own(self, tensors))
+    bounds, bound = [], Run.bound
+    monkeypatch.setattr(Run, "bound", lambda self: bounds.append(bound(self)) or bounds[-1])
+    monkeypatch.setattr(mapped, "SMALL", 1024)
     model = quantize(sharded, quick_config(**given, stream_weights=True, **room))
-    assert bool(before) == bool(room)
+    # answers, sensitivities, errors for the allocation, blocks
+    assert [each is not None and each.mapped > 0 for each in bounds] == [bool(room)] * (2 if changes else 4)
     assert saved(model, tmp_path / "streamed") == plain
     assert held["now"] == 0 and held["most"] == 1
     # finite, forwards, answers, forth and back, errors, norm, solving of three blocks, and one block that is rehearsed;

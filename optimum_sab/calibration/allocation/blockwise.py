@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from optimum_sab.calibration.streams.arrival import DENSE, Worker
 from optimum_sab.calibration.streams.caches import with_own_caches
 from optimum_sab.calibration.streams.coroutines import Coroutines, Pause
+from optimum_sab.calibration.streams.mapped import MappedActivations
+from optimum_sab.calibration.streams.memory import give_back_freed
 from optimum_sab.calibration.streams.patching import patched_forwards
 from optimum_sab.calibration.streams.placement import block_at, change_tensors, first_device, map_tensors
 
@@ -28,7 +30,7 @@ class _Call:
     """One sample's way through one block."""
 
     arguments: tuple[tuple[Any, ...], dict[str, Any]]
-    outputs: list[Tensor]  # the leaves that the rest of the forward began with
+    outputs: list[Tensor]  # the leaves at which the rest of the forward begins
 
 
 class BlockwiseBackward:
@@ -37,10 +39,16 @@ class BlockwiseBackward:
     Args:
         blocks: decoder blocks whose weights are streamed.
         device: where they compute; None leaves them where they are.
+        mapped: what bounds what is kept of samples, each block's input among it; None for no bound.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device | None = None) -> None:
-        self._blocks, self._device = blocks, device
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device | None = None,
+        mapped: MappedActivations | None = None,
+    ) -> None:
+        self._blocks, self._device, self._mapped = blocks, device, mapped
         self._forwards: list[Callable[..., Any]] = []
 
     def run(self, forward: Callable[[int], None], count: int, on_step: Callable[[int, int], None]) -> None:
@@ -61,12 +69,13 @@ class BlockwiseBackward:
             return Pause(_END, "")
 
         with patched_forwards(wrapped):
-            self._coroutines = Coroutines([(index, DENSE) for index in range(count)], whole)
+            self._coroutines = Coroutines([(index, DENSE) for index in range(count)], whole, self._mapped)
             try:
                 waiting = self._coroutines.start()
                 while here := _first(waiting):
                     index = int(waiting[here[0]].key)
                     visits.append((index, self._enter(index, here, waiting)))
+                    give_back_freed()  # pieces of one size after another would take three times what is held
                     on_step(min(blocks, len(visits)) * count // blocks, count)
             finally:
                 self._coroutines.close()
@@ -76,6 +85,8 @@ class BlockwiseBackward:
             with block_at(self._blocks[index], self._device), torch.enable_grad():
                 for call in calls:
                     self._back(self._forwards[index], call)
+            del call, calls
+            give_back_freed()
             on_step((2 * done - len(visits)) * count // (2 * done), count)
 
     def _enter(self, index: int, here: Sequence[Worker], waiting: dict[Worker, Pause]) -> list[_Call]:
@@ -145,11 +156,27 @@ def _first(waiting: Mapping[Worker, Pause]) -> list[Worker]:
 
 
 def _leaf(tensor: Tensor, leaves: list[Tensor]) -> Tensor:
-    """A copy of what a graph begins with, since models write into what a block gives (features of pictures, say)."""
+    """A copy that begins a graph, since models write into what a block gives (features of pictures, say).
+
+    The leaf, which gathers the gradient, has the tensor's shape and no values of its own.
+    """
     if not tensor.is_floating_point():
         return tensor
-    leaves.append(tensor.detach().requires_grad_())
-    return leaves[-1].clone()
+    leaves.append(tensor.new_zeros(()).expand(tensor.shape).requires_grad_())
+    copy: Tensor = _Beginning.apply(leaves[-1], tensor)
+    return copy
+
+
+class _Beginning(torch.autograd.Function):
+    """Of a graph: values from one tensor, whose gradient another gets."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, values: Tensor) -> Tensor:
+        return values.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def _listed(tensor: Tensor, found: list[Tensor]) -> Tensor:

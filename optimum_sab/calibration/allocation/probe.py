@@ -17,6 +17,7 @@ from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.streams.arrival import Arrival
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, pooled_arrivals
 from optimum_sab.calibration.streams.lockstep import Lockstep
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
@@ -49,6 +50,7 @@ def measure_errors(
     samples: CalibrationSamples,
     device: torch.device | None = None,
     on_step: OnStep = no_step,
+    mapped: MappedActivations | None = None,
 ) -> AnchorErrors:
     """Let the dense model's inputs pass every free linear once.
 
@@ -59,6 +61,7 @@ def measure_errors(
         samples: what the model reads; every rank reads its own of them, and all get the same errors.
         device: where blocks are moved while they are worked on; None leaves them where they are.
         on_step: told after every block.
+        mapped: what bounds the memory of samples that wait; None for no bound.
 
     Returns:
         Without the linears that no token of these samples reaches.
@@ -67,7 +70,10 @@ def measure_errors(
     gathering = Gathering(HessianPass(), samples.modalities, samples.ranks)
     probe = _Probe(selection.settings, targets.linears, gathering, frozenset(free), device, on_step)
     blocks, linears, ranks = targets.blocks, targets.linears, samples.ranks
-    Lockstep(model, blocks, linears, samples.inputs, False, device, ranks=ranks, own=samples.own).run(probe)
+    lockstep = Lockstep(
+        model, blocks, linears, samples.inputs, False, device, mapped=mapped, ranks=ranks, own=samples.own
+    )
+    lockstep.run(probe)
     return probe.found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.passage import call_with, recomputed
 from optimum_sab.calibration.streams.placement import brought
 
@@ -28,6 +29,7 @@ class Recomputation:
     blocks: Sequence[nn.Module]
     device: torch.device | None = None
     room: int = 0
+    mapped: MappedActivations | None = None
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """What stands in for the blocks' forwards."""

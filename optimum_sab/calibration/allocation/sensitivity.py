@@ -135,7 +135,8 @@ def gradient_energy(
 
         streamed = [each for each in (recomputation.blocks if recomputation else ()) if is_streamed(each)]
         if recomputation and streamed:
-            BlockwiseBackward(streamed, recomputation.device).run(backward, len(samples), on_step)
+            blockwise = BlockwiseBackward(streamed, recomputation.device, recomputation.mapped)
+            blockwise.run(backward, len(samples), on_step)
         else:
             stack.enter_context(patched_forwards({} if recomputation is None else recomputation.forwards()))
             for index in range(len(samples)):

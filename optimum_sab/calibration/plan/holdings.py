@@ -59,7 +59,10 @@ def in_files(work: Workload) -> int:
     if room is None or work.home != "cpu":
         return 0
     inside = work.worker == "cpu"
-    return max(0, activations(work, work.samples.total, 1 + work.two_streams, inside)[0] - room)
+    waiting = activations(work, work.samples.total, 1 + work.two_streams, inside)[0]
+    if work.streamed and work.options.allocation is not None:
+        waiting = max(waiting, _inputs_of_blocks(work))  # which are gone by then
+    return max(0, waiting - room)
 
 
 def activations_part(work: Workload, tokens: int, streams: int, inside: bool, bounded: bool = True) -> Part:
@@ -100,16 +103,28 @@ def graph_bytes(work: Workload) -> int:
     return round((features + 6 * work.model.width) * max(work.model.item, 4))
 
 
-def sensitivity_bytes(work: Workload) -> int:
-    """Graphs, and the logits of a sample's judged tokens with what becomes of them on the way back."""
+def sensitivity_bytes(work: Workload, inside: bool = True) -> int:
+    """Graphs, and the logits of a sample's judged tokens with what becomes of them on the way back.
+
+    Args:
+        work: the run.
+        inside: whether the blocks compute on the device that is asked about.
+    """
     model, samples = work.model, work.samples
     logits = LOGITS * samples.most_logits * model.vocabulary * 4
-    if work.streamed:  # of all samples, what goes into blocks and comes out; and one block's graph
-        held = sum(samples.spread(SAMPLES)) * len(model.blocks) * 3 * model.width * model.item
-        return logits + held + samples.longest * graph_bytes(work)
+    graph = samples.longest * graph_bytes(work) if inside else 0
+    if work.streamed:  # all samples' inputs of blocks; and one block's graph
+        held, room = _inputs_of_blocks(work), work.options.activation_memory
+        return logits + (held if room is None else min(held, room)) + graph
     room = activations(work, samples.total, 1 + work.two_streams)[0] if work.options.device is None else 0
     inputs = samples.longest * len(model.blocks) * model.width * model.item
-    return logits + inputs + max(samples.longest * graph_bytes(work), min(room, _whole_graph(work)))
+    return logits + inputs + max(graph, min(room, _whole_graph(work)))
+
+
+def _inputs_of_blocks(work: Workload) -> int:
+    """Of the samples that sensitivities are measured with, where they go together: and two of these as gradients."""
+    model = work.model
+    return sum(work.samples.spread(SAMPLES)) * (len(model.blocks) + 2) * model.width * model.item
 
 
 def _whole_graph(work: Workload) -> int:

@@ -128,7 +128,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     checking = Part("checking the largest tensor", 2 * model.largest * model.item)
     yield Phase("rehearsal", (*base, during, checking))
     if options.allocation is not None:
-        graph = Part("gradients of the sensitivities", sensitivity_bytes(work))
+        graph = Part("gradients of the sensitivities", sensitivity_bytes(work, here))
         yield Phase("sensitivities", (*base, during, *([] if here else [copied_block(work)]), graph, slack))
         few = sum(work.samples.spread(SAMPLES))
         parts = [activations_part(work, few, 1, here), *([statistics_part(work)] if here else [])]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from optimum_sab.calibration.predictions.divergence import divergence
 from optimum_sab.calibration.predictions.head import SharedHead, output_embedding
 from optimum_sab.calibration.samples.modality import token_modalities
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.modes import reading
 from optimum_sab.calibration.streams.placement import home_of, map_tensors
 from optimum_sab.calibration.streams.together import given_together
@@ -85,6 +86,7 @@ class AgreementCheck:
         blocks: the decoder blocks in the order of their calls, through which samples go together where the blocks'
             weights are streamed.
         device: where they compute then; None leaves them where they are.
+        mapped: what bounds the memory of samples that wait then; None for no bound.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class AgreementCheck:
         samples: Mapping[str, Sequence[Mapping[str, Any]]],
         blocks: Sequence[nn.Module] = (),
         device: torch.device | None = None,
+        mapped: MappedActivations | None = None,
     ) -> None:
         self._model = model
         home = home_of(model)
@@ -104,7 +107,7 @@ class AgreementCheck:
         if streamed_blocks(model):
             with reading(model):
                 flat = [sample for some in self._samples.values() for sample in some]
-                found = iter(given_together(model, flat, blocks, self._head, device))
+                found = iter(given_together(model, flat, blocks, self._head, device, mapped))
                 self._dense = {k: [self._judged(s, next(found)) for s in some] for k, some in self._samples.items()}
             return
         with reading(model), SharedHead(model, self._head).open() as shared:

@@ -97,7 +97,7 @@ class MeasureSensitivities(Stage):
         few = _few_samples(run)
         inputs = [run.samples.inputs[index] for index in run.samples.own]
         room = held_activations(run.model, run.selection, inputs, run.two_streams)
-        recomputation = Recomputation(blocks, run.options.device, room)
+        recomputation = Recomputation(blocks, run.options.device, room, run.bound())
         seeds = [sample_seed(0, index) for index in few.own]
         own = [few.inputs[index] for index in few.own]
         try:
@@ -129,7 +129,8 @@ class AllocateBits(Stage):
     def _choose(self, run: Run, on_step: OnStep) -> AllocationReport:
         sensitivities, asked = run.kept(Sensitivities), run.options.allocation
         assert sensitivities is not None and asked is not None
-        probed = measure_errors(run.model, run.selection, _free(run), _few_samples(run), run.options.device, on_step)
+        few, device = _few_samples(run), run.options.device
+        probed = measure_errors(run.model, run.selection, _free(run), few, device, on_step, run.bound())
 
         def chosen() -> Allocation:
             return allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)

@@ -49,4 +49,4 @@ class RememberAnswers(Stage):
 
     def _remember(self, run: Run, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         blocks = [run.model.get_submodule(name) for name in run.selection.blocks]
-        run.keep(AgreementCheck(run.model, samples, blocks, run.options.device))
+        run.keep(AgreementCheck(run.model, samples, blocks, run.options.device, run.bound()))

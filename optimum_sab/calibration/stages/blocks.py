@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import ClassVar
 
 from torch import nn
@@ -19,16 +18,8 @@ from optimum_sab.calibration.stages.head import Head
 from optimum_sab.calibration.statistics.passes import calibration_pass
 from optimum_sab.calibration.streams.coroutines import import_greenlet
 from optimum_sab.calibration.streams.lockstep import Lockstep
-from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.calibration.streams.placement import refuse_spread
 from optimum_sab.calibration.streams.targets import check_weights, decoder_targets
-
-
-def mapped_activations(options: RunOptions) -> MappedActivations | None:
-    """What bounds the samples' activations; the resume folder is where room was found for work to be kept."""
-    room, folder = options.activation_memory, options.resume_folder
-    there = folder is not None and Path(folder).is_dir()  # on this rank's machine
-    return None if room is None else MappedActivations(room, folder if there else None)
 
 
 class SolveBlocks(Stage):
@@ -70,7 +61,7 @@ class SolveBlocks(Stage):
             run.two_streams,
             run.options.device,
             run.options.expert_tokens == "all",
-            mapped_activations(run.options),
+            run.bound(),
             run.ranks,
             run.samples.own,
         )

@@ -72,7 +72,9 @@ class MappedActivations:
         new = self._file(old.nbytes())
         new.copy_(old)
         for tensor in tensors:
-            tensor.set_(new, tensor.storage_offset(), tensor.size(), tensor.stride())
+            there = torch.empty(0, dtype=tensor.dtype)
+            there.set_(new, tensor.storage_offset(), tensor.size(), tensor.stride())
+            tensor.data = there  # which is no change to a graph that has saved it
         self.mapped += new.nbytes()
         return int(new.nbytes())
 

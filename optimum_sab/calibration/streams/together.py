@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from optimum_sab.calibration.streams.arrival import QUANTIZED, Arrival
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival
 from optimum_sab.calibration.streams.lockstep import Lockstep
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.errors import CalibrationError
 
 
@@ -20,6 +21,7 @@ def given_together(
     blocks: Sequence[nn.Module],
     head: nn.Module,
     device: torch.device | None = None,
+    mapped: MappedActivations | None = None,
 ) -> list[Tensor]:
     """What the model gives to its output embedding for each sample, [1, tokens, width].
 
@@ -29,12 +31,13 @@ def given_together(
         blocks: the decoder blocks, in the order in which they are called.
         head: the output embedding.
         device: where the blocks compute; None leaves them where they are.
+        mapped: what bounds the memory of samples that wait; None for no bound.
 
     Raises:
         CalibrationError: a sample never comes to the embedding.
         LockstepError: see `Lockstep.run`.
     """
-    lockstep = Lockstep(model, blocks, [{} for _ in blocks], samples, False, device)
+    lockstep = Lockstep(model, blocks, [{} for _ in blocks], samples, False, device, mapped=mapped)
     workers = [(index, QUANTIZED) for index in range(len(samples))]
     found = lockstep.run(_Onlooker(), head=head, to_head=workers)
     missing = next((index for index, stream in workers if (index, stream) not in found), None)

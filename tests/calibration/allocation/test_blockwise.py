@@ -8,8 +8,11 @@ from torch import nn
 
 from optimum_sab.calibration.allocation.recomputation import Recomputation
 from optimum_sab.calibration.allocation.sensitivity import output_sensitivity
+from optimum_sab.calibration.streams import mapped
+from optimum_sab.calibration.streams.mapped import MappedActivations
 from optimum_sab.nn.streamed import StreamedBlock, is_streamed, streamed
 
+LENGTHS = (5, 6, 9)
 NAMES = [f"blocks.{index}.{name}" for index in range(3) for name in ("up", "down")]
 
 
@@ -49,12 +52,12 @@ def model():
     return Model().eval()
 
 
-def sensitivities(model):
-    samples = [{"input_ids": torch.arange(length)[None] % 16} for length in (5, 6, 9)]
-    return output_sensitivity(model, NAMES, samples, Recomputation(list(model.blocks)))
+def sensitivities(model, bound=None):
+    samples = [{"input_ids": torch.arange(length)[None] % 16} for length in LENGTHS]
+    return output_sensitivity(model, NAMES, samples, Recomputation(list(model.blocks), mapped=bound))
 
 
-def test_streamed_blocks_give_the_same_sensitivities_and_are_read_twice(model):
+def test_streamed_blocks_give_the_same_sensitivities_and_are_read_twice(model, tmp_path, monkeypatch):
     plain = sensitivities(model)
     reads = dict.fromkeys(range(3), 0)
 
@@ -70,10 +73,15 @@ def test_streamed_blocks_give_the_same_sensitivities_and_are_read_twice(model):
         for index, block in enumerate(model.blocks)
     ]
     model.blocks.to("meta")
+    monkeypatch.setattr(mapped, "SMALL", 1)
     with streamed(model, sources):
         assert all(is_streamed(block) for block in model.blocks)
         assert sensitivities(model) == plain
         assert reads == dict.fromkeys(range(3), 2)
+        bound = MappedActivations(0, tmp_path)
+        assert sensitivities(model, bound) == plain
+        assert bound.mapped >= sum(LENGTHS) * 8 * 4 * 3  # what goes into blocks, and what the head is given
+        assert not list(tmp_path.iterdir())
         assert all(each.is_meta for each in model.blocks.parameters())
     assert all(value > 0 for value in plain.values())
     assert not any(each.is_meta for each in model.parameters())

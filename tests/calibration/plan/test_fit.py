@@ -56,7 +56,7 @@ def test_a_dense_model_that_is_copied_names_streaming(work, changed):
     assert streamed < certain(copied)
     assert f"With stream_weights=True it is {size_in_words(streamed)}." in refused(copied, streamed)
     less = refused(copied, streamed - 1)  # streaming alone would not be certain to fail
-    assert "With allocation='uniform' and stream_weights=True it is" in less
+    assert "With stream_weights=True and calibration_samples=64 it is" in less
 
 
 def test_both_are_named_where_neither_is_enough(work, changed):

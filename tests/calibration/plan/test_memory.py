@@ -94,6 +94,27 @@ def test_activation_memory_bounds_activations_and_sends_the_rest_to_files(work, 
     assert in_files(work) == 0
 
 
+def test_activation_memory_bounds_the_inputs_of_streamed_blocks_while_sensitivities_are_measured(work, changed):
+    streamed = changed(work, streamed=True)
+    small = changed(streamed, activation_memory=2**20)
+    whole, bounded = (
+        parts(memory_of(each)[0], "sensitivities")["gradients of the sensitivities"].bytes for each in (streamed, small)
+    )
+    inputs = 16 * 256 * (BLOCKS + 2) * WIDTH * 2
+    assert whole - bounded == inputs - 2**20
+    few = changed(small, samples=replace(work.samples, tokens=(256,) * 16))
+    deep = replace(few, model=replace(work.model, blocks=work.model.blocks * 20))
+    assert in_files(deep) == 16 * 256 * (20 * BLOCKS + 2) * WIDTH * 2 - 2**20  # which is more than lies there later
+    assert in_files(replace(deep, streamed=False)) < in_files(deep)
+
+
+def test_an_accelerator_has_the_graph_of_a_block_and_the_machine_its_inputs(work, changed):
+    here, away = (changed(work, streamed=True, device=device) for device in (None, torch.device("cuda")))
+    name = "gradients of the sensitivities"
+    whole, machine = (parts(memory_of(each)[0], "sensitivities")[name].bytes for each in (here, away))
+    assert whole - machine == parts(memory_of(away)[1], "sensitivities")[name].bytes
+
+
 def test_tokens_that_are_only_bounded_are_not_certain(work, changed):
     unread = changed(work, samples=replace(work.samples, exact=False))
     held = parts(memory_of(unread)[0], "blocks")["activations of all samples"]
