@@ -124,7 +124,12 @@ def sensitivity_bytes(work: Workload, inside: bool = True) -> int:
 def _inputs_of_blocks(work: Workload) -> int:
     """Of the samples that sensitivities are measured with, where they go together: and two of these as gradients."""
     model = work.model
-    return sum(work.samples.spread(SAMPLES)) * (len(model.blocks) + 2) * model.width * model.item
+    return few_tokens(work) * (len(model.blocks) + 2) * model.width * model.item
+
+
+def few_tokens(work: Workload) -> int:
+    """Of the samples on this rank that sensitivities and errors for the allocation are measured with."""
+    return sum(work.samples.spread(-(-SAMPLES // work.ranks)))
 
 
 def _whole_graph(work: Workload) -> int:

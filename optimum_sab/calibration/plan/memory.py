@@ -10,6 +10,7 @@ from optimum_sab.calibration.plan.holdings import (
     Part,
     activations_part,
     copied_block,
+    few_tokens,
     graph_bytes,
     sensitivity_bytes,
     slack_of,
@@ -19,7 +20,6 @@ from optimum_sab.calibration.plan.holdings import (
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.calibration.predictions.scaled import KEPT_BYTES
 from optimum_sab.calibration.predictions.temperature import CHUNK, TOKENS
-from optimum_sab.calibration.stages.allocation import SAMPLES
 from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
 from optimum_sab.wording import size_in_words
 
@@ -130,8 +130,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
     if options.allocation is not None:
         graph = Part("gradients of the sensitivities", sensitivity_bytes(work, here))
         yield Phase("sensitivities", (*base, during, *([] if here else [copied_block(work)]), graph, slack))
-        few = sum(work.samples.spread(SAMPLES))
-        parts = [activations_part(work, few, 1, here), *([statistics_part(work)] if here else [])]
+        parts = [activations_part(work, few_tokens(work), 1, here), *([statistics_part(work)] if here else [])]
         yield Phase("allocation", (*base, during, *parts, slack))
     packed = Part("packed blocks", model.packed_bytes, model.packed_bytes)
     largest = max(each.packed_bytes for each in model.blocks)
@@ -182,8 +181,8 @@ def _worker_phases(work: Workload) -> Iterator[Phase]:
     if options.allocation is not None:
         graph = Part("gradients of the sensitivities", work.samples.longest * graph_bytes(work))
         yield Phase("sensitivities", (block, graph))
-        few = sum(work.samples.spread(SAMPLES))
-        yield Phase("allocation", (block, activations_part(work, few, 1, True, bounded=False), statistics_part(work)))
+        few = activations_part(work, few_tokens(work), 1, True, bounded=False)
+        yield Phase("allocation", (block, few, statistics_part(work)))
     parts = [
         activations_part(work, work.samples.total, 1 + work.two_streams, True, bounded=False),
         statistics_part(work),

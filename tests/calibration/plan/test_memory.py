@@ -102,6 +102,8 @@ def test_activation_memory_bounds_the_inputs_of_streamed_blocks_while_sensitivit
     )
     inputs = 16 * 256 * (BLOCKS + 2) * WIDTH * 2
     assert whole - bounded == inputs - 2**20
+    half = parts(memory_of(replace(streamed, ranks=2))[0], "sensitivities")["gradients of the sensitivities"].bytes
+    assert whole - half == inputs // 2  # of two processes each has eight samples
     few = changed(small, samples=replace(work.samples, tokens=(256,) * 16))
     deep = replace(few, model=replace(work.model, blocks=work.model.blocks * 20))
     assert in_files(deep) == 16 * 256 * (20 * BLOCKS + 2) * WIDTH * 2 - 2**20  # which is more than lies there later
