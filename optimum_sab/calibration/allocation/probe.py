@@ -17,7 +17,7 @@ from optimum_sab.calibration.statistics.hessian import HessianPass
 from optimum_sab.calibration.streams.arrival import Arrival
 from optimum_sab.calibration.streams.experts import ExpertLinears, RoutedArrival, pooled_arrivals
 from optimum_sab.calibration.streams.lockstep import Lockstep
-from optimum_sab.calibration.streams.mapped import MappedActivations
+from optimum_sab.calibration.streams.mapped import Place
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.core.hessian import InputStatistics
 from optimum_sab.core.parts import part
@@ -48,9 +48,8 @@ def measure_errors(
     selection: Selection,
     free: Collection[str],
     samples: CalibrationSamples,
-    device: torch.device | None = None,
+    place: Place | None = None,
     on_step: OnStep = no_step,
-    mapped: MappedActivations | None = None,
 ) -> AnchorErrors:
     """Let the dense model's inputs pass every free linear once.
 
@@ -59,19 +58,18 @@ def measure_errors(
         selection: all linears that will be binarized.
         free: names of those to measure.
         samples: what the model reads; every rank reads its own of them, and all get the same errors.
-        device: where blocks are moved while they are worked on; None leaves them where they are.
+        place: where blocks compute and samples wait; None leaves all where it is.
         on_step: told after every block.
-        mapped: what bounds the memory of samples that wait; None for no bound.
 
     Returns:
         Without the linears that no token of these samples reaches.
     """
-    targets = decoder_targets(model, selection)
+    targets, place = decoder_targets(model, selection), place or Place()
     gathering = Gathering(HessianPass(), samples.modalities, samples.ranks)
-    probe = _Probe(selection.settings, targets.linears, gathering, frozenset(free), device, on_step)
+    probe = _Probe(selection.settings, targets.linears, gathering, frozenset(free), place.device, on_step)
     blocks, linears, ranks = targets.blocks, targets.linears, samples.ranks
     lockstep = Lockstep(
-        model, blocks, linears, samples.inputs, False, device, mapped=mapped, ranks=ranks, own=samples.own
+        model, blocks, linears, samples.inputs, False, place.device, mapped=place.mapped, ranks=ranks, own=samples.own
     )
     lockstep.run(probe)
     return probe.found

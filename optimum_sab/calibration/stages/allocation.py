@@ -22,6 +22,7 @@ from optimum_sab.calibration.progress import OnStep
 from optimum_sab.calibration.run import Run
 from optimum_sab.calibration.samples.calibration_samples import CalibrationSamples
 from optimum_sab.calibration.stage import Stage
+from optimum_sab.calibration.streams.mapped import Place
 from optimum_sab.calibration.streams.memory import held_activations
 from optimum_sab.calibration.streams.targets import decoder_targets
 from optimum_sab.errors import CalibrationError, ConfigError, NonFiniteError, RankError, StreamError, warn
@@ -129,8 +130,8 @@ class AllocateBits(Stage):
     def _choose(self, run: Run, on_step: OnStep) -> AllocationReport:
         sensitivities, asked = run.kept(Sensitivities), run.options.allocation
         assert sensitivities is not None and asked is not None
-        few, device = _few_samples(run), run.options.device
-        probed = measure_errors(run.model, run.selection, _free(run), few, device, on_step, run.bound())
+        place = Place(run.options.device, run.bound())
+        probed = measure_errors(run.model, run.selection, _free(run), _few_samples(run), place, on_step)
 
         def chosen() -> Allocation:
             return allocate(run.model, run.selection, sensitivities.of, probed, asked.target_bits)

@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,19 @@ class MappedActivations:
             os.unlink(path)
         assert isinstance(found, torch.UntypedStorage)
         return found
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where samples go through blocks.
+
+    Attributes:
+        device: where blocks are moved while they are worked on; None leaves them where they are.
+        mapped: what bounds the memory of samples that wait; None for no bound.
+    """
+
+    device: torch.device | None = None
+    mapped: MappedActivations | None = None
 
 
 class _Noting(TorchDispatchMode):
