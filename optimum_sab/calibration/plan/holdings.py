@@ -13,7 +13,8 @@ from optimum_sab.calibration.streams.memory import activation_bytes, matrices
 LEAST_MATRICES = 3  # of those [in, in]: a Hessian, damped, and the factor of its inverse
 WEIGHT_COPIES = 4  # fp32 arrays of a weight's shape while it is solved: W, target, pull, what is left
 LEAST_COPIES = 2
-LOGITS = 8  # arrays of the logits' size while predictions are compared or differentiated
+LOGITS = 8  # arrays of the logits' size, in fp32, while predictions are differentiated
+COMPARED = 4  # in the model's dtype, while they are compared: both models', each also beside the other
 ALLOCATOR = 200 * 2**20  # what earlier stages leave behind in the process when they let go of small pieces, at the most
 SCATTERED = 0.2  # of the activations, that lies between them unused: measured with the embedded example
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from optimum_sab.calibration.plan.holdings import (
-    LOGITS,
+    COMPARED,
     Part,
     activations_part,
     copied_block,
@@ -149,7 +149,6 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
         so_far = packed.bytes if mapped else largest
         yield Phase("blocks", (*base, dense, Part("packed blocks", so_far), *solving, slack))
     done = [*base, replace(dense, certain=left.certain) if mapped else left, packed]
-    kept = 0
     if options.temperature_scaling and work.two_streams and model.vocabulary:
         judged = min(TOKENS, round(work.samples.judged_share * sum(work.samples.spread(TEMPERATURE_SAMPLES))))
         logits = judged * model.vocabulary * 4
@@ -164,8 +163,8 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
         step = Part("a step of training", training_bytes(work, len(model.blocks)))
         yield Phase("tuning", (*done, given, step, slack))
     if model.vocabulary and work.samples.unseen:
-        logits = LOGITS * max(work.samples.judged or work.samples.unseen) * model.vocabulary * 4
-        yield Phase("comparison", (*done, Part("logits", logits + kept), slack))
+        logits = COMPARED * max(work.samples.judged or work.samples.unseen) * model.vocabulary * model.item
+        yield Phase("comparison", (*done, Part("logits", logits), slack))
 
 
 def _weights(name: str, size: int, copied: float, device: str) -> Part:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optimum_sab.calibration.predictions.divergence import divergence
+from optimum_sab.calibration.predictions.divergence import divergences
 from optimum_sab.calibration.predictions.head import SharedHead, output_embedding
 from optimum_sab.calibration.samples.modality import token_modalities
 from optimum_sab.calibration.streams.mapped import MappedActivations
@@ -46,8 +46,9 @@ class Agreement:
         """Over all tokens of pairs of logits [tokens, vocabulary], the binarized model's first; a pair is a sample."""
         kl, same = [], []
         for mine, dense in pairs:
-            kl.append(divergence(mine, dense).double().cpu())
+            kl.append(divergences(mine, dense).double().cpu())
             same.append((mine.argmax(-1) == dense.argmax(-1)).double().cpu())
+            del mine, dense  # before the next pair is made
         mean = float(torch.cat(kl).mean())
         return cls(mean, float(torch.cat(same).mean()), _standard_error(kl, mean))
 
@@ -126,5 +127,9 @@ class AgreementCheck:
 
     def _logits(self, kind: str, shared: SharedHead) -> Iterator[tuple[Tensor, Tensor]]:
         for sample, given in zip(self._samples[kind], self._dense[kind], strict=True):
-            mine, dense = shared.logits(sample, given.hidden, given.judged)
-            yield mine[0], dense[0]
+            yield _first(*shared.logits(sample, given.hidden, given.judged))  # of which nothing is held here
+
+
+def _first(mine: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a batch of one."""
+    return mine[0], dense[0]

@@ -12,10 +12,9 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from optimum_sab.calibration.predictions.divergence import divergence
+from optimum_sab.calibration.predictions.divergence import ROWS, divergences
 from optimum_sab.calibration.ranks import Ranks
 
-ROWS = 32  # tokens gone through at a time: their logits stay in the cache
 KEPT_BYTES = 2**29  # of logits that are kept; the others are made again for every scale
 LogitsOf = Callable[[Tensor], Tensor]
 
@@ -50,7 +49,7 @@ class ScaledDivergence:
         totals, room = [], KEPT_BYTES
         for wanted, given in zip(self._dense, self._mine, strict=True):
             p, z = logits_of(wanted), logits_of(given.float())
-            totals.append(_total(z, p))
+            totals.append(float(divergences(z, p).sum(dtype=torch.float64)))
             if self._scales_along:
                 self._terms.append(_terms(p, z))
                 room -= z.nbytes
@@ -61,7 +60,8 @@ class ScaledDivergence:
         """At a scale, from the model's own logits there."""
         totals = []
         for wanted, given in zip(self._dense, self._mine, strict=True):
-            totals.append(_total(self._logits_of(scale * given.float()), self._logits_of(wanted)))
+            found = divergences(self._logits_of(scale * given.float()), self._logits_of(wanted))
+            totals.append(float(found.sum(dtype=torch.float64)))
         return self._mean(totals)
 
     def at(self, scale: float) -> float:
@@ -86,12 +86,6 @@ def _scales_along(logits_of: LogitsOf, given: Tensor) -> bool:
     """Whether logits double with what the head is given, which rounds nothing; no cap, no bias."""
     some = given[:4].float()
     return torch.equal(logits_of(2 * some), 2 * logits_of(some))
-
-
-def _total(mine: Tensor, dense: Tensor) -> float:
-    """Sum of the divergences of all tokens."""
-    found = [divergence(q, p) for q, p in zip(mine.split(ROWS), dense.split(ROWS), strict=True)]
-    return float(torch.cat(found).sum(dtype=torch.float64))
 
 
 def _terms(dense: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from optimum_sab.calibration.predictions.divergence import divergence
+from optimum_sab.calibration.predictions.divergence import ROWS, divergence, divergences
 
 
 def test_divergence_is_the_sum_over_the_vocabulary():
@@ -15,3 +15,8 @@ def test_divergence_is_the_sum_over_the_vocabulary():
 def test_divergence_of_equal_distributions_is_zero():
     logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
     assert torch.equal(divergence(logits, logits), torch.zeros(4))
+
+
+def test_tokens_in_turns_give_what_all_give_together():
+    student, teacher = torch.randn(2, 2 * ROWS + 3, 9, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(divergences(student, teacher), divergence(student, teacher))
