@@ -553,6 +553,48 @@ FAULTS = (
         "pad(inputs, self.around[::-1])",
         ("tests/nn/test_shared.py",),
     ),
+    Fault(
+        "logits of every token of a picture while sensitivities are measured",
+        "optimum_sab/calibration/allocation/sensitivity.py",
+        "return (hidden[:, which.to(hidden.device)], *args[1:])",
+        "return None",
+        ("tests/calibration/allocation",),
+    ),
+    Fault(
+        "a tuning that judges the teacher's first tokens",
+        "optimum_sab/calibration/refine/tuning.py",
+        "teacher[counted.to(teacher.device)][None]",
+        "teacher[:, : int(counted.sum())]",
+        ("tests/calibration/refine",),
+    ),
+    Fault(
+        "a temperature whose chunks are added by rank",
+        "optimum_sab/calibration/predictions/scaled.py",
+        "turns = zip_longest(*told)",
+        "turns = told",
+        ("tests/calibration/predictions",),
+    ),
+    Fault(
+        "a temperature of every rank's own tokens",
+        "optimum_sab/calibration/predictions/temperature.py",
+        "first[sample] = -place % step",
+        "first[sample] = 0",
+        ("tests/calibration/predictions",),
+    ),
+    Fault(
+        "inputs of streamed blocks that stay in memory",
+        "optimum_sab/calibration/allocation/blockwise.py",
+        "for index in range(count)], whole, self._mapped)",
+        "for index in range(count)], whole)",
+        ("tests/calibration/allocation",),
+    ),
+    Fault(
+        "stages of one rank each, one after the other",
+        "optimum_sab/calibration/stage.py",
+        "owners = {stage.name: (stage.by or 0) % run.ranks.size for stage in stages}",
+        "owners = {stage.name: 0 for stage in stages}",
+        ("tests/calibration/test_joined_ranks.py",),
+    ),
 )
 
 

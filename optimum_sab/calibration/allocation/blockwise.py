@@ -83,9 +83,8 @@ class BlockwiseBackward:
         while visits:
             index, calls = visits.pop()
             with block_at(self._blocks[index], self._device), torch.enable_grad():
-                for call in calls:
-                    self._back(self._forwards[index], call)
-            del call, calls
+                while calls:
+                    self._back(self._forwards[index], calls.pop(0))
             give_back_freed()
             on_step((2 * done - len(visits)) * count // (2 * done), count)
 

@@ -5,6 +5,7 @@ import torch
 
 from optimum_sab.calibration.predictions import scaled
 from optimum_sab.calibration.predictions.scaled import ScaledDivergence
+from optimum_sab.calibration.ranks import Ranks
 
 WEIGHT = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
 
@@ -69,3 +70,14 @@ def test_logits_that_find_no_room_are_made_again(monkeypatch):
 
 def test_equal_streams_do_not_differ():
     assert ScaledDivergence(linear, chunks(), chunks()).unscaled == 0.0
+
+
+def test_what_ranks_find_is_added_in_the_order_of_chunks():
+    """Which is that of one process: 1e16 and 1 are 1e16 again."""
+
+    class Told(Ranks):
+        def exchange(self, at, value):
+            return [[1e16, 1.0], [-1e16]]
+
+    few = [torch.ones(2, 16)] * 3
+    assert ScaledDivergence(linear, few, few, Told(1, 2)).unscaled == 1.0 / 6

@@ -7,10 +7,12 @@ import torch
 import transformers
 
 from optimum_sab.calibration.predictions import head as head_module
+from optimum_sab.calibration.predictions import temperature
 from optimum_sab.calibration.predictions.at_head import HeadInputs
 from optimum_sab.calibration.predictions.head import SharedHead
 from optimum_sab.calibration.predictions.last_norm import find_last_norm
 from optimum_sab.calibration.predictions.temperature import set_temperature
+from optimum_sab.calibration.ranks import Ranks
 from optimum_sab.calibration.streams.placement import brought
 from optimum_sab.errors import CalibrationError
 from tests.calibration.noisy import ONE, head_inputs, sharpened
@@ -129,6 +131,18 @@ def test_the_head_may_compute_on_a_device_of_its_own(build, monkeypatch):
         assert set(heads[-1]) == (set() if device is None else {"weight"})
     assert found[0] is not None
     assert found[0] == found[1]
+
+
+def test_the_tokens_that_are_judged_are_spread_over_all_samples_as_if_they_were_one(build, monkeypatch):
+    monkeypatch.setattr(temperature, "TOKENS", 30)
+    pairs = head_inputs(build("llama"), 0.6)[:9]
+    for pair in pairs[::2]:
+        pair.text[::3] = False
+    judged = [torch.cat([getattr(p, of)[0][p.text] for p in pairs]) for of in ("dense", "binarized")]
+    step = -(-len(judged[0]) // 30)
+    assert step > 1 and len({int(pair.text.sum()) % step for pair in pairs}) > 1
+    for found, wanted in zip(temperature._chosen(pairs[::-1], Ranks()), judged, strict=True):
+        assert torch.equal(found, wanted[::step])
 
 
 def test_no_text_no_temperature(build):

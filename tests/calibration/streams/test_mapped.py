@@ -52,6 +52,23 @@ def test_views_stay_views_of_one_storage(tmp_path):
     assert all(in_file(each) and bool((each == 3).all()) for each in (whole, turned, part))
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_graph_that_has_saved_a_tensor_goes_back_through_it(tmp_path, mode):
+    given = torch.arange(1.0, WIDTH + 1).requires_grad_()
+    with mode():
+        with MappedActivations(0, tmp_path).going_on("a", nothing):
+            twice = given * 2
+            part = twice[1:]
+            total = twice.square().sum() + part.square().sum()
+        assert in_file(twice) and in_file(part)
+        torch.testing.assert_close(part, 2 * torch.arange(2.0, WIDTH + 1), rtol=0, atol=0)
+    if mode is torch.enable_grad:
+        total.backward()
+        wanted = 16 * torch.arange(1.0, WIDTH + 1)
+        wanted[0] = 8
+        torch.testing.assert_close(given.grad, wanted)
+
+
 @torch.no_grad()
 def test_room_is_for_all_workers_together(tmp_path):
     mapped, held = MappedActivations(3 * SMALL, tmp_path), {}
