@@ -143,8 +143,9 @@ class BlockwiseBackward:
         reached = [(new, gradient) for new, gradient in pairs if new.requires_grad]
         torch.autograd.backward([new for new, _ in reached], [gradient for _, gradient in reached])
         on = [(tensor, each.grad) for tensor, each in zip(given, entries, strict=True) if each.grad is not None]
-        if on:
-            torch.autograd.backward([tensor for tensor, _ in on], [gradient for _, gradient in on])
+        if on:  # what the model computes for several blocks at once is gone through again for each
+            ends, gradients = [tensor for tensor, _ in on], [gradient for _, gradient in on]
+            torch.autograd.backward(ends, gradients, retain_graph=True)
 
 
 def _first(waiting: Mapping[Worker, Pause]) -> list[Worker]:

@@ -131,7 +131,7 @@ def gradient_energy(
             finally:
                 _JUDGED.reset(before)
             drawn, counts[index] = _drawn_log_probability(output, judged, generator)
-            drawn.backward()
+            drawn.backward(retain_graph=bool(streamed))  # of which blocks have given parts to each other
 
         streamed = [each for each in (recomputation.blocks if recomputation else ()) if is_streamed(each)]
         if recomputation and streamed:

@@ -12,7 +12,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from optimum_sab.calibration.predictions.divergence import ROWS, divergences
+from optimum_sab.calibration.predictions.divergence import divergences, in_turns
 from optimum_sab.calibration.ranks import Ranks
 
 KEPT_BYTES = 2**29  # of logits that are kept; the others are made again for every scale
@@ -71,7 +71,7 @@ class ScaledDivergence:
         totals = []
         for given, kept, (entropy, mean) in zip(self._mine, self._kept, self._terms, strict=True):
             logits = self._logits_of(given) if kept is None else kept
-            normalizer = torch.cat([(scale * some.float()).logsumexp(-1) for some in logits.split(ROWS)])
+            normalizer = in_turns(lambda some: (scale * some.float()).logsumexp(-1), [logits], torch.float32)
             totals.append(float((normalizer.double() - scale * mean - entropy).sum()))
         return self._mean(totals)
 
@@ -90,10 +90,12 @@ def _scales_along(logits_of: LogitsOf, given: Tensor) -> bool:
 
 def _terms(dense: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
     """``−Σ_v p_v log p_v`` and ``Σ_v p_v z_v`` of every token, float64 [tokens]."""
-    entropy, mean = [], []
-    for wanted, given in zip(dense.split(ROWS), mine.split(ROWS), strict=True):
+
+    def entropy(wanted: Tensor) -> Tensor:
         log_p = wanted.float().log_softmax(-1)
-        p = log_p.exp()
-        entropy.append(-(p * log_p).sum(-1, dtype=torch.float64))
-        mean.append((p * given.float()).sum(-1, dtype=torch.float64))
-    return torch.cat(entropy), torch.cat(mean)
+        return -(log_p.exp() * log_p).sum(-1, dtype=torch.float64)
+
+    def mean(wanted: Tensor, given: Tensor) -> Tensor:
+        return (wanted.float().softmax(-1) * given.float()).sum(-1, dtype=torch.float64)
+
+    return in_turns(entropy, [dense], torch.float64), in_turns(mean, [dense, mine], torch.float64)

@@ -98,8 +98,11 @@ def _chosen(samples: Sequence[HeadInputs], ranks: Ranks) -> tuple[Tensor, Tensor
     given = {sample: pair for some in ranks.gather("hidden states", own) for sample, pair in some.items()}
 
     def joined() -> tuple[Tensor, Tensor]:
-        pairs = [given[sample] for sample in sorted(given)]
-        return torch.cat([dense for dense, _ in pairs]), torch.cat([mine for _, mine in pairs])
+        both = zip(*(given[sample] for sample in sorted(given)), strict=True)
+        dense, mine = (
+            torch.cat([each.to(some[0].device) for each in some]) for some in both
+        )  # the others' come on the CPU
+        return dense, mine
 
     return ranks.give("chosen tokens", 0, joined)
 

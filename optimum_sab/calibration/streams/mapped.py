@@ -65,10 +65,10 @@ class MappedActivations:
 
     @torch.no_grad()
     def _map(self, tensors: list[Tensor]) -> int:
-        """Let tensors of one storage lie in a file; returns its bytes, or 0 where others hold it too."""
+        """Let tensors of one storage lie in a file; returns its bytes, or 0 where it stays."""
         old = tensors[0].untyped_storage()
         users = torch._C._storage_Use_Count(old._cdata) - 1  # but for this reference
-        if users != len(tensors):
+        if users != len(tensors) or any(each.is_conj() or each.is_neg() for each in tensors):  # values by a flag
             return 0
         new = self._file(old.nbytes())
         new.copy_(old)

@@ -21,16 +21,16 @@ class Block(nn.Module):
         super().__init__()
         self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
 
-    def forward(self, hidden, scale=None):
-        return hidden + self.down(self.up(hidden).relu()) * scale, {"counted": torch.ones(2, dtype=torch.int64)}
+    def forward(self, hidden, scale=None, own=0.0):
+        return hidden + self.down(self.up(hidden + own).relu()) * scale, {"counted": torch.ones(2, dtype=torch.int64)}
 
 
 class Model(nn.Module):
-    """Writes into what a block gives, and lets some samples pass a block by."""
+    """Writes into what a block gives, lets some samples pass a block by, and computes something for all blocks."""
 
     def __init__(self):
         super().__init__()
-        self.embedding, self.head = nn.Embedding(16, 8), nn.Linear(8, 16)
+        self.embedding, self.head, self.side = nn.Embedding(16, 8), nn.Linear(8, 16), nn.Linear(8, 3 * 8)
         self.blocks = nn.ModuleList(Block() for _ in range(3))
 
     def get_input_embeddings(self):
@@ -39,11 +39,12 @@ class Model(nn.Module):
     def forward(self, input_ids):
         hidden = self.embedding(input_ids)
         first = hidden
+        own = self.side(hidden).tanh().unflatten(-1, (3, 8))
         for index, block in enumerate(self.blocks):
             if index != 1 or input_ids.shape[1] % 2:
-                hidden, _ = block(hidden, scale=torch.tensor(0.5))
+                hidden, _ = block(hidden, scale=torch.tensor(0.5), own=own[..., index, :])
                 hidden[:, 0] += 0.1 * first[:, 0]
-        return SimpleNamespace(logits=self.head(hidden + first))
+        return SimpleNamespace(logits=self.head(hidden + first * own[..., 0, :]))
 
 
 @pytest.fixture

@@ -70,6 +70,16 @@ def test_a_graph_that_has_saved_a_tensor_goes_back_through_it(tmp_path, mode):
 
 
 @torch.no_grad()
+def test_numbers_whose_sign_is_a_flag_stay_what_they_are(tmp_path):
+    angles = torch.linspace(0.0, 3.0, WIDTH)
+    with MappedActivations(0, tmp_path).going_on("a", nothing):
+        turned = torch.polar(torch.ones(WIDTH), angles).conj()
+        sines = turned.imag
+    torch.testing.assert_close(sines, -angles.sin())
+    torch.testing.assert_close(turned, torch.polar(torch.ones(WIDTH), -angles))
+
+
+@torch.no_grad()
 def test_room_is_for_all_workers_together(tmp_path):
     mapped, held = MappedActivations(3 * SMALL, tmp_path), {}
     for worker in "abc":
