@@ -9,7 +9,7 @@
 #            Results written into a tensor that was there before the loop leave nothing behind, and malloc_trim(0) gives
 #            back all of it.
 # Seen:      divergences of bfloat16 logits, 32 rows of 65,536 a turn (temporaries of 8.4 MB in float32), 40 turns: with the
-#            results in a list most processes grow by 48 to 52 temporaries on the way, the others by 2 to 15, as their
+#            results in a list half of the processes or more grow by 47 to 52 temporaries on the way, others by 2 to 15, as their
 #            addresses fall; with them in a tensor all by 9 to 14. After malloc_trim(0) less than one is left.
 # Matters:   going through a large tensor in pieces to spare memory spares none, and the peak is that of the whole.
 set -euo pipefail
