@@ -32,8 +32,8 @@ class MappedActivations:
 
     Args:
         room: bytes that may stay in memory, all samples together.
-        folder: where the files lie; None for the system's folder for temporary files. They have no name as soon as they
-            are open, so nothing is left of them whatever happens.
+        folder: where the files lie; None for the system's folder for temporary files. They have no name, so nothing is
+            left of them whatever happens.
     """
 
     def __init__(self, room: int, folder: str | os.PathLike[str] | None = None) -> None:
@@ -80,18 +80,15 @@ class MappedActivations:
         return int(new.nbytes())
 
     def _file(self, size: int) -> torch.UntypedStorage:
-        handle, path = tempfile.mkstemp(prefix=".optimum-sab-activations-", dir=self._folder)
         try:
-            reserve(handle, size)  # a disk that is full says so here, and not by a signal later
-            found: Any = torch.UntypedStorage.from_file(path, True, size)
+            with tempfile.TemporaryFile(prefix=".optimum-sab-activations-", dir=self._folder) as file:
+                reserve(file.fileno(), size)  # a disk that is full says so here, and not by a signal later
+                found: Any = torch.UntypedStorage.from_file(f"/dev/fd/{file.fileno()}", True, size)
         except (OSError, RuntimeError) as error:
             raise CalibrationError(
                 f"activations do not find room in {str(self._folder)!r} ({error}); free some, name another disk by "
                 "TMPDIR, raise activation_memory, or give fewer or shorter samples."
             ) from error
-        finally:
-            os.close(handle)
-            os.unlink(path)
         assert isinstance(found, torch.UntypedStorage)
         return found
 

@@ -6,16 +6,17 @@ import os
 import pytest
 import torch
 
+from optimum_sab.calibration.streams import mapped as mapped_module
 from optimum_sab.calibration.streams.mapped import SMALL, MappedActivations
 from optimum_sab.errors import CalibrationError
 
 WIDTH = SMALL // 4  # of a float32 row that is worth a file
 
 
-def files():
-    """Of ours, as far as this process has them mapped."""
+def files(folder):
+    """Of a folder, as far as this process has them mapped."""
     with open("/proc/self/maps") as lines:
-        return sum("optimum-sab-activations" in line for line in lines)
+        return sum(str(folder) in line for line in lines)
 
 
 def in_file(tensor):
@@ -36,10 +37,20 @@ def test_what_a_worker_holds_beyond_the_room_lies_in_files_that_have_no_name(tmp
     assert in_file(made) and mapped.mapped == 2 * SMALL
     assert not list(tmp_path.iterdir())
     torch.testing.assert_close(made, torch.arange(2.0 * WIDTH), rtol=0, atol=0)
-    here = files()
+    here = files(tmp_path)
     del made
     gc.collect()
-    assert files() == here - 1
+    assert here == 1 and files(tmp_path) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="files have a name first")
+@torch.no_grad()
+def test_a_file_has_no_name_at_any_moment_that_a_kill_could_leave(tmp_path, monkeypatch):
+    seen, own = [], mapped_module.reserve
+    monkeypatch.setattr(mapped_module, "reserve", lambda *args: own(*args) or seen.append(list(tmp_path.iterdir())))
+    with MappedActivations(0, tmp_path).going_on("a", nothing):
+        made = torch.ones(WIDTH)
+    assert in_file(made) and seen == [[]]
 
 
 @torch.no_grad()
