@@ -99,9 +99,8 @@ def _chosen(samples: Sequence[HeadInputs], ranks: Ranks) -> tuple[Tensor, Tensor
 
     def joined() -> tuple[Tensor, Tensor]:
         both = zip(*(given[sample] for sample in sorted(given)), strict=True)
-        dense, mine = (
-            torch.cat([each.to(some[0].device) for each in some]) for some in both
-        )  # the others' come on the CPU
+        # what others gave is on the CPU
+        dense, mine = (torch.cat([each.to(some[0].device) for each in some]) for some in both)
         return dense, mine
 
     return ranks.give("chosen tokens", 0, joined)
