@@ -51,7 +51,7 @@ class RunOptions:
         allocation: how bits are given to linears; None leaves every linear its settings.
         refine: how long to refine scales, norms and biases; None leaves them as solved.
         temperature_scaling: fit the temperature of the predictions, where there are two streams and a head.
-        activation_memory: bytes of samples' activations that may wait in memory while blocks are solved; what is beyond
+        activation_memory: bytes of samples' activations that may wait in memory while others compute; what is beyond
             lies in memory-mapped files, in the resume folder or the system's for temporary files. None for no bound.
         resume_folder: keeps what is finished; the same run goes on from there.
         backend: what will compute with the packed layers; None or "auto" leaves it to the device.

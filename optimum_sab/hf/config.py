@@ -90,7 +90,7 @@ class SABConfig(QuantizationConfigMixin):
         stream_weights: leave the dense weights of the decoder blocks in their safetensors files and read one block at a
             time, while it is worked on: for a model that does not fit into memory. The packed model is the same, bit
             for bit. Needs Transformers 5, and goes with no ``device_map`` but the CPU's. Not stored.
-        activation_memory: GiB of the samples' activations that may wait in memory while blocks are solved; what is
+        activation_memory: GiB of the samples' activations that may wait in memory while others compute; what is
             beyond lies in memory-mapped files, in ``resume_folder`` or else the system's folder for temporary files
             (TMPDIR). None for no bound. Changes nothing in the packed model. Not stored.
         resume_folder: keeps what is finished; the same call after an interruption goes on from there. Not stored.
