@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A list of small results makes a process grow by the temporaries of every turn, though each of them is freed.
+# A list of small results can make a process grow by the temporaries of every turn, though each of them is freed.
 #
 # Packages:  torch 2.13.0, on Linux with glibc.
 # Behaviour: glibc maps a piece of some megabytes by itself until the first such piece is freed; from then on pieces of up
@@ -9,8 +9,8 @@
 #            Results written into a tensor that was there before the loop leave nothing behind, and malloc_trim(0) gives
 #            back all of it.
 # Seen:      divergences of bfloat16 logits, 32 rows of 65,536 a turn (temporaries of 8.4 MB in float32), 40 turns: with the
-#            results in a list half of the processes or more grow by 47 to 52 temporaries on the way, others by 2 to 15, as their
-#            addresses fall; with them in a tensor all by 9 to 14. After malloc_trim(0) less than one is left.
+#            results in a list half of the processes or more grow by 47 to 52 temporaries on the way, others by 2 to 15,
+#            as their addresses fall; with them in a tensor all by 5 to 14. After malloc_trim(0) less than one is left.
 # Matters:   going through a large tensor in pieces to spare memory spares none, and the peak is that of the whole.
 set -euo pipefail
 dir="$(mktemp -d)"

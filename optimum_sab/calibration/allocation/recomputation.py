@@ -24,6 +24,7 @@ class Recomputation:
         device: where they compute, their weights brought there for as long; None leaves them where they are.
         room: bytes that may be remembered of a sample; as many blocks as find room there do not run again. None does
             with a device, whose memory this is not about.
+        mapped: what bounds what is kept of samples that go through streamed blocks together; None for no bound.
     """
 
     blocks: Sequence[nn.Module]

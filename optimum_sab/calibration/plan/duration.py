@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from optimum_sab.calibration.allocation.ladder import ANCHORS, probed_settings
 from optimum_sab.calibration.allocation.probe import ROWS
 from optimum_sab.calibration.plan import operations
-from optimum_sab.calibration.plan.holdings import activations
+from optimum_sab.calibration.plan.holdings import activations, tempered_tokens
 from optimum_sab.calibration.plan.speeds import Speeds
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
-from optimum_sab.calibration.predictions.temperature import TOKENS
 from optimum_sab.calibration.refine.tuning import BATCH, JUDGEMENTS
 from optimum_sab.calibration.samples.prompts import EACH, OPENING
 from optimum_sab.calibration.stages.allocation import SAMPLES
 from optimum_sab.calibration.stages.examples import NEW_TOKENS
-from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
 
 SCALES_TRIED = 10  # of the temperature, by golden section; a normalizer is about a half of a divergence
 DRAWN = 6  # divergences that the softmax, a draw from it, and the way back through both take
@@ -66,7 +64,7 @@ def _stages(work: Workload, speeds: Speeds) -> Iterator[tuple[str, float]]:
         yield "allocation", _allocation(work, speeds)
     yield "blocks", _blocks(work, speeds)
     if options.temperature_scaling and work.two_streams and model.vocabulary:
-        judged = min(TOKENS, round(samples.judged_share * sum(samples.spread(TEMPERATURE_SAMPLES))))
+        judged = tempered_tokens(work)
         logits = 4 * operations.head(work, judged) / speeds.forward
         elements = operations.predictions(work, judged)
         yield "temperature", logits + (4 + SCALES_TRIED / 2) * elements / speeds.predictions

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from optimum_sab.calibration.blocks.experts import ROOM
 from optimum_sab.calibration.plan.workload import LinearGroup, Workload
+from optimum_sab.calibration.predictions.temperature import TOKENS
 from optimum_sab.calibration.refine.tuning import BATCH
 from optimum_sab.calibration.stages.allocation import SAMPLES
+from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
 from optimum_sab.calibration.streams.memory import activation_bytes, matrices
 
 LEAST_MATRICES = 3  # of those [in, in]: a Hessian, damped, and the factor of its inverse
@@ -126,6 +128,12 @@ def _inputs_of_blocks(work: Workload) -> int:
     """Of the samples that sensitivities are measured with, where they go together: and two of these as gradients."""
     model = work.model
     return few_tokens(work) * (len(model.blocks) + 2) * model.width * model.item
+
+
+def tempered_tokens(work: Workload) -> int:
+    """By which the temperature is fitted."""
+    judged = work.samples.judged_share * sum(work.samples.spread(TEMPERATURE_SAMPLES))
+    return min(TOKENS, round(judged))
 
 
 def few_tokens(work: Workload) -> int:

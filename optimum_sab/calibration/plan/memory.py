@@ -15,11 +15,12 @@ from optimum_sab.calibration.plan.holdings import (
     sensitivity_bytes,
     slack_of,
     statistics_part,
+    tempered_tokens,
     training_bytes,
 )
 from optimum_sab.calibration.plan.workload import Workload
 from optimum_sab.calibration.predictions.scaled import KEPT_BYTES
-from optimum_sab.calibration.predictions.temperature import CHUNK, TOKENS
+from optimum_sab.calibration.predictions.temperature import CHUNK
 from optimum_sab.calibration.stages.head import TEMPERATURE_SAMPLES
 from optimum_sab.wording import size_in_words
 
@@ -150,7 +151,7 @@ def _phases(work: Workload, process: int, device: str) -> Iterator[Phase]:
         yield Phase("blocks", (*base, dense, Part("packed blocks", so_far), *solving, slack))
     done = [*base, replace(dense, certain=left.certain) if mapped else left, packed]
     if options.temperature_scaling and work.two_streams and model.vocabulary:
-        judged = min(TOKENS, round(work.samples.judged_share * sum(work.samples.spread(TEMPERATURE_SAMPLES))))
+        judged = tempered_tokens(work)
         logits = judged * model.vocabulary * 4
         kept = min(logits, KEPT_BYTES)
         chunk = 4 * min(CHUNK, judged) * model.vocabulary * 4

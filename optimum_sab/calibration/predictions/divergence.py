@@ -29,21 +29,22 @@ def divergences(
     return in_turns(divergence, (student, teacher), torch.float32)
 
 
-def in_turns(function: Callable[..., Tensor], rows: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def in_turns(function: Callable[..., Tensor], rows: Sequence[Tensor], dtype: torch.dtype, *shape: int) -> Tensor:
     """``function`` of `ROWS` rows after the other.
 
     What it gives is written into memory that is there before: a list of its results keeps glibc from using again what
     lies below each, so that a process grows by all that was made on the way (findings/torch-small-results-pin.sh).
 
     Args:
-        function: of some of the rows, to a number each.
+        function: of some of the rows, to what each of them gives.
         rows: tensors [rows, ...] of which it is given the same ones.
-        dtype: of the numbers.
+        dtype: of that.
+        shape: of what a row gives; nothing for a number.
 
     Returns:
-        [rows].
+        [rows, *shape].
     """
-    found = rows[0].new_empty(len(rows[0]), dtype=dtype)
+    found = rows[0].new_empty(len(rows[0]), *shape, dtype=dtype)
     for start in range(0, len(found), ROWS):
         some = slice(start, start + ROWS)
         found[some] = function(*(each[some] for each in rows))

@@ -91,11 +91,11 @@ def _scales_along(logits_of: LogitsOf, given: Tensor) -> bool:
 def _terms(dense: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
     """``−Σ_v p_v log p_v`` and ``Σ_v p_v z_v`` of every token, float64 [tokens]."""
 
-    def entropy(wanted: Tensor) -> Tensor:
+    def both(wanted: Tensor, given: Tensor) -> Tensor:
         log_p = wanted.float().log_softmax(-1)
-        return -(log_p.exp() * log_p).sum(-1, dtype=torch.float64)
+        p = log_p.exp()
+        sums = -(p * log_p).sum(-1, dtype=torch.float64), (p * given.float()).sum(-1, dtype=torch.float64)
+        return torch.stack(sums, -1)
 
-    def mean(wanted: Tensor, given: Tensor) -> Tensor:
-        return (wanted.float().softmax(-1) * given.float()).sum(-1, dtype=torch.float64)
-
-    return in_turns(entropy, [dense], torch.float64), in_turns(mean, [dense, mine], torch.float64)
+    entropy, mean = in_turns(both, [dense, mine], torch.float64, 2).unbind(-1)
+    return entropy, mean
